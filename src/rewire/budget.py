@@ -1,0 +1,108 @@
+"""How many connections each weight may have: pure functions from shapes and a total to counts.
+
+Every function returns integers that sum to ``total`` exactly, each between 1 and the weight's size. Shapes are those of
+the weights, output dimension first, kernel dimensions last: ``(out, in)``, ``(out, in, kh, kw)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["DISTRIBUTIONS", "connections_of", "distribute", "er", "erk", "uniform"]
+
+Shapes = Sequence[Sequence[int]]
+
+
+def uniform(shapes: Shapes, total: int) -> list[int]:
+    """The same density for every weight."""
+    return _allot([1.0] * len(shapes), shapes, total)
+
+
+def er(shapes: Shapes, total: int) -> list[int]:
+    """Erdos-Renyi (SET, Mocanu et al. 2018): density proportional to ``(n_in + n_out) / (n_in n_out)``.
+
+    Dimensions of a kernel do not count; weights that would exceed density 1 become dense and the rest is solved again.
+    """
+    return _allot([(s[0] + s[1]) / (s[0] * s[1]) for s in _checked(shapes)], shapes, total)
+
+
+def erk(shapes: Shapes, total: int) -> list[int]:
+    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density proportional to ``sum(dims) / prod(dims)``, kernel included."""
+    return _allot([sum(s) / math.prod(s) for s in _checked(shapes)], shapes, total)
+
+
+#: The distributions by the names users type.
+DISTRIBUTIONS: Mapping[str, Callable[[Shapes, int], list[int]]] = {"uniform": uniform, "er": er, "erk": erk}
+
+
+def distribute(name: str, shapes: Shapes, total: int) -> list[int]:
+    """Apply the distribution called ``name`` (see `DISTRIBUTIONS`)."""
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"unknown distribution {name!r}: choose one of {', '.join(sorted(DISTRIBUTIONS))}")
+    return DISTRIBUTIONS[name](shapes, total)
+
+
+def connections_of(density: float, size: int) -> int:
+    """The number of connections that ``density`` gives a weight of ``size`` potential ones: at least 1, at most all.
+
+    Raises ValueError for a density outside (0, 1] (NaN included) and for one so small that it rounds to nothing.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must be above 0 and at most 1, not {density}")
+    connections = round(density * size)
+    if connections < 1:
+        raise ValueError(
+            f"density {density} gives a weight of {size} potential connections none: "
+            f"use at least {1 / size:.3g}, or say connections="
+        )
+    return connections
+
+
+def _checked(shapes: Shapes) -> Shapes:
+    for shape in shapes:
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(
+                f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}"
+            )
+    return shapes
+
+
+def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
+    """Counts proportional to weight x size, in [1, size], summing to total: water filling, then largest remainders."""
+    sizes = [math.prod(s) for s in _checked(shapes)]
+    if not len(sizes) <= total <= sum(sizes):
+        raise ValueError(
+            f"a total of {total} connections cannot be spread over {len(sizes)} weights of sizes {sizes}: "
+            f"choose between {len(sizes)} (one each) and {sum(sizes)} (all)"
+        )
+    share = [w * n for w, n in zip(weights, sizes, strict=True)]
+    fixed: dict[int, int] = {}
+    while True:
+        free = [i for i in range(len(sizes)) if i not in fixed]
+        left = total - sum(fixed.values())
+        scale = left / sum(share[i] for i in free) if free else 0.0
+        full = {i: sizes[i] for i in free if share[i] * scale >= sizes[i]}
+        # Saturate from above first: it only raises the scale for the rest, so a weight below 1 may still get more.
+        bound = full or {i: 1 for i in free if share[i] * scale < 1}
+        if not bound:
+            break
+        fixed |= bound
+    exact = {i: share[i] * scale for i in free}
+    counts = [fixed.get(i, math.floor(exact.get(i, 0))) for i in range(len(sizes))]
+    by_remainder = sorted(free, key=lambda i: (math.floor(exact[i]) - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return _settle(counts, sizes, total)
+
+
+def _settle(counts: list[int], sizes: Sequence[int], total: int) -> list[int]:
+    """Move single connections until the total is exact: saturated weights can leave a few too many or too few."""
+    while (off := total - sum(counts)) != 0:
+        if off > 0:
+            i = max((i for i in range(len(sizes)) if counts[i] < sizes[i]), key=lambda i: sizes[i] - counts[i])
+            counts[i] += min(off, sizes[i] - counts[i])
+        else:
+            i = max(range(len(sizes)), key=lambda i: counts[i])
+            counts[i] -= min(-off, counts[i] - 1)
+    return counts

@@ -1,0 +1,25 @@
+"""Sparse weights, the layers made of them, and conversion of models."""
+
+from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
+from rewire.nn.events import Event, Follower
+from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
+from rewire.nn.linear import SparseLinear
+from rewire.nn.summary import Summary, WeightSummary, summary
+from rewire.nn.weight import SparseWeight
+
+__all__ = [
+    "Event",
+    "Follower",
+    "OptimizerFollower",
+    "SparseLinear",
+    "SparseWeight",
+    "Summary",
+    "WeightSummary",
+    "densify",
+    "follow_optimizer",
+    "param_groups",
+    "register_initial_state",
+    "sparse_weights",
+    "sparsify",
+    "summary",
+]

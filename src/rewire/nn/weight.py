@@ -1,0 +1,455 @@
+"""`SparseWeight`: a weight as a pool of slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.utils.hooks import RemovableHandle
+
+from rewire import random, topology
+from rewire.budget import connections_of
+from rewire.nn.events import Event, Follower
+from rewire.nn.followers import carry_optimizer_state
+from rewire.topology import Index, TopologyError
+
+__all__ = ["SparseWeight"]
+
+_LISTS = Index._fields
+
+
+class SparseWeight(nn.Module):
+    """A weight of which only chosen connections exist; storage, gradient and optimizer state are O(K).
+
+    The weight stands for a tensor of ``shape`` (output dimension first); as a matrix it is ``shape[0]`` rows by
+    ``prod(shape[1:])`` columns. Slot k of the pool is the connection ``(rows[k], cols[k])`` with value
+    ``values[k]``, or empty (both -1, value 0).
+
+    Attributes:
+        values: 1-D `torch.nn.Parameter` of length ``capacity``, an ordinary one for optimizers, clipping, AMP, DDP.
+        rows, cols: integer buffers of length ``capacity`` (int32 while everything fits, else int64).
+        capture: None, or a list to which the layer's next backward passes append ``(input, grad_output)``.
+        shared_seed: None, or the seed that all ranks agreed on (`rewire.distributed.prepare`).
+
+    Args:
+        shape: of the dense weight this stands for, at least two dimensions.
+        connections, density: the budget, exactly one of them; 1 <= K <= M.
+        capacity: slots, at least K (the default). More is for methods that move budget between layers.
+        generator: draws the topology; torch's default generator otherwise.
+
+    Raises:
+        ValueError: a budget or capacity outside its limits.
+
+    Cost: construction O(K log K) time and O(K + rows + cols) memory; nothing here allocates rows x cols but `to_dense`.
+    """
+
+    values: nn.Parameter
+    rows: Tensor
+    cols: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        connections: int | None = None,
+        *,
+        density: float | None = None,
+        capacity: int | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        size = _matrix_size(shape)
+        connections = _budget(size[0] * size[1], connections, density)
+        self._allocate(torch.Size(shape), capacity, connections, device, dtype)
+        if self.values.device.type != "meta":
+            drawn = topology.sample(*size, connections, random.seed_from(generator))
+            self._fill(*drawn)
+
+    @classmethod
+    def from_coo(
+        cls,
+        shape: Sequence[int],
+        rows: Tensor,
+        cols: Tensor,
+        values: Tensor,
+        *,
+        capacity: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SparseWeight:
+        """A pool with the given connections, in the given slots' order. Raises `TopologyError` if they cannot be."""
+        if not rows.shape == cols.shape == values.shape or rows.dim() != 1:
+            raise TopologyError(
+                "rows, cols and values must be 1-D and equally long, "
+                f"not {tuple(rows.shape)}, {tuple(cols.shape)} and {tuple(values.shape)}"
+            )
+        _matrix_size(shape)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._allocate(
+            torch.Size(shape), capacity, rows.numel(), device or values.device, dtype or values.dtype
+        )
+        self._fill(rows.to(self.rows.device), cols.to(self.cols.device))
+        with torch.no_grad():
+            self.values[: values.numel()] = values.to(self.values)
+        return self
+
+    @classmethod
+    def from_dense(
+        cls, dense: Tensor, *, connections: int | None = None, capacity: int | None = None
+    ) -> SparseWeight:
+        """The non-zero entries of ``dense``, or its ``connections`` largest in magnitude (ties: lowest position)."""
+        rows, cols = _matrix_size(dense.shape)
+        flat = dense.detach().reshape(-1)
+        if connections is None:
+            keep = flat.nonzero().flatten()
+        else:
+            _budget(rows * cols, connections, None)
+            keep = torch.sort(torch.sort(-flat.abs(), stable=True).indices[:connections]).values
+        return cls.from_coo(dense.shape, keep // cols, keep % cols, flat[keep], capacity=capacity)
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the dense weight this stands for."""
+        return self._shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, cols) of the weight as a matrix."""
+        return self._shape[0], math.prod(self._shape[1:])
+
+    @property
+    def size(self) -> int:
+        """M, the number of potential connections."""
+        return math.prod(self._shape)
+
+    @property
+    def connections(self) -> int:
+        """K, the number of active slots."""
+        return self._connections
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of slots."""
+        return self.values.numel()
+
+    @property
+    def density(self) -> float:
+        """K / M."""
+        return self._connections / self.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values and the topology."""
+        return self.values.device
+
+    @property
+    def index(self) -> Index:
+        """The derived lists that kernels read (docs/architecture.md); treat as read-only."""
+        lists = self._buffers
+        return Index(*(lists[name] for name in _LISTS))  # type: ignore[arg-type]
+
+    def active(self) -> Tensor:
+        """The active slots in (row, col) order; int64, length K."""
+        return self._buffers["row_slots"][: self._connections].long()  # type: ignore[index]
+
+    def coo(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and columns (int64) and values of the active connections, sorted by (row, col); differentiable."""
+        slots = self.active()
+        return self.rows[slots].long(), self.cols[slots].long(), self.values[slots]
+
+    def to_dense(self) -> Tensor:
+        """The dense tensor of ``shape``, zeros where there is no connection; differentiable. Allocates all of it."""
+        rows, cols, values = self.coo()
+        dense = torch.zeros(self.matrix_shape, dtype=self.dtype, device=self.device)
+        return dense.index_put((rows, cols), values).reshape(self._shape)
+
+    def fan_in(self) -> Tensor:
+        """Connections of each row (int64, length rows)."""
+        return torch.diff(self.index.row_ptr).long()
+
+    def fan_out(self) -> Tensor:
+        """Connections of each column (int64, length cols)."""
+        return torch.diff(self.index.col_ptr).long()
+
+    def fingerprint(self) -> int:
+        """A hash of the set of connections."""
+        return topology.fingerprint(self.rows, self.cols)
+
+    def extra_repr(self) -> str:
+        spare = f", capacity={self.capacity}" if self.capacity != self._connections else ""
+        return f"{tuple(self._shape)}, connections={self._connections}, density={self.density:.4g}{spare}"
+
+    # --- changing it ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rewire(self, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0) -> None:
+        """Overwrite ``slots`` with new connections, in place; nothing else moves.
+
+        Args:
+            slots: int64, distinct. rows, cols: integers of the same length; (-1, -1) empties a slot.
+            values: the new connections' values, a number or a tensor of the same length.
+
+        Gradient and optimizer state of the slots start afresh, and every follower is told. A graph recorded
+        before raises on backward. Raises `TopologyError` (nothing changed) on a bad slot or position or a duplicate.
+        Cost: one pass over the index lists; see `rewire.topology.replace_`.
+        """
+        if not slots.numel():
+            return
+        self._connections = topology.replace_(
+            self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols
+        )
+        if isinstance(values, Tensor):
+            values = values.to(self.values)
+            self.values[slots] = torch.where(rows >= 0, values, torch.zeros_like(values))
+        elif values:
+            self.values[slots] = (rows >= 0).to(self.values.dtype) * values
+        else:
+            self.values.index_fill_(0, slots, 0.0)
+        self._changed(Event(self, slots))
+
+    @torch.no_grad()
+    def resize(self, capacity: int, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Change the number of slots; the only call that does.
+
+        The Parameter object stays, its storage is replaced; optimizer state (of ``optimizers`` and of those that
+        follow the pool) moves along and the gradient is cleared. Active slots keep their order and, when growing,
+        their number. A compiled model sees a new shape and compiles once more. Raises ValueError below K, RuntimeError
+        under DDP, whose buckets have a fixed size.
+        """
+        if capacity < self._connections:
+            raise ValueError(
+                f"capacity {capacity} is below the {self._connections} active connections: "
+                "drop connections first, or choose a larger capacity"
+            )
+        if self.shared_seed is not None:
+            raise RuntimeError(
+                "a pool prepared for DDP cannot be resized, because DDP's buckets have a fixed size: "
+                "choose capacity= when the layer is made"
+            )
+        if capacity == self.capacity:
+            return
+        old = self.capacity
+        if capacity > old:
+            source = torch.full((capacity,), -1, dtype=torch.int64, device=self.device)
+            source[:old] = torch.arange(old, device=self.device)
+        else:
+            kept = (self.rows >= 0).nonzero().flatten()
+            source = torch.full((capacity,), -1, dtype=torch.int64, device=self.device)
+            source[: kept.numel()] = kept
+        self._move(source)
+        for optimizer in optimizers:
+            carry_optimizer_state(optimizer, self.values, source)
+
+    @torch.no_grad()
+    def reorder(self) -> None:
+        """Put the slots in (row, col) order, empty ones last, so that kernels read values as a stream.
+
+        A permutation: connections, values, gradients and followers' state stay together.
+        """
+        source = torch.full((self.capacity,), -1, dtype=torch.int64, device=self.device)
+        source[: self._connections] = self.active()
+        self._move(source)
+
+    def follow(self, follower: Follower) -> RemovableHandle:
+        """Tell ``follower`` of every change from now on; ``.remove()`` on the handle ends it.
+
+        Followers belong to this object: copies, pickles and state_dicts do not have them.
+        """
+        handle = RemovableHandle(self._followers)
+        self._followers[handle.id] = follower
+        return handle
+
+    def touched(self) -> None:
+        """Tell autograd that values were changed in place by a native kernel, which does not do so itself."""
+        increment_version([self.values])
+
+    def _changed(self, event: Event) -> None:
+        """The one place through which changes of a pool go: version counters, gradient, followers."""
+        increment_version([self.values, self.rows, self.cols, *self.index])
+        gradient = self.values.grad
+        if gradient is not None and not event.loaded:
+            if event.source is not None:
+                moved = event.source.clamp(min=0)
+                gradient.copy_(torch.where(event.source >= 0, gradient[moved], torch.zeros_like(gradient)))
+            gradient.index_fill_(0, event.slots, 0.0)
+        for follower in list(self._followers.values()):
+            follower(event)
+
+    def _move(self, source: Tensor) -> None:
+        """Slot k of the new pool (of length ``source``) takes what slot source[k] had; -1 is empty."""
+        empty = source < 0
+        at = source.clamp(min=0)
+
+        def moved(old: Tensor, blank: int) -> Tensor:
+            if not old.numel():
+                return torch.full_like(source, blank, dtype=old.dtype)
+            return torch.where(empty, torch.full_like(old[:1], blank), old[at])
+
+        values, rows, cols = moved(self.values, 0), moved(self.rows, -1), moved(self.cols, -1)
+        if source.numel() == self.capacity:
+            self.values.copy_(values)
+            self.rows.copy_(rows)
+            self.cols.copy_(cols)
+        else:
+            increment_version([self.values, self.rows, self.cols, *self.index])
+            self.values.grad = None
+            self._replace_storage(values, rows, cols)
+        topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
+        self._changed(Event(self, source.new_empty(0), source))
+
+    # --- making, copying, loading -----------------------------------------------------------------------------------
+
+    def _allocate(
+        self,
+        shape: torch.Size,
+        capacity: int | None,
+        connections: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._shape = shape
+        self._connections = connections
+        self._followers: dict[int, Follower] = {}
+        self.capture: list[tuple[Tensor, Tensor]] | None = None
+        self.shared_seed: int | None = None
+        rows, cols = self.matrix_shape
+        capacity = connections if capacity is None else capacity
+        if not connections <= capacity <= rows * cols:
+            raise ValueError(
+                f"capacity {capacity} does not fit {connections} connections of {rows * cols} potential ones: "
+                f"choose between {connections} and {rows * cols}"
+            )
+        kind = topology.index_dtype(rows, cols, capacity)
+        self.values = nn.Parameter(torch.zeros(capacity, device=device, dtype=dtype))
+        if not self.values.dtype.is_floating_point:
+            raise ValueError(f"values must be of a floating-point dtype, not {self.values.dtype}")
+        self.register_buffer("rows", torch.full((capacity,), -1, dtype=kind, device=device))
+        self.register_buffer("cols", torch.full((capacity,), -1, dtype=kind, device=device))
+        lists = topology.empty_index(rows, cols, capacity, kind, device)
+        for name, tensor in zip(_LISTS, lists, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _fill(self, rows: Tensor, cols: Tensor) -> None:
+        self.rows[: rows.numel()] = rows.to(self.rows)
+        self.cols[: cols.numel()] = cols.to(self.cols)
+        if rows.numel() and not torch.equal(self.rows[: rows.numel()].long(), rows.long().to(self.device)):
+            raise TopologyError(f"row numbers do not fit a {self.matrix_shape[0]}-row matrix")
+        topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
+
+    def _replace_storage(self, values: Tensor, rows: Tensor, cols: Tensor) -> None:
+        """Swap in pools of another capacity; the Parameter object stays the one the optimizer knows."""
+        self.values.data = values
+        kind = topology.index_dtype(*self.matrix_shape, values.numel())
+        self.rows, self.cols = rows.to(kind), cols.to(kind)
+        for name, tensor in zip(
+            _LISTS,
+            topology.empty_index(*self.matrix_shape, values.numel(), kind, values.device),
+            strict=True,
+        ):
+            setattr(self, name, tensor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Followers (an optimizer, a method) are not part of the weight: a deepcopy must not drag them along.
+        return self.__dict__ | {"_followers": {}, "capture": None}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "shape"] = torch.tensor(self._shape, dtype=torch.int64)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Check everything, then replace values and topology together; a file of another K goes through `resize`."""
+        names = ("values", "rows", "cols")
+        found = [name for name in names if prefix + name in state_dict]
+        if not found and prefix[:-1] not in state_dict:
+            missing_keys.extend(prefix + name for name in names)
+            return
+        try:
+            if local_metadata.get("assign_to_params_buffers", False):
+                raise TopologyError(
+                    "load_state_dict(assign=True) would replace the tensors the optimizer and the index "
+                    "belong to: load without assign"
+                )
+            if len(found) < len(names):
+                lacking = ", ".join(prefix + name for name in names if name not in found)
+                raise TopologyError(
+                    f"the topology is incomplete, {lacking} is missing: a sparse weight is saved as values, "
+                    "rows and cols (to start from a dense weight, use rewire.sparsify)"
+                )
+            self._load(*(state_dict[prefix + name] for name in names), state_dict.get(prefix + "shape"))
+        except (TopologyError, RuntimeError) as error:
+            error_msgs.append(f"{prefix[:-1]}: {error}")
+
+    @torch.no_grad()
+    def _load(self, values: Tensor, rows: Tensor, cols: Tensor, shape: Tensor | None) -> None:
+        if shape is not None and tuple(shape.tolist()) != tuple(self._shape):
+            raise TopologyError(f"saved with shape {tuple(shape.tolist())}, but this weight is {tuple(self._shape)}")
+        if not values.shape == rows.shape == cols.shape or values.dim() != 1:
+            raise TopologyError(
+                "values, rows and cols must be 1-D and equally long, "
+                f"not {tuple(values.shape)}, {tuple(rows.shape)} and {tuple(cols.shape)}"
+            )
+        if rows.is_floating_point() or cols.is_floating_point() or not values.is_floating_point():
+            raise TopologyError("rows and cols must be integers and values floating-point")
+        device, capacity = self.device, values.numel()
+        rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
+        checked = topology.build_index(rows, cols, *self.matrix_shape)
+        if values.to(device)[rows < 0].any():
+            raise TopologyError("an empty slot (row -1) has a value other than 0")
+        if capacity != self.capacity:
+            if self.shared_seed is not None:
+                raise TopologyError(
+                    f"the file has {capacity} slots and this pool {self.capacity}, and under DDP a pool cannot be "
+                    "resized: load before rewire.distributed.prepare"
+                )
+            self.values.grad = None
+            self._replace_storage(
+                torch.zeros(capacity, device=device, dtype=self.dtype), rows.clone(), cols.clone()
+            )
+        self.values.copy_(values)
+        self.rows.copy_(rows)
+        self.cols.copy_(cols)
+        for mine, new in zip(self.index, checked, strict=True):
+            mine.copy_(new)
+        self._connections = int(self.index.row_ptr[-1].item())
+        self._changed(Event(self, torch.arange(capacity, device=device), loaded=True))
+
+
+def _matrix_size(shape: Sequence[int]) -> tuple[int, int]:
+    if len(shape) < 2 or any(int(n) != n or n < 1 for n in shape):
+        raise ValueError(f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}")
+    return int(shape[0]), math.prod(int(n) for n in shape[1:])
+
+
+def _budget(size: int, connections: int | None, density: float | None) -> int:
+    if (connections is None) == (density is None):
+        raise ValueError("give exactly one of connections= and density=")
+    if density is not None:
+        return connections_of(density, size)
+    assert connections is not None
+    if int(connections) != connections or not 1 <= connections <= size:
+        raise ValueError(
+            f"connections must be a whole number between 1 and {size} (all potential ones), not {connections}"
+        )
+    return int(connections)

@@ -1,0 +1,32 @@
+"""The fused pass of DEEP R over one pool: noise, L1 and the sign test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewire import _native, random
+
+__all__ = ["langevin_step_"]
+
+
+def langevin_step_(
+    values: Tensor, rows: Tensor, signs: Tensor, shrink: float, noise: float, seed: int, step: int, stream: int
+) -> Tensor:
+    """theta <- theta - shrink + noise * nu on every active slot, in place; return the slots with theta < 0 (int64).
+
+    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. Slots come back in ascending order with
+    value 0; empty slots (rows == -1) are left alone. values (C,) float; rows (C,) int; signs (C,) int8 of +-1.
+    One streaming pass; with ``noise == 0`` nothing is drawn.
+    """
+    if _native.available() and values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        dropped: Tensor = torch.ops.rewire.langevin_step_(values, rows, signs, shrink, noise, seed, step, stream)
+        return dropped
+    sign = signs.to(values.dtype)
+    theta = sign * values - shrink
+    if noise:
+        theta = theta + noise * random.normal(seed, step, stream, values.numel(), values.device).to(values.dtype)
+    active = rows >= 0
+    drop = active & (theta < 0)
+    values.copy_(torch.where(active & ~drop, sign * theta, torch.zeros_like(theta)))
+    return drop.nonzero().flatten()

@@ -1,0 +1,119 @@
+"""Numbers that change over time: pure functions of a step.
+
+Wherever the library takes a number that may change, it takes a float or a schedule: any callable from a step (0, 1, 2,
+...: the number of optimizer steps or epochs done, as the parameter's documentation says) to a float. Schedules hold no
+state, so a resumed run gets the same numbers. They are frozen dataclasses: printable, comparable, picklable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = ["Constant", "Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Step", "at", "checked"]
+
+#: What parameters that may change over time accept.
+Schedule: TypeAlias = Callable[[int], float]
+
+
+def at(value: float | Schedule, step: int) -> float:
+    """The number that ``value`` (a float or a schedule) stands for at ``step``."""
+    return value(step) if callable(value) else value
+
+
+def checked(name: str, value: float | Schedule, low: float, high: float = math.inf) -> float | Schedule:
+    """``value`` itself if it (a schedule: its first number) lies in [low, high]; otherwise ValueError naming the limits."""
+    number = at(value, 0)
+    if not (isinstance(number, (int, float)) and low <= number <= high) or math.isinf(number):
+        limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be a finite number {limits}, not {number}")
+    return value
+
+
+def _positive_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number always."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From ``start`` at step 0 to ``end`` at ``steps`` along a straight line; ``end`` from there on."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _positive_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """``end + (start - end) (1 + cos(pi t / steps)) / 2``; ``end`` from ``steps`` on (RigL, Evci et al. 2020)."""
+
+    start: float
+    steps: int
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        t = min(step / self.steps, 1.0)
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * t)) / 2
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """``end + (start - end) (1 - t / steps)^3`` (gradual magnitude pruning, Zhu and Gupta 2017)."""
+
+    start: float
+    end: float
+    steps: int
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        _positive_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        t = min(max(step - self.begin, 0) / self.steps, 1.0)
+        return self.end + (self.start - self.end) * (1 - t) ** 3
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """``start * factor ** step``, never below ``floor``."""
+
+    start: float
+    factor: float
+    floor: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return max(self.start * self.factor**step, self.floor)
+
+
+@dataclass(frozen=True)
+class Step:
+    """``start``, multiplied by ``factor`` at each of the ``milestones`` reached."""
+
+    start: float
+    factor: float
+    milestones: tuple[int, ...]
+
+    def __call__(self, step: int) -> float:
+        return self.start * self.factor ** sum(step >= m for m in self.milestones)
