@@ -1,0 +1,66 @@
+"""Builds the C++ kernels (rewire.ops.cpu._C). Everything else is in pyproject.toml.
+
+The kernels are optional: where they cannot be built, or with REWIRE_NO_NATIVE=1, the package installs without
+them and computes in plain PyTorch, slowly.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+FOLDER = Path("src/rewire/ops/cpu")
+# The stable ABI of torch 2.10: one build serves all later versions. (py_limited_api does the same for Python,
+# from 3.10 on: torch's BuildExtension defines Py_LIMITED_API itself.)
+DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+# Contraction makes fused multiply-adds of a * b + c; vectors are passed between inlined functions only (psabi).
+FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
+
+
+def warn(reason):
+    print(
+        f"\nWARNING: rewire is installed WITHOUT its C++ kernels: {reason}.\n"
+        "         It works, in plain PyTorch, but many times slower.\n",
+        file=sys.stderr,
+    )
+
+
+def native():
+    """The keyword arguments of setup() that build the extension, or none."""
+    if os.environ.get("REWIRE_NO_NATIVE", "0") not in ("", "0"):
+        warn("REWIRE_NO_NATIVE is set")
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        warn(f"torch cannot be imported while building ({error})")
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        """A build whose failure is a warning."""
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                warn(f"they could not be compiled ({error})")
+
+    extension = CppExtension(
+        "rewire.ops.cpu._C",
+        sorted(str(path) for path in FOLDER.glob("*.cpp")),
+        depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in FOLDER.glob(pattern)),
+        define_macros=DEFINES,
+        extra_compile_args=[] if platform.system() == "Windows" else FLAGS,
+        py_limited_api=True,
+        optional=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": OptionalBuild},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**native())
