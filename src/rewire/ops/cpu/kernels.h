@@ -1,0 +1,70 @@
+// The table of vector kernels: what the drivers (products.cpp, layout.cpp) ask of one instruction set.
+//
+// kernels.inc implements it once per instruction set, in translation units compiled for that set. Such a unit
+// must not instantiate inline functions of the standard library (the linker might keep the AVX-512 copy for
+// everybody), so this header holds plain data only.
+#pragma once
+
+#include <cstdint>
+
+namespace rewire {
+
+enum Status : int { kFine = 0, kBadPointer = 1, kBadIndex = 2, kBadSlot = 3 };
+
+// One index list, by row or by column. I (int32 or int64) is known to the function that is called.
+struct List {
+  const void* ptr;    // rows + 1
+  const void* idx;    // length
+  const void* slots;  // length
+  int64_t length;
+};
+
+// y[r, b] = bias[r] + sum of values[slot] * x[c, b]; the batch is contiguous.
+struct SpmmArgs {
+  List list;
+  const void* values;
+  const void* bias;  // may be null
+  const void* x;     // (features, batch), features x_step elements apart
+  void* y;           // (rows, batch), rows batch elements apart
+  int64_t capacity, features, x_step, batch;
+};
+
+// out[slot] (+)= sum over b of g[r, b] * x[c, b].
+struct SddmmArgs {
+  List list;
+  const void* g;  // (rows, batch), rows g_step elements apart
+  const void* x;  // (features, batch), features x_step elements apart
+  void* out;      // capacity
+  int64_t capacity, features, g_step, x_step;
+};
+
+// dst[r, c] = src[r * row_step + c * col_step], dst contiguous with `cols` columns.
+struct CopyArgs {
+  const void* src;
+  void* dst;
+  int64_t cols, row_step, col_step;
+};
+
+constexpr int kFloat32 = 0, kFloat64 = 1, kInt32 = 0, kInt64 = 1;
+constexpr int kVectorsPerBlock = 8;  // accumulators held in registers by one pass over a row
+
+struct Kernels {
+  const char* name;
+  int lanes[2];  // of the widest vector, by element type
+  // Rows [row0, row1), batch columns [b0, b0 + width). First index: element type, second: index type.
+  Status (*spmm[2][2])(const SpmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width);
+  Status (*sddmm[2][2])(const SddmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width, bool add);
+  void (*copy[2])(const CopyArgs&, int64_t row0, int64_t row1);
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace rewire

@@ -1,0 +1,42 @@
+#include "runtime.h"
+
+#include <cstdlib>
+
+namespace rewire {
+namespace {
+
+const Kernels& choose() {
+  const char* variable = std::getenv("REWIRE_CPU_CAPABILITY");
+  const std::string cap = variable == nullptr ? "" : variable;
+  if (!cap.empty() && cap != "portable" && cap != "avx2" && cap != "avx512")
+    throw std::runtime_error("REWIRE_CPU_CAPABILITY is '" + cap + "'; allowed are portable, avx2 and avx512");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (cap.empty() || cap == "avx512")) return avx512::kernels;
+  if (has_avx2 && cap != "portable") return avx2::kernels;
+#endif
+  return portable::kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
+                     std::initializer_list<int64_t> strides) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.begin(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+}  // namespace rewire

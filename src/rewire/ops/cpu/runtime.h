@@ -1,0 +1,90 @@
+// What every op needs: which kernels to use, how to share out work, how to look into tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace rewire {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The kernels of the best instruction set that the processor has and REWIRE_CPU_CAPABILITY allows.
+const Kernels& kernels();
+
+[[noreturn]] inline void fail(const char* op, const std::string& what) {
+  throw std::runtime_error(std::string("rewire::") + op + ": " + what);
+}
+
+inline void require(bool fine, const char* op, const char* what) {
+  if (!fine) fail(op, what);
+}
+
+// Work below this many multiply-adds is done by the caller: waking a second thread costs more.
+constexpr int64_t kSerialWork = 1 << 18;
+
+// Calls job(item) for every item in [0, items), on torch's threads. Items are handed out one by one, so a slow
+// item or a busy core does not hold up the rest; which thread gets which item must not matter to the result.
+// A job must not throw.
+template <class Job>
+void for_each_item(int64_t items, bool serial, const Job& job) {
+  if (serial || items < 2) {
+    for (int64_t i = 0; i < items; ++i) job(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < items;
+           i = next.fetch_add(1, std::memory_order_relaxed))
+        job(i);
+  });
+}
+
+inline int element_type(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::Double: return kFloat64;
+    default: fail(op, "the kernels take float32 or float64 tensors");
+  }
+}
+
+inline int index_type(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Int: return kInt32;
+    case ScalarType::Long: return kInt64;
+    default: fail(op, "index tensors must be int32 or int64");
+  }
+}
+
+inline void require_cpu(const Tensor& t, const char* op) {
+  require(t.is_cpu(), op, "every tensor must be on the CPU");
+}
+
+inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A fresh CPU tensor of the dtype of `like`.
+Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
+                     std::initializer_list<int64_t> strides);
+
+// A (batch, features) tensor as a matrix of contiguous runs over the batch. `kept` owns the memory.
+struct Runs {
+  Tensor kept;
+  const void* data;
+  int64_t batch, features, step;
+};
+Runs as_runs(const Tensor& x, const char* op, const char* name);
+
+}  // namespace rewire

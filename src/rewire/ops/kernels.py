@@ -1,0 +1,77 @@
+"""Chooses between the native kernels and the reference, and tells the compiler what the native ones return.
+
+Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W x``, by column
+for the input gradient; ``x`` is (batch, features) with any strides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewire import _native
+from rewire.ops import reference
+
+__all__ = ["batch_major", "feature_major", "sddmm", "spmm"]
+
+_NATIVE = _native.available("spmm")
+_DTYPES = (torch.float32, torch.float64)
+
+
+def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row r.
+
+    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises RuntimeError on
+    a bad index. O(K batch) time.
+    """
+    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
+        y: Tensor = torch.ops.rewire.spmm(ptr, idx, slots, values, x, bias)
+        return y
+    return reference.spmm(ptr, idx, slots, values, x, bias)
+
+
+def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
+    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` for the connections i of every row r; else zero.
+
+    ``g`` is (batch, rows), out is (capacity,). Raises RuntimeError on a bad index. O(K batch) time.
+    """
+    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
+        out: Tensor = torch.ops.rewire.sddmm(ptr, idx, slots, capacity, g, x)
+        return out
+    return reference.sddmm(ptr, idx, slots, capacity, g, x)
+
+
+def feature_major(x: Tensor) -> Tensor:
+    """A copy of ``x`` (batch, features) with strides (1, batch)."""
+    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
+        out: Tensor = torch.ops.rewire.feature_major(x)
+        return out
+    return reference.feature_major(x)
+
+
+def batch_major(x: Tensor) -> Tensor:
+    """A row-major contiguous copy of ``x`` (batch, features)."""
+    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
+        out: Tensor = torch.ops.rewire.batch_major(x)
+        return out
+    return reference.batch_major(x)
+
+
+if _NATIVE:
+
+    @torch.library.register_fake("rewire::spmm")
+    def _(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = ptr.shape[0] - 1
+        return torch.empty_strided((x.shape[0], rows), (1, x.shape[0]), dtype=x.dtype, device=x.device)
+
+    @torch.library.register_fake("rewire::sddmm")
+    def _(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
+        return x.new_empty((capacity,))
+
+    @torch.library.register_fake("rewire::feature_major")
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, (1, x.shape[0]), dtype=x.dtype, device=x.device)
+
+    @torch.library.register_fake("rewire::batch_major")
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device)

@@ -1,0 +1,125 @@
+"""The differentiable product of a sparse weight with a batch: one autograd.Function over the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
+from rewire.topology import Index
+
+__all__ = ["sparse_linear"]
+
+#: What backward hands back for the arguments of `_Linear` behind x, values and bias.
+_NO_GRADIENTS = (None,) * 8
+
+
+def _in_runs(x: Tensor) -> Tensor:
+    """``x`` with the batch contiguous (strides (1, batch) or alike), copied only if it is not."""
+    return x if x.stride(0) == 1 or x.shape[0] == 1 else feature_major(x)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + bias. The transposed product is the same Function with the two index lists exchanged, and the
+    gradient of the values is `_Sample`, so derivatives of any order are made of these two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        row_ptr: Tensor,
+        row_cols: Tensor,
+        row_slots: Tensor,
+        col_ptr: Tensor,
+        col_rows: Tensor,
+        col_slots: Tensor,
+        capture: list[tuple[Tensor, Tensor]] | None,
+        contiguous_output: bool,
+    ) -> Tensor:
+        x = _in_runs(x)
+        y = spmm(row_ptr, row_cols, row_slots, values, x, bias)
+        ctx.capture = capture
+        # Everything that backward reads goes through here, for autograd checks that none of it was changed since.
+        ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
+        return batch_major(y) if contiguous_output else y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
+        need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or values.requires_grad):
+            return _differentiable_backward(ctx, g)
+        g = _in_runs(g)
+        if ctx.capture is not None:
+            ctx.capture.append((x.detach(), g.detach()))
+        grad_x = spmm(col_ptr, col_rows, col_slots, values, g) if need_x else None
+        grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x) if need_values else None
+        grad_bias = g.sum(0) if need_bias else None
+        return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
+
+
+class _Sample(torch.autograd.Function):
+    """out[slot of (r, c)] = sum over b of g[b, r] x[b, c], linear in g and in x."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, capacity: int, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x, *index)
+        return sddmm(index[0], index[1], index[2], capacity, g, x)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, x, *lists = ctx.saved_tensors
+        by_row, by_col = lists[:3], lists[3:]
+        grad_g = _Linear.apply(x, h, None, *by_row, *by_col, None, False) if ctx.needs_input_grad[0] else None
+        grad_x = _Linear.apply(g, h, None, *by_col, *by_row, None, False) if ctx.needs_input_grad[1] else None
+        return grad_g, grad_x, None, *(None,) * 6
+
+
+def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Backward under ``create_graph=True``."""
+    x, values, *lists = ctx.saved_tensors
+    by_row, by_col = lists[:3], lists[3:]
+    if ctx.capture is not None:
+        ctx.capture.append((_in_runs(x.detach()), _in_runs(g.detach())))
+    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+    grad_x = _Linear.apply(g, values, None, *by_col, *by_row, None, False) if need_x else None
+    grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col) if need_values else None
+    grad_bias = g.sum(0) if need_bias else None
+    return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Index,
+    capture: list[tuple[Tensor, Tensor]] | None = None,
+    contiguous_output: bool = False,
+) -> Tensor:
+    """``x W^T + bias`` for the sparse weight W that ``values`` (capacity,) and ``index`` describe.
+
+    ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its strides are
+    (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary ones with
+    ``contiguous_output``. If ``capture`` is a list, backward appends ``(x, gradient of the output)`` to it, both
+    (batch, features) with the batch contiguous. Differentiable to any order. O(K batch) time; beyond the result,
+    keeps x for backward, as a copy unless its batch is contiguous already.
+    """
+    if x.dtype != values.dtype:
+        raise RuntimeError(
+            f"x is {x.dtype} and the weight's values are {values.dtype}: convert one, so that both are the same"
+        )
+    in_features = index.col_ptr.shape[0] - 1
+    if not x.dim() or x.shape[-1] != in_features:
+        raise RuntimeError(f"x has shape {tuple(x.shape)}, but the layer takes (..., {in_features})")
+    if x.dim() == 2:
+        y: Tensor = _Linear.apply(x, values, bias, *index, capture, contiguous_output)
+        return y
+    lead = x.shape[:-1]
+    flat: Tensor = _Linear.apply(
+        x.reshape(lead.numel(), in_features), values, bias, *index, capture, contiguous_output
+    )
+    return flat.view(*lead, index.row_ptr.shape[0] - 1)

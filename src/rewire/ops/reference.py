@@ -1,0 +1,93 @@
+"""The products in plain PyTorch, for any device and dtype: the truth that the kernels are tested against.
+
+Connections are processed in blocks, so that no (connections, batch) array of the whole list is ever allocated. All
+of it traces under `torch.compile`: no tensor is read from Python, and list entries from ``ptr[-1]`` on are masked out,
+not cut off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["batch_major", "feature_major", "sddmm", "spmm"]
+
+#: Elements of the largest temporary: connections in a block times the batch size.
+_BLOCK_ELEMENTS = 1 << 22
+#: A block count is part of a compiled graph, so it is kept small.
+_MAX_BLOCKS = 256
+
+
+def feature_major(x: Tensor) -> Tensor:
+    """A copy of ``x`` (batch, features) with strides (1, batch)."""
+    out = torch.empty_strided(x.shape, (1, x.shape[0]), dtype=x.dtype, device=x.device)
+    return out.copy_(x)
+
+
+def batch_major(x: Tensor) -> Tensor:
+    """A row-major contiguous copy of ``x`` (batch, features)."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_of(ptr: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Row of each of the list entries ``start ... stop - 1``, and whether the entry is a connection at all."""
+    place = torch.arange(start, stop, device=ptr.device, dtype=ptr.dtype)
+    row = torch.searchsorted(ptr, place, right=True) - 1
+    active = place < ptr[-1]
+    return row.clamp(0, max(ptr.shape[0] - 2, 0)), active
+
+
+def _block(length: int, batch: int) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(batch, 1), -(-length // _MAX_BLOCKS))
+
+
+def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row r."""
+    _check_lists(ptr, idx, slots)
+    if x.dim() != 2 or values.dim() != 1:
+        raise RuntimeError("spmm: x must have two dimensions and values one")
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise RuntimeError("spmm: values, bias and x must have one dtype")
+    rows = ptr.shape[0] - 1
+    if bias is not None and bias.shape != (rows,):
+        raise RuntimeError("spmm: bias must have one entry per row")
+    start = x.new_zeros(rows) if bias is None else bias
+    y = start.unsqueeze(1).expand(rows, x.shape[0]).contiguous()
+    length = idx.shape[0]
+    if rows and length and x.shape[1]:
+        features = x.t()
+        block = _block(length, 1 if isinstance(x.shape[0], torch.SymInt) else x.shape[0])
+        for first in range(0, length, block):
+            stop = min(first + block, length)
+            row, active = _rows_of(ptr, first, stop)
+            value = torch.where(active, values[slots[first:stop]], 0)
+            y = y.index_add(0, row, value.unsqueeze(1) * features[idx[first:stop]])
+    return y.t()
+
+
+def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
+    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` for the connections i of every row r; else zero."""
+    _check_lists(ptr, idx, slots)
+    if g.dim() != 2 or x.dim() != 2 or g.shape[0] != x.shape[0] or g.shape[1] != ptr.shape[0] - 1:
+        raise RuntimeError("sddmm: g must be (batch, rows) and x (batch, features)")
+    if g.dtype != x.dtype:
+        raise RuntimeError("sddmm: g and x must have one dtype")
+    out = x.new_zeros(capacity)
+    length = idx.shape[0]
+    if g.shape[1] and length and x.shape[1]:
+        gradients, features = g.t(), x.t()
+        block = _block(length, 1 if isinstance(x.shape[0], torch.SymInt) else x.shape[0])
+        for first in range(0, length, block):
+            stop = min(first + block, length)
+            row, active = _rows_of(ptr, first, stop)
+            dots = (gradients[row] * features[idx[first:stop]]).sum(1)
+            # An entry that is no connection names slot 0 and adds nothing to it.
+            out = out.index_add(0, slots[first:stop], torch.where(active, dots, 0))
+    return out
+
+
+def _check_lists(ptr: Tensor, idx: Tensor, slots: Tensor) -> None:
+    if ptr.dim() != 1 or idx.dim() != 1 or idx.shape != slots.shape or not ptr.shape[0]:
+        raise RuntimeError("ptr, idx and slots must have one dimension, idx and slots the same length")
+    if ptr.dtype not in (torch.int32, torch.int64) or idx.dtype != ptr.dtype or slots.dtype != ptr.dtype:
+        raise RuntimeError("ptr, idx and slots must have one dtype, int32 or int64")
