@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Summary:
     @property
     def density(self) -> float:
         """Connections over potential connections, of all pools."""
-        total = sum(round(w.connections / w.density) if w.density else 0 for w in self.weights)
+        total = sum(math.prod(w.shape) for w in self.weights)
         return self.connections / total if total else 0.0
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -322,7 +323,7 @@ class SparseWeight(nn.Module):
     ) -> None:
         self._shape = shape
         self._connections = connections
-        self._followers: dict[int, Follower] = {}
+        self._followers: OrderedDict[int, Follower] = OrderedDict()  # a plain dict takes no weak references
         self.capture: list[tuple[Tensor, Tensor]] | None = None
         self.shared_seed: int | None = None
         rows, cols = self.matrix_shape
@@ -363,7 +364,7 @@ class SparseWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Followers (an optimizer, a method) are not part of the weight: a deepcopy must not drag them along.
-        return self.__dict__ | {"_followers": {}, "capture": None}
+        return self.__dict__ | {"_followers": OrderedDict(), "capture": None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,0 +1,289 @@
+"""The protocol every method follows, and the services that all of them share."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import random
+from rewire.nn import Follower, SparseWeight, follow_optimizer, sparse_weights
+
+__all__ = ["Attachment", "Evaluate", "Method", "Pool", "Purpose"]
+
+#: Optional argument of `Method.end_epoch`: model -> score.
+Evaluate = Callable[[nn.Module], float]
+
+
+class Purpose:
+    """What random numbers are for. Each (pool, purpose) has a stream of its own, so none are ever used twice."""
+
+    NOISE, GROW, SIGN, REDRAW, VALUE, TIES, ALLOT = range(1, 8)
+    COUNT: ClassVar[int] = 8
+
+
+class Pool:
+    """A sparse weight as a method sees it: with its name, its number in the model, its optimizer and parameter group."""
+
+    def __init__(
+        self, number: int, name: str, weight: SparseWeight, optimizer: Optimizer, group: dict[str, Any]
+    ) -> None:
+        self.number = number
+        self.name = name
+        self.weight = weight
+        self.optimizer = optimizer
+        self.group = group
+        #: Learning rate that the last optimizer step used, even where a scheduler has changed it since.
+        self.lr = float(group["lr"])
+
+    def stream(self, purpose: int) -> int:
+        """The random stream of this pool for ``purpose``."""
+        return (self.number + 1) * Purpose.COUNT + purpose
+
+
+class Attachment:
+    """The tie between a method and the optimizers: checks, followers, counting real steps, learning rates.
+
+    Raises ValueError at construction if a pool is in no optimizer or in two groups (the usual cause: `sparsify` after
+    the optimizer was made), or the optimizer cannot train pools (`rewire.nn.followers.check_optimizer`).
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> None:
+        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        weights = list(sparse_weights(model))
+        if not weights:
+            raise ValueError("the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first")
+        self.pools = [self._pool(i, name, weight) for i, (name, weight) in enumerate(weights)]
+        self._handles: list[Any] = []
+        for optimizer in self.optimizers:
+            self._handles += follow_optimizer(optimizer, (p.weight for p in self.pools))
+        # The hook keeps no strong reference to self: an abandoned method must not live as long as its optimizer.
+        here = weakref.ref(self)
+
+        def stepped(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            attachment = here()
+            if attachment is not None:
+                attachment._stepped(optimizer)
+
+        self._handles += [o.register_step_post_hook(stepped) for o in self.optimizers]
+        self._fresh: set[int] = set()
+
+    def _pool(self, number: int, name: str, weight: SparseWeight) -> Pool:
+        homes = [
+            (optimizer, group)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter is weight.values
+        ]
+        if len(homes) != 1:
+            where = "in no optimizer" if not homes else f"in the optimizer {len(homes)} times"
+            raise ValueError(
+                f"{name}.values is {where}, and must be there exactly once: make the optimizer after "
+                "rewire.sparsify or loading, from model.parameters(), and pass all optimizers to the method"
+            )
+        return Pool(number, name, weight, *homes[0])
+
+    def _stepped(self, optimizer: Optimizer) -> None:
+        self._fresh.add(id(optimizer))
+        for pool in self.pools:
+            if pool.optimizer is optimizer:
+                pool.lr = float(pool.group["lr"])
+
+    def take(self) -> list[Pool]:
+        """The pools whose optimizer has made a real step since the last call (a GradScaler may skip one)."""
+        fresh, self._fresh = self._fresh, set()
+        return [pool for pool in self.pools if id(pool.optimizer) in fresh]
+
+    def follow(self, pool: Pool, follower: Follower) -> None:
+        """Tell ``follower`` of the pool's changes until `detach`."""
+        self._handles.append(pool.weight.follow(follower))
+
+    def detach(self) -> None:
+        """Remove hooks and followers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class Method(ABC):
+    """A way of finding connections while training; the interface of all methods.
+
+    Call `penalty` in the loss, `step` after ``optimizer.step()`` (like a learning-rate scheduler, before it), `end_epoch`
+    after each epoch, and `finalize` at the end. A method is written by overriding `_after_step` and, where
+    needed, `_after_epoch`, `_wants_capture`, `_state` and `_load_state`; everything else is the same for all of them.
+
+    Args of every method:
+        model: with at least one sparse weight.
+        optimizer: the one (or several) that trains every pool, made before.
+        seed: of the method's own random numbers; by default the seed that the ranks agreed on
+            (`rewire.distributed.prepare`), else drawn from torch's default generator.
+    """
+
+    #: Set where a paper forbids decay of sparse values; construction then refuses an optimizer that has it.
+    forbids_weight_decay: ClassVar[bool] = False
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
+    ) -> None:
+        self.model = model
+        self._attachment = Attachment(model, optimizer)
+        self.pools = self._attachment.pools
+        if seed is None:
+            agreed = self.pools[0].weight.shared_seed
+            seed = random.seed_from() if agreed is None else agreed
+        if not 0 <= seed < random.SEED_BOUND:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
+        self.seed = seed
+        self.steps = 0
+        self.epochs = 0
+        self.updates = 0
+        self._dropped = {pool.name: 0 for pool in self.pools}
+        self._grown = {pool.name: 0 for pool in self.pools}
+        if self.forbids_weight_decay:
+            self._refuse_weight_decay()
+        self._request_capture()
+
+    # --- what users call --------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """The method's own term of the loss (a scalar); 0 for methods that act in `step`."""
+        return torch.zeros((), device=self.pools[0].weight.device)
+
+    @final
+    @torch.no_grad()
+    def step(self) -> None:
+        """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does nothing."""
+        pools = self._attachment.take()
+        if not pools:
+            return
+        self.steps += 1
+        self._after_step(pools)
+        for pool in pools:
+            pool.weight.capture = None
+        self._request_capture()
+
+    @final
+    @torch.no_grad()
+    def end_epoch(self, evaluate: Evaluate | None = None, *, last: bool = False) -> None:
+        """Act on the end of an epoch.
+
+        ``evaluate`` (model -> score) is for methods that decide by it. ``last`` says that no training follows: methods
+        whose paper does not rewire after the last epoch then leave the topology alone.
+        """
+        self.epochs += 1
+        self._after_epoch(evaluate, last)
+
+    def finalize(self) -> nn.Module:
+        """Take the method's hooks and followers off and return the model, ready for use or further training."""
+        self._attachment.detach()
+        for pool in self.pools:
+            pool.weight.capture = None
+        return self.model
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start: real steps, updates (changes of topology), connections dropped and grown per weight."""
+        return {
+            "steps": self.steps,
+            "updates": self.updates,
+            "dropped": dict(self._dropped),
+            "grown": dict(self._grown),
+        }
+
+    @final
+    def state_dict(self) -> dict[str, Any]:
+        """All the method needs to go on exactly as if never stopped; tensors, numbers, strings, dicts and lists only."""
+        return {
+            "method": type(self).__name__,
+            "seed": self.seed,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "updates": self.updates,
+            "dropped": dict(self._dropped),
+            "grown": dict(self._grown),
+            "own": self._state(),
+        }
+
+    @final
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result; the model must be restored as well, before or after.
+
+        Raises ValueError for the state of another method or of a model with other weights; nothing changes then.
+        """
+        if state.get("method") != type(self).__name__:
+            raise ValueError(f"this is the state of {state.get('method')}, not of {type(self).__name__}")
+        if set(state["dropped"]) != set(self._dropped):
+            raise ValueError(
+                f"this is the state of a model with weights {', '.join(state['dropped'])}, "
+                f"not {', '.join(self._dropped)}"
+            )
+        self.seed, self.steps, self.epochs = int(state["seed"]), int(state["steps"]), int(state["epochs"])
+        self._load_state(state["own"])
+        self.updates = int(state["updates"])
+        self._dropped, self._grown = dict(state["dropped"]), dict(state["grown"])
+        self._request_capture()
+
+    # --- what methods override --------------------------------------------------------------------------------------
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        """Act on the pools whose optimizer has just stepped; ``self.steps`` counts this step already."""
+
+    def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
+        """Act on the end of an epoch; ``self.epochs`` counts this epoch already."""
+
+    def _wants_capture(self, step: int) -> bool:
+        """Whether the layers shall keep (input, grad_output) of optimizer step number ``step`` (from 1) for `_after_step`."""
+        return False
+
+    def _state(self) -> dict[str, Any]:
+        """The method's own state beyond the counters."""
+        return {}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `_state`'s result."""
+
+    # --- services ---------------------------------------------------------------------------------------------------
+
+    def _exchange(self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0) -> Tensor:
+        """Drop ``slots`` and grow the connections (rows, cols) in their places; return the slots that grew.
+
+        With more grown than dropped, empty slots are taken (the pool is enlarged if there are too few); with fewer,
+        the last dropped slots are emptied.
+        """
+        weight, drops, grows = pool.weight, slots.numel(), rows.numel()
+        if grows > drops:
+            lacking = grows - drops
+            if weight.capacity - weight.connections < lacking:
+                room = max(weight.connections + lacking, weight.capacity + weight.capacity // 2)
+                weight.resize(min(room, weight.size), [pool.optimizer])
+            spare = (weight.rows < 0).nonzero().flatten()[:lacking]
+            slots = torch.cat([slots, spare])
+        elif grows < drops:
+            nothing = rows.new_full((drops - grows,), -1)
+            rows, cols = torch.cat([rows, nothing]), torch.cat([cols, nothing])
+            if isinstance(values, Tensor):
+                values = torch.cat([values, values.new_zeros(drops - grows)])
+        weight.rewire(slots, rows, cols, values)
+        self._dropped[pool.name] += drops
+        self._grown[pool.name] += grows
+        return slots[:grows]
+
+    def _request_capture(self) -> None:
+        if self._wants_capture(self.steps + 1):
+            for pool in self.pools:
+                if pool.weight.capture is None:
+                    pool.weight.capture = []
+
+    def _refuse_weight_decay(self) -> None:
+        for pool in self.pools:
+            if float(pool.group.get("weight_decay", 0)) != 0:
+                raise ValueError(
+                    f"{type(self).__name__} must not be combined with weight decay on sparse values, and the "
+                    f"optimizer decays {pool.name} by {pool.group['weight_decay']}: give the pools a parameter group "
+                    "with weight_decay=0"
+                )

@@ -1,0 +1,208 @@
+"""DEEP R: rewiring as sampling from a posterior, with the number of connections strictly kept."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import random, topology
+from rewire.methods.base import Method, Pool, Purpose
+from rewire.methods.grow import Scope, allot, random_dormant, random_in_rows
+from rewire.methods.registry import register
+from rewire.nn import Event
+from rewire.ops import langevin_step_
+from rewire.schedules import Schedule, at, checked
+
+__all__ = ["DeepR"]
+
+
+@register(
+    name="deep-r",
+    paper="Bellec, Kappel, Maass, Legenstein, ICLR 2018 (arXiv 1711.05136)",
+    summary="a random walk over weights and connections: what crosses zero is replaced at once by a random connection",
+    keeps_budget="every step",
+    guarantees=(
+        "K exact after every step, per layer, per network or per neuron",
+        "samples the posterior over networks (plain SGD, constant rate, every=1)",
+        "a position keeps one sign (signs='fixed')",
+    ),
+)
+class DeepR(Method):
+    """DEEP R (Algorithm 1 of the paper), after every optimizer step of rate eta.
+
+    A connection has w = s theta with a sign s and theta >= 0; the optimizer has moved w along its gradient already::
+
+        theta <- theta - eta l1 + sqrt(2 eta T) nu,   nu ~ N(0, 1)          on every active connection
+        theta < 0: the connection goes dormant, and one drawn uniformly from the dormant ones (that one included)
+                   becomes active with theta = 0
+
+    L1 and noise are decoupled from the optimizer: not preconditioned, scaled or clipped; they use the rate that
+    the step used. With plain SGD this is the paper's update; with momentum or Adam the state of a new connection starts
+    afresh (methods.md 1.8). Weight decay on sparse values is refused.
+
+    Args:
+        l1: the prior's coefficient alpha; a float or a schedule over steps.
+        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 / 2. Default 1e-5.
+        temperature: T itself instead, as in the paper. A float or a schedule over steps.
+        scope: over what the budget is kept: "layer", "network" (connections wander between layers) or "neuron" (every
+            row keeps its fan-in).
+        signs: "fixed" (a position's sign is a hash of seed, row and column; values given at construction take it) or
+            "redrawn" (a new sign whenever a connection is grown, values keep theirs: the choice for trained networks).
+        allotment: how scope "network" shares out new connections: "uniform" over all dormant ones of the network, or
+            "authors", by the layers' initial budgets as in their code (which adds a prior on layers).
+        every: optimizer steps between rewirings. The paper's 1 keeps the law; with more, connections that crossed zero
+            wait at 0, without effect, for the next rewiring.
+
+    Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot.
+    Guarantee: exactly K active slots after every step.
+    """
+
+    forbids_weight_decay = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        l1: float | Schedule = 1e-5,
+        noise: float | Schedule | None = None,
+        temperature: float | Schedule | None = None,
+        scope: Scope = "layer",
+        signs: Literal["fixed", "redrawn"] = "fixed",
+        allotment: Literal["uniform", "authors"] = "uniform",
+        every: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        if noise is not None and temperature is not None:
+            raise ValueError("give noise= or temperature=, not both: T = lr * noise**2 / 2")
+        _one_of("scope", scope, ("layer", "network", "neuron"))
+        _one_of("signs", signs, ("fixed", "redrawn"))
+        _one_of("allotment", allotment, ("uniform", "authors"))
+        if every < 1:
+            raise ValueError(f"every must be a number of steps of at least 1, not {every}")
+        self.l1 = checked("l1", l1, 0.0)
+        self.noise = checked("noise", 1e-5 if noise is None else noise, 0.0)
+        self.temperature = None if temperature is None else checked("temperature", temperature, 0.0)
+        self.scope, self.signs, self.allotment, self.every = scope, signs, allotment, every
+        super().__init__(model, optimizer, seed=seed)
+        self._shares = [float(pool.weight.connections) for pool in self.pools]
+        self._signs = [self._current_signs(pool) for pool in self.pools]
+        self._waiting: list[Tensor] = [
+            torch.empty(0, dtype=torch.int64, device=pool.weight.device) for pool in self.pools
+        ]
+        with torch.no_grad():
+            for pool, sign in zip(self.pools, self._signs, strict=True):
+                values = pool.weight.values
+                values.copy_(torch.where(pool.weight.rows >= 0, values.abs() * sign, torch.zeros_like(values)))
+        here = weakref.ref(self)
+        for i, pool in enumerate(self.pools):
+            self._attachment.follow(pool, lambda event, i=i: _tell(here, i, event))
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        for pool in pools:
+            self._diffuse(pool)
+        if self.steps % self.every == 0:
+            self._rewire()
+
+    def _diffuse(self, pool: Pool) -> None:
+        """Noise, L1 and the sign test; what crossed zero waits."""
+        l1, weight = at(self.l1, self.steps), pool.weight
+        if self.temperature is None:
+            std = pool.lr * at(self.noise, self.steps)
+        else:
+            std = math.sqrt(2 * pool.lr * at(self.temperature, self.steps))
+        crossed = langevin_step_(
+            weight.values,
+            weight.rows,
+            self._signs[pool.number],
+            pool.lr * l1,
+            std,
+            self.seed,
+            self.steps,
+            pool.stream(Purpose.NOISE),
+        )
+        weight.touched()
+        if self.every > 1:
+            waiting = self._waiting[pool.number]
+            weight.values.index_fill_(0, waiting, 0.0)
+            crossed = torch.unique(torch.cat([waiting, crossed]))
+        self._waiting[pool.number] = crossed
+
+    def _rewire(self) -> None:
+        dropped = self._waiting
+        self._waiting = [d[:0] for d in dropped]
+        if self.scope == "network":
+            shares = self._shares if self.allotment == "authors" else None
+            counts = allot(self.pools, dropped, shares, self.seed, self.steps)
+        else:
+            counts = [d.numel() for d in dropped]
+        for pool, slots, count in zip(self.pools, dropped, counts, strict=True):
+            if slots.numel() or count:
+                self._replace(pool, slots, count)
+        self.updates += 1
+
+    def _replace(self, pool: Pool, slots: Tensor, count: int) -> None:
+        if self.scope == "neuron":
+            slots, rows, cols = random_in_rows(pool, slots, self.seed, self.steps)
+        else:
+            rows, cols = random_dormant(pool, slots, count, self.seed, self.steps)
+        value: Tensor | float = 0.0
+        if self.signs == "redrawn":
+            # The sign of a connection at zero is kept in the sign bit of its zero, so it is saved with the value.
+            counter = torch.arange(count, device=rows.device)
+            drawn = random.bits(self.seed, self.steps, pool.stream(Purpose.REDRAW), counter)
+            value = torch.copysign(torch.zeros(()), (drawn & 1).to(pool.weight.dtype) - 0.5).to(pool.weight.dtype)
+        self._exchange(pool, slots, rows, cols, value)
+
+    # --- signs ------------------------------------------------------------------------------------------------------
+
+    def _current_signs(self, pool: Pool, slots: Tensor | None = None) -> Tensor:
+        """Signs (int8) of all slots, or of ``slots``: a function of position, or of the value's sign bit."""
+        weight = pool.weight
+        if self.signs == "redrawn":
+            values = weight.values.detach() if slots is None else weight.values.detach()[slots]
+            return (1 - 2 * torch.signbit(values).to(torch.int8)).to(torch.int8)
+        rows, cols = (t if slots is None else t[slots] for t in (weight.rows, weight.cols))
+        return topology.position_signs(rows, cols, self.seed, pool.stream(Purpose.SIGN))
+
+    def _changed(self, number: int, event: Event) -> None:
+        pool = self.pools[number]
+        waiting = self._waiting[number]
+        if event.loaded or event.source is not None:
+            self._signs[number] = self._current_signs(pool)
+        else:
+            self._signs[number][event.slots] = self._current_signs(pool, event.slots)
+        if waiting.numel() and not event.loaded:
+            if event.source is not None:
+                waiting = torch.isin(event.source, waiting).nonzero().flatten()
+            self._waiting[number] = waiting[~torch.isin(waiting, event.slots)]
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "shares": list(self._shares),
+            "waiting": {p.name: w.clone() for p, w in zip(self.pools, self._waiting, strict=True)},
+        }
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        self._shares = [float(s) for s in state["shares"]]
+        self._waiting = [state["waiting"][p.name].to(p.weight.device, copy=True) for p in self.pools]
+        self._signs = [self._current_signs(pool) for pool in self.pools]
+
+
+def _tell(method: weakref.ref[DeepR], number: int, event: Event) -> None:
+    here = method()
+    if here is not None:
+        here._changed(number, event)
+
+
+def _one_of(name: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")

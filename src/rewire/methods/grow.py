@@ -1,0 +1,105 @@
+"""Which connections to grow: small criteria, plugged into a `rewire.methods.Rewirer`, and the sampling they rest on.
+
+A criterion is a callable ``(pool, dropped slots, count, seed, step) -> (rows, cols)``: int64, distinct, dormant once the
+dropped ones are gone. Just-dropped positions are candidates, so there is always room for as many as were dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rewire import random, topology
+from rewire.methods.base import Pool, Purpose
+
+__all__ = ["Grow", "Random", "Scope", "allot", "random_dormant", "random_in_rows"]
+
+#: Over what the budget is kept.
+Scope: TypeAlias = Literal["layer", "network", "neuron"]
+
+
+class Grow(Protocol):
+    """Chooses the connections that one pool grows."""
+
+    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """``count`` positions (rows, cols) to grow while the slots ``dropped`` go."""
+        ...
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniformly random dormant connections of the pool (SET, DEEP R)."""
+
+    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        return random_dormant(pool, dropped, count, seed, step)
+
+
+def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """``count`` connections, uniform over those dormant once ``dropped`` are gone. O(count log) time."""
+    weight = pool.weight
+    return topology.sample_dormant(
+        weight.index,
+        *weight.matrix_shape,
+        count,
+        weight.rows[dropped].long(),
+        weight.cols[dropped].long(),
+        seed,
+        step,
+        pool.stream(Purpose.GROW),
+    )
+
+
+def random_in_rows(pool: Pool, dropped: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One new connection in the row of each dropped one, so fan-in stays; returns (slots, rows, cols), slots reordered by row."""
+    weight = pool.weight
+    rows, order = torch.sort(weight.rows[dropped].long(), stable=True)
+    slots = dropped[order]
+    cols = topology.sample_dormant_in_rows(
+        weight.index,
+        *weight.matrix_shape,
+        rows,
+        weight.cols[slots].long(),
+        seed,
+        step,
+        pool.stream(Purpose.GROW),
+    )
+    return slots, rows, cols
+
+
+def allot(
+    pools: Sequence[Pool], dropped: Sequence[Tensor], shares: Sequence[float] | None, seed: int, step: int
+) -> list[int]:
+    """How many of the connections dropped all over the network each pool grows; sums to the number dropped.
+
+    ``shares`` None: as a uniform draw over all dormant connections of the network would have it (exactly: a uniformly
+    random subset of their union). Otherwise multinomial with probabilities proportional to ``shares``, as in
+    DEEP R's code; what a pool has no room for is drawn again among the others.
+    """
+    total = sum(d.numel() for d in dropped)
+    room = [p.weight.size - p.weight.connections + d.numel() for p, d in zip(pools, dropped, strict=True)]
+    stream = pools[0].stream(Purpose.ALLOT)
+    if shares is None:
+        ranks = random.distinct(total, sum(room), seed, step, stream)
+        edges = torch.tensor(room).cumsum(0)
+        bins = torch.searchsorted(edges, ranks, right=True)
+        return torch.bincount(bins, minlength=len(pools)).tolist()  # type: ignore[no-any-return]
+    counts, drawn, used = [0] * len(pools), 0, 0
+    while drawn < total:
+        open_share = torch.tensor(
+            [s if c < r else 0.0 for s, c, r in zip(shares, counts, room, strict=True)], dtype=torch.float64
+        )
+        edges = (open_share / open_share.sum()).cumsum(0)
+        # Counters run on over the rounds, so that a round never repeats the numbers of the one before.
+        t = torch.arange(used, used + total - drawn, dtype=torch.int64)
+        used += t.numel()
+        uniform = random.bits(seed, step, stream, t).double() * 2.0**-63
+        bins = torch.searchsorted(edges, uniform, right=True).clamp(max=len(pools) - 1)
+        for i, n in enumerate(torch.bincount(bins, minlength=len(pools)).tolist()):
+            taken = min(n, room[i] - counts[i])
+            counts[i] += taken
+            drawn += taken
+    return counts

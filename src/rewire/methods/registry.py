@@ -1,0 +1,116 @@
+"""The registry: every method described as data beside its class. Command line, docs and tests are made from it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rewire.methods.base import Method
+
+__all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
+
+Memory = Literal["O(K)", "O(M)"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyper-parameter of a method: its type annotation, default and one-line help (from the class docstring)."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method.
+
+    keeps_budget: how K is kept: "every step" (exactly, after every step), "every update", or "no".
+    memory: "O(K)" (truly sparse) or "O(M)" (needs dense state).
+    needs: "" or what the method must be given ("gradients", "activations", a trained model, ...).
+    """
+
+    name: str
+    cls: type[Method]
+    paper: str
+    summary: str
+    keeps_budget: str
+    memory: Memory
+    guarantees: tuple[str, ...]
+    needs: str = ""
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The method's own hyper-parameters (keyword-only, without ``seed``), by name."""
+        hints = get_type_hints(self.cls.__init__)
+        text = inspect.getdoc(self.cls) or ""
+        return {
+            p.name: Parameter(p.name, hints.get(p.name, Any), p.default, _help(text, p.name))
+            for p in inspect.signature(self.cls.__init__).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "seed"
+        }
+
+
+def _help(doc: str, name: str) -> str:
+    """The sentences after ``name:`` (or ``name, other:``) in the Args of a docstring."""
+    found = re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)*: (.*(?:\n {{6,}}.*)*)", doc, re.MULTILINE)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+_METHODS: dict[str, MethodInfo] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(
+    *,
+    name: str,
+    paper: str,
+    summary: str,
+    keeps_budget: str,
+    guarantees: Iterable[str],
+    memory: Memory = "O(K)",
+    needs: str = "",
+) -> Callable[[_M], _M]:
+    """Class decorator that enters a method into the registry under ``name`` (what the command line calls it)."""
+
+    def enter(cls: _M) -> _M:
+        if name in _METHODS:
+            raise ValueError(f"a method called {name!r} is registered already ({_METHODS[name].cls.__qualname__})")
+        _METHODS[name] = MethodInfo(name, cls, paper, summary, keeps_budget, memory, tuple(guarantees), needs)
+        return cls
+
+    return enter
+
+
+def available() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(_METHODS)
+
+
+def info(name: str) -> MethodInfo:
+    """The registry's entry for ``name``; ValueError with the names there are, and the nearest, otherwise."""
+    if name in _METHODS:
+        return _METHODS[name]
+    near = get_close_matches(name, _METHODS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown method {name!r}: choose one of {', '.join(available())}{hint}")
+
+
+def create(name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], **parameters: Any) -> Method:
+    """Make the method called ``name`` with its hyper-parameters; ValueError names a parameter it does not have."""
+    entry = info(name)
+    allowed = entry.parameters()
+    for given in parameters:
+        if given not in allowed and given != "seed":
+            near = get_close_matches(given, allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(allowed) or "none"
+            raise ValueError(f"{name} has no parameter {given!r}: it has {names}{hint}")
+    return entry.cls(model, optimizer, **parameters)

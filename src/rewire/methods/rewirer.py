@@ -1,0 +1,88 @@
+"""`Rewirer`: a method composed of a drop criterion, a grow criterion, when, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import random
+from rewire.methods.base import Evaluate, Method, Pool, Purpose
+from rewire.methods.drop import Drop
+from rewire.methods.grow import Grow
+from rewire.schedules import Schedule, at, checked
+
+__all__ = ["NewValues", "Rewirer", "normal_values"]
+
+#: Values of newly grown connections: ``(pool, count, seed, step) -> tensor``; None for 0.
+NewValues = Callable[[Pool, int, int, int], Tensor]
+
+
+def normal_values(std: float) -> NewValues:
+    """New connections start at N(0, std^2)."""
+
+    def draw(pool: Pool, count: int, seed: int, step: int) -> Tensor:
+        device = pool.weight.device
+        return std * random.normal(seed, step, pool.stream(Purpose.VALUE), count, device).to(pool.weight.dtype)
+
+    return draw
+
+
+class Rewirer(Method):
+    """Drop, then grow as many: the budget of every layer is exact at every moment.
+
+    Every ``every`` optimizer steps, or at the end of every epoch (but not after the last), each pool drops the
+    connections that ``drop`` chooses and grows as many that ``grow`` chooses; what was just dropped may come back. Grown
+    connections start at 0 (or at ``values``), their gradient and optimizer state afresh.
+
+    Args:
+        drop: criterion, see `rewire.methods.drop`.
+        grow: criterion, see `rewire.methods.grow`.
+        fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over optimizer steps, or over
+            epochs where ``every`` is "epoch".
+        every: number of optimizer steps between updates, or "epoch".
+        until: no update after this many steps (or epochs); None for never stopping.
+        values: of new connections; None for 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        drop: Drop,
+        grow: Grow,
+        fraction: float | Schedule,
+        every: int | Literal["epoch"] = "epoch",
+        until: int | None = None,
+        values: NewValues | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if every != "epoch" and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be 'epoch' or a number of steps of at least 1, not {every!r}")
+        self.fraction = checked("fraction", fraction, 0.0, 1.0)
+        self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
+        super().__init__(model, optimizer, seed=seed)
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        if self.every != "epoch" and self.steps % self.every == 0:
+            self._update(pools, self.steps)
+
+    def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
+        if self.every == "epoch" and not last:
+            self._update(self.pools, self.epochs)
+
+    def _update(self, pools: list[Pool], time: int) -> None:
+        if self.until is not None and time > self.until:
+            return
+        fraction = at(self.fraction, time)
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"the schedule of fraction gave {fraction} at {time}: it must stay in [0, 1]")
+        for pool in pools:
+            slots = self.drop(pool, fraction)
+            rows, cols = self.grow(pool, slots, slots.numel(), self.seed, time)
+            new = self.values(pool, slots.numel(), self.seed, time) if self.values else 0.0
+            self._exchange(pool, slots, rows, cols, new)
+        self.updates += 1

@@ -1,0 +1,67 @@
+"""SET: sparse evolutionary training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rewire.methods.drop import MagnitudeBySign
+from rewire.methods.grow import Random
+from rewire.methods.registry import register
+from rewire.methods.rewirer import Rewirer, normal_values
+from rewire.schedules import Schedule
+
+__all__ = ["SET"]
+
+
+@register(
+    name="set",
+    paper="Mocanu et al., Nature Communications 2018 (doi 10.1038/s41467-018-04316-3)",
+    summary="after every epoch, replace the weakest positive and negative weights by random connections",
+    keeps_budget="every step",
+    guarantees=("K exact in every layer at every moment", "the same share of each sign is dropped"),
+)
+class SET(Rewirer):
+    """At the end of every epoch but the last, in each layer::
+
+        drop  floor(zeta n+) smallest of the n+ positive and floor(zeta n-) largest of the n- negative weights
+        grow  as many, uniformly over the dormant positions (just-dropped ones included)
+
+    Optimizer state of survivors is kept, that of new connections starts afresh.
+
+    Args:
+        fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
+        new_values: "zero" (the authors' Keras code) or "normal", N(0, 0.1^2) (their SciPy code).
+        every: "epoch", or a number of optimizer steps.
+        until: no update after this many epochs (or steps).
+
+    Cost: O(K log K) per update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        fraction: float | Schedule = 0.3,
+        new_values: Literal["zero", "normal"] = "zero",
+        every: int | Literal["epoch"] = "epoch",
+        until: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if new_values not in ("zero", "normal"):
+            raise ValueError(f"new_values must be 'zero' or 'normal', not {new_values!r}")
+        super().__init__(
+            model,
+            optimizer,
+            drop=MagnitudeBySign(),
+            grow=Random(),
+            fraction=fraction,
+            every=every,
+            until=until,
+            values=normal_values(0.1) if new_values == "normal" else None,
+            seed=seed,
+        )
