@@ -15,7 +15,7 @@ FOLDER = Path("src/rewire/ops/cpu")
 # The stable ABI of torch 2.10: one build serves all later versions. (py_limited_api does the same for Python,
 # from 3.10 on: torch's BuildExtension defines Py_LIMITED_API itself.)
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-# Contraction makes fused multiply-adds of a * b + c; vectors are passed between inlined functions only (psabi).
+# Contraction makes fused multiply-adds; vectors are passed between inlined functions only, hence no psabi notes.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
 
 

@@ -1,7 +1,7 @@
 """Loads the C++ library with the native kernels, if it was built, and says what became of it.
 
-The library registers its functions as ``torch.ops.rewire.*``. Two environment variables are read once, when the
-library is first asked for: ``REWIRE_NATIVE=0`` leaves it out (everything then runs in plain PyTorch), and
+The library registers its functions as ``torch.ops.rewire.*``. Two environment variables are read once, when it is
+first asked for: ``REWIRE_NATIVE=0`` leaves it out (everything then runs in plain PyTorch), and
 ``REWIRE_CPU_CAPABILITY`` = ``portable``, ``avx2`` or ``avx512`` caps the instruction set.
 """
 
@@ -54,7 +54,7 @@ def _load() -> _State:
         except OSError as error:
             reason = f"the C++ extension does not load: {error}"
     warnings.warn(
-        f"rewire computes in plain PyTorch, many times slower than with its native kernels, because {reason}. "
+        f"rewire computes in plain PyTorch, many times slower than with native kernels, because {reason}. "
         "Reinstall it where a C++17 compiler is present, or set REWIRE_NATIVE=0 to accept this silently.",
         NativeKernelsUnavailable,
         stacklevel=2,

@@ -1,8 +1,8 @@
 """The arithmetic of sparse layers: y = W x, its two gradients, and the layouts in between.
 
 `spmm`, `sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is the
-differentiable product made of them; `langevin_step_` is the random walk of DEEP R. On the CPU, in float32 and float64,
-they run native kernels if the library is there; everywhere else, plain PyTorch.
+differentiable product made of them; `langevin_step_` is the random walk of DEEP R. On the CPU, in float32 and
+float64, they run native kernels if the library is there; everywhere else, plain PyTorch.
 """
 
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm

@@ -1,10 +1,12 @@
 """Chooses between the native kernels and the reference, and tells the compiler what the native ones return.
 
-Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W x``, by column
-for the input gradient; ``x`` is (batch, features) with any strides.
+Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W x``, by
+column for the input gradient; ``x`` is (batch, features) with any strides.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ _DTYPES = (torch.float32, torch.float64)
 def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row r.
 
-    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises RuntimeError on
-    a bad index. O(K batch) time.
+    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises RuntimeError
+    on a bad index. O(K batch) time.
     """
     if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
         y: Tensor = torch.ops.rewire.spmm(ptr, idx, slots, values, x, bias)
@@ -31,7 +33,7 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
 
 
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
-    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` for the connections i of every row r; else zero.
+    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r; else zero.
 
     ``g`` is (batch, rows), out is (capacity,). Raises RuntimeError on a bad index. O(K batch) time.
     """
@@ -57,21 +59,28 @@ def batch_major(x: Tensor) -> Tensor:
     return reference.batch_major(x)
 
 
+def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register what the compiler may know of a native kernel: shape, strides and dtype of its result."""
+    register: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    register = torch.library.register_fake(f"rewire::{name}")
+    return register
+
+
 if _NATIVE:
 
-    @torch.library.register_fake("rewire::spmm")
+    @_fake("spmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = ptr.shape[0] - 1
         return torch.empty_strided((x.shape[0], rows), (1, x.shape[0]), dtype=x.dtype, device=x.device)
 
-    @torch.library.register_fake("rewire::sddmm")
+    @_fake("sddmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
         return x.new_empty((capacity,))
 
-    @torch.library.register_fake("rewire::feature_major")
+    @_fake("feature_major")
     def _(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, (1, x.shape[0]), dtype=x.dtype, device=x.device)
 
-    @torch.library.register_fake("rewire::batch_major")
+    @_fake("batch_major")
     def _(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device)

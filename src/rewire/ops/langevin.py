@@ -11,13 +11,20 @@ __all__ = ["langevin_step_"]
 
 
 def langevin_step_(
-    values: Tensor, rows: Tensor, signs: Tensor, shrink: float, noise: float, seed: int, step: int, stream: int
+    values: Tensor,
+    rows: Tensor,
+    signs: Tensor,
+    shrink: float,
+    noise: float,
+    seed: int,
+    step: int,
+    stream: int,
 ) -> Tensor:
-    """theta <- theta - shrink + noise * nu on every active slot, in place; return the slots with theta < 0 (int64).
+    """theta <- theta - shrink + noise * nu on every active slot, in place; return the slots with theta < 0.
 
-    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. Slots come back in ascending order with
-    value 0; empty slots (rows == -1) are left alone. values (C,) float; rows (C,) int; signs (C,) int8 of +-1.
-    One streaming pass; with ``noise == 0`` nothing is drawn.
+    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. Slots come back (int64) in ascending
+    order with value 0; empty slots (rows == -1) are left alone. values (C,) float; rows (C,) int; signs (C,) int8
+    of +-1. One streaming pass; with ``noise == 0`` nothing is drawn.
     """
     if _native.available() and values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         dropped: Tensor = torch.ops.rewire.langevin_step_(values, rows, signs, shrink, noise, seed, step, stream)

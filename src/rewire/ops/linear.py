@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +22,29 @@ def _in_runs(x: Tensor) -> Tensor:
     return x if x.stride(0) == 1 or x.shape[0] == 1 else feature_major(x)
 
 
+def _apply(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Iterable[Tensor],
+    capture: list[tuple[Tensor, Tensor]] | None = None,
+    contiguous_output: bool = False,
+) -> Tensor:
+    y: Tensor = _Linear.apply(x, values, bias, *index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
+    return y
+
+
+def _plus(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
+
+
 class _Linear(torch.autograd.Function):
-    """y = x W^T + bias. The transposed product is the same Function with the two index lists exchanged, and the
-    gradient of the values is `_Sample`, so derivatives of any order are made of these two."""
+    """y = x W^T + bias.
+
+    The transposed product is the same Function with the two index lists exchanged, and the gradient of the values
+    is `_Sample`, so derivatives of any order are made of these two. A copy of x with the batch contiguous is a
+    second output: saved as such, it keeps its place in the graph, which a second derivative needs.
+    """
 
     @staticmethod
     def forward(
@@ -39,24 +60,31 @@ class _Linear(torch.autograd.Function):
         col_slots: Tensor,
         capture: list[tuple[Tensor, Tensor]] | None,
         contiguous_output: bool,
-    ) -> Tensor:
-        x = _in_runs(x)
-        y = spmm(row_ptr, row_cols, row_slots, values, x, bias)
+    ) -> tuple[Tensor, Tensor | None]:
+        runs = _in_runs(x)
+        y = spmm(row_ptr, row_cols, row_slots, values, runs, bias)
+        ctx.set_materialize_grads(False)
         ctx.capture = capture
-        # Everything that backward reads goes through here, for autograd checks that none of it was changed since.
-        ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
-        return batch_major(y) if contiguous_output else y
+        # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
+        ctx.save_for_backward(runs, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
+        return batch_major(y) if contiguous_output else y, None if runs is x else runs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return grad_runs, None, None, *_NO_GRADIENTS
         x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or values.requires_grad):
-            return _differentiable_backward(ctx, g)
-        g = _in_runs(g)
+        if torch.compiler.is_compiling():
+            # Strides are not known while backward is traced; where they prove right this copies nothing.
+            g = g.t().contiguous().t()
+        elif torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or values.requires_grad):
+            return _differentiable_backward(ctx, g, grad_runs)
+        else:
+            g = _in_runs(g)
         if ctx.capture is not None:
             ctx.capture.append((x.detach(), g.detach()))
-        grad_x = spmm(col_ptr, col_rows, col_slots, values, g) if need_x else None
+        grad_x = _plus(spmm(col_ptr, col_rows, col_slots, values, g), grad_runs) if need_x else None
         grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x) if need_values else None
         grad_bias = g.sum(0) if need_bias else None
         return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
@@ -71,23 +99,25 @@ class _Sample(torch.autograd.Function):
         return sddmm(index[0], index[1], index[2], capacity, g, x)
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
         g, x, *lists = ctx.saved_tensors
         by_row, by_col = lists[:3], lists[3:]
-        grad_g = _Linear.apply(x, h, None, *by_row, *by_col, None, False) if ctx.needs_input_grad[0] else None
-        grad_x = _Linear.apply(g, h, None, *by_col, *by_row, None, False) if ctx.needs_input_grad[1] else None
+        grad_g = _apply(x, h, None, by_row + by_col) if ctx.needs_input_grad[0] else None
+        grad_x = _apply(g, h, None, by_col + by_row) if ctx.needs_input_grad[1] else None
         return grad_g, grad_x, None, *(None,) * 6
 
 
-def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, g: Tensor, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
     """Backward under ``create_graph=True``."""
     x, values, *lists = ctx.saved_tensors
     by_row, by_col = lists[:3], lists[3:]
     if ctx.capture is not None:
         ctx.capture.append((_in_runs(x.detach()), _in_runs(g.detach())))
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    grad_x = _Linear.apply(g, values, None, *by_col, *by_row, None, False) if need_x else None
-    grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col) if need_values else None
+    grad_x = _plus(_apply(g, values, None, by_col + by_row), grad_runs) if need_x else None
+    grad_values = None
+    if need_values:
+        grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col)  # type: ignore[no-untyped-call]
     grad_bias = g.sum(0) if need_bias else None
     return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
 
@@ -104,22 +134,19 @@ def sparse_linear(
 
     ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its strides are
     (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary ones with
-    ``contiguous_output``. If ``capture`` is a list, backward appends ``(x, gradient of the output)`` to it, both
-    (batch, features) with the batch contiguous. Differentiable to any order. O(K batch) time; beyond the result,
-    keeps x for backward, as a copy unless its batch is contiguous already.
+    ``contiguous_output``. If ``capture`` is a list, backward appends ``(x, gradient of the output)`` to it,
+    both (batch, features) with the batch contiguous. Differentiable to any order. O(K batch) time; beyond the
+    result, keeps x for backward, as a copy unless its batch is contiguous already.
     """
     if x.dtype != values.dtype:
         raise RuntimeError(
-            f"x is {x.dtype} and the weight's values are {values.dtype}: convert one, so that both are the same"
+            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both agree"
         )
     in_features = index.col_ptr.shape[0] - 1
     if not x.dim() or x.shape[-1] != in_features:
         raise RuntimeError(f"x has shape {tuple(x.shape)}, but the layer takes (..., {in_features})")
     if x.dim() == 2:
-        y: Tensor = _Linear.apply(x, values, bias, *index, capture, contiguous_output)
-        return y
+        return _apply(x, values, bias, index, capture, contiguous_output)
     lead = x.shape[:-1]
-    flat: Tensor = _Linear.apply(
-        x.reshape(lead.numel(), in_features), values, bias, *index, capture, contiguous_output
-    )
+    flat = _apply(x.reshape(lead.numel(), in_features), values, bias, index, capture, contiguous_output)
     return flat.view(*lead, index.row_ptr.shape[0] - 1)

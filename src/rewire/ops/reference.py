@@ -1,8 +1,8 @@
 """The products in plain PyTorch, for any device and dtype: the truth that the kernels are tested against.
 
-Connections are processed in blocks, so that no (connections, batch) array of the whole list is ever allocated. All
-of it traces under `torch.compile`: no tensor is read from Python, and list entries from ``ptr[-1]`` on are masked out,
-not cut off.
+Connections are processed in blocks, so that no (connections, batch) array of the whole list is ever allocated.
+All of it traces under `torch.compile`: no tensor is read from Python, and list entries from ``ptr[-1]`` on are
+masked out, not cut off.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def batch_major(x: Tensor) -> Tensor:
 
 
 def _rows_of(ptr: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Row of each of the list entries ``start ... stop - 1``, and whether the entry is a connection at all."""
+    """Row of each list entry from ``start`` to ``stop``, and whether the entry is a connection at all."""
     place = torch.arange(start, stop, device=ptr.device, dtype=ptr.dtype)
     row = torch.searchsorted(ptr, place, right=True) - 1
     active = place < ptr[-1]
@@ -38,6 +38,8 @@ def _rows_of(ptr: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 def _block(length: int, batch: int) -> int:
+    if torch.compiler.is_compiling():
+        batch = 1  # the number of blocks must not depend on a batch size that may be symbolic
     return max(1, _BLOCK_ELEMENTS // max(batch, 1), -(-length // _MAX_BLOCKS))
 
 
@@ -56,7 +58,7 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
     length = idx.shape[0]
     if rows and length and x.shape[1]:
         features = x.t()
-        block = _block(length, 1 if isinstance(x.shape[0], torch.SymInt) else x.shape[0])
+        block = _block(length, x.shape[0])
         for first in range(0, length, block):
             stop = min(first + block, length)
             row, active = _rows_of(ptr, first, stop)
@@ -66,7 +68,7 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
 
 
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
-    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` for the connections i of every row r; else zero."""
+    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r; else zero."""
     _check_lists(ptr, idx, slots)
     if g.dim() != 2 or x.dim() != 2 or g.shape[0] != x.shape[0] or g.shape[1] != ptr.shape[0] - 1:
         raise RuntimeError("sddmm: g must be (batch, rows) and x (batch, features)")
@@ -76,7 +78,7 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
     length = idx.shape[0]
     if g.shape[1] and length and x.shape[1]:
         gradients, features = g.t(), x.t()
-        block = _block(length, 1 if isinstance(x.shape[0], torch.SymInt) else x.shape[0])
+        block = _block(length, x.shape[0])
         for first in range(0, length, block):
             stop = min(first + block, length)
             row, active = _rows_of(ptr, first, stop)
