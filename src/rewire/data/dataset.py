@@ -35,8 +35,9 @@ class Dataset:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
             if x.dim() != 2 or y.dim() != 1 or x.shape[0] != y.shape[0] or x.shape[0] == 0:
                 raise DataError(
-                    f"data set {self.name!r}: the {part} part has inputs of shape {tuple(x.shape)} and labels "
-                    f"of shape {tuple(y.shape)}; allowed are (samples, features) and (samples,), samples > 0"
+                    f"data set {self.name!r}: the {part} part has inputs of shape {tuple(x.shape)} and "
+                    f"labels of shape {tuple(y.shape)}; "
+                    "allowed are (samples, features) and (samples,), samples > 0"
                 )
             if x.dtype != torch.float32 or y.dtype != torch.int64:
                 raise DataError(f"data set {self.name!r}: inputs must be float32 and labels int64")

@@ -82,7 +82,8 @@ def download(
     """Fetch `url` into `target`.
 
     Bytes gather in `<target>.part`, which survives an interruption and is continued by the next call; the
-    file gets its name only when its checksum is right. `help_line` ends every error message: what else one can do.
+    file gets its name only when its checksum is right. `help_line` ends every error message: what else one
+    can do.
     """
     part = target.with_name(target.name + ".part")
     try:

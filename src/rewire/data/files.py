@@ -60,9 +60,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             sync_file(file)
         rename(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             remove(temporary)
+        if isinstance(error, OSError):  # what the user asked for, not the temporary name or none at all
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -1,0 +1,5 @@
+"""`python -m rewire`."""
+
+from rewire.cli import main
+
+main()

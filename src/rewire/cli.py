@@ -1,0 +1,366 @@
+"""The command line. Every error a user can cause is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+
+import typer
+
+from rewire.train.config import OPTIMIZERS, TrainConfig
+from rewire.train.signals import Signals
+
+if TYPE_CHECKING:  # torch is loaded by the commands that need it, so that --help is quick
+    from rewire.train.run_dir import RunDir
+
+USAGE = 2
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+app = typer.Typer(
+    name="rewire",
+    help="Train deep networks under a connection budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class CliError(Exception):
+    """One line for stderr, and the exit code."""
+
+    def __init__(self, line: str, code: int = USAGE) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+def _resume_command(run_dir: Path) -> str:
+    return f"rewire train --resume --run-dir {shlex.quote(str(run_dir))}"
+
+
+@contextlib.contextmanager
+def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator[None]:
+    """Turn what can go wrong into a `CliError` that says what to do."""
+    from rewire.data import DataError
+    from rewire.train import checkpoint
+    from rewire.train.errors import StoppedError, TrainError
+
+    def how_to_go_on() -> str:
+        folder = run_dir()
+        if folder is None or not checkpoint.exists(folder):
+            return ""
+        return f"; the last checkpoint is whole, go on with: {_resume_command(folder)}"
+
+    try:
+        yield
+    except (DataError, TrainError) as error:
+        raise CliError(str(error)) from None
+    except StoppedError as error:
+        raise CliError(f"stopped after step {error.step}{how_to_go_on()}", 128 + error.signal) from None
+    except KeyboardInterrupt:
+        raise CliError(f"stopped{how_to_go_on()}", 128 + (signals.received or signal.SIGINT)) from None
+    except MemoryError:
+        raise CliError(f"out of memory{how_to_go_on()}") from None
+    except OSError as error:
+        room = "make room" if error.errno in FULL else ""
+        where = f" {error.filename}" if error.filename else ""
+        line = f"cannot read or write{where}: {error.strerror or error}"
+        raise CliError("; ".join(filter(None, [line, room])) + how_to_go_on()) from None
+
+
+def _default(field: str) -> str:
+    value = TrainConfig.model_fields[field].default
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _option(panel: str, metavar: str, text: str, *names: str, field: str = "", default: str = "") -> Any:
+    """An option whose default, for the eyes only, is the field's; not given it stays None, unlike its default."""
+    if field or default:
+        text += rf" \[default: {default or _default(field)}]"
+    return typer.Option(*names, help=text, metavar=metavar or None, rich_help_panel=panel, show_default=False)
+
+
+def _number(option: str, text: str | None, kind: type[int] | type[float]) -> Any:
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise CliError(f"{option}: given {text!r}, allowed is {what}") from None
+
+
+def _numbers(option: str, text: str | None, kind: type[int] | type[float], what: str) -> list[Any] | None:
+    """Read "300,100"; the word none is an empty list of layers."""
+    if text is None:
+        return None
+    if kind is int and text.strip().lower() == "none":
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise CliError(f"{option}: given {text!r}, allowed is {what}") from None
+
+
+DATA, NETWORK, METHOD, TRAINING, RUN = "Data", "Network and budget", "Method", "Training", "Run"
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str | None,
+        _option(DATA, "NAME", "digits (part of the package), mnist or fashion-mnist.", field="data"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        _option(DATA, "FOLDER", "The four *-ubyte.gz files, or a subfolder mnist or fashion-mnist with them."),
+    ] = None,
+    mirror: Annotated[
+        str | None, _option(DATA, "URL", "Folder to download from, where there is no --data-dir.")
+    ] = None,
+    validation: Annotated[
+        str | None,
+        _option(DATA, "SHARE", "Training samples held out to report on; 0: none.", field="validation"),
+    ] = None,
+    hidden: Annotated[
+        str | None, _option(NETWORK, "SIZES", "Hidden layers; none: a linear model.", field="hidden")
+    ] = None,
+    bias: Annotated[bool | None, _option(NETWORK, "", "Biases.", "--bias/--no-bias")] = None,
+    density: Annotated[
+        str | None,
+        _option(NETWORK, "SHARES", "Allowed of possible connections; one number, or one a layer.", default="0.1"),
+    ] = None,
+    connections: Annotated[
+        str | None, _option(NETWORK, "NUMBER", "Allowed connections of the network, instead of --density.")
+    ] = None,
+    distribution: Annotated[
+        str | None,
+        _option(NETWORK, "NAME", "How layers share one budget: erk, er or uniform.", default="erk"),
+    ] = None,
+    method: Annotated[
+        str | None, _option(METHOD, "NAME", "One of those that 'rewire methods' lists.", field="method")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, _option(METHOD, "NAME=VALUE", "A parameter of the method; may be repeated.", "--set")
+    ] = None,
+    epochs: Annotated[str | None, _option(TRAINING, "NUMBER", "Passes over the training data.", field="epochs")] = None,
+    batch_size: Annotated[str | None, _option(TRAINING, "NUMBER", "Samples in a step.", field="batch_size")] = None,
+    optimizer: Annotated[
+        str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", field="optimizer")
+    ] = None,
+    lr: Annotated[str | None, _option(TRAINING, "NUMBER", "Learning rate.", field="lr")] = None,
+    lr_decay: Annotated[
+        str | None, _option(TRAINING, "FACTOR", "Learning rate x this after an epoch.", field="lr_decay")
+    ] = None,
+    momentum: Annotated[
+        str | None, _option(TRAINING, "NUMBER", "Momentum of sgd and rmsprop.", field="momentum")
+    ] = None,
+    weight_decay: Annotated[
+        str | None, _option(TRAINING, "NUMBER", "Some methods refuse it.", field="weight_decay")
+    ] = None,
+    seed: Annotated[str | None, _option(TRAINING, "NUMBER", "Decides all random numbers.", field="seed")] = None,
+    run_dir: Annotated[
+        Path | None,
+        _option(RUN, "FOLDER", "Where the results go.", default="runs/DATA-METHOD-SEED, a new one"),
+    ] = None,
+    resume: Annotated[
+        bool, _option(RUN, "", "Go on with the run in --run-dir, bit-exactly, with its options.", "--resume")
+    ] = False,
+    overwrite: Annotated[bool, _option(RUN, "", "Replace the run in --run-dir.", "--overwrite")] = False,
+    checkpoint_every: Annotated[
+        str | None,
+        _option(RUN, "STEPS", "Save within epochs too; 0: only at their ends.", field="checkpoint_every"),
+    ] = None,
+    threads: Annotated[str | None, _option(RUN, "NUMBER", "CPU threads.", default="as many as torch takes")] = None,
+    quiet: Annotated[bool, _option(RUN, "", "Print errors only.", "--quiet", "-q")] = False,
+) -> None:
+    """Train a sparse network; leaves checkpoint, metrics, result and report in a run directory."""
+    given = {
+        "data": data,
+        "data_dir": str(data_dir.absolute()) if data_dir else None,
+        "mirror": mirror,
+        "validation": _number("--validation", validation, float),
+        "hidden": _numbers("--hidden", hidden, int, "sizes such as 300,100"),
+        "bias": bias,
+        "density": _numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
+        "connections": _number("--connections", connections, int),
+        "distribution": distribution,
+        "method": method,
+        "epochs": _number("--epochs", epochs, int),
+        "batch_size": _number("--batch-size", batch_size, int),
+        "optimizer": optimizer,
+        "lr": _number("--lr", lr, float),
+        "lr_decay": _number("--lr-decay", lr_decay, float),
+        "momentum": _number("--momentum", momentum, float),
+        "weight_decay": _number("--weight-decay", weight_decay, float),
+        "seed": _number("--seed", seed, int),
+        "checkpoint_every": _number("--checkpoint-every", checkpoint_every, int),
+        "threads": _number("--threads", threads, int),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if resume and overwrite:
+        raise CliError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if resume and run_dir is None:
+        raise CliError("--resume: give the run with --run-dir FOLDER")
+    folder = run_dir
+    with Signals() as signals, _reporting(signals, lambda: folder):
+        from rewire.train import command
+        from rewire.train.run_dir import RunDir
+
+        if resume:
+            assert folder is not None  # refused above
+            place = RunDir(folder)
+            config = command.config_to_resume(place, given, set_)
+            if place.is_finished():
+                if not quiet:
+                    print(f"the run in {folder} is finished")
+                _show_result(place, quiet)
+                return
+        else:
+            config = command.config_to_start(given, set_)
+            folder = folder or command.fresh_folder(config)
+            place = RunDir(folder)
+        command.execute(config, place, signals, resume=resume, overwrite=overwrite, quiet=quiet)
+        signals.training = False
+        _show_result(place, quiet)
+
+
+def _show_result(place: RunDir, quiet: bool) -> None:
+    """Make the report, if a kill prevented it or it is new, and print how the run ended."""
+    from rewire import report
+    from rewire.train.run_dir import REPORT
+
+    result = place.read_result()
+    page = place.path / REPORT
+    if not page.exists():
+        report.write(place.path)
+    if quiet:
+        return
+    print(f"test accuracy  {result['test_accuracy']:.2%}  (loss {result['test_loss']:.4f})")
+    print(
+        f"connections    {result['connections']:,} of {result['possible_connections']:,} "
+        f"(density {result['density']:.2%})"
+    )
+    print(f"seconds        {result['seconds']:.1f}")
+    print(f"report         {page}")
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every parameter.")] = False,
+) -> None:
+    """List the methods: paper, what they do, what they guarantee, memory."""
+    from rewire import methods as registry
+
+    entries = [registry.info(name) for name in registry.available()]
+    if as_json:
+        rows = [
+            {
+                "name": entry.name,
+                "paper": entry.paper,
+                "summary": entry.summary,
+                "keeps_budget": entry.keeps_budget,
+                "guarantees": list(entry.guarantees),
+                "memory": entry.memory,
+                "parameters": {
+                    name: {"default": _plain(parameter.default), "help": parameter.help}
+                    for name, parameter in entry.parameters().items()
+                },
+            }
+            for entry in entries
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "paper", "what it does", "guarantees", "memory", box=box.SIMPLE_HEAD, show_lines=True)
+    table.columns[0].no_wrap = table.columns[4].no_wrap = True
+    for entry in entries:
+        table.add_row(entry.name, entry.paper, entry.summary, "; ".join(entry.guarantees), entry.memory)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@app.command("report")
+def report_command(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.", show_default=False)],
+) -> None:
+    """Make report.html of a run anew."""
+    from rewire import report
+
+    try:
+        print(report.write(run_dir))
+    except report.ReportError as error:
+        raise CliError(str(error)) from None
+    except OSError as error:
+        raise CliError(f"cannot write {error.filename}: {error.strerror}") from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        from rewire import _native
+        from rewire._version import __version__
+
+        print(f"rewire {__version__}\ntorch {torch.__version__}\nkernels: {_native.describe()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Versions, and which kernels are in use.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Train deep networks under a connection budget."""
+
+
+# typer brings its own copy of click from some version on: its public names lead to the right classes.
+UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        code = app(args=list(arguments), prog_name="rewire", standalone_mode=False)
+        sys.stdout.flush()
+    except CliError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except UsageError as error:
+        usage: Any = error
+        message = " ".join(str(usage.format_message()).split())
+        print(f"error: {message} See {_help_of(error)}.", file=sys.stderr)
+        return USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output went away: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _help_of(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'rewire'} --help"
+
+
+def main() -> NoReturn:
+    """The `rewire` command."""
+    sys.exit(run(sys.argv[1:]))

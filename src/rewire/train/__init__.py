@@ -1,0 +1,1 @@
+"""The training loop behind the command line: options, checkpoints, metrics, the run directory."""

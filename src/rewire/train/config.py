@@ -1,0 +1,165 @@
+"""Everything that decides a training run, checked before anything is loaded or built."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import TrainError
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+
+# What may differ when a run is resumed: where the data lie and how often to save decide no number.
+FREE_ON_RESUME = frozenset({"data_dir", "mirror", "checkpoint_every"})
+
+MethodOption = bool | int | float | str | None
+Size = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class TrainConfig(BaseModel):
+    """The options of `rewire train`; written to `config.json` and read back by `--resume`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "digits"
+    data_dir: str | None = None
+    mirror: str | None = None
+    hidden: tuple[Size, ...] = (300, 100)
+    bias: bool = True
+    method: str = "deep-r"
+    method_options: dict[str, MethodOption] = Field(default_factory=dict)
+    density: tuple[Share, ...] | None = None
+    connections: Size | None = None
+    distribution: str | None = None
+    optimizer: str = "sgd"
+    lr: Positive = 0.1
+    lr_decay: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    batch_size: Size = 10
+    epochs: Size = 10
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    validation: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    threads: Size | None = None
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+
+    def to_json(self) -> str:
+        """The text of `config.json`."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+    def sha256(self) -> str:
+        """Checksum over all that decides the numbers of the run."""
+        decisive = self.model_dump(exclude={*FREE_ON_RESUME, "threads"})
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def option_name(field: str) -> str:
+    """How the command line calls a field."""
+    special = {"bias": "--no-bias", "method_options": "--set"}
+    return special.get(field, "--" + field.replace("_", "-"))
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """A hint for a mistyped name, or nothing."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_name(option: str, given: str, allowed: Iterable[str]) -> None:
+    """Refuse a name that is not in the list."""
+    names = list(allowed)
+    if given not in names:
+        raise TrainError(
+            f"{option}: unknown name {given!r}{did_you_mean(given, names)}; allowed are {', '.join(names)}"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint of pydantic as one line: option, what was given, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "config"
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {field!r}{did_you_mean(field, TrainConfig.model_fields)}"
+    context: Mapping[str, Any] = first.get("ctx", {})
+    words = {"gt": "greater than", "ge": "at least", "le": "at most", "lt": "less than"}
+    if field == "density":
+        allowed = "a number greater than 0 and at most 1"
+    elif limits := [f"{words[key]} {context[key]}" for key in words if key in context]:
+        allowed = "a number " + " and ".join(limits)
+    else:
+        allowed = first["msg"][0].lower() + first["msg"][1:]
+    return f"{option_name(field)}: given {first['input']}, allowed is {allowed}"
+
+
+def make_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Check options and the way they fit together; names of methods and data sets are in their registries."""
+    try:
+        config = TrainConfig(**values)
+    except ValidationError as error:
+        raise TrainError(_explain(error)) from None
+    check_name("--optimizer", config.optimizer, OPTIMIZERS)
+    layers = len(config.hidden) + 1
+    densities = config.density
+    if densities is not None and config.connections is not None:
+        raise TrainError("--density and --connections both say how many connections: give one of them")
+    if densities is None and config.connections is None:
+        config = config.model_copy(update={"density": (0.1,)})
+    if densities is not None and len(densities) not in (1, layers):
+        raise TrainError(
+            f"--density: given {len(densities)} numbers for {layers} layers "
+            f"(--hidden has {len(config.hidden)}); "
+            f"allowed is one number for the whole network or {layers}, one per layer"
+        )
+    if densities is not None and len(densities) > 1:
+        if config.distribution is not None:
+            raise TrainError(
+                "--distribution spreads one --density or --connections over the layers; "
+                "with one density per layer leave it out"
+            )
+    elif config.distribution is None:
+        config = config.model_copy(update={"distribution": "erk"})
+    if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
+        raise TrainError(f"--momentum: {config.optimizer} has none; it is for sgd and rmsprop")
+    return config
+
+
+def parse_config(text: str, where: str) -> TrainConfig:
+    """Read `config.json` back."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise TrainError(f"{where} is not readable JSON ({error}); the run cannot be resumed") from None
+    if not isinstance(values, dict):
+        raise TrainError(f"{where} does not hold options; the run cannot be resumed")
+    try:
+        return make_config(values)
+    except TrainError as error:
+        raise TrainError(f"{where}: {error}") from None
+
+
+def difference(old: TrainConfig, given: Mapping[str, Any]) -> str | None:
+    """The first option of `given` that would change a run made with `old`, as one line; None if none would."""
+    for field, value in given.items():
+        if field in FREE_ON_RESUME:
+            continue
+        before = getattr(old, field)
+        if isinstance(value, list):
+            value = tuple(value)
+        if value != before:
+            return f"{option_name(field)}: the run has {_shown(before)}, given {_shown(value)}"
+    return None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
+    return str(value)

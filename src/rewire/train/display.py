@@ -1,0 +1,126 @@
+"""A run on the terminal: a progress bar where there is one, else one plain line an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from .metrics import EpochRecord
+from .observer import Progress
+
+
+def heading(info: Mapping[str, Any]) -> str:
+    """What is about to be trained, in one line."""
+    layers, samples = info["layers"], info["samples"]
+    sizes = "-".join(str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)])
+    connections = sum(layer["connections"] for layer in layers)
+    possible = sum(layer["inputs"] * layer["outputs"] for layer in layers)
+    return (
+        f"{sizes}, {connections:,} of {possible:,} connections ({connections / possible:.2%}); "
+        f"{samples['train']:,} training, {samples['validation']:,} validation, {samples['test']:,} test samples"
+    )
+
+
+def epoch_line(record: EpochRecord, epochs: int) -> str:
+    """One epoch, in one line."""
+    if record.validation_accuracy is None:
+        scores = f"train accuracy {record.train_accuracy:.2%}"
+    else:
+        scores = f"validation accuracy {record.validation_accuracy:.2%}"
+    connections = sum(record.connections)
+    return (
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f}  {scores}  "
+        f"connections {connections:,}  turnover {sum(record.grown) / max(connections, 1):.1%}  "
+        f"{record.seconds:.1f} s"
+    )
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.epochs = console, 0
+
+    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
+        """Print the heading."""
+        self.epochs = epochs
+        self.console.print(heading(info))
+        if done:
+            self.console.print(f"resumed after step {done:,} of {epochs * batches:,}")
+
+    def progress(self, progress: Progress) -> None:
+        """Say nothing between the ends of epochs."""
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Print the epoch's line."""
+        self.console.print(epoch_line(record, self.epochs))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class LiveBar(Lines):
+    """A bar below the lines, with accuracy, loss, connections, turnover and time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.batches, self.task = 1, TaskID(0)
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+
+    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
+        """Print the heading and show the bar."""
+        super().started(info, epochs, batches, done)
+        self.batches = batches
+        self.bar.start()
+        self.task = self.bar.add_task("epoch 1", total=epochs * batches, completed=done)
+
+    def progress(self, progress: Progress) -> None:
+        """Move the bar."""
+        text = (
+            f"epoch {progress.epoch}  acc {progress.accuracy:.1%}  loss {progress.loss:.3f}  "
+            f"active {progress.connections:,}  turnover {progress.turnover:.1%}"
+        )
+        done = (progress.epoch - 1) * self.batches + progress.batch
+        self.bar.update(self.task, description=text, completed=done)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.stop()
+
+
+class DownloadBar:
+    """Downloads: a bar on a terminal, else a line for each file."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.tasks: dict[str, TaskID] = {}
+        self.bar = Bar(console=console, transient=True) if console.is_terminal else None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of file `name` are here."""
+        if name not in self.tasks:
+            if self.bar is None:
+                self.console.print(f"downloading {name}, {total:,} bytes")
+                self.tasks[name] = TaskID(len(self.tasks))
+            else:
+                self.bar.start()
+                self.tasks[name] = self.bar.add_task(name, total=total)
+        if self.bar is not None:
+            self.bar.update(self.tasks[name], completed=done)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,323 @@
+"""The loop behind `rewire train`: a pure function of the options and the data, whatever interrupts it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import rewire
+from rewire import _native, methods
+from rewire._version import __version__
+from rewire.data import Dataset, files
+
+from . import checkpoint
+from .batches import Batches, derive_seed, make_generator, split
+from .checkpoint import Checkpoint
+from .config import TrainConfig
+from .errors import StoppedError, TrainError
+from .metrics import EpochRecord, evaluate
+from .model import build, layer_connections, layer_shapes, make_optimizer
+from .observer import Observer, Progress, Silent
+from .run_dir import MODEL, RunDir
+
+PROGRESS_SECONDS = 0.2
+
+
+class Trainer:
+    """One run: everything it is made of, its state, and the way to save and restore it."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, run_dir: RunDir) -> None:
+        self.config, self.dataset, self.run_dir = config, dataset, run_dir
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(derive_seed(config.seed, "torch"))  # for whatever asks the global stream
+        (train_x, train_y), self.held_out = split(dataset.train_x, dataset.train_y, config.validation, config.seed)
+        if not len(train_y):
+            raise TrainError(f"--validation: {config.validation} leaves no sample to train on")
+        if config.validation and not len(self.held_out[1]):
+            raise TrainError(f"--validation: {config.validation} of {len(train_y)} samples is none; 0 turns it off")
+        self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
+        shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
+        connections = layer_connections(config, shapes)
+        self.model: nn.Module = build(shapes, connections, config.bias, make_generator(config.seed, "model"))
+        self.optimizer = make_optimizer(config, self.model)
+        try:
+            self.method = methods.create(
+                config.method,
+                self.model,
+                self.optimizer,
+                seed=derive_seed(config.seed, "method"),
+                **config.method_options,
+            )
+        except (ValueError, TypeError) as error:
+            raise TrainError(f"--method {config.method}: {error}") from None
+        # The base class's penalty is 0: adding it would cost two operations a step for nothing.
+        self.has_penalty = type(self.method).penalty is not methods.Method.penalty
+        self.weights = dict(rewire.sparse_weights(self.model))
+        self.info = {
+            "layers": [
+                {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count}
+                for name, shape, count in zip(self.weights, shapes, connections, strict=True)
+            ],
+            "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
+            "classes": list(dataset.classes),
+            "samples": {
+                "train": len(train_y),
+                "validation": len(self.held_out[1]),
+                "test": len(dataset.test_y),
+            },
+            "data_sha256": dict(dataset.sha256),
+        }
+        self.epoch, self.batch, self.step = 0, 0, 0  # epochs completed, batches of this one, steps in all
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.correct = torch.zeros((), dtype=torch.int64)
+        self.before = self._counts()  # dropped and grown when this epoch began
+        self.metrics_bytes = 0
+        self.seconds_before, self.clock = 0.0, time.perf_counter()
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        stats = self.method.stats()
+        return {"dropped": dict(stats["dropped"]), "grown": dict(stats["grown"])}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, over all the pieces of an interrupted run."""
+        return self.seconds_before + time.perf_counter() - self.clock
+
+    def save(self) -> None:
+        """Commit a checkpoint of this moment."""
+        state = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "batch": self.batch,
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+            "before": self.before,
+            "torch_random": torch.get_rng_state(),
+        }
+        checkpoint.save(
+            self.run_dir.path,
+            Checkpoint(
+                epoch=self.epoch,
+                step=self.step,
+                config_sha256=self.config.sha256(),
+                metrics_bytes=self.metrics_bytes,
+                seconds=self.seconds,
+                info=self.info,
+                state=state,
+            ),
+        )
+
+    def begin(self) -> None:
+        """The first moment of a new run."""
+        self.run_dir.cut_metrics(0)
+        self.save()
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint; what was written after it is taken back."""
+        files.remove_unfinished(self.run_dir.path)
+        if not checkpoint.exists(self.run_dir.path):  # killed before the first one
+            checkpoint.remove_orphans(self.run_dir.path, keep=None)
+            self.begin()
+            return
+        saved = checkpoint.load(self.run_dir.path)
+        if saved.config_sha256 != self.config.sha256():
+            raise TrainError(
+                f"{self.run_dir.path}: config.json was changed after the checkpoint was made; restore it, "
+                "or start the run again with --overwrite"
+            )
+        checkpoint.remove_orphans(self.run_dir.path, keep=checkpoint.committed_file(self.run_dir.path))
+        state = saved.state
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            self.batch, self.before = int(state["batch"]), state["before"]
+            self.loss_sum, self.correct = state["loss_sum"], state["correct"]
+            torch.set_rng_state(state["torch_random"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise TrainError(f"the checkpoint in {self.run_dir.path} does not fit its options: {reason}") from None
+        self.epoch, self.step = saved.epoch, saved.step
+        self.metrics_bytes = saved.metrics_bytes
+        self.run_dir.cut_metrics(self.metrics_bytes)
+        self.seconds_before, self.clock = saved.seconds, time.perf_counter()
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def train(self, observer: Observer, stop: Callable[[], int]) -> None:
+        """Train to the end. `stop` gives the number of a signal that asks to stop, else 0."""
+        observer.started(self.info, self.config.epochs, len(self.batches), self.step)
+        while self.epoch < self.config.epochs:
+            self._train_epoch(observer, stop)
+            self._end_epoch(observer)
+            if signal := stop():
+                raise StoppedError(signal, self.step)
+
+    def _train_epoch(self, observer: Observer, stop: Callable[[], int]) -> None:
+        config, model, optimizer, method = self.config, self.model, self.optimizer, self.method
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * config.lr_decay**self.epoch
+        batches = len(self.batches)
+        due = time.perf_counter() + PROGRESS_SECONDS
+        model.train()
+        for x, y in self.batches.epoch(self.epoch, self.batch):
+            logits = model(x)
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            (loss + method.penalty() if self.has_penalty else loss).backward()
+            optimizer.step()
+            method.step()
+            # Sums stay tensors: reading a number each step would cost more than keeping it.
+            self.loss_sum.add_(loss.detach(), alpha=len(y))
+            self.correct.add_((logits.detach().argmax(1) == y).sum())
+            self.batch += 1
+            self.step += 1
+            if self.batch < batches:  # at the last one the end of the epoch does all this
+                if signal := stop():
+                    self.save()
+                    raise StoppedError(signal, self.step)
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    self.save()
+            if time.perf_counter() >= due:
+                observer.progress(self._progress())
+                due = time.perf_counter() + PROGRESS_SECONDS
+
+    def _samples_seen(self) -> int:
+        return min(self.batch * self.config.batch_size, len(self.batches.y))
+
+    def _progress(self) -> Progress:
+        connections = sum(weight.connections for weight in self.weights.values())
+        grown = sum(self._counts()["grown"].values()) - sum(self.before["grown"].values())
+        return Progress(
+            epoch=self.epoch + 1,
+            batch=self.batch,
+            loss=float(self.loss_sum) / self._samples_seen(),
+            accuracy=int(self.correct) / self._samples_seen(),
+            connections=connections,
+            turnover=grown / connections,
+        )
+
+    def _end_epoch(self, observer: Observer) -> None:
+        """Score, let the method act, write the line, commit the checkpoint."""
+        config, samples = self.config, self._samples_seen()
+        train_loss = float(self.loss_sum) / samples
+        if not math.isfinite(train_loss):
+            raise TrainError(
+                f"training diverged in epoch {self.epoch + 1}: the loss is {train_loss}; try a smaller --lr "
+                f"(it is {config.lr}); the checkpoint of epoch {self.epoch} is whole"
+            )
+        held_x, held_y = self.held_out
+        scores = evaluate(self.model, held_x, held_y) if len(held_y) else None
+
+        def accuracy(model: nn.Module) -> float:
+            return evaluate(model, held_x, held_y)[1]
+
+        lr = config.lr * config.lr_decay**self.epoch
+        last = self.epoch + 1 == config.epochs
+        self.method.end_epoch(accuracy if scores else None, last=last)
+        counts = self._counts()
+        change = {kind: [counts[kind][name] - self.before[kind][name] for name in self.weights] for kind in counts}
+        connections = [weight.connections for weight in self.weights.values()]
+        self.epoch, self.batch = self.epoch + 1, 0
+        record = EpochRecord(
+            epoch=self.epoch,
+            step=self.step,
+            lr=lr,
+            train_loss=train_loss,
+            train_accuracy=int(self.correct) / samples,
+            validation_loss=scores[0] if scores else None,
+            validation_accuracy=scores[1] if scores else None,
+            connections=connections,
+            dropped=change["dropped"],
+            grown=change["grown"],
+            turnover=[grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)],
+            seconds=self.seconds,
+        )
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.before = counts
+        self.metrics_bytes = self.run_dir.append_metrics(record.to_line())
+        self.save()
+        observer.epoch_ended(record)
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Score the test set, this once, and write model and result. The result is the last to be written."""
+        model = self.method.finalize()
+        tensors: dict[str, Tensor] = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in model.state_dict().items()
+        }
+        files.write_atomic(self.run_dir.path / MODEL, safetensors.torch.save(tensors))
+        loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
+        weights = dict(rewire.sparse_weights(model))
+        connections = sum(weight.connections for weight in weights.values())
+        possible = sum(math.prod(weight.shape) for weight in weights.values())
+        result = {
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "connections": connections,
+            "possible_connections": possible,
+            "density": connections / possible,
+            "seconds": self.seconds,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seed": self.config.seed,
+            "config_sha256": self.config.sha256(),
+            "versions": versions(),
+            "info": self.info,
+        }
+        self.run_dir.write_result(result)
+        return result
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    return {
+        "rewire": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "kernels": _native.describe(),
+    }
+
+
+def run(
+    config: TrainConfig,
+    dataset: Dataset,
+    run_dir: RunDir,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    stop: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
+    """Train from the start or from the last checkpoint; returns the result.
+
+    The folder is touched only after everything that can be refused has been built.
+    """
+    if not resume:
+        run_dir.check_free(overwrite=overwrite)
+    trainer = Trainer(config, dataset, run_dir)
+    if not resume:
+        run_dir.start(config, overwrite=overwrite)
+    with run_dir.lock():
+        if resume:
+            trainer.restore()
+        else:
+            trainer.begin()
+        trainer.train(observer or Silent(), stop)
+        return trainer.finish()

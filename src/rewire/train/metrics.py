@@ -1,0 +1,49 @@
+"""What a run reports about itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of `metrics.jsonl`. Lists have one entry per layer; turnover is grown / connections."""
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+    connections: list[int]
+    dropped: list[int]
+    grown: list[int]
+    turnover: list[float]
+    seconds: float
+
+    def to_line(self) -> str:
+        """The line, with its line end."""
+        return json.dumps(asdict(self), allow_nan=False) + "\n"
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy; the model's mode is as before afterwards."""
+    training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = torch.zeros((), dtype=torch.int64)
+    for first in range(0, len(y), EVALUATION_BATCH):
+        labels = y[first : first + EVALUATION_BATCH]
+        logits = model(x[first : first + EVALUATION_BATCH])
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    model.train(training)
+    return float(loss) / len(y), int(correct) / len(y)

@@ -1,0 +1,88 @@
+"""The network behind the command line: how many connections each layer gets, and the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+import rewire
+from rewire import budget
+
+from .config import TrainConfig, check_name
+from .errors import TrainError
+
+Shape = tuple[int, int]  # (outputs, inputs), as in the weight
+
+
+def layer_shapes(inputs: int, hidden: Sequence[int], outputs: int) -> list[Shape]:
+    """Weight shapes of a multi-layer perceptron."""
+    sizes = [inputs, *hidden, outputs]
+    return [(after, before) for before, after in pairwise(sizes)]
+
+
+def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]:
+    """Connections of each layer; every layer gets at least one and at most as many as it has room for."""
+    possible = [rows * cols for rows, cols in shapes]
+    densities = config.density
+    if densities is not None and len(densities) > 1:
+        counts = [round(d * m) for d, m in zip(densities, possible, strict=True)]
+        for number, (count, density, m) in enumerate(zip(counts, densities, possible, strict=True), start=1):
+            if not 1 <= count <= m:
+                raise TrainError(
+                    f"--density: {density} gives layer {number} ({_shown(shapes[number - 1])}) "
+                    f"{count} connections; "
+                    f"allowed are 1 to {m}, that is a density of at least {1 / m:.3g}"
+                )
+        return counts
+    assert config.distribution is not None  # make_config filled it in
+    check_name("--distribution", config.distribution, budget.DISTRIBUTIONS)
+    total = config.connections if densities is None else round(densities[0] * sum(possible))
+    assert total is not None  # make_config leaves one of the two
+    option = f"--connections {total}" if densities is None else f"--density {densities[0]}"
+    if not len(shapes) <= total <= sum(possible):
+        layers = ", ".join(f"layer {i} ({_shown(shape)})" for i, shape in enumerate(shapes, start=1))
+        raise TrainError(
+            f"{option}: {total} connections for {layers}; allowed are {len(shapes)} (one per layer) to {sum(possible)}"
+        )
+    try:
+        counts = budget.distribute(config.distribution, shapes, total)
+    except ValueError as error:
+        raise TrainError(f"{option} with --distribution {config.distribution}: {error}") from None
+    for number, (count, m) in enumerate(zip(counts, possible, strict=True), start=1):
+        if not 1 <= count <= m:
+            raise TrainError(
+                f"{option} with --distribution {config.distribution} gives layer {number} "
+                f"({_shown(shapes[number - 1])}) {count} connections; allowed are 1 to {m}: "
+                "choose another distribution or one density per layer"
+            )
+    return counts
+
+
+def _shown(shape: Shape) -> str:
+    return f"{shape[1]} inputs, {shape[0]} outputs"
+
+
+def build(shapes: Sequence[Shape], connections: Sequence[int], bias: bool, generator: torch.Generator) -> nn.Sequential:
+    """Sparse layers with ReLU between them; topology and weights come from `generator` alone."""
+    modules: list[nn.Module] = []
+    for (outputs, inputs), count in zip(shapes, connections, strict=True):
+        if modules:
+            modules.append(nn.ReLU())
+        modules.append(rewire.nn.SparseLinear(inputs, outputs, bias=bias, connections=count, generator=generator))
+    return nn.Sequential(*modules)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the options ask for."""
+    parameters = list(model.parameters())
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+    return torch.optim.Adam(parameters, lr=lr, weight_decay=decay)
