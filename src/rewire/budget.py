@@ -28,7 +28,7 @@ def er(shapes: Shapes, total: int) -> list[int]:
 
 
 def erk(shapes: Shapes, total: int) -> list[int]:
-    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density proportional to ``sum(dims) / prod(dims)``, kernel included."""
+    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density as ``sum(dims) / prod(dims)``, kernel included."""
     return _allot([sum(s) / math.prod(s) for s in _checked(shapes)], shapes, total)
 
 
@@ -62,9 +62,7 @@ def connections_of(density: float, size: int) -> int:
 def _checked(shapes: Shapes) -> Shapes:
     for shape in shapes:
         if len(shape) < 2 or min(shape) < 1:
-            raise ValueError(
-                f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}"
-            )
+            raise ValueError(f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}")
     return shapes
 
 

@@ -24,15 +24,16 @@ def prepare(
     seed: int | None = None,
     check_every: int = 1,
 ) -> nn.Module:
-    """Make ``model`` ready to be wrapped in DDP; call on every rank, before DDP and before the method is made. Returns it.
+    """Make ``model`` ready for DDP; call on every rank, before wrapping and before making the method. Returns it.
 
     - Rank 0's topology and values are broadcast, once.
     - The index buffers are kept out of DDP's broadcast of buffers at every step, which costs several times the step.
     - A seed is agreed on (rank 0's ``seed``, or one drawn there) and kept as ``shared_seed`` of every pool; methods
-      made afterwards use it. Their decisions are functions of synchronised values, seed and step, so the ranks rewire alike.
+      made afterwards use it. They decide by synchronised values, seed and step alone, so the ranks rewire alike.
     - Every ``check_every`` training forwards, a running hash of all changes of topology is compared between ranks;
-      `TopologyMismatch` is raised on every rank if they differ. The check is by count, not by event, because a rank that
-      rewires alone would otherwise wait for the others for ever. It is one all-reduce of two numbers.
+      `TopologyMismatch` is raised on every rank if they differ. The check is by count, not by event, because a rank
+      that rewires alone would otherwise wait for the others for ever. It is one all-reduce of two numbers; a compiled
+      model leaves it out.
 
     Raises RuntimeError without an initialised process group, ValueError where ranks have pools of different sizes.
     """
@@ -60,9 +61,7 @@ def prepare(
     return model
 
 
-def _same_sizes(
-    pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device
-) -> None:
+def _same_sizes(pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device) -> None:
     mine = [(name, tuple(w.shape), w.capacity) for name, w in pools]
     everyone: list[list[tuple[str, tuple[int, ...], int]] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)

@@ -48,7 +48,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model with averaged weights inside the ``with``; its own weights are put back afterwards. Do not rewire inside."""
+        """The model with averaged weights inside the ``with``, its own afterwards. Do not rewire inside."""
         own = {n: p.detach().clone() for n, p in self._model.named_parameters()}
         self.copy_to(self._model)
         try:

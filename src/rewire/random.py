@@ -81,7 +81,14 @@ def normal(seed: int, step: int, stream: int, n: int, device: torch.device | str
 
 
 def distinct(
-    n: int, bound: int, seed: int, step: int, stream: int, *, offset: int = 0, device: torch.device | str = "cpu"
+    n: int,
+    bound: int,
+    seed: int,
+    step: int,
+    stream: int,
+    *,
+    offset: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """A uniformly random subset of ``n`` of the integers ``0 ... bound - 1``: int64, sorted ascending.
 

@@ -24,7 +24,7 @@ def at(value: float | Schedule, step: int) -> float:
 
 
 def checked(name: str, value: float | Schedule, low: float, high: float = math.inf) -> float | Schedule:
-    """``value`` itself if it (a schedule: its first number) lies in [low, high]; otherwise ValueError naming the limits."""
+    """``value`` if it (a schedule: its first number) lies in [low, high], else ValueError naming the limits."""
     number = at(value, 0)
     if not (isinstance(number, (int, float)) and low <= number <= high) or math.isinf(number):
         limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"

@@ -129,7 +129,14 @@ def build_index(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, out: Index
 
 
 def replace_(
-    rows: Tensor, cols: Tensor, index: Index, n_rows: int, n_cols: int, slots: Tensor, new_rows: Tensor, new_cols: Tensor
+    rows: Tensor,
+    cols: Tensor,
+    index: Index,
+    n_rows: int,
+    n_cols: int,
+    slots: Tensor,
+    new_rows: Tensor,
+    new_cols: Tensor,
 ) -> int:
     """Overwrite ``slots`` (int64) with new positions (-1, -1 empties a slot), in place; return K afterwards.
 
@@ -310,9 +317,7 @@ def sample_dormant_in_rows(
     rank = torch.empty_like(dropped_rows)
     alone = count == 1
     rank[first[alone]] = random.below(seed, step, stream, unique[alone] << 32, (dormant + count)[alone])
-    for u, f, c, free in zip(
-        *(t[~alone].tolist() for t in (unique, first, count, dormant + count)), strict=True
-    ):
+    for u, f, c, free in zip(*(t[~alone].tolist() for t in (unique, first, count, dormant + count)), strict=True):
         rank[f : f + c] = random.distinct(c, free, seed, step, stream, offset=u << 32, device=rank.device)
     # A row of which the only candidate is drawn: distinct() then draws nothing, but below(..., 1) is 0 as well.
     run = torch.repeat_interleave(torch.arange(unique.numel(), device=rank.device), count)

@@ -28,7 +28,7 @@ class Purpose:
 
 
 class Pool:
-    """A sparse weight as a method sees it: with its name, its number in the model, its optimizer and parameter group."""
+    """A sparse weight as a method sees it: with its name, number in the model, optimizer and parameter group."""
 
     def __init__(
         self, number: int, name: str, weight: SparseWeight, optimizer: Optimizer, group: dict[str, Any]
@@ -57,7 +57,9 @@ class Attachment:
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         weights = list(sparse_weights(model))
         if not weights:
-            raise ValueError("the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first")
+            raise ValueError(
+                "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
+            )
         self.pools = [self._pool(i, name, weight) for i, (name, weight) in enumerate(weights)]
         self._handles: list[Any] = []
         for optimizer in self.optimizers:
@@ -114,7 +116,7 @@ class Attachment:
 class Method(ABC):
     """A way of finding connections while training; the interface of all methods.
 
-    Call `penalty` in the loss, `step` after ``optimizer.step()`` (like a learning-rate scheduler, before it), `end_epoch`
+    Call `penalty` in the loss, `step` after ``optimizer.step()`` (before a learning-rate scheduler's), `end_epoch`
     after each epoch, and `finalize` at the end. A method is written by overriding `_after_step` and, where
     needed, `_after_epoch`, `_wants_capture`, `_state` and `_load_state`; everything else is the same for all of them.
 
@@ -187,7 +189,7 @@ class Method(ABC):
         return self.model
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: real steps, updates (changes of topology), connections dropped and grown per weight."""
+        """Counts since the start: real steps, updates of topology, connections dropped and grown per weight."""
         return {
             "steps": self.steps,
             "updates": self.updates,
@@ -197,7 +199,7 @@ class Method(ABC):
 
     @final
     def state_dict(self) -> dict[str, Any]:
-        """All the method needs to go on exactly as if never stopped; tensors, numbers, strings, dicts and lists only."""
+        """All the method needs to go on as if never stopped; tensors, numbers, strings, dicts and lists only."""
         return {
             "method": type(self).__name__,
             "seed": self.seed,
@@ -237,7 +239,7 @@ class Method(ABC):
         """Act on the end of an epoch; ``self.epochs`` counts this epoch already."""
 
     def _wants_capture(self, step: int) -> bool:
-        """Whether the layers shall keep (input, grad_output) of optimizer step number ``step`` (from 1) for `_after_step`."""
+        """Whether layers shall keep (input, grad_output) of optimizer step ``step`` (from 1) for `_after_step`."""
         return False
 
     def _state(self) -> dict[str, Any]:

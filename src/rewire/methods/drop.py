@@ -41,7 +41,7 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class MagnitudeBySign:
-    """SET's rule: ``floor(fraction * n)`` of the smallest positive and of the largest negative weights, each sign by itself.
+    """SET's rule: ``floor(fraction * n)`` of the n smallest positive and of the n largest negative weights.
 
     A weight that is exactly 0 counts as the smallest of the positive ones.
     """

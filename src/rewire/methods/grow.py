@@ -1,7 +1,7 @@
 """Which connections to grow: small criteria, plugged into a `rewire.methods.Rewirer`, and the sampling they rest on.
 
-A criterion is a callable ``(pool, dropped slots, count, seed, step) -> (rows, cols)``: int64, distinct, dormant once the
-dropped ones are gone. Just-dropped positions are candidates, so there is always room for as many as were dropped.
+A criterion is a callable ``(pool, dropped slots, count, seed, step) -> (rows, cols)``: int64, distinct, dormant once
+the dropped ones are gone. Just-dropped positions are candidates, so there is always room for as many as were dropped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int
 
 
 def random_in_rows(pool: Pool, dropped: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One new connection in the row of each dropped one, so fan-in stays; returns (slots, rows, cols), slots reordered by row."""
+    """One new connection in the row of each dropped one: (slots, rows, cols), slots reordered by row."""
     weight = pool.weight
     rows, order = torch.sort(weight.rows[dropped].long(), stable=True)
     slots = dropped[order]
@@ -86,7 +86,7 @@ def allot(
         ranks = random.distinct(total, sum(room), seed, step, stream)
         edges = torch.tensor(room).cumsum(0)
         bins = torch.searchsorted(edges, ranks, right=True)
-        return torch.bincount(bins, minlength=len(pools)).tolist()  # type: ignore[no-any-return]
+        return torch.bincount(bins, minlength=len(pools)).tolist()
     counts, drawn, used = [0] * len(pools), 0, 0
     while drawn < total:
         open_share = torch.tensor(

@@ -34,14 +34,14 @@ class Rewirer(Method):
     """Drop, then grow as many: the budget of every layer is exact at every moment.
 
     Every ``every`` optimizer steps, or at the end of every epoch (but not after the last), each pool drops the
-    connections that ``drop`` chooses and grows as many that ``grow`` chooses; what was just dropped may come back. Grown
-    connections start at 0 (or at ``values``), their gradient and optimizer state afresh.
+    connections that ``drop`` chooses and grows as many that ``grow`` chooses; what was just dropped may come back.
+    Grown connections start at 0 (or at ``values``), their gradient and optimizer state afresh.
 
     Args:
         drop: criterion, see `rewire.methods.drop`.
         grow: criterion, see `rewire.methods.grow`.
-        fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over optimizer steps, or over
-            epochs where ``every`` is "epoch".
+        fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over optimizer steps, or
+            over epochs where ``every`` is "epoch".
         every: number of optimizer steps between updates, or "epoch".
         until: no update after this many steps (or epochs); None for never stopping.
         values: of new connections; None for 0.

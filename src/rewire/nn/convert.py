@@ -19,7 +19,7 @@ Patterns = str | Sequence[str]
 
 
 def sparse_weights(model: nn.Module) -> Iterator[tuple[str, SparseWeight]]:
-    """Every pool of ``model`` once, with its name (``"0.weight"``), in module order; shared ones under the first name."""
+    """Every pool of ``model`` once, with its name (``"0.weight"``), in module order; shared ones by first name."""
     for name, module in model.named_modules():
         if isinstance(module, SparseWeight):
             yield name, module
@@ -40,7 +40,8 @@ def sparsify(
 
     Args:
         density: share of the chosen layers' potential connections to have in total, spread by ``distribution``; or a
-            dict from glob pattern to the density of each layer it matches (first match counts, unmatched layers stay dense).
+            dict from glob pattern to the density of each layer it matches (the first match counts, layers without one
+            stay dense).
         connections: the same as a number of connections.
         distribution: a name in `rewire.budget.DISTRIBUTIONS` ("erk", "er", "uniform").
         only, exclude: glob patterns over layer names (``"encoder.*"``), one or several.
@@ -74,7 +75,7 @@ def sparsify(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace sparse layers by the dense ones they stand for, zeros where no connection is, in place; returns the model.
+    """Replace sparse layers by dense ones with zeros where no connection is, in place; returns the model.
 
     A model that is itself a sparse layer is not replaced in place: use the returned module.
     """
@@ -96,13 +97,14 @@ def densify(model: nn.Module) -> nn.Module:
             twin.weight.copy_(layer.weight.to_dense())
             if layer.bias is not None:
                 twin.bias.copy_(layer.bias)
-        return twin.train(layer.training)
+        mode: nn.Module = twin.train(layer.training)
+        return mode
 
     return _swap(model, names, dense)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: weights (sparse values and tensors of two or more dimensions) with ``weight_decay``, the rest without.
+    """Two optimizer groups: sparse values and tensors of two or more dimensions with ``weight_decay``, others without.
 
     A pool's values are 1-D, so the usual rule "no decay for 1-D parameters" would leave them out.
     """
@@ -134,9 +136,7 @@ def _counts(
         unused = [p for p in given if not any(fnmatchcase(name, p) for name in found)]
         if unused:
             raise ValueError(f"pattern {unused[0]!r} matches no layer; there are {', '.join(found) or 'none'}")
-        chosen = {
-            name: next(p for p in given if fnmatchcase(name, p)) for name in found if _matches(name, list(given))
-        }
+        chosen = {name: next(p for p in given if fnmatchcase(name, p)) for name in found if _matches(name, list(given))}
         return {
             name: budget.connections_of(given[p], found[name].weight.numel())
             if density is not None

@@ -116,9 +116,7 @@ class OptimizerFollower:
             # Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of another length
             # belongs to the pool that was there before, and is created anew.
             state = optimizer.state.get(parameter, {})
-            if any(
-                isinstance(v, Tensor) and v.dim() == 1 and v.numel() != parameter.numel() for v in state.values()
-            ):
+            if any(isinstance(v, Tensor) and v.dim() == 1 and v.numel() != parameter.numel() for v in state.values()):
                 del optimizer.state[parameter]
             return
         if event.source is not None:

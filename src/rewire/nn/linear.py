@@ -110,9 +110,7 @@ class SparseLinear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
-        return ops.sparse_linear(
-            x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output
-        )
+        return ops.sparse_linear(x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output)
 
     def extra_repr(self) -> str:
         return (

@@ -52,7 +52,15 @@ class Summary:
         return sum(w.bytes for w in self.weights)
 
     def __str__(self) -> str:
-        head = ("weight", "shape", "connections", "density", "fan-in min/mean/max", "fan-out min/mean/max", "bytes")
+        head = (
+            "weight",
+            "shape",
+            "connections",
+            "density",
+            "fan-in min/mean/max",
+            "fan-out min/mean/max",
+            "bytes",
+        )
         rows = [
             (
                 w.name,

@@ -92,18 +92,14 @@ class SparseWeight(nn.Module):
         _matrix_size(shape)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._allocate(
-            torch.Size(shape), capacity, rows.numel(), device or values.device, dtype or values.dtype
-        )
+        self._allocate(torch.Size(shape), capacity, rows.numel(), device or values.device, dtype or values.dtype)
         self._fill(rows.to(self.rows.device), cols.to(self.cols.device))
         with torch.no_grad():
             self.values[: values.numel()] = values.to(self.values)
         return self
 
     @classmethod
-    def from_dense(
-        cls, dense: Tensor, *, connections: int | None = None, capacity: int | None = None
-    ) -> SparseWeight:
+    def from_dense(cls, dense: Tensor, *, connections: int | None = None, capacity: int | None = None) -> SparseWeight:
         """The non-zero entries of ``dense``, or its ``connections`` largest in magnitude (ties: lowest position)."""
         rows, cols = _matrix_size(dense.shape)
         flat = dense.detach().reshape(-1)
@@ -209,9 +205,7 @@ class SparseWeight(nn.Module):
         """
         if not slots.numel():
             return
-        self._connections = topology.replace_(
-            self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols
-        )
+        self._connections = topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols)
         if isinstance(values, Tensor):
             values = values.to(self.values)
             self.values[slots] = torch.where(rows >= 0, values, torch.zeros_like(values))
@@ -352,6 +346,10 @@ class SparseWeight(nn.Module):
 
     def _replace_storage(self, values: Tensor, rows: Tensor, cols: Tensor) -> None:
         """Swap in pools of another capacity; the Parameter object stays the one the optimizer knows."""
+        # Autograd's accumulator for the parameter remembers its size while any old graph is alive; torch makes a new
+        # one when the data changes dtype, so pass through another dtype (of no elements) on the way.
+        other = torch.float64 if values.dtype != torch.float64 else torch.float32
+        self.values.data = values.new_empty(0, dtype=other)
         self.values.data = values
         kind = topology.index_dtype(*self.matrix_shape, values.numel())
         self.rows, self.cols = rows.to(kind), cols.to(kind)
@@ -398,7 +396,8 @@ class SparseWeight(nn.Module):
                     f"the topology is incomplete, {lacking} is missing: a sparse weight is saved as values, "
                     "rows and cols (to start from a dense weight, use rewire.sparsify)"
                 )
-            self._load(*(state_dict[prefix + name] for name in names), state_dict.get(prefix + "shape"))
+            values, rows, cols = (state_dict[prefix + name] for name in names)
+            self._load(values, rows, cols, state_dict.get(prefix + "shape"))
         except (TopologyError, RuntimeError) as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
 
@@ -425,9 +424,7 @@ class SparseWeight(nn.Module):
                     "resized: load before rewire.distributed.prepare"
                 )
             self.values.grad = None
-            self._replace_storage(
-                torch.zeros(capacity, device=device, dtype=self.dtype), rows.clone(), cols.clone()
-            )
+            self._replace_storage(torch.zeros(capacity, device=device, dtype=self.dtype), rows.clone(), cols.clone())
         self.values.copy_(values)
         self.rows.copy_(rows)
         self.cols.copy_(cols)

@@ -1,0 +1,102 @@
+"""What the method tests share: small models of every layer type, a training loop, exact snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewire import methods
+from rewire.nn import SparseLinear, sparse_weights
+
+Build = Callable[[torch.dtype, int], nn.Module]
+
+
+def linear(dtype: torch.dtype, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    return nn.Sequential(
+        SparseLinear(12, 16, connections=40, generator=g, dtype=dtype),
+        nn.ReLU(),
+        SparseLinear(16, 6, connections=30, bias=False, generator=g, dtype=dtype),
+    )
+
+
+#: Layer types that exist: each builds a small model that maps (batch, 12) to (batch, 6).
+LAYERS: dict[str, Build] = {"linear": linear}
+
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+}
+
+#: Settings under which each method is tested besides its defaults; a newly registered method needs no entry.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "deep-r": [
+        {},
+        {"l1": 1e-3, "noise": 0.05, "signs": "redrawn"},
+        {"l1": 1e-2, "noise": 0.1, "scope": "network"},
+        {"l1": 1e-2, "noise": 0.1, "scope": "network", "allotment": "authors", "signs": "redrawn"},
+        {"l1": 1e-3, "temperature": 1e-3, "scope": "neuron"},
+        {"l1": 1e-3, "noise": 0.05, "every": 3},
+    ],
+    "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
+}
+
+CASES = [(name, settings) for name in methods.available() for settings in SETTINGS.get(name, [{}])]
+
+
+def case_id(case: tuple[str, dict[str, Any]]) -> str:
+    return case[0] + "".join(f"-{k}={v}" for k, v in case[1].items())
+
+
+class Run:
+    """A model in training: ``steps_per_epoch`` steps make an epoch; data depend on the step alone."""
+
+    steps_per_epoch = 4
+
+    def __init__(
+        self, case: tuple[str, dict[str, Any]], layer: str = "linear", optimizer: str = "sgd",
+        dtype: torch.dtype = torch.float32, seed: int = 3,
+    ) -> None:  # fmt: skip
+        self.model = LAYERS[layer](dtype, seed)
+        self.dtype = dtype
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.method = methods.create(case[0], self.model, self.optimizer, seed=7, **case[1])
+        self.time = 0
+
+    def weights(self) -> dict[str, Any]:
+        return dict(sparse_weights(self.model))
+
+    def backward(self) -> None:
+        g = torch.Generator().manual_seed(1000 + self.time)
+        x = torch.randn(8, 12, generator=g, dtype=self.dtype)
+        y = torch.randint(0, 6, (8,), generator=g)
+        loss = nn.functional.cross_entropy(self.model(x), y) + self.method.penalty()
+        self.optimizer.zero_grad()
+        loss.backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.method.step()
+        self.time += 1
+        if self.time % self.steps_per_epoch == 0:
+            self.method.end_epoch()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that must come out bit-identical."""
+        found = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{k}": v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+        return found
+
+
+def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype, key
+        # Bits, not values: -0.0 and 0.0 differ, NaN equals itself.
+        assert a[key].numpy().tobytes() == b[key].numpy().tobytes(), key

@@ -1,0 +1,221 @@
+"""What every registered method owes: run over the registry, so a new method gets these tests by being registered."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from harness import CASES, LAYERS, OPTIMIZERS, Run, assert_identical, case_id
+
+from rewire import methods, topology
+from rewire.nn import Event, SparseWeight
+
+Case = tuple[str, dict[str, Any]]
+all_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
+all_layers = pytest.mark.parametrize("layer", LAYERS)
+all_optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def assert_sound(weight: SparseWeight) -> None:
+    """The pool is what it says: counts, empties, no duplicates, an index equal to one built from nothing."""
+    active = weight.rows >= 0
+    assert int(active.sum()) == weight.connections
+    assert not weight.values[~active].any()
+    fresh = topology.build_index(weight.rows, weight.cols, *weight.matrix_shape)  # raises on duplicates
+    for mine, new in zip(weight.index, fresh, strict=True):
+        assert torch.equal(mine, new)
+
+
+@all_cases
+@all_layers
+@all_optimizers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_budget_is_exact_after_every_step(case: Case, layer: str, optimizer: str, dtype: torch.dtype) -> None:
+    run = Run(case, layer, optimizer, dtype)
+    entry = methods.info(case[0])
+    before = {name: w.connections for name, w in run.weights().items()}
+    fan_in = {name: w.fan_in() for name, w in run.weights().items()}
+    for _ in range(3 * run.steps_per_epoch):
+        run.step()
+        now = {name: w.connections for name, w in run.weights().items()}
+        if entry.keeps_budget == "every step":
+            assert sum(now.values()) == sum(before.values())
+            if case[1].get("scope") != "network":
+                assert now == before
+        for name, weight in run.weights().items():
+            assert_sound(weight)
+            if case[1].get("scope") == "neuron":
+                assert torch.equal(weight.fan_in(), fan_in[name])
+
+
+@all_cases
+@all_layers
+@all_optimizers
+def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, layer: str, optimizer: str) -> None:
+    run = Run(case, layer, optimizer)
+    for weight in run.weights().values():
+        weight.resize(weight.connections + 8)  # empty slots as well
+    for _ in range(2 * run.steps_per_epoch):
+        run.backward()
+        run.optimizer.step()
+        before = {
+            name: {k: v.clone() for k, v in run.optimizer.state[w.values].items() if isinstance(v, torch.Tensor) and v.dim()}
+            for name, w in run.weights().items()
+        }  # fmt: skip
+        events: dict[str, list[Event]] = {name: [] for name in before}
+        handles = [w.follow(events[name].append) for name, w in run.weights().items()]
+        run.method.step()
+        run.time += 1
+        if run.time % run.steps_per_epoch == 0:
+            run.method.end_epoch()
+        for handle in handles:
+            handle.remove()
+        for name, weight in run.weights().items():
+            if any(event.source is not None for event in events[name]):
+                continue  # moved as well: resizing has tests of its own
+            changed = torch.zeros(weight.capacity, dtype=torch.bool)
+            for event in events[name]:
+                changed[event.slots] = True
+            for key, old in before[name].items():
+                new = run.optimizer.state[weight.values][key]
+                assert not new[changed].any(), key
+                assert torch.equal(new[~changed], old[~changed]), key
+            if weight.values.grad is not None:
+                assert not weight.values.grad[changed].any()
+
+
+@all_cases
+@all_layers
+@all_optimizers
+def test_same_seed_same_run(case: Case, layer: str, optimizer: str) -> None:
+    runs = [Run(case, layer, optimizer) for _ in range(2)]
+    for run in runs:
+        torch.manual_seed(torch.seed() % 1000)  # global randomness must not matter
+        for _ in range(2 * run.steps_per_epoch + 1):
+            run.step()
+    assert_identical(runs[0].snapshot(), runs[1].snapshot())
+    assert runs[0].method.stats() == runs[1].method.stats()
+
+
+@all_cases
+@all_layers
+@all_optimizers
+@pytest.mark.parametrize("model_first", [True, False], ids=["model-first", "method-first"])
+@pytest.mark.parametrize("stop", [3, 4, 6])
+def test_resume_is_bit_exact(case: Case, layer: str, optimizer: str, model_first: bool, stop: int) -> None:
+    whole, first = Run(case, layer, optimizer), Run(case, layer, optimizer)
+    for _ in range(11):
+        whole.step()
+    for _ in range(stop):
+        first.step()
+    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
+    second = Run(case, layer, optimizer, seed=99)  # another initial topology, to be replaced
+    loads = [second.model.load_state_dict, second.optimizer.load_state_dict, second.method.load_state_dict]
+    for i in (0, 1, 2) if model_first else (2, 1, 0):
+        loads[i](saved[i])
+    second.time = stop
+    for _ in range(11 - stop):
+        second.step()
+    assert_identical(whole.snapshot(), second.snapshot())
+    assert whole.method.stats() == second.method.stats()
+
+
+@all_cases
+@all_layers
+def test_state_dict_is_plain(case: Case, layer: str) -> None:
+    run = Run(case, layer)
+    run.step()
+
+    def check(value: object) -> None:
+        if isinstance(value, dict):
+            assert all(isinstance(k, str) for k in value)
+            for v in value.values():
+                check(v)
+        elif isinstance(value, list):
+            for v in value:
+                check(v)
+        else:
+            assert isinstance(value, (torch.Tensor, int, float, str, bool, type(None))), value
+
+    check(run.method.state_dict())
+
+
+@all_cases
+@all_layers
+def test_a_skipped_optimizer_step_changes_nothing(case: Case, layer: str) -> None:
+    run = Run(case, layer)
+    run.step()
+    before, stats = run.snapshot(), run.method.stats()
+    run.backward()
+    run.method.step()  # no optimizer.step(), as after a GradScaler that found infinities
+    assert_identical(before, run.snapshot())
+    assert run.method.stats() == stats
+
+
+@all_cases
+@all_layers
+def test_stats_count_what_happened(case: Case, layer: str) -> None:
+    run = Run(case, layer)
+    changed = {name: 0 for name in run.weights()}
+    for _ in range(3 * run.steps_per_epoch):
+        before = {name: w.connections for name, w in run.weights().items()}
+        handles = []
+        for name, weight in run.weights().items():
+
+            def count(event: Event, name: str = name) -> None:
+                changed[name] += event.slots.numel()
+
+            handles.append(weight.follow(count))
+        run.step()
+        for handle in handles:
+            handle.remove()
+        del before
+    stats = run.method.stats()
+    for name in changed:
+        dropped, grown = stats["dropped"][name], stats["grown"][name]
+        assert changed[name] == max(dropped, grown) or case[1].get("scope") == "network"
+        assert run.weights()[name].connections == Run(case, layer).weights()[name].connections + grown - dropped
+
+
+@all_cases
+@all_layers
+def test_finalize_leaves_a_plain_model(case: Case, layer: str) -> None:
+    run = Run(case, layer)
+    for _ in range(5):
+        run.step()
+    x = torch.randn(3, 12)
+    before = run.model(x)
+    model = run.method.finalize()
+    torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-5)
+    for weight in run.weights().values():
+        assert not weight._followers
+        assert weight.capture is None
+    frozen = run.snapshot()
+    run.method.step()
+    assert_identical(frozen, run.snapshot())
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_registry_describes_the_method(name: str) -> None:
+    entry = methods.info(name)
+    assert entry.paper
+    assert entry.guarantees
+    assert "\n" not in entry.summary
+    assert entry.memory in ("O(K)", "O(M)")
+    assert entry.keeps_budget in ("every step", "every update", "no")
+    for parameter in entry.parameters().values():
+        assert parameter.help, f"{name}: {parameter.name} is not described in the class docstring"
+        assert parameter.default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_state_of_another_method_or_model_is_refused(name: str) -> None:
+    run = Run((name, {}))
+    state = run.method.state_dict()
+    with pytest.raises(ValueError, match="state of Nothing"):
+        run.method.load_state_dict(state | {"method": "Nothing"})
+    with pytest.raises(ValueError, match="model with weights"):
+        run.method.load_state_dict(state | {"dropped": {"elsewhere.weight": 0}})
