@@ -49,7 +49,7 @@ def test_totals_that_cannot_be_are_refused(of: list[Shape], name: str, excess: i
 
 
 def rigl(of: Sequence[Shape], total: int, raw: Callable[[Shape], float]) -> list[float]:
-    """RigL's solve (google-research/rigl, get_sparsities): densities epsilon * raw, the largest made dense until all fit."""
+    """RigL's solve (google-research/rigl, get_sparsities): densities epsilon * raw; the largest go dense."""
     dense: set[int] = set()
     size = sizes(of)
     while True:
