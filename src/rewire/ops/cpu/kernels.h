@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "philox.h"
+
 namespace rewire {
 
 enum Status : int { kFine = 0, kBadPointer = 1, kBadIndex = 2, kBadSlot = 3 };
@@ -45,6 +47,18 @@ struct CopyArgs {
   int64_t cols, row_step, col_step;
 };
 
+// theta <- theta - shrink + noise * nu over slots; see rewire/ops/langevin.py.
+struct LangevinArgs {
+  void* values;
+  const void* rows;
+  const int8_t* signs;
+  uint64_t* dropped;  // one bit per slot
+  double shrink, noise;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+constexpr int64_t kLangevinGrain = 128;  // ranges of slots start at multiples of this
+
 constexpr int kFloat32 = 0, kFloat64 = 1, kInt32 = 0, kInt64 = 1;
 constexpr int kVectorsPerBlock = 8;  // accumulators held in registers by one pass over a row
 
@@ -55,6 +69,7 @@ struct Kernels {
   Status (*spmm[2][2])(const SpmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width);
   Status (*sddmm[2][2])(const SddmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width, bool add);
   void (*copy[2])(const CopyArgs&, int64_t row0, int64_t row1);
+  void (*langevin[2][2])(const LangevinArgs&, int64_t begin, int64_t end);
 };
 
 namespace portable {

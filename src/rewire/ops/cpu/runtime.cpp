@@ -39,4 +39,27 @@ Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
   return Tensor(handle);
 }
 
+Tensor empty_1d(int64_t length, ScalarType type) {
+  const int32_t dtype = type == ScalarType::Long ? aoti_torch_dtype_int64() : aoti_torch_dtype_int8();
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &length, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Integers as_integers(const Tensor& t, const char* op) {
+  require_cpu(t, op);
+  require(t.dim() == 1, op, "lists of integers must have one dimension");
+  Integers result{packed(t), {}, nullptr, t.numel()};
+  if (index_type(t, op) == kInt64) {
+    result.data = static_cast<const int64_t*>(result.kept.const_data_ptr());
+  } else {
+    const int32_t* from = static_cast<const int32_t*>(result.kept.const_data_ptr());
+    result.converted.assign(from, from + result.count);
+    result.data = result.converted.data();
+  }
+  return result;
+}
+
 }  // namespace rewire

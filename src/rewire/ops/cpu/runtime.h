@@ -79,6 +79,18 @@ inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::st
 Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides);
 
+// A fresh 1-D CPU tensor.
+Tensor empty_1d(int64_t length, ScalarType type);
+
+// The numbers of an int32 or int64 tensor as int64. `kept` owns the memory if it had to be converted.
+struct Integers {
+  Tensor kept;
+  std::vector<int64_t> converted;
+  const int64_t* data;
+  int64_t count;
+};
+Integers as_integers(const Tensor& t, const char* op);
+
 // A (batch, features) tensor as a matrix of contiguous runs over the batch. `kept` owns the memory.
 struct Runs {
   Tensor kept;
