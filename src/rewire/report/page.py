@@ -1,0 +1,155 @@
+"""The report of a run: one HTML page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rewire.data.files import write_atomic
+
+from . import figures
+from .figures import Figure
+from .read import Run, read_run
+
+REPORT = "report.html"
+
+
+def write(folder: Path) -> Path:
+    """Make `report.html` of the run in `folder`, finished or not, and return its path."""
+    path = folder / REPORT
+    write_atomic(path, render(read_run(folder)).encode())
+    return path
+
+
+def render(run: Run) -> str:
+    """The page."""
+    from plotly.offline import get_plotlyjs
+
+    own = resources.files("rewire.report")
+    drawn: dict[str, Figure] = {}
+    body = "\n".join(_sections(run, drawn))
+    charts = json.dumps({name: figure.to_json() for name, figure in drawn.items()}, allow_nan=False)
+    page = (own / "page.html").read_text("utf-8")
+    for mark, text in (
+        ("@TITLE@", escape(f"{run.name}: {run.config.get('method')} on {run.config.get('data')}")),
+        ("@CSS@", (own / "page.css").read_text("utf-8")),
+        ("@BODY@", body),
+        ("@FIGURES@", charts.replace("</", "<\\/")),  # nothing in the data may end the script element
+        ("@PLOTLY@", get_plotlyjs()),  # the last, so that no mark is looked for in it
+    ):
+        page = page.replace(mark, text, 1)
+    return page
+
+
+def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
+    config = run.config
+    parts = [
+        f"<h1>{escape(str(config.get('method')))} on {escape(str(config.get('data')))}</h1>",
+        f'<p class="soft">run {escape(run.name)}, seed {escape(str(config.get("seed")))}</p>',
+    ]
+    if run.result is None:
+        done, epochs = len(run.metrics), config.get("epochs")
+        parts.append(
+            f'<p class="state">This run is not finished: {done} of {epochs} epochs. There is no test score yet.</p>'
+        )
+    parts.append(_tiles(run))
+    if run.metrics:
+        parts.append("<h2>Training</h2>")
+        parts.append(_grid([figures.accuracy(run), figures.loss(run)], drawn))
+        parts.append("<h2>Rewiring</h2>")
+        parts.append(_grid([figures.turnover(run), figures.active(run)], drawn))
+    parts.append("<h2>Topology</h2>")
+    parts.append(_layer_table(run))
+    picture = figures.pixels(run)
+    if picture is not None:
+        parts.append("<h2>Inputs</h2>" + _card(picture, drawn, "card wide"))
+    parts.append("<h2>Fan-in and fan-out</h2>")
+    parts.append(_grid(figures.fans(run), drawn))
+    parts.append("<h2>Options</h2>" + _pairs(_options(config)))
+    if run.result is not None:
+        parts.append("<h2>Versions</h2>" + _pairs(run.result["versions"]))
+    return parts
+
+
+def _tiles(run: Run) -> str:
+    connections = sum(layer.connections for layer in run.layers)
+    possible = sum(layer.inputs * layer.outputs for layer in run.layers)
+    tiles = []
+    if run.result is not None:
+        samples = run.info["samples"]["test"]
+        tiles.append((f"{run.result['test_accuracy']:.2%}", f"test accuracy, {samples:,} samples"))
+    tiles.append((f"{connections:,}", f"connections of {possible:,}"))
+    tiles.append((f"{connections / possible:.2%}", "density"))
+    if run.metrics and run.metrics[-1]["validation_accuracy"] is not None:
+        tiles.append((f"{run.metrics[-1]['validation_accuracy']:.2%}", "validation accuracy, last epoch"))
+    if run.result is not None:
+        tiles.append((_duration(run.result["seconds"]), f"for {run.result['steps']:,} steps"))
+    boxes = (f'<div class="tile"><b>{escape(a)}</b><span class="soft">{escape(b)}</span></div>' for a, b in tiles)
+    return f'<div class="tiles">{"".join(boxes)}</div>'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def _grid(charts: Sequence[Figure], drawn: dict[str, Figure]) -> str:
+    return f'<div class="grid">{"".join(_card(chart, drawn) for chart in charts)}</div>'
+
+
+def _card(chart: Figure, drawn: dict[str, Figure], kind: str = "card") -> str:
+    name = f"figure-{len(drawn) + 1}"
+    drawn[name] = chart
+    height = chart.layout.get("height")
+    style = f' style="height:auto;min-height:{min(height, 360)}px"' if height else ""
+    return (
+        f'<section class="{kind}"><h3>{escape(chart.title)}</h3><p class="soft">{escape(chart.note)}</p>'
+        f'<div class="chart" id="{name}"{style}></div></section>'
+    )
+
+
+def _layer_table(run: Run) -> str:
+    head = ("layer", "connections", "possible", "density", "mean fan-in", "inputs unused", "outputs unused")
+    cells = "".join(f'<th class="number">{name}</th>' if name != "layer" else f"<th>{name}</th>" for name in head)
+    rows = []
+    for i, layer in enumerate(run.layers, start=1):
+        possible = layer.inputs * layer.outputs
+        numbers = (
+            f"{layer.connections:,}",
+            f"{possible:,}",
+            f"{layer.connections / possible:.2%}",
+            f"{layer.fan_in.mean():.1f}",
+            f"{int((layer.fan_out == 0).sum()):,}",
+            f"{int((layer.fan_in == 0).sum()):,}",
+        )
+        rows.append(
+            f"<tr><td>{escape(figures.layer_label(i, layer))}</td>"
+            + "".join(f'<td class="number">{number}</td>' for number in numbers)
+            + "</tr>"
+        )
+    return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, str]:
+    """The options that were in force, as the command line calls them."""
+    shown = {}
+    for name, value in config.items():
+        if value is None or name in ("data_dir", "mirror"):  # where the data lay is nobody's business
+            continue
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} = {item}" for key, item in value.items()) or "its defaults"
+        shown[name.replace("_", " ")] = str(value)
+    return shown
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+    return f'<div class="scroll"><table>{rows}</table></div>'
