@@ -89,56 +89,105 @@ Problem build(const Pool<I>& p) {
 }
 
 // A connection that leaves or enters a list, and where: at or before which of the old entries.
+template <class I>
 struct Move {
-  int64_t major, minor, slot, at;
+  I major, minor, slot, at;
   bool operator<(const Move& o) const { return major != o.major ? major < o.major : minor < o.minor; }
 };
 
+template <class I>
 struct Plan {
-  std::vector<Move> removed, added;
+  std::vector<Move<I>> removed, added;
   bool broken = false;  // the list is not what the pool says: derive it anew
   Problem problem = kNoProblem;
 };
 
-void sort_moves(std::vector<Move>& moves) {
-  if (!std::is_sorted(moves.begin(), moves.end())) std::sort(moves.begin(), moves.end());
+// By (major, minor): a radix sort, digit by digit of 11 bits, unless there are few or they are in order.
+template <class I>
+void sort_moves(std::vector<Move<I>>& moves) {
+  if (std::is_sorted(moves.begin(), moves.end())) return;
+  if (moves.size() < 500) {
+    std::sort(moves.begin(), moves.end());
+    return;
+  }
+  constexpr int kBits = 11;
+  std::vector<Move<I>> other(moves.size());
+  for (I Move<I>::*key : {&Move<I>::minor, &Move<I>::major}) {
+    I most = 0;
+    for (const Move<I>& m : moves) most = std::max(most, m.*key);
+    for (int shift = 0; shift < std::numeric_limits<I>::digits && most >> shift > 0; shift += kBits) {
+      size_t start[(1 << kBits) + 1] = {};
+      const auto digit = [&](const Move<I>& m) { return static_cast<size_t>(m.*key >> shift) & ((1 << kBits) - 1); };
+      for (const Move<I>& m : moves) ++start[digit(m) + 1];
+      for (int d = 0; d < 1 << kBits; ++d) start[d + 1] += start[d];
+      for (const Move<I>& m : moves) other[start[digit(m)]++] = m;
+      moves.swap(other);
+    }
+  }
 }
 
+// Sets `at` of every move to the first entry of its row that is not before it. The searches are far apart in memory:
+// the entries of a row are asked for some searches ahead, and no step of a search is a branch to be guessed.
 template <class I>
-int64_t lower_bound(const Side<I>& side, int64_t capacity, const Move& m, bool* broken) {
-  const int64_t begin = side.ptr[m.major], end = side.ptr[m.major + 1];
-  if (begin < 0 || begin > end || end > capacity) {
-    *broken = true;
-    return 0;
+void search(const Side<I>& side, int64_t capacity, Plan<I>& plan, std::vector<Move<I>>& moves) {
+  constexpr size_t kAhead = 8;
+  constexpr int64_t kLine = 64 / sizeof(I), kMost = 16;
+  for (size_t i = 0; i < moves.size(); ++i) {
+    if (i + kAhead < moves.size()) {
+      const int64_t major = moves[i + kAhead].major;
+      const int64_t begin = std::clamp<int64_t>(side.ptr[major], 0, capacity);
+      const int64_t end = std::clamp<int64_t>(side.ptr[major + 1], begin, capacity);
+      const int64_t stride = std::max(kLine, (end - begin) / kMost);
+      for (int64_t e = begin; e < end; e += stride) __builtin_prefetch(side.minor + e);
+    }
+    Move<I>& m = moves[i];
+    const int64_t begin = side.ptr[m.major], end = side.ptr[m.major + 1];
+    if (begin < 0 || begin > end || end > capacity) {
+      plan.broken = true;
+      return;
+    }
+    const I* base = side.minor + begin;
+    int64_t length = end - begin;
+    while (length > 1) {
+      const int64_t half = length / 2;
+      base += static_cast<int64_t>(base[half - 1] < m.minor) * half;
+      length -= half;
+    }
+    if (length == 1) base += *base < m.minor;
+    m.at = static_cast<I>(base - side.minor);
   }
-  return std::lower_bound(side.minor + begin, side.minor + end, m.minor) - side.minor;
 }
 
 // Finds the places of all moves in one list and looks for connections that would occur twice.
 template <class I>
-void locate(const Side<I>& side, int64_t capacity, Plan& plan) {
+void locate(const Side<I>& side, int64_t capacity, Plan<I>& plan) {
   const int64_t count = side.ptr[side.majors];
   const int64_t after = count - static_cast<int64_t>(plan.removed.size()) + static_cast<int64_t>(plan.added.size());
   if (count < 0 || count > capacity || after < 0 || after > capacity) {
     plan.broken = true;
     return;
   }
-  sort_moves(plan.removed);
-  sort_moves(plan.added);
-  int64_t before = -1;
-  for (Move& m : plan.removed) {
-    m.at = lower_bound(side, capacity, m, &plan.broken);
-    plan.broken = plan.broken || m.at <= before || m.at >= count || side.slots[m.at] != m.slot;
+  for (auto* moves : {&plan.removed, &plan.added}) {
+    sort_moves(*moves);
+    search(side, capacity, plan, *moves);
     if (plan.broken) return;
+  }
+  int64_t before = -1;
+  for (const Move<I>& m : plan.removed) {
+    if (m.at <= before || m.at >= count || side.slots[m.at] != m.slot) {
+      plan.broken = true;
+      return;
+    }
     before = m.at;
   }
   size_t gone = 0;
   before = 0;
   for (size_t i = 0; i < plan.added.size(); ++i) {
-    Move& m = plan.added[i];
-    m.at = lower_bound(side, capacity, m, &plan.broken);
-    plan.broken = plan.broken || m.at < before || m.at > count;
-    if (plan.broken) return;
+    const Move<I>& m = plan.added[i];
+    if (m.at < before || m.at > count) {
+      plan.broken = true;
+      return;
+    }
     before = m.at;
     while (gone < plan.removed.size() && plan.removed[gone].at < m.at) ++gone;
     const bool there = m.at < side.ptr[m.major + 1] && side.minor[m.at] == m.minor;
@@ -154,9 +203,9 @@ void locate(const Side<I>& side, int64_t capacity, Plan& plan) {
 // that came less those that left before them. Those that move left go first, from the left; those that move right
 // after, from the right: so none is written over before it has moved.
 template <class I>
-void apply(const Side<I>& side, const Plan& plan, std::vector<std::array<int64_t, 3>>& segments,
+void apply(const Side<I>& side, const Plan<I>& plan, std::vector<std::array<int64_t, 3>>& segments,
            std::vector<int64_t>& places) {
-  const std::vector<Move>&removed = plan.removed, &added = plan.added;
+  const std::vector<Move<I>>&removed = plan.removed, &added = plan.added;
   const int64_t count = side.ptr[side.majors];
   int64_t begin = 0, shift = 0;
   for (size_t r = 0, a = 0; r < removed.size() || a < added.size();) {
@@ -250,14 +299,23 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
   if (problem != kNoProblem || n == 0) return problem;
   if (n > p.capacity / 8 + 8) return rebuild(p, slots, rows, cols, n);
 
-  Plan plans[2];
+  Plan<I> plans[2];
+  for (Plan<I>& plan : plans) {
+    plan.removed.reserve(static_cast<size_t>(n));
+    plan.added.reserve(static_cast<size_t>(n));
+  }
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = slots[i], row = p.rows[slot], col = p.cols[slot];
-    if (row != -1 && !(row >= 0 && row < p.n_rows && col >= 0 && col < p.n_cols))
-      return rebuild(p, slots, rows, cols, n);
-    if (row >= 0) plans[0].removed.push_back({row, col, slot, 0}), plans[1].removed.push_back({col, row, slot, 0});
-    if (rows[i] >= 0)
-      plans[0].added.push_back({rows[i], cols[i], slot, 0}), plans[1].added.push_back({cols[i], rows[i], slot, 0});
+    const I slot = static_cast<I>(slots[i]), row = p.rows[slot], col = p.cols[slot];
+    if (!p.valid(row, col)) return rebuild(p, slots, rows, cols, n);
+    if (row >= 0) {
+      plans[0].removed.push_back({row, col, slot, 0});
+      plans[1].removed.push_back({col, row, slot, 0});
+    }
+    if (rows[i] >= 0) {
+      const I to_row = static_cast<I>(rows[i]), to_col = static_cast<I>(cols[i]);
+      plans[0].added.push_back({to_row, to_col, slot, 0});
+      plans[1].added.push_back({to_col, to_row, slot, 0});
+    }
   }
   const Side<I> sides[2] = {p.by_row, p.by_col};
   const bool serial = p.capacity < (1 << 15);
