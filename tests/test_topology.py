@@ -314,8 +314,9 @@ def test_dormant_ones_are_drawn_uniformly(n: int) -> None:
 
 def test_more_than_is_dormant_is_refused() -> None:
     index = topology.build_index(*pool([(0, 0), (1, 1)]), 2, 2)
-    with pytest.raises(ValueError, match="cannot draw 4 distinct integers below 3"):
-        topology.sample_dormant(index, 2, 2, 4, *pool([(0, 0)], torch.int64), 0, 0, 0)
+    for n in (4, -1):
+        with pytest.raises(TopologyError, match=f"cannot grow {n} connections where 3 are dormant"):
+            topology.sample_dormant(index, 2, 2, n, *pool([(0, 0)], torch.int64), 0, 0, 0)
 
 
 def test_a_full_matrix_grows_only_what_it_dropped() -> None:

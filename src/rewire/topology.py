@@ -236,12 +236,14 @@ def sample_dormant(
     ``0 ... M - K + d - 1`` is drawn (`rewire.random.distinct`) and mapped by `candidates`; exact at every density, no
     rejection against the topology. Time O(n (log rows + log fan-in)), memory O(n) (native).
     """
+    free = n_rows * n_cols - int(index.row_ptr[-1].item()) + dropped_rows.numel()
+    if not 0 <= n <= free:
+        raise TopologyError(f"cannot grow {n} connections where {free} are dormant: choose between 0 and {free}")
     if _native.available() and index.row_ptr.device.type == "cpu":
         rows, cols = torch.ops.rewire.sample_dormant(
             index.row_ptr, index.row_cols, n_cols, n, dropped_rows, dropped_cols, seed, step, stream
         )
         return rows, cols
-    free = n_rows * n_cols - int(index.row_ptr[-1].item()) + dropped_rows.numel()
     ranks = random.distinct(n, free, seed, step, stream, device=index.row_ptr.device)
     return candidates(index, n_rows, n_cols, ranks, dropped_rows, dropped_cols)
 
