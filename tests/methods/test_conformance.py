@@ -29,6 +29,11 @@ def assert_sound(weight: SparseWeight) -> None:
         assert torch.equal(mine, new)
 
 
+def per_slot_state(run: Run, weight: SparseWeight) -> dict[str, torch.Tensor]:
+    state = run.optimizer.state[weight.values]
+    return {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
+
+
 @all_cases
 @all_layers
 @all_optimizers
@@ -61,10 +66,7 @@ def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, 
     for _ in range(2 * run.steps_per_epoch):
         run.backward()
         run.optimizer.step()
-        before = {
-            name: {k: v.clone() for k, v in run.optimizer.state[w.values].items() if isinstance(v, torch.Tensor) and v.dim()}
-            for name, w in run.weights().items()
-        }  # fmt: skip
+        before = {name: per_slot_state(run, w) for name, w in run.weights().items()}
         events: dict[str, list[Event]] = {name: [] for name in before}
         handles = [w.follow(events[name].append) for name, w in run.weights().items()]
         run.method.step()
@@ -80,7 +82,7 @@ def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, 
             for event in events[name]:
                 changed[event.slots] = True
             for key, old in before[name].items():
-                new = run.optimizer.state[weight.values][key]
+                new = per_slot_state(run, weight)[key]
                 assert not new[changed].any(), key
                 assert torch.equal(new[~changed], old[~changed]), key
             if weight.values.grad is not None:
@@ -159,9 +161,8 @@ def test_a_skipped_optimizer_step_changes_nothing(case: Case, layer: str) -> Non
 @all_layers
 def test_stats_count_what_happened(case: Case, layer: str) -> None:
     run = Run(case, layer)
-    changed = {name: 0 for name in run.weights()}
+    changed = dict.fromkeys(run.weights(), 0)
     for _ in range(3 * run.steps_per_epoch):
-        before = {name: w.connections for name, w in run.weights().items()}
         handles = []
         for name, weight in run.weights().items():
 
@@ -172,7 +173,6 @@ def test_stats_count_what_happened(case: Case, layer: str) -> None:
         run.step()
         for handle in handles:
             handle.remove()
-        del before
     stats = run.method.stats()
     for name in changed:
         dropped, grown = stats["dropped"][name], stats["grown"][name]
