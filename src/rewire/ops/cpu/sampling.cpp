@@ -118,9 +118,12 @@ struct Complement {
   int64_t dormant_before(int64_t row) const { return row * n_cols - ptr[row]; }
   int64_t dormant() const { return dormant_before(rows); }
 
-  // The row of a dormant position: the last one with dormant_before(row) <= rank.
-  int64_t row_of(int64_t rank) const {
-    int64_t low = 0, high = rows - 1;
+  // The row of a dormant position: the last one with dormant_before(row) <= rank. Ranks mostly come in ascending
+  // order, so the rows behind `guess` (0, or the row of the rank before) are tried first.
+  int64_t row_of(int64_t rank, int64_t guess) const {
+    int64_t low = dormant_before(guess) <= rank ? guess : 0, high = rows - 1;
+    for (int tries = 0; tries < 8; ++tries, ++low)
+      if (low == high || dormant_before(low + 1) > rank) return low;
     while (low < high) {
       const int64_t middle = high - (high - low) / 2;
       if (dormant_before(middle) <= rank)
@@ -140,13 +143,12 @@ struct Complement {
   int64_t col_of(int64_t row, int64_t nth) const {
     require_range(row);
     const I* active = cols + ptr[row];
-    int64_t low = 0, high = ptr[row + 1] - ptr[row];
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (active[middle] - middle <= nth)
-        low = middle + 1;
-      else
-        high = middle;
+    int64_t low = 0, length = ptr[row + 1] - ptr[row];
+    while (length > 0) {  // without branches to be guessed
+      const int64_t half = length / 2;
+      const bool right = active[low + half] - (low + half) <= nth;
+      low += right ? half + 1 : 0;
+      length = right ? length - half - 1 : half;
     }
     return nth + low;
   }
@@ -176,14 +178,14 @@ std::tuple<Tensor, Tensor> map_ranks(const Complement<I>& list, const int64_t* r
   Tensor rows = empty_1d(n, ScalarType::Long), cols = empty_1d(n, ScalarType::Long);
   int64_t* row = static_cast<int64_t*>(rows.mutable_data_ptr());
   int64_t* col = static_cast<int64_t*>(cols.mutable_data_ptr());
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0, guess = 0; i < n; ++i) {
     const int64_t rank = ranks[i];
     require(rank >= 0 && rank < dormant + dropped_rows.count, list.op, "a rank is out of range");
     if (rank >= dormant) {
       row[i] = dropped_rows.data[rank - dormant];
       col[i] = dropped_cols.data[rank - dormant];
     } else {
-      row[i] = list.row_of(rank);
+      guess = row[i] = list.row_of(rank, guess);
       col[i] = list.col_of(row[i], rank - list.dormant_before(row[i]));
     }
   }
