@@ -94,7 +94,7 @@ def _explain(error: ValidationError) -> str:
     elif limits := [f"{words[key]} {context[key]}" for key in words if key in context]:
         allowed = "a number " + " and ".join(limits)
     else:
-        allowed = first["msg"][0].lower() + first["msg"][1:]
+        allowed = first["msg"].removeprefix("Input should be ")
     return f"{option_name(field)}: given {first['input']}, allowed is {allowed}"
 
 

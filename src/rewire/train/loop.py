@@ -141,7 +141,7 @@ class Trainer:
         state = saved.state
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._restore_optimizer(state["optimizer"])
             self.method.load_state_dict(state["method"])
             self.batch, self.before = int(state["batch"]), state["before"]
             self.loss_sum, self.correct = state["loss_sum"], state["correct"]
@@ -153,6 +153,14 @@ class Trainer:
         self.metrics_bytes = saved.metrics_bytes
         self.run_dir.cut_metrics(self.metrics_bytes)
         self.seconds_before, self.clock = saved.seconds, time.perf_counter()
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Load in place: torch puts new dicts for the parameter groups, the method reads its rate in the old."""
+        groups = self.optimizer.param_groups
+        self.optimizer.load_state_dict(state)
+        for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
+            group.update(loaded)
+        self.optimizer.param_groups = groups
 
     # --- training -----------------------------------------------------------------------------------------
 
