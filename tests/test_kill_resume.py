@@ -4,7 +4,6 @@ Real processes and real SIGKILLs. Importing torch takes longer than the whole tr
 imports it once and forks a child for every command; the children are what is killed.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,25 +19,30 @@ from typing import Any
 import pytest
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys, time
 import rewire.cli, rewire.report, rewire.train.command, plotly.offline
 import torch
 import torch._dynamo  # the first optimizer of a process imports it: here, not once in every child
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:
+    arguments, kill_after = json.loads(line)
     child = os.fork()
     if child == 0:
-        os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 70
         try:
-            code = rewire.cli.run(json.loads(line))
+            code = rewire.cli.run(arguments)
         finally:
             os._exit(code)
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
+    deadline = time.perf_counter() + kill_after
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended and time.perf_counter() < deadline:
+        time.sleep(0.0005)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
@@ -67,16 +71,11 @@ class Server:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def run(self, *arguments: str, kill_after: float | None = None) -> int:
+    def run(self, *arguments: str, kill_after: float = 100.0) -> int:
         """Run a command line, killed after so many seconds unless it ends before; returns the exit code."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.write(json.dumps([arguments, kill_after]) + "\n")
         self.process.stdin.flush()
-        child = int(self._line())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)  # waits unreaped if it ended: the number is still its own
         return int(self._line())
 
     def close(self) -> None:
@@ -125,12 +124,14 @@ def arguments_for(folder: Path, *more: str) -> list[str]:
     ids=["deep-r", "set"],
 )
 def test_killed_runs_end_as_if_never_killed(server: Server, tmp_path: Path, method: str, more) -> None:
-    assert server.run(*arguments_for(tmp_path / "warm-up", *more)) == 0
-    whole = tmp_path / "whole"
-    begin = time.perf_counter()
-    assert server.run(*arguments_for(whole, *more)) == 0
-    duration = time.perf_counter() - begin
-    expected = outcome(whole)
+    durations = []
+    for name in ("whole", "whole again"):
+        begin = time.perf_counter()
+        assert server.run(*arguments_for(tmp_path / name, *more)) == 0
+        durations.append(time.perf_counter() - begin)
+    duration = min(durations)  # on a busy machine one of them may have had to wait
+    expected = outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "whole again") == expected
     moments = random.Random(method)
     killed, resumed = 0, 0
     while killed < KILLS // 2:  # in each of the two runs
@@ -139,7 +140,7 @@ def test_killed_runs_end_as_if_never_killed(server: Server, tmp_path: Path, meth
         while code == -signal.SIGKILL:
             killed += 1
             again = moments.random() < 0.4
-            kill_after = moments.uniform(0, duration / 2) if again else None
+            kill_after = moments.uniform(0, duration / 2) if again else 100.0
             resumed += (folder / "config.json").exists()
             code = server.run(*arguments_for(folder, *more), kill_after=kill_after)
         assert code == 0
