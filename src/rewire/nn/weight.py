@@ -164,7 +164,8 @@ class SparseWeight(nn.Module):
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns (int64) and values of the active connections, sorted by (row, col); differentiable."""
-        slots = self.active()
+        # A view of the index, which autograd saves: so a rewire before backward raises here as well.
+        slots = self.index.row_slots[: self._connections]
         return self.rows[slots].long(), self.cols[slots].long(), self.values[slots]
 
     def to_dense(self) -> Tensor:
@@ -307,7 +308,6 @@ class SparseWeight(nn.Module):
             self.rows.copy_(rows)
             self.cols.copy_(cols)
         else:
-            increment_version([self.values, self.rows, self.cols, *self.index])
             self.values.grad = None
             self._replace_storage(values, rows, cols)
         topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
@@ -359,6 +359,8 @@ class SparseWeight(nn.Module):
 
     def _replace_storage(self, values: Tensor, rows: Tensor, cols: Tensor) -> None:
         """Swap in pools of another capacity; the Parameter object stays the one the optimizer knows."""
+        # Graphs recorded before hold the old tensors, which nothing will touch again: spoil them now.
+        increment_version([self.values, self.rows, self.cols, *self.index])
         # Autograd's accumulator for the parameter remembers its size while any old graph is alive; torch makes a new
         # one when the data changes dtype, so pass through another dtype (of no elements) on the way.
         other = torch.float64 if values.dtype != torch.float64 else torch.float32
