@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,15 @@ class SparseLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
         return ops.sparse_linear(x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        if prefix + "weight" in state_dict:
+            error_msgs: list[str] = arguments[-1]
+            error_msgs.append(
+                f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: load it into a dense "
+                "model, and use rewire.sparsify(model, select='magnitude') on that"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return (

@@ -399,7 +399,7 @@ class SparseWeight(nn.Module):
             known = {prefix + name for name in (*names, "shape")}
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
         found = [name for name in names if prefix + name in state_dict]
-        if not found and prefix[:-1] not in state_dict:
+        if not found:
             missing_keys.extend(prefix + name for name in names)
             return
         try:
@@ -411,8 +411,7 @@ class SparseWeight(nn.Module):
             if len(found) < len(names):
                 lacking = ", ".join(prefix + name for name in names if name not in found)
                 raise TopologyError(
-                    f"the topology is incomplete, {lacking} is missing: a sparse weight is saved as values, "
-                    "rows and cols (to start from a dense weight, use rewire.sparsify)"
+                    f"the topology is incomplete, {lacking} is missing: values, rows and cols belong together"
                 )
             values, rows, cols = (state_dict[prefix + name] for name in names)
             self._load(values, rows, cols, state_dict.get(prefix + "shape"))
