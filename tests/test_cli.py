@@ -64,6 +64,11 @@ def test_a_run_from_beginning_to_end(capsys, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "digits-deep-r-0-2" / "result.json").exists()
 
 
+def test_the_defaults_do_well(capsys) -> None:
+    works(capsys, "train", "--run-dir", "r", "--quiet")
+    assert json.loads(Path("r/result.json").read_text())["test_accuracy"] > 0.94
+
+
 def test_resuming_what_is_finished_says_so(capsys) -> None:
     works(capsys, "train", *QUICK, "--run-dir", "r")
     before = Path("r/result.json").read_bytes()

@@ -51,6 +51,9 @@ def test_defaults_and_json() -> None:
     config = make_config({})
     assert config.density == (0.1,)
     assert config.distribution == "erk"
+    assert config.lr == 0.5
+    assert make_config({"momentum": 0.9}).lr == 0.05
+    assert make_config({"optimizer": "adam"}).lr == 0.002
     assert parse_config(config.to_json(), "x") == config
     assert make_config({"density": [0.1, 0.2, 0.3]}).distribution is None
     assert len(config.sha256()) == 64

@@ -56,7 +56,7 @@ def resume_whatever_is_there(folder: Path, **changes) -> None:
 RUNS = {
     "deep-r, momentum": {"momentum": 0.9},
     "deep-r, saving within epochs": {"checkpoint_every": 2},
-    "set, adam": {"method": "set", "optimizer": "adam", "lr": 0.01, "epochs": 3},
+    "set, adam": {"method": "set", "method_options": {}, "optimizer": "adam", "lr": 0.01, "epochs": 3},
 }
 
 
@@ -69,6 +69,7 @@ def test_crash_at_every_write(tmp_path: Path, changes, halfway: bool) -> None:
         counter = Killer(patch, at=10**9, halfway=False)
         run(tmp_path / "counted", resume=False, **changes)
     assert counter.calls > 40
+    assert sum(sum(line["grown"]) for line in whole[1]) > 10  # rewiring is what could go wrong
     assert toy.outcome(tmp_path / "counted") == whole
     # The second write point of every third crash is crashed at again while resuming.
     for at in range(1, counter.calls + 1):

@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "lr": 0.3,
     "lr_decay": 0.9,
     "threads": 1,
+    "method_options": {"l1": 0.3, "noise": 0.3},  # so strong that a few steps rewire much
 }
 
 

@@ -78,6 +78,7 @@ def build(shapes: Sequence[Shape], connections: Sequence[int], bias: bool, gener
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the options ask for."""
     parameters = list(model.parameters())
+    assert config.lr is not None  # make_config filled it in
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
