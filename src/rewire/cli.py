@@ -69,6 +69,8 @@ def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator
         raise CliError(f"stopped{how_to_go_on()}", 128 + (signals.received or signal.SIGINT)) from None
     except MemoryError:
         raise CliError(f"out of memory{how_to_go_on()}") from None
+    except BrokenPipeError:
+        raise  # not a file of the run: `run` deals with it
     except OSError as error:
         room = "make room" if error.errno in FULL else ""
         where = f" {error.filename}" if error.filename else ""

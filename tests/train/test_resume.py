@@ -90,6 +90,35 @@ def test_crash_at_every_write(tmp_path: Path, changes, halfway: bool) -> None:
         assert len([name for name in left if name.startswith("checkpoint-")]) == 1, at
 
 
+def test_crash_while_overwriting_leaves_the_old_run_or_a_start_of_the_new(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(tmp_path / str(seed), resume=False, seed=seed)
+    whole = {seed: toy.outcome(tmp_path / str(seed)) for seed in (0, 1)}
+    seen = set()
+    for at in range(1, 25):
+        folder = tmp_path / f"at {at}"
+        run(folder, resume=False, seed=0)
+        with pytest.MonkeyPatch.context() as patch:
+            Killer(patch, at, halfway=True)
+            with pytest.raises(Killed):
+                loop.run(toy.config(seed=1), toy.dataset(), RunDir(folder), overwrite=True)
+        place = RunDir(folder)
+        if place.is_finished():
+            assert at == 1
+            seed = 0
+        elif (folder / "config.json").exists():
+            seed = place.read_config().seed
+            run(folder, resume=True, seed=seed)
+        else:
+            with pytest.raises(TrainError, match=r"start the run again with --overwrite|there is no run in"):
+                place.read_config()
+            seed = 1
+            loop.run(toy.config(seed=1), toy.dataset(), RunDir(folder), overwrite=True)
+        assert toy.outcome(folder) == whole[seed], at
+        seen.add(seed)
+    assert seen == {0, 1}
+
+
 def test_signal_stops_within_an_epoch_and_resumes(tmp_path: Path) -> None:
     run(tmp_path / "whole", resume=False)
     asked = iter([0, 0, 0, signal.SIGINT])
