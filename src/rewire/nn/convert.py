@@ -83,6 +83,7 @@ def densify(model: nn.Module) -> nn.Module:
     """
     names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     layers = dict(model.named_modules())
+    weights: dict[int, nn.Parameter] = {}
 
     def dense(name: str) -> nn.Module:
         layer = layers[name]
@@ -99,6 +100,10 @@ def densify(model: nn.Module) -> nn.Module:
             twin.weight.copy_(layer.weight.to_dense())
             if layer.bias is not None:
                 twin.bias.copy_(layer.bias)
+        twin.weight.requires_grad_(layer.weight.values.requires_grad)
+        if layer.bias is not None:
+            twin.bias.requires_grad_(layer.bias.requires_grad)
+        twin.weight = weights.setdefault(id(layer.weight), twin.weight)  # a pool that layers share stays shared
         mode: nn.Module = twin.train(layer.training)
         return mode
 
