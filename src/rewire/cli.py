@@ -125,6 +125,10 @@ def train(
         str | None,
         _option(NETWORK, "NAME", "How layers share one budget: erk, er or uniform.", default="erk"),
     ] = None,
+    init: Annotated[
+        str | None,
+        _option(NETWORK, "FAN-IN", "First values are U(-b, b), b = 1/sqrt(fan-in): dense or sparse.", field="init"),
+    ] = None,
     method: Annotated[
         str | None, _option(METHOD, "NAME", "One of those that 'rewire methods' lists.", field="method")
     ] = None,
@@ -176,6 +180,7 @@ def train(
         "density": read_numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
         "connections": read_number("--connections", connections, int),
         "distribution": distribution,
+        "init": init,
         "method": method,
         "epochs": read_number("--epochs", epochs, int),
         "batch_size": read_number("--batch-size", batch_size, int),

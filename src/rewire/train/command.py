@@ -12,7 +12,7 @@ from rich.console import Console
 from rewire import budget, data, methods
 
 from . import loop
-from .config import FREE_ON_RESUME, TrainConfig, check_name, difference, make_config
+from .config import FREE_ON_RESUME, INITS, TrainConfig, check_name, difference, make_config
 from .display import DownloadBar, Lines, LiveBar
 from .errors import TrainError
 from .observer import Silent
@@ -28,6 +28,8 @@ def config_to_start(given: dict[str, Any], pairs: Sequence[str] | None) -> Train
     check_name("--method", method, methods.available())
     if "distribution" in given:
         check_name("--distribution", given["distribution"], budget.DISTRIBUTIONS)
+    if "init" in given:
+        check_name("--init", given["init"], INITS)
     options = parse_method_options(method, pairs or [])
     return make_config(given | {"method_options": options})
 

@@ -6,12 +6,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import TrainError
 
+INITS = ("dense", "sparse")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 
 # What may differ when a run is resumed: where the data lie and how often to save decide no number.
@@ -38,6 +39,7 @@ class TrainConfig(BaseModel):
     density: tuple[Share, ...] | None = None
     connections: Size | None = None
     distribution: str | None = None
+    init: Literal["dense", "sparse"] = "dense"
     optimizer: str = "sgd"
     lr: Positive | None = None
     lr_decay: Positive = 0.95

@@ -49,7 +49,9 @@ class Trainer:
         threads = config.threads or _threads(sum(connections) * config.batch_size)
         torch.set_num_threads(threads)
         self.config = config = config.model_copy(update={"threads": threads})
-        self.model: nn.Module = build(shapes, connections, config.bias, make_generator(config.seed, "model"))
+        self.model: nn.Module = build(
+            shapes, connections, config.bias, make_generator(config.seed, "model"), config.init
+        )
         self.optimizer = make_optimizer(config, self.model)
         try:
             self.method = methods.create(
@@ -143,7 +145,7 @@ class Trainer:
         state = saved.state
         try:
             self.model.load_state_dict(state["model"])
-            self._restore_optimizer(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
             self.batch, self.before = int(state["batch"]), state["before"]
             self.loss_sum, self.correct = state["loss_sum"], state["correct"]
@@ -155,14 +157,6 @@ class Trainer:
         self.metrics_bytes = saved.metrics_bytes
         self.run_dir.cut_metrics(self.metrics_bytes)
         self.seconds_before, self.clock = saved.seconds, time.perf_counter()
-
-    def _restore_optimizer(self, state: dict[str, Any]) -> None:
-        """Load in place: torch puts new dicts for the parameter groups, the method reads its rate in the old."""
-        groups = self.optimizer.param_groups
-        self.optimizer.load_state_dict(state)
-        for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
-            group.update(loaded)
-        self.optimizer.param_groups = groups
 
     # --- training -----------------------------------------------------------------------------------------
 
