@@ -212,6 +212,24 @@ def test_only_trained_pools_are_followed_and_the_optimizer_is_not_kept_alive(dor
     a.rewire(torch.tensor([0]), *dormant(a, 1))
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_following_twice_moves_state_once(times: int, dormant: Any) -> None:
+    """A user and a method, or two methods, may follow for the same optimizer."""
+    weight = pool()
+    optimizer = optim.Adam(weight.parameters())
+    handles = [follow_optimizer(optimizer, [weight])[0] for _ in range(times)]
+    shuffle = torch.randperm(K, generator=torch.Generator().manual_seed(2))
+    weight.rewire(torch.arange(K), weight.rows[:K][shuffle].clone(), weight.cols[:K][shuffle].clone(), 0.5)
+    train(weight, optimizer, range(1))
+    for change in (weight.reorder, lambda: weight.resize(40), lambda: weight.resize(K), weight.reorder):
+        change()
+        expected = 0.1 * torch.sin(weight.rows * 3.0 + weight.cols * 7.0) * (weight.rows >= 0)
+        torch.testing.assert_close(per_slot(weight, optimizer)["exp_avg"], expected)
+    handles[0].remove()
+    weight.rewire(torch.tensor([5]), *dormant(weight, 1))
+    assert (per_slot(weight, optimizer)["exp_avg"][5] == 0) == (times > 1)
+
+
 def test_a_removed_handle_ends_it(dormant: Any) -> None:
     weight = pool()
     optimizer = optim.SGD(weight.parameters(), lr=0.1, momentum=0.9)
