@@ -113,7 +113,9 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         weight = self.weight
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        # As torch.nn.Linear, autocast leaves float64 alone.
+        narrow = weight.values.dtype != torch.float64 and x.device.type != "meta"
+        if narrow and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
                 return self._product(x.to(weight.values.dtype)).to(dtype)
