@@ -11,7 +11,20 @@ from torch import Tensor, nn
 from rewire import ops
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "product"]
+
+
+def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False) -> Tensor:
+    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also under autocast.
+
+    Autocast narrows the result; values and sums stay in the weight's own dtype. See `rewire.ops.sparse_linear`.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            y = product(x.to(weight.values.dtype), weight, bias, contiguous_output)
+        return y.to(torch.get_autocast_dtype(kind))
+    return ops.sparse_linear(x, weight.values, bias, weight.index, weight.capture, contiguous_output)
 
 
 class SparseLinear(nn.Module):
@@ -112,16 +125,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._product(x.to(weight.values.dtype)).to(dtype)
-        return self._product(x)
-
-    def _product(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return ops.sparse_linear(x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output)
+        return product(x, self.weight, self.bias, self.contiguous_output)
 
     def extra_repr(self) -> str:
         return (
