@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rewire.nn.weight import SparseWeight
 __all__ = ["KINDS", "Kind", "kind_of", "sparse_kind_of"]
 
 Counts = Mapping[str, int]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def _copy(targets: nn.Module, sources: nn.Module, *names: str) -> None:
                 there[name].copy_(here[name])
 
 
+def _blank(like: SparseWeight, make: Callable[..., Module], *args: Any, **kwargs: Any) -> Module:
+    """A dense layer on the device of ``like`` without values yet: nothing is drawn that would be thrown away."""
+    made = make(*args, **kwargs, device="meta", dtype=like.dtype)
+    return made.to_empty(device=like.device)
+
+
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
@@ -73,10 +80,7 @@ def _sparse_linear(layer: nn.Linear, counts: Counts, generator: torch.Generator 
 
 def _dense_linear(layer: SparseLinear) -> nn.Module:
     weight = layer.weight
-    dense: nn.Linear = nn.utils.skip_init(
-        nn.Linear, layer.in_features, layer.out_features, layer.bias is not None,
-        device=weight.device, dtype=weight.dtype,
-    )  # fmt: skip
+    dense = _blank(weight, nn.Linear, layer.in_features, layer.out_features, layer.bias is not None)
     with torch.no_grad():
         dense.weight.copy_(weight.to_dense())
     _copy(dense, layer, "bias")
@@ -122,9 +126,7 @@ def _recurrent_to_dense(dense: type[nn.RNNBase]) -> Callable[[Recurrent], nn.Mod
     def to_dense(layer: Recurrent) -> nn.Module:
         weight = layer.get_submodule("weight_ih_l0")
         assert isinstance(weight, SparseWeight)
-        made: nn.RNNBase = nn.utils.skip_init(
-            dense, **_recurrent_arguments(layer), device=weight.device, dtype=weight.dtype
-        )
+        made: nn.RNNBase = _blank(weight, dense, **_recurrent_arguments(layer))
         made.dropout = layer.dropout
         with torch.no_grad():
             for name in layer.weight_shapes():
@@ -170,10 +172,7 @@ def _sparse_attention(
 
 
 def _dense_attention(layer: SparseMultiheadAttention) -> nn.Module:
-    pool = layer.q_proj_weight
-    made: nn.MultiheadAttention = nn.utils.skip_init(
-        nn.MultiheadAttention, **_attention_arguments(layer), device=pool.device, dtype=pool.dtype
-    )
+    made = _blank(layer.q_proj_weight, nn.MultiheadAttention, **_attention_arguments(layer))
     with torch.no_grad():
         for name, weight in _attention_weights(made).items():
             source = layer.get_submodule(name)
