@@ -146,6 +146,32 @@ def test_gradcheck(kind):
     assert torch.autograd.gradgradcheck(run, (x, *parameters), atol=1e-4)
 
 
+@all_kinds
+def test_second_derivatives_where_the_input_depends_on_the_initial_state(kind):
+    layer = build(kind, num_layers=2, bidirectional=True)
+    found = []
+    for module in (layer, dense_twin(layer)):
+        seed = torch.linspace(-1, 1, 4 * 3, dtype=torch.float64).view(4, 3, 1).requires_grad_()
+        hx = seed.expand(4, 3, layer.output_size)
+        if isinstance(layer, SparseLSTM):
+            hx = (hx, seed.expand(4, 3, layer.hidden_size))
+        x = (seed * seed).expand(4, 3, 5)
+        loss = sum((t**2).sum() for t in tensors(module(x, hx)))
+        (first,) = torch.autograd.grad(loss, seed, create_graph=True)
+        (second,) = torch.autograd.grad((first**2).sum(), seed)
+        found.append((first, second))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@all_kinds
+def test_same_without_gradients(kind):
+    layer = build(kind, num_layers=2, bidirectional=True)
+    x = pack_padded_sequence(torch.randn(5, 4, 5, dtype=torch.float64), [5, 3, 3, 1])
+    with torch.no_grad():
+        quiet = layer(x)
+    torch.testing.assert_close(tensors(quiet), tensors(layer(x)))
+
+
 def test_dropout_acts_between_layers_in_training():
     layer = SparseLSTM(5, 6, 2, dropout=1.0, density=0.5)
     twin = dense_twin(layer)
@@ -257,6 +283,8 @@ def test_capture_sums_to_the_gradient(kind):
     x = pack_padded_sequence(torch.randn(4, 3, 5, dtype=torch.float64), [4, 2, 1])
     tensors(layer(x))[0].square().sum().backward()
     for name, weight in weights.items():
+        assert len(weight.capture) == 1
+        assert all(t.stride(0) == 1 and not t.requires_grad for t in weight.capture[0])
         dense = sum(g.t() @ x for x, g in weight.capture)
         rows, cols, _ = weight.coo()
         torch.testing.assert_close(dense[rows, cols], weight.values.grad[weight.active()], msg=name)
@@ -285,7 +313,7 @@ def test_autocast_narrows_results_only(kind):
 @pytest.mark.parametrize("kind", ["relu", "gru", "projected"])
 def test_compiles(kind):
     torch._dynamo.reset()
-    layer = build(kind, num_layers=2, bidirectional=True, batch_first=True)
+    layer = build(kind, bidirectional=True, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     hx = initial(layer, 2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -18,11 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
 from rewire.nn.weight import SparseWeight
+from rewire.ops.recurrence import GRU, LSTM, RELU, TANH, Cell, State, Weight, recurrence
 
 __all__ = ["SparseGRU", "SparseLSTM", "SparseRNN"]
-
-#: What a layer carries from step to step, each (size, batch): the hidden state, and for an LSTM the cell state.
-State = tuple[Tensor, ...]
 
 
 class _Recurrent(nn.Module):
@@ -128,8 +125,7 @@ class _Recurrent(nn.Module):
         """Sizes of the states that are carried."""
         return (self.output_size,)
 
-    def _step(self, x: Tensor, h: Tensor, state: State) -> State:
-        """The next state (before a projection) from the input's and the hidden state's products, (rows, batch) each."""
+    def _cell(self) -> Cell:
         raise NotImplementedError
 
     def _biases(self, suffix: str) -> tuple[Tensor | None, Tensor | None]:
@@ -209,43 +205,18 @@ class _Recurrent(nn.Module):
         states = tuple(torch.stack([s.t() for s in column]) for column in zip(*final, strict=True))
         return ops.in_rows(sequence), states
 
-    def _direction(self, x: Tensor, sizes: list[int], initial: State, suffix: str) -> tuple[Tensor, State]:
-        """One direction of one layer: (positions, features) -> (output_size, positions), and the final state.
+    def _weight(self, name: str, bias: Tensor | None) -> Weight:
+        weight = self._modules[name]
+        assert isinstance(weight, SparseWeight)
+        return Weight(weight.values, bias, weight.index, weight.capture)
 
-        In a packed batch the longest sequences come first, so that the sequences of a step are the first columns:
-        forward in time, columns are cut off as sequences end; backward, columns are added as sequences begin.
-        """
-        modules = cast(Mapping[str, SparseWeight], self._modules)
-        w_ih, w_hh = modules[f"weight_ih_{suffix}"], modules[f"weight_hh_{suffix}"]
-        w_hr = modules[f"weight_hr_{suffix}"] if self.proj_size else None
+    def _direction(self, x: Tensor, sizes: list[int], initial: State, suffix: str) -> tuple[Tensor, State]:
+        """One direction of one layer: (positions, features) -> (output_size, positions), and the final state."""
         b_ih, b_hh = self._biases(suffix)
-        product = ops.sparse_linear(x, w_ih.values, b_ih, w_ih.index, w_ih.capture)
-        steps: Sequence[Tensor] = product.t().split(sizes, 1)
-        order = list(range(len(sizes)))
-        if suffix.endswith("_reverse"):
-            order.reverse()
-        outputs: list[Tensor] = [product] * len(order)
-        ended: list[State] = []
-        hidden_values, hidden_index = w_hh.values, w_hh.index
-        have = sizes[order[0]]
-        state = initial if have == sizes[0] else tuple(s[:, :have] for s in initial)
-        for t in order:
-            now = sizes[t]
-            if now < have:
-                ended.append(tuple(s[:, now:] for s in state))
-                state = tuple(s[:, :now] for s in state)
-            elif now > have:
-                state = tuple(torch.cat([s, s0[:, have:now]], 1) for s, s0 in zip(state, initial, strict=True))
-            have = now
-            hidden = ops.sparse_linear(state[0].t(), hidden_values, b_hh, hidden_index, w_hh.capture).t()
-            state = self._step(steps[t], hidden, state)
-            if w_hr is not None:
-                projected = ops.sparse_linear(state[0].t(), w_hr.values, None, w_hr.index, w_hr.capture).t()
-                state = (projected, *state[1:])
-            outputs[t] = state[0]
-        if ended:
-            state = tuple(torch.cat(parts, 1) for parts in zip(state, *reversed(ended), strict=True))
-        return torch.cat(outputs, 1), state
+        weights = [self._weight(f"weight_ih_{suffix}", b_ih), self._weight(f"weight_hh_{suffix}", b_hh)]
+        if self.proj_size:
+            weights.append(self._weight(f"weight_hr_{suffix}", None))
+        return recurrence(self._cell(), x, sizes, suffix.endswith("_reverse"), initial, weights)
 
 
 def _check_input(x: Tensor, dims: tuple[int, ...], features: int) -> None:
@@ -310,8 +281,8 @@ class SparseRNN(_Recurrent):
         y, states = self._forward(x, None if hx is None else (hx,))
         return y, states[0]
 
-    def _step(self, x: Tensor, h: Tensor, state: State) -> State:
-        return ((x + h).tanh() if self.nonlinearity == "tanh" else (x + h).relu(),)
+    def _cell(self) -> Cell:
+        return TANH if self.nonlinearity == "tanh" else RELU
 
 
 class SparseGRU(_Recurrent):
@@ -353,13 +324,8 @@ class SparseGRU(_Recurrent):
             return None, None
         return getattr(self, f"bias_ih_{suffix}"), getattr(self, f"bias_hh_{suffix}")
 
-    def _step(self, x: Tensor, h: Tensor, state: State) -> State:
-        sizes = (2 * self.hidden_size, self.hidden_size)
-        x_gates, x_new = x.split(sizes)
-        h_gates, h_new = h.split(sizes)
-        reset, update = (x_gates + h_gates).sigmoid().chunk(2)
-        new = torch.addcmul(x_new, reset, h_new).tanh()
-        return (torch.lerp(new, state[0], update),)
+    def _cell(self) -> Cell:
+        return GRU
 
 
 class SparseLSTM(_Recurrent):
@@ -401,7 +367,5 @@ class SparseLSTM(_Recurrent):
     def _states(self) -> tuple[int, ...]:
         return self.output_size, self.hidden_size
 
-    def _step(self, x: Tensor, h: Tensor, state: State) -> State:
-        enter, forget, new, leave = (x + h).chunk(4)
-        cell = torch.addcmul(forget.sigmoid() * state[1], enter.sigmoid(), new.tanh())
-        return leave.sigmoid() * cell.tanh(), cell
+    def _cell(self) -> Cell:
+        return LSTM
