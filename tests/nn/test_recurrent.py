@@ -91,7 +91,7 @@ def compare(layer, x, hx=None):
 
 @all_kinds
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_equals_the_twin(kind, bidirectional, num_layers, bias):
     for batch_first, given in itertools.product((False, True), (False, True)):
@@ -310,12 +310,12 @@ def test_autocast_narrows_results_only(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
-@pytest.mark.parametrize("kind", ["relu", "gru", "projected"])
+@pytest.mark.parametrize("kind", ["gru", "projected"])
 def test_compiles(kind):
     torch._dynamo.reset()
     layer = build(kind, bidirectional=True, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
     hx = initial(layer, 2)
     leaves = [x, *tensors(hx)]
     mine, expected = compiled(x, hx), layer(x, hx)
@@ -326,11 +326,13 @@ def test_compiles(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["tanh", "gru", "lstm"])
-def test_exports(kind):
+@pytest.mark.parametrize("kind", ["tanh", "lstm"])
+def test_exports_with_a_dynamic_batch(kind):
     layer = build(kind, bidirectional=True)
-    x = torch.randn(3, 2, 5, dtype=torch.float64)
-    program = torch.export.export(layer, (x,))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = ({1: batch},)
+    program = torch.export.export(layer, (torch.randn(3, 2, 5, dtype=torch.float64),), dynamic_shapes=shapes)
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
     for a, b in zip(tensors(program.module()(x)), tensors(layer(x)), strict=True):
         torch.testing.assert_close(a, b)
 

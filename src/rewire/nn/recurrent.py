@@ -23,7 +23,7 @@ __all__ = ["SparseGRU", "SparseLSTM", "SparseRNN"]
 
 
 class _Recurrent(nn.Module):
-    """What the three have in common: weights, layers, directions, packed sequences. A leaf adds its step."""
+    """What the three have in common: weights, layers, directions, packed sequences. A leaf adds its cell."""
 
     #: Gates whose weights are stacked in one matrix.
     gates: int
