@@ -1,9 +1,11 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
+from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
 from rewire.nn.linear import SparseLinear
+from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.summary import Summary, WeightSummary, summary
 from rewire.nn.weight import SparseWeight
 
@@ -11,7 +13,11 @@ __all__ = [
     "Event",
     "Follower",
     "OptimizerFollower",
+    "SparseGRU",
+    "SparseLSTM",
     "SparseLinear",
+    "SparseMultiheadAttention",
+    "SparseRNN",
     "SparseWeight",
     "Summary",
     "WeightSummary",

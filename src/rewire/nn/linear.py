@@ -11,7 +11,27 @@ from torch import Tensor, nn
 from rewire import ops
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "autocast_dtype", "product"]
+
+
+def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
+    """What autocast narrows a product to; None where it is off and, as in torch.nn, for float64."""
+    kind = x.device.type
+    if kind == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False) -> Tensor:
+    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also under autocast.
+
+    Autocast narrows the result; values and sums stay in the weight's own dtype. See `rewire.ops.sparse_linear`.
+    """
+    narrow = autocast_dtype(x, weight)
+    if narrow is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x.to(weight.dtype), weight, bias, contiguous_output).to(narrow)
+    return ops.sparse_linear(x, weight.values, bias, weight.index, weight.capture, contiguous_output)
 
 
 class SparseLinear(nn.Module):
@@ -112,18 +132,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        weight = self.weight
-        # As torch.nn.Linear, autocast leaves float64 alone.
-        narrow = weight.values.dtype != torch.float64 and x.device.type != "meta"
-        if narrow and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._product(x.to(weight.values.dtype)).to(dtype)
-        return self._product(x)
-
-    def _product(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return ops.sparse_linear(x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output)
+        return product(x, self.weight, self.bias, self.contiguous_output)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         if prefix + "weight" in state_dict:
