@@ -112,8 +112,8 @@ def densify(model: nn.Module) -> nn.Module:
             trained = layer.get_parameter(f"{path}.values").requires_grad
             if isinstance(weight, nn.Parameter):  # a pool that layers share stays shared
                 parent, _, leaf = path.rpartition(".")
-                whole = parameters.setdefault(id(pool), weight.requires_grad_(trained))
-                setattr(made.get_submodule(parent), leaf, whole)
+                weight.requires_grad_(trained)
+                setattr(made.get_submodule(parent), leaf, parameters.setdefault(id(pool), weight))
             elif weight._base is not None:  # attention stacks its projections
                 weight._base.requires_grad_(trained)
         return made.train(layer.training)
