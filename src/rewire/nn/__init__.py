@@ -1,5 +1,6 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
+from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
@@ -11,6 +12,9 @@ __all__ = [
     "Event",
     "Follower",
     "OptimizerFollower",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
     "SparseLinear",
     "SparseWeight",
     "Summary",

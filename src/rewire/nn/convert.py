@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -10,12 +11,63 @@ import torch
 from torch import Tensor, nn
 
 from rewire import budget
+from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
+from rewire.nn.layer import SparseLayer
 from rewire.nn.linear import SparseLinear
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["densify", "param_groups", "sparse_weights", "sparsify"]
 
 Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Twins:
+    """A dense layer type, its sparse twin, and which arguments both have besides weight, bias, device and dtype.
+
+    sizes: positional arguments of the dense class; settings: keyword arguments of both, kept as attributes.
+    """
+
+    dense: type[nn.Module]
+    sparse: type[SparseLayer]
+    sizes: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+
+    def to_sparse(self, layer: Any, weight: SparseWeight, bias: Tensor | None) -> SparseLayer:
+        make: Any = self.sparse
+        made: SparseLayer = make.from_weight(weight, bias, **self._settings(layer))
+        return made
+
+    def to_dense(self, layer: SparseLayer) -> nn.Module:
+        """With the values of ``layer``; nothing is drawn."""
+        twin = nn.utils.skip_init(
+            self.dense,
+            *(getattr(layer, name) for name in self.sizes),
+            bias=layer.bias is not None,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+            **self._settings(layer),
+        )
+        with torch.no_grad():
+            twin.weight.copy_(layer.weight.to_dense())
+            if layer.bias is not None:
+                twin.bias.copy_(layer.bias)
+        mode: nn.Module = twin.train(layer.training)
+        return mode
+
+    def _settings(self, layer: nn.Module) -> dict[str, Any]:
+        return {name: getattr(layer, name) for name in self.settings}
+
+
+_CONV = ("in_channels", "out_channels", "kernel_size"), ("stride", "padding", "dilation", "groups", "padding_mode")
+#: The layer types that are converted; another one is another entry.
+_TWINS = (
+    _Twins(nn.Linear, SparseLinear, ("in_features", "out_features")),
+    _Twins(nn.Conv1d, SparseConv1d, *_CONV),
+    _Twins(nn.Conv2d, SparseConv2d, *_CONV),
+    _Twins(nn.Conv3d, SparseConv3d, *_CONV),
+)
+_TO_SPARSE = {twins.dense: twins for twins in _TWINS}
 
 
 def sparse_weights(model: nn.Module) -> Iterator[tuple[str, SparseWeight]]:
@@ -49,9 +101,9 @@ def sparsify(
             largest weights and their values, for a trained model. Biases are kept in both.
         generator: for the random draws.
 
-    Layers converted: `torch.nn.Linear` itself (not subclasses, whose forward may differ). Make the optimizer
-    afterwards: the old parameters are gone. Raises ValueError if nothing matches or the budget cannot be met;
-    the model is then unchanged.
+    Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d` and `Conv3d` themselves (not subclasses, whose forward may
+    differ). Make the optimizer afterwards: the old parameters are gone. Raises ValueError if nothing matches or the
+    budget cannot be met; the model is then unchanged.
     """
     if (density is None) == (connections is None):
         raise ValueError("give exactly one of density= and connections=")
@@ -60,14 +112,15 @@ def sparsify(
     found = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) in _TO_SPARSE
         and (only is None or _matches(name, only))
         and not (exclude is not None and _matches(name, exclude))
     }
     counts = _counts(found, density, connections, distribution)
     if not counts:
+        kinds = ", ".join(twins.dense.__name__ for twins in _TWINS)
         raise ValueError(
-            "no layer to convert: sparsify converts torch.nn.Linear layers, and only=, exclude= or the patterns of "
+            f"no layer to convert: sparsify converts torch.nn's {kinds}, and only=, exclude= or the patterns of "
             "the budget leave none of them"
         )
     _refuse_shared(found, counts)
@@ -79,28 +132,18 @@ def densify(model: nn.Module) -> nn.Module:
 
     A model that is itself a sparse layer is not replaced in place: use the returned module.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-    layers = dict(model.named_modules())
+    found = {
+        name: (twins, module)
+        for name, module in model.named_modules()
+        for twins in _TWINS
+        if isinstance(module, twins.sparse)
+    }
 
     def dense(name: str) -> nn.Module:
-        layer = layers[name]
-        assert isinstance(layer, SparseLinear)
-        twin = nn.utils.skip_init(
-            nn.Linear,
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-        )
-        with torch.no_grad():
-            twin.weight.copy_(layer.weight.to_dense())
-            if layer.bias is not None:
-                twin.bias.copy_(layer.bias)
-        mode: nn.Module = twin.train(layer.training)
-        return mode
+        twins, layer = found[name]
+        return twins.to_dense(layer)
 
-    return _swap(model, names, dense)
+    return _swap(model, found, dense)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -125,7 +168,7 @@ def _matches(name: str, patterns: Patterns) -> bool:
 
 
 def _counts(
-    found: Mapping[str, nn.Linear],
+    found: Mapping[str, Any],
     density: float | Mapping[str, float] | None,
     connections: int | Mapping[str, int] | None,
     distribution: str,
@@ -157,7 +200,7 @@ def _within(name: str, connections: float | None, size: int) -> int:
     return int(connections)
 
 
-def _refuse_shared(found: Mapping[str, nn.Linear], counts: Mapping[str, int]) -> None:
+def _refuse_shared(found: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     seen: dict[int, str] = {}
     for name in counts:
         for parameter in found[name].parameters(recurse=False):
@@ -168,23 +211,19 @@ def _refuse_shared(found: Mapping[str, nn.Linear], counts: Mapping[str, int]) ->
             seen[id(parameter)] = name
 
 
-def _sparse(layer: nn.Linear, connections: int, select: str, generator: torch.Generator | None) -> SparseLinear:
+def _sparse(layer: Any, connections: int, select: str, generator: torch.Generator | None) -> nn.Module:
+    twins = _TO_SPARSE[type(layer)]
+    dense: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
     if select == "magnitude":
-        weight = SparseWeight.from_dense(layer.weight, connections=connections)
-        sparse = SparseLinear.from_weight(weight, layer.bias)
+        sparse = twins.to_sparse(layer, SparseWeight.from_dense(dense, connections=connections), bias)
     else:
-        sparse = SparseLinear(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            layer.weight.device,
-            layer.weight.dtype,
-            connections=connections,
-            generator=generator,
-        )
-        if layer.bias is not None:
+        weight = SparseWeight(dense.shape, connections, generator=generator, device=dense.device, dtype=dense.dtype)
+        sparse = twins.to_sparse(layer, weight, bias)
+        sparse.reset_parameters(generator)
+        if bias is not None:
             with torch.no_grad():
-                sparse.bias.copy_(layer.bias)
+                sparse.bias.copy_(bias)
     return sparse.train(layer.training)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from rewire import ops
+from rewire.nn.layer import SparseLayer
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["SparseLinear"]
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(SparseLayer):
     """``y = x W^T + b`` with a weight of exactly ``connections`` connections.
 
     Arguments are those of `torch.nn.Linear`, plus:
@@ -67,57 +65,15 @@ class SparseLinear(nn.Module):
         """A layer around an existing 2-D pool; ``bias`` (out_features,) is copied."""
         if len(weight.shape) != 2:
             raise ValueError(f"a linear layer needs a 2-D weight, not {tuple(weight.shape)}")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._assemble(weight, bias is not None, contiguous_output)
-        if bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
+        self._assemble(weight, bias, contiguous_output)
         return self
 
-    def _assemble(self, weight: SparseWeight, bias: bool, contiguous_output: bool) -> None:
+    def _assemble(self, weight: SparseWeight, bias: bool | Tensor | None, contiguous_output: bool) -> None:
         self.out_features, self.in_features = weight.shape
         self.contiguous_output = contiguous_output
-        self.weight = weight
-        self.bias: nn.Parameter
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=weight.device, dtype=weight.dtype))
-        else:
-            self.register_parameter("bias", None)
-
-    @torch.no_grad()
-    def reset_parameters(
-        self, generator: torch.Generator | None = None, *, fan_in: Literal["dense", "sparse"] = "dense"
-    ) -> None:
-        """Draw new values U(-b, b), b = 1 / sqrt(fan-in), and bias for the connections there are.
-
-        fan_in: "dense" counts all inputs, as `torch.nn.Linear` does. Connections then start small beside a rewiring
-            step, so that useless ones (on pixels that are always 0, say) give their place away early; DEEP R's authors
-            start so. "sparse" counts the connections a row has on average, which keeps the scale of activations; better
-            where the topology is fixed. Measured on MNIST in docs/results/mnist_authors.json.
-        """
-        if fan_in not in ("dense", "sparse"):
-            raise ValueError(f"fan_in must be 'dense' or 'sparse', not {fan_in!r}")
-        weight = self.weight
-        if weight.device.type == "meta":
-            return
-        dense = 1 / math.sqrt(self.in_features)
-        bound = dense if fan_in == "dense" else 1 / math.sqrt(max(weight.connections / self.out_features, 1))
-        weight.values.uniform_(-bound, bound, generator=generator)
-        weight.values.masked_fill_(weight.rows < 0, 0.0)
-        if self.bias is not None:
-            self.bias.uniform_(-dense, dense, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._product(x.to(weight.values.dtype)).to(dtype)
-        return self._product(x)
+        self._hold(weight, bias)
 
     def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -126,5 +82,5 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"connections={self.weight.connections}, density={self.weight.density:.4g}"
+            + self._budget_repr()
         )
