@@ -1,10 +1,10 @@
-"""DEEP R on MNIST in its authors' setting (methods and baselines at the same budget), over several seeds.
+"""DEEP R on MNIST in its authors' setting, and baselines at the same budget, over several seeds.
 
     python benchmarks/mnist_authors.py --data-dir DIR [--seeds 5] [--epochs 10] [--out docs/results/mnist_authors.json]
 
-Setting: 784-300-100-10 without biases, densities 1 / 3 / 30 % (K = 3552 of 266200), batch 10, SGD of rate 0.5 times 0.8 per
-epoch, 10 epochs, no validation split: the test set is looked at once per run, at its end. Each run is the command line's own
-(`rewire train`), in a process of its own. Prints a Markdown table and writes every run's result as JSON.
+784-300-100-10 without biases, densities 1 / 3 / 30 % (K = 3552 of 266200), batch 10, SGD of rate 0.5 times 0.8 per
+epoch, 10 epochs, no validation split: the test set is looked at once per run, at its end. Each run is the command line's
+own (`rewire train`), in a process of its own. Prints a Markdown table and writes every run's result as JSON.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SETTING = (
-    "--data mnist --hidden 300,100 --no-bias --density 0.01,0.03,0.3 --batch-size 10 --optimizer sgd --lr 0.5 "
-    "--lr-decay 0.8 --validation 0"
-).split()
+SETTING = [
+    *("--data", "mnist", "--hidden", "300,100", "--no-bias", "--density", "0.01,0.03,0.3", "--batch-size", "10"),
+    *("--optimizer", "sgd", "--lr", "0.5", "--lr-decay", "0.8", "--validation", "0"),
+]
+_DEEP_R = ["--method", "deep-r", "--set", "l1=1e-5", "--set", "noise=1e-5"]
 RUNS: dict[str, list[str]] = {
-    "DEEP R, fixed signs": ["--method", "deep-r", "--set", "l1=1e-5", "--set", "noise=1e-5"],
-    "DEEP R, redrawn signs": ["--method", "deep-r", *(f"--set={s}" for s in ("l1=1e-5", "noise=1e-5", "signs=redrawn"))],
+    "DEEP R, fixed signs": _DEEP_R,
+    "DEEP R, redrawn signs": [*_DEEP_R, "--set", "signs=redrawn"],
     "SET": ["--method", "set"],
+    "SET, started at sparse fan-in": ["--method", "set", "--init", "sparse"],
     "fixed random": ["--method", "static"],
-}  # fmt: skip
+    "fixed random, started at sparse fan-in": ["--method", "static", "--init", "sparse"],
+}
 PAPER = {"DEEP R, fixed signs": "96.2 %"}
 
 

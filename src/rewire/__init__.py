@@ -1,13 +1,23 @@
 """rewire: train deep networks under a connection budget, truly sparsely."""
 
-from rewire import budget, methods, nn, ops, schedules
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from rewire._version import __version__
-from rewire.nn import densify, param_groups, sparse_weights, sparsify, summary
+
+if TYPE_CHECKING:
+    from rewire import budget, distributed, ema, methods, nn, ops, schedules
+    from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
+    from rewire.nn.summary import summary
 
 __all__ = [
     "__version__",
     "budget",
     "densify",
+    "distributed",
+    "ema",
     "methods",
     "nn",
     "ops",
@@ -17,3 +27,19 @@ __all__ = [
     "sparsify",
     "summary",
 ]
+
+_FROM_NN = frozenset({"densify", "param_groups", "sparse_weights", "sparsify", "summary"})
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds; `rewire --help` and `rewire --version` should not.
+    if name not in __all__:
+        raise AttributeError(f"module 'rewire' has no attribute {name!r}")
+    found = getattr(importlib.import_module("rewire.nn"), name) if name in _FROM_NN else None
+    value = importlib.import_module(f"rewire.{name}") if found is None else found
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

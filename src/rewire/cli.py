@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from rewire.train.config import OPTIMIZERS, TrainConfig
+from rewire.train.config import OPTIMIZERS, TrainConfig, read_number, read_numbers
+from rewire.train.errors import StoppedError, TrainError
 from rewire.train.signals import Signals
 
 if TYPE_CHECKING:  # torch is loaded by the commands that need it, so that --help is quick
@@ -51,7 +52,6 @@ def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator
     """Turn what can go wrong into a `CliError` that says what to do."""
     from rewire.data import DataError
     from rewire.train import checkpoint
-    from rewire.train.errors import StoppedError, TrainError
 
     def how_to_go_on() -> str:
         folder = run_dir()
@@ -69,6 +69,8 @@ def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator
         raise CliError(f"stopped{how_to_go_on()}", 128 + (signals.received or signal.SIGINT)) from None
     except MemoryError:
         raise CliError(f"out of memory{how_to_go_on()}") from None
+    except BrokenPipeError:
+        raise  # not a file of the run: `run` deals with it
     except OSError as error:
         room = "make room" if error.errno in FULL else ""
         where = f" {error.filename}" if error.filename else ""
@@ -86,28 +88,6 @@ def _option(panel: str, metavar: str, text: str, *names: str, field: str = "", d
     if field or default:
         text += rf" \[default: {default or _default(field)}]"
     return typer.Option(*names, help=text, metavar=metavar or None, rich_help_panel=panel, show_default=False)
-
-
-def _number(option: str, text: str | None, kind: type[int] | type[float]) -> Any:
-    if text is None:
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise CliError(f"{option}: given {text!r}, allowed is {what}") from None
-
-
-def _numbers(option: str, text: str | None, kind: type[int] | type[float], what: str) -> list[Any] | None:
-    """Read "300,100"; the word none is an empty list of layers."""
-    if text is None:
-        return None
-    if kind is int and text.strip().lower() == "none":
-        return []
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise CliError(f"{option}: given {text!r}, allowed is {what}") from None
 
 
 DATA, NETWORK, METHOD, TRAINING, RUN = "Data", "Network and budget", "Method", "Training", "Run"
@@ -145,6 +125,10 @@ def train(
         str | None,
         _option(NETWORK, "NAME", "How layers share one budget: erk, er or uniform.", default="erk"),
     ] = None,
+    init: Annotated[
+        str | None,
+        _option(NETWORK, "FAN-IN", "First values are U(-b, b), b = 1/sqrt(fan-in): dense or sparse.", field="init"),
+    ] = None,
     method: Annotated[
         str | None, _option(METHOD, "NAME", "One of those that 'rewire methods' lists.", field="method")
     ] = None,
@@ -156,7 +140,10 @@ def train(
     optimizer: Annotated[
         str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", field="optimizer")
     ] = None,
-    lr: Annotated[str | None, _option(TRAINING, "NUMBER", "Learning rate.", field="lr")] = None,
+    lr: Annotated[
+        str | None,
+        _option(TRAINING, "NUMBER", "Learning rate.", default="0.5 (1 - momentum) for sgd, 0.002 (...) else"),
+    ] = None,
     lr_decay: Annotated[
         str | None, _option(TRAINING, "FACTOR", "Learning rate x this after an epoch.", field="lr_decay")
     ] = None,
@@ -179,7 +166,7 @@ def train(
         str | None,
         _option(RUN, "STEPS", "Save within epochs too; 0: only at their ends.", field="checkpoint_every"),
     ] = None,
-    threads: Annotated[str | None, _option(RUN, "NUMBER", "CPU threads.", default="as many as torch takes")] = None,
+    threads: Annotated[str | None, _option(RUN, "NUMBER", "CPU threads.", default="as many as are worth it")] = None,
     quiet: Annotated[bool, _option(RUN, "", "Print errors only.", "--quiet", "-q")] = False,
 ) -> None:
     """Train a sparse network; leaves checkpoint, metrics, result and report in a run directory."""
@@ -187,23 +174,24 @@ def train(
         "data": data,
         "data_dir": str(data_dir.absolute()) if data_dir else None,
         "mirror": mirror,
-        "validation": _number("--validation", validation, float),
-        "hidden": _numbers("--hidden", hidden, int, "sizes such as 300,100"),
+        "validation": read_number("--validation", validation, float),
+        "hidden": read_numbers("--hidden", hidden, int, "sizes such as 300,100"),
         "bias": bias,
-        "density": _numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
-        "connections": _number("--connections", connections, int),
+        "density": read_numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
+        "connections": read_number("--connections", connections, int),
         "distribution": distribution,
+        "init": init,
         "method": method,
-        "epochs": _number("--epochs", epochs, int),
-        "batch_size": _number("--batch-size", batch_size, int),
+        "epochs": read_number("--epochs", epochs, int),
+        "batch_size": read_number("--batch-size", batch_size, int),
         "optimizer": optimizer,
-        "lr": _number("--lr", lr, float),
-        "lr_decay": _number("--lr-decay", lr_decay, float),
-        "momentum": _number("--momentum", momentum, float),
-        "weight_decay": _number("--weight-decay", weight_decay, float),
-        "seed": _number("--seed", seed, int),
-        "checkpoint_every": _number("--checkpoint-every", checkpoint_every, int),
-        "threads": _number("--threads", threads, int),
+        "lr": read_number("--lr", lr, float),
+        "lr_decay": read_number("--lr-decay", lr_decay, float),
+        "momentum": read_number("--momentum", momentum, float),
+        "weight_decay": read_number("--weight-decay", weight_decay, float),
+        "seed": read_number("--seed", seed, int),
+        "checkpoint_every": read_number("--checkpoint-every", checkpoint_every, int),
+        "threads": read_number("--threads", threads, int),
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume and overwrite:
@@ -342,6 +330,9 @@ def run(arguments: Sequence[str]) -> int:
     except CliError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
     except UsageError as error:
         usage: Any = error
         message = " ".join(str(usage.format_message()).split())

@@ -36,8 +36,7 @@ class ExponentialMovingAverage:
         self._average: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
         here = weakref.ref(self)
         self._handles = [
-            weight.follow(lambda event, name=f"{name}.values": _tell(here, name, event))
-            for name, weight in ((n, w) for n, w in _named(model))
+            weight.follow(lambda event, name=name: _tell(here, name, event)) for name, weight in _named(model)
         ]
 
     @torch.no_grad()
@@ -84,7 +83,7 @@ class ExponentialMovingAverage:
         self._handles.clear()
 
     def _follow(self, name: str, event: Event) -> None:
-        values = event.weight.values.detach()
+        values = event.weight.values.detach().to(self._average[name])
         if event.loaded:
             self._average[name] = values.clone()
             return
@@ -97,9 +96,10 @@ class ExponentialMovingAverage:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Pools whose values appear under their own name in ``named_parameters``, which lists shared ones once."""
+    """Pools by the name of their values in ``named_parameters``, which lists shared ones once."""
     names = {n for n, _ in model.named_parameters()}
-    return ((n, w) for n, w in sparse_weights(model) if (f"{n}.values" if n else "values") in names)
+    found = ((f"{n}.values" if n else "values", w) for n, w in sparse_weights(model))
+    return ((n, w) for n, w in found if n in names)
 
 
 def _tell(average: weakref.ref[ExponentialMovingAverage], name: str, event: Event) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "TopologyError",
     "build_index",
     "candidates",
+    "check_integers",
     "empty_index",
     "fingerprint",
     "index_dtype",
@@ -100,6 +101,7 @@ def build_index(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, out: Index
         raise TopologyError(
             f"rows and cols must be 1-D and equally long, not {tuple(rows.shape)} and {tuple(cols.shape)}"
         )
+    check_integers(rows=rows, cols=cols)
     if out is None:
         out = empty_index(n_rows, n_cols, rows.numel(), rows.dtype, rows.device)
     if _native.available() and rows.device.type == "cpu":
@@ -149,6 +151,7 @@ def replace_(
             "slots, rows and cols must be 1-D and equally long, "
             f"not {tuple(slots.shape)}, {tuple(new_rows.shape)} and {tuple(new_cols.shape)}"
         )
+    check_integers(slots=slots, rows=new_rows, cols=new_cols)
     if _native.available() and rows.device.type == "cpu":
         problem = torch.ops.rewire.replace_(
             rows, cols, *index, n_rows, n_cols, slots, new_rows.to(torch.int64), new_cols.to(torch.int64)
@@ -194,6 +197,13 @@ def _duplicate(row: int, col: int) -> str:
 
 def _bad_slot(slot: int, capacity: int) -> str:
     return f"slot {slot} is out of range or given twice: slots are 0 to {capacity - 1}, each at most once"
+
+
+def check_integers(**tensors: Tensor) -> None:
+    """Raise `TopologyError` for a dtype that would have to be rounded, wrapped or read as a mask."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TopologyError(f"{name} must be int32 or int64, not {tensor.dtype}")
 
 
 def _check_range(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int) -> None:

@@ -43,9 +43,7 @@ def test_damaged_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(
-        data.DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"
-    ):
+    with pytest.raises(data.DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"):
         data.load("cifar")
 
 

@@ -30,9 +30,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.ranges and (wanted := self.headers.get("Range")):
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             self.send_response(206)
-            self.send_header(
-                "Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
-            )
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
         else:
             self.send_response(200)
         body = server.content[start:]
@@ -97,9 +95,7 @@ def test_takes_up_a_broken_connection(server, tmp_path: Path) -> None:
 
 def test_next_call_continues(server, tmp_path: Path) -> None:
     server.breaks = [100_000, 0]  # nothing new the second time: give up, keep the part
-    with pytest.raises(
-        DataError, match=r"broke off after 100000 of 300000 .* again to continue, or use --data-dir"
-    ):
+    with pytest.raises(DataError, match=r"broke off after 100000 of 300000 .* again to continue, or use --data-dir"):
         get(server.url, tmp_path / "f")
     assert part(tmp_path / "f").stat().st_size == 100_000
     assert not (tmp_path / "f").exists()
@@ -174,9 +170,7 @@ def test_folder_that_cannot_be_written(server, tmp_path: Path) -> None:
         get(server.url, tmp_path / "file" / "f")
 
 
-def test_family_is_fetched_into_the_cache_once(
-    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_family_is_fetched_into_the_cache_once(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiny files stand for the family; the second load asks nothing, a damaged copy is fetched again."""
     monkeypatch.setenv("REWIRE_DATA", str(tmp_path))
     file = mnist.IdxFile("file.gz", len(CONTENT), SHA256, "", (1,))

@@ -68,9 +68,7 @@ def test_damage_names_file_and_both_sums(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(
-        data.DataError, match=r"train-images-idx3-ubyte\.gz, train-labels.* subfolder named mnist"
-    ):
+    with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte\.gz, train-labels.* subfolder named mnist"):
         data.load("mnist", data_dir=tmp_path)
     with pytest.raises(data.DataError, match="not found"):
         data.load("mnist", data_dir=tmp_path / "nowhere")

@@ -77,6 +77,21 @@ def test_learning_rate_is_the_one_the_step_used() -> None:
     torch.testing.assert_close(weight.values.detach().abs(), torch.full_like(weight.values, 10 - 0.25))
 
 
+def test_learning_rate_is_followed_after_the_optimizer_was_loaded() -> None:
+    """optimizer.load_state_dict puts new group dicts in place of those the method found at construction."""
+    model, optimizer, method = make(l1=1.0, noise=0.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.125
+    weight = next(sparse_weights(model))[1]
+    with torch.no_grad():
+        weight.values.copy_(10 * torch.sign(weight.values))
+    for pool in method.pools:
+        pool.weight.values.grad = torch.zeros_like(pool.weight.values)
+    optimizer.step()
+    method.step()
+    torch.testing.assert_close(weight.values.detach().abs(), torch.full_like(weight.values, 10 - 0.125))
+
+
 def test_fixed_signs_belong_to_positions() -> None:
     """Through hundreds of rewirings a position never holds the other sign."""
     run = Run(("deep-r", {"l1": 1e-3, "noise": 0.05}))

@@ -20,7 +20,7 @@ def pool_of(values: list[float]) -> Pool:
     n = len(values)
     weight = SparseWeight.from_coo((n, 3), torch.arange(n).flip(0), torch.zeros(n).long(), torch.tensor(values))
     optimizer = torch.optim.SGD([weight.values], lr=0.1)
-    return Pool(0, "w", weight, optimizer, optimizer.param_groups[0])
+    return Pool(0, "w", weight, optimizer, 0)
 
 
 def test_the_same_share_of_each_sign_goes() -> None:
@@ -52,7 +52,7 @@ def test_choice_does_not_depend_on_slots() -> None:
     for o in (torch.arange(40), order):
         weight = SparseWeight.from_coo((5, 9), rows[o], cols[o], values[o])
         optimizer = torch.optim.SGD([weight.values], lr=0.1)
-        slots = MagnitudeBySign()(Pool(0, "w", weight, optimizer, optimizer.param_groups[0]), 0.3)
+        slots = MagnitudeBySign()(Pool(0, "w", weight, optimizer, 0), 0.3)
         found.append(sorted(zip(weight.rows[slots].tolist(), weight.cols[slots].tolist(), strict=True)))
     assert found[0] == found[1]
 

@@ -48,9 +48,7 @@ class Dataset:
                     f"allowed is 0 to {len(self.classes) - 1}"
                 )
         if self.train_x.shape[1] != self.test_x.shape[1]:
-            raise DataError(
-                f"data set {self.name!r}: train and test samples have different numbers of features"
-            )
+            raise DataError(f"data set {self.name!r}: train and test samples have different numbers of features")
 
     @property
     def features(self) -> int:

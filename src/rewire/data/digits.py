@@ -23,8 +23,7 @@ def read() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     found = sha256_bytes(packed)
     if found != SHA256:
         raise DataError(
-            f"{FILE} inside the installed package is damaged: sha256 {found}, expected {SHA256}; "
-            "reinstall rewire"
+            f"{FILE} inside the installed package is damaged: sha256 {found}, expected {SHA256}; reinstall rewire"
         )
     table = np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",", dtype=np.uint8)
     return table[:, :-1], table[:, -1]

@@ -15,9 +15,7 @@ from .files import remove, rename, sha256_file, sync_file, sync_folder, write_by
 Progress = Callable[[str, int, int], None]  # (file name, bytes so far, bytes in all)
 
 PIECE = 1 << 16
-ATTEMPTS = (
-    4  # a connection that breaks is taken up again this often, as long as it brings something each time
-)
+ATTEMPTS = 4  # a connection that breaks is taken up again this often, as long as it brings something each time
 
 
 class _BrokenOffError(Exception):
@@ -114,8 +112,6 @@ def download(
     found = sha256_file(part)
     if found != sha256:
         remove(part)
-        raise DataError(
-            f"{url}: wrong content, sha256 {found}, expected {sha256}; it was deleted; {help_line}"
-        )
+        raise DataError(f"{url}: wrong content, sha256 {found}, expected {sha256}; it was deleted; {help_line}")
     rename(part, target)
     sync_folder(target.parent)

@@ -55,7 +55,6 @@ def parse(content: bytes, shape: Sequence[int | None]) -> NDArray[np.uint8]:
             raise IdxError(f"its shape is {' x '.join(map(str, found))}, not {allowed}")
     if len(content) - header != math.prod(found):
         raise IdxError(
-            f"{' x '.join(map(str, found))} needs {math.prod(found)} values, "
-            f"the file has {len(content) - header}"
+            f"{' x '.join(map(str, found))} needs {math.prod(found)} values, the file has {len(content) - header}"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(found)

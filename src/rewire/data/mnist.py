@@ -170,9 +170,7 @@ def _downloaded_folder(family: Family, mirror: str | None, progress: Progress | 
         path = folder / file.name
         if path.is_file() and sha256_bytes(path.read_bytes()) == file.sha256:
             continue  # anything else there is ours and damaged: fetched anew
-        download(
-            base + file.name, path, sha256=file.sha256, size=file.size, help_line=help_line, progress=progress
-        )
+        download(base + file.name, path, sha256=file.sha256, size=file.size, help_line=help_line, progress=progress)
     return folder
 
 
@@ -180,10 +178,7 @@ def load(
     family: Family, data_dir: Path | None = None, mirror: str | None = None, progress: Progress | None = None
 ) -> Dataset:
     """Load one of the family; pixels scaled to [0, 1]."""
-    if data_dir is not None:
-        folder = _local_folder(family, data_dir)
-    else:
-        folder = _downloaded_folder(family, mirror, progress)
+    folder = _local_folder(family, data_dir) if data_dir else _downloaded_folder(family, mirror, progress)
     arrays = {part: read(folder / file.name, file) for part, file in family.files.items()}
 
     def images(part: str) -> Tensor:

@@ -30,16 +30,19 @@ class Purpose:
 class Pool:
     """A sparse weight as a method sees it: with its name, number in the model, optimizer and parameter group."""
 
-    def __init__(
-        self, number: int, name: str, weight: SparseWeight, optimizer: Optimizer, group: dict[str, Any]
-    ) -> None:
+    def __init__(self, number: int, name: str, weight: SparseWeight, optimizer: Optimizer, group_number: int) -> None:
         self.number = number
         self.name = name
         self.weight = weight
         self.optimizer = optimizer
-        self.group = group
+        self._group_number = group_number
         #: Learning rate that the last optimizer step used, even where a scheduler has changed it since.
-        self.lr = float(group["lr"])
+        self.lr = float(self.group["lr"])
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes new ones."""
+        return self.optimizer.param_groups[self._group_number]
 
     def stream(self, purpose: int) -> int:
         """The random stream of this pool for ``purpose``."""
@@ -77,9 +80,9 @@ class Attachment:
 
     def _pool(self, number: int, name: str, weight: SparseWeight) -> Pool:
         homes = [
-            (optimizer, group)
+            (optimizer, i)
             for optimizer in self.optimizers
-            for group in optimizer.param_groups
+            for i, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
             if parameter is weight.values
         ]

@@ -38,9 +38,9 @@ class _Twins:
         made: SparseLayer = make.from_weight(weight, bias, **self._settings(layer))
         return made
 
-    def to_dense(self, layer: SparseLayer) -> nn.Module:
+    def to_dense(self, layer: SparseLayer) -> Any:
         """With the values of ``layer``; nothing is drawn."""
-        twin = nn.utils.skip_init(
+        twin: Any = nn.utils.skip_init(
             self.dense,
             *(getattr(layer, name) for name in self.sizes),
             bias=layer.bias is not None,
@@ -52,8 +52,10 @@ class _Twins:
             twin.weight.copy_(layer.weight.to_dense())
             if layer.bias is not None:
                 twin.bias.copy_(layer.bias)
-        mode: nn.Module = twin.train(layer.training)
-        return mode
+        twin.weight.requires_grad_(layer.weight.values.requires_grad)
+        if layer.bias is not None:
+            twin.bias.requires_grad_(layer.bias.requires_grad)
+        return twin.train(layer.training)
 
     def _settings(self, layer: nn.Module) -> dict[str, Any]:
         return {name: getattr(layer, name) for name in self.settings}
@@ -123,8 +125,10 @@ def sparsify(
             f"no layer to convert: sparsify converts torch.nn's {kinds}, and only=, exclude= or the patterns of "
             "the budget leave none of them"
         )
-    _refuse_shared(found, counts)
-    return _swap(model, counts, lambda name: _sparse(found[name], counts[name], select, generator))
+    _refuse_shared(model, found, counts)
+    model = _swap(model, counts, lambda name: _sparse(found[name], counts[name], select, generator))
+    _leave_fused_paths(model)
+    return model
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -138,10 +142,14 @@ def densify(model: nn.Module) -> nn.Module:
         for twins in _TWINS
         if isinstance(module, twins.sparse)
     }
+    weights: dict[int, nn.Parameter] = {}
 
     def dense(name: str) -> nn.Module:
         twins, layer = found[name]
-        return twins.to_dense(layer)
+        twin = twins.to_dense(layer)
+        twin.weight = weights.setdefault(id(layer.weight), twin.weight)  # a pool that layers share stays shared
+        module: nn.Module = twin
+        return module
 
     return _swap(model, found, dense)
 
@@ -195,20 +203,22 @@ def _counts(
 
 
 def _within(name: str, connections: float | None, size: int) -> int:
-    if connections is None or int(connections) != connections or not 1 <= connections <= size:
+    if connections is None or not 1 <= connections <= size or int(connections) != connections:
         raise ValueError(f"{name} can have between 1 and {size} connections, not {connections}")
     return int(connections)
 
 
-def _refuse_shared(found: Mapping[str, Any], counts: Mapping[str, int]) -> None:
-    seen: dict[int, str] = {}
+def _refuse_shared(model: nn.Module, found: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    """A parameter that another module uses as well (a tied embedding, say) would silently become two."""
+    homes: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            homes.setdefault(id(parameter), []).append(name)
     for name in counts:
-        for parameter in found[name].parameters(recurse=False):
-            if id(parameter) in seen and parameter is found[name].weight:
-                raise ValueError(
-                    f"{name} shares its weight with {seen[id(parameter)]}: exclude both, or untie them first"
-                )
-            seen[id(parameter)] = name
+        for kind, parameter in found[name].named_parameters(recurse=False):
+            others = [home for home in homes[id(parameter)] if home != name]
+            if others:
+                raise ValueError(f"{name} shares its {kind} with {others[0]}: exclude {name}, or untie them first")
 
 
 def _sparse(layer: Any, connections: int, select: str, generator: torch.Generator | None) -> nn.Module:
@@ -224,6 +234,9 @@ def _sparse(layer: Any, connections: int, select: str, generator: torch.Generato
         if bias is not None:
             with torch.no_grad():
                 sparse.bias.copy_(bias)
+    sparse.weight.values.requires_grad_(dense.requires_grad)
+    if bias is not None:
+        sparse.bias.requires_grad_(bias.requires_grad)
     return sparse.train(layer.training)
 
 
@@ -238,3 +251,12 @@ def _swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Call
             if module is not None and id(module) in old:
                 setattr(parent, child, old[id(module)])
     return model
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """Transformer encoders in evaluation hand weights to a fused kernel, past the layers: make them call the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(sparse_weights(module)):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(sparse_weights(module)):
+            module.use_nested_tensor = False

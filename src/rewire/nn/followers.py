@@ -100,6 +100,11 @@ def _gathered(value: Tensor, source: Tensor, initial: float) -> Tensor:
     return torch.where(source >= 0, value[source.clamp(min=0)], value.new_full((), initial))
 
 
+#: The last event that reached each optimizer: where two of us follow for one (a user and a method), the second one must
+#: not move its state again.
+_DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Event]] = weakref.WeakKeyDictionary()
+
+
 class OptimizerFollower:
     """Keeps one optimizer in step with the pools it follows. Holds the optimizer weakly."""
 
@@ -111,6 +116,10 @@ class OptimizerFollower:
         optimizer = self._optimizer()
         if optimizer is None:
             return
+        done = _DONE.get(optimizer)
+        if done is not None and done() is event:
+            return
+        _DONE[optimizer] = weakref.ref(event)
         parameter = event.weight.values
         if event.loaded:
             # Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of another length

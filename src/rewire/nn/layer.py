@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shapes as in the layer's description."""
         weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
                 return self._product(x.to(weight.values.dtype)).to(dtype)
@@ -73,6 +73,15 @@ class SparseLayer(nn.Module):
     @abstractmethod
     def _product(self, x: Tensor) -> Tensor:
         """The layer's result for ``x`` of the weight's dtype."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        if prefix + "weight" in state_dict:
+            error_msgs: list[str] = arguments[-1]
+            error_msgs.append(
+                f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: load it into a dense "
+                "model, and use rewire.sparsify(model, select='magnitude') on that"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _budget_repr(self) -> str:
         return f"connections={self.weight.connections}, density={self.weight.density:.4g}"

@@ -164,7 +164,8 @@ class SparseWeight(nn.Module):
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns (int64) and values of the active connections, sorted by (row, col); differentiable."""
-        slots = self.active()
+        # A view of the index, which autograd saves: so a rewire before backward raises here as well.
+        slots = self.index.row_slots[: self._connections]
         return self.rows[slots].long(), self.cols[slots].long(), self.values[slots]
 
     def to_dense(self) -> Tensor:
@@ -203,8 +204,12 @@ class SparseWeight(nn.Module):
         before raises on backward. Raises `TopologyError` (nothing changed) on a bad slot or position or a duplicate.
         Cost: one pass over the index lists; see `rewire.topology.replace_`.
         """
-        if not slots.numel():
+        if isinstance(values, Tensor) and values.shape != slots.shape:
+            raise TopologyError(f"values must be as many as slots, not {tuple(values.shape)} for {tuple(slots.shape)}")
+        if not slots.numel() and not rows.numel() and not cols.numel():
             return
+        topology.check_integers(slots=slots)
+        slots = slots.long()
         self._connections = topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols)
         if isinstance(values, Tensor):
             values = values.to(self.values)
@@ -221,13 +226,17 @@ class SparseWeight(nn.Module):
 
         The Parameter object stays, its storage is replaced; optimizer state (of ``optimizers`` and of those that
         follow the pool) moves along and the gradient is cleared. Active slots keep their order and, when growing,
-        their number. A compiled model sees a new shape and compiles once more. Raises ValueError below K, RuntimeError
-        under DDP, whose buckets have a fixed size.
+        their number. A compiled model sees a new shape and compiles once more. Raises ValueError below K or above M,
+        RuntimeError under DDP, whose buckets have a fixed size.
         """
         if capacity < self._connections:
             raise ValueError(
                 f"capacity {capacity} is below the {self._connections} active connections: "
                 "drop connections first, or choose a larger capacity"
+            )
+        if capacity > self.size:
+            raise ValueError(
+                f"capacity {capacity} is above the {self.size} potential connections: choose at most as many"
             )
         if self.shared_seed is not None:
             raise RuntimeError(
@@ -299,7 +308,6 @@ class SparseWeight(nn.Module):
             self.rows.copy_(rows)
             self.cols.copy_(cols)
         else:
-            increment_version([self.values, self.rows, self.cols, *self.index])
             self.values.grad = None
             self._replace_storage(values, rows, cols)
         topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
@@ -328,9 +336,9 @@ class SparseWeight(nn.Module):
                 f"choose between {connections} and {rows * cols}"
             )
         kind = topology.index_dtype(rows, cols, capacity)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"values must be of a floating-point dtype, not {dtype}")
         self.values = nn.Parameter(torch.zeros(capacity, device=device, dtype=dtype))
-        if not self.values.dtype.is_floating_point:
-            raise ValueError(f"values must be of a floating-point dtype, not {self.values.dtype}")
         self.register_buffer("rows", torch.full((capacity,), -1, dtype=kind, device=device))
         self.register_buffer("cols", torch.full((capacity,), -1, dtype=kind, device=device))
         lists = topology.empty_index(rows, cols, capacity, kind, device)
@@ -338,14 +346,21 @@ class SparseWeight(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def _fill(self, rows: Tensor, cols: Tensor) -> None:
+        topology.check_integers(rows=rows, cols=cols)
         self.rows[: rows.numel()] = rows.to(self.rows)
         self.cols[: cols.numel()] = cols.to(self.cols)
-        if rows.numel() and not torch.equal(self.rows[: rows.numel()].long(), rows.long().to(self.device)):
-            raise TopologyError(f"row numbers do not fit a {self.matrix_shape[0]}-row matrix")
+        fits = (self.rows[: rows.numel()] == rows) & (self.cols[: cols.numel()] == cols) & (rows >= 0)
+        if not fits.all():
+            k = int((~fits).nonzero()[0])
+            raise TopologyError(
+                f"connection ({int(rows[k])}, {int(cols[k])}) is outside the {self.matrix_shape} matrix"
+            )
         topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
 
     def _replace_storage(self, values: Tensor, rows: Tensor, cols: Tensor) -> None:
         """Swap in pools of another capacity; the Parameter object stays the one the optimizer knows."""
+        # Graphs recorded before hold the old tensors, which nothing will touch again: spoil them now.
+        increment_version([self.values, self.rows, self.cols, *self.index])
         # Autograd's accumulator for the parameter remembers its size while any old graph is alive; torch makes a new
         # one when the data changes dtype, so pass through another dtype (of no elements) on the way.
         other = torch.float64 if values.dtype != torch.float64 else torch.float32
@@ -380,8 +395,11 @@ class SparseWeight(nn.Module):
     ) -> None:
         """Check everything, then replace values and topology together; a file of another K goes through `resize`."""
         names = ("values", "rows", "cols")
+        if strict:
+            known = {prefix + name for name in (*names, "shape")}
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
         found = [name for name in names if prefix + name in state_dict]
-        if not found and prefix[:-1] not in state_dict:
+        if not found:
             missing_keys.extend(prefix + name for name in names)
             return
         try:
@@ -393,8 +411,7 @@ class SparseWeight(nn.Module):
             if len(found) < len(names):
                 lacking = ", ".join(prefix + name for name in names if name not in found)
                 raise TopologyError(
-                    f"the topology is incomplete, {lacking} is missing: a sparse weight is saved as values, "
-                    "rows and cols (to start from a dense weight, use rewire.sparsify)"
+                    f"the topology is incomplete, {lacking} is missing: values, rows and cols belong together"
                 )
             values, rows, cols = (state_dict[prefix + name] for name in names)
             self._load(values, rows, cols, state_dict.get(prefix + "shape"))
@@ -425,6 +442,8 @@ class SparseWeight(nn.Module):
                 )
             self.values.grad = None
             self._replace_storage(torch.zeros(capacity, device=device, dtype=self.dtype), rows.clone(), cols.clone())
+        if self.values.grad is not None:  # of the connections that were there before
+            self.values.grad.masked_fill_((self.rows != rows) | (self.cols != cols), 0.0)
         self.values.copy_(values)
         self.rows.copy_(rows)
         self.cols.copy_(cols)
@@ -446,7 +465,7 @@ def _budget(size: int, connections: int | None, density: float | None) -> int:
     if density is not None:
         return connections_of(density, size)
     assert connections is not None
-    if int(connections) != connections or not 1 <= connections <= size:
+    if not 1 <= connections <= size or int(connections) != connections:
         raise ValueError(
             f"connections must be a whole number between 1 and {size} (all potential ones), not {connections}"
         )

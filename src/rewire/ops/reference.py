@@ -54,7 +54,9 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
     if bias is not None and bias.shape != (rows,):
         raise RuntimeError("spmm: bias must have one entry per row")
     start = x.new_zeros(rows) if bias is None else bias
-    y = start.unsqueeze(1).expand(rows, x.shape[0]).contiguous()
+    # The result is no view, so that activations may work on it in place; `y` is one, in the kernels' orientation.
+    out = torch.empty_strided((x.shape[0], rows), (1, x.shape[0]), dtype=x.dtype, device=x.device)
+    y = out.copy_(start.expand(x.shape[0], rows)).t()
     length = idx.shape[0]
     if rows and length and x.shape[1]:
         features = x.t()
@@ -63,8 +65,8 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
             stop = min(first + block, length)
             row, active = _rows_of(ptr, first, stop)
             value = torch.where(active, values[slots[first:stop]], 0)
-            y = y.index_add(0, row, value.unsqueeze(1) * features[idx[first:stop]])
-    return y.t()
+            y.index_add_(0, row, value.unsqueeze(1) * features[idx[first:stop]])
+    return out
 
 
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def turnover(run: Run) -> Figure:
         "Turnover",
         "Connections grown in an epoch, relative to the layer's connections. Above 100 % some were replaced often.",
         data,
-        _epoch_axes(run, "turnover (% per epoch)", yaxis_rangemode="tozero"),
+        _epoch_axes(run, "turnover (% per epoch)", yaxis_rangemode="tozero", yaxis_tickformat=","),
     )
 
 

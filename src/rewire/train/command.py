@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from rewire import budget, data, methods
 
 from . import loop
-from .config import FREE_ON_RESUME, TrainConfig, check_name, difference, make_config
+from .config import FREE_ON_RESUME, INITS, TrainConfig, check_name, difference, make_config
 from .display import DownloadBar, Lines, LiveBar
 from .errors import TrainError
 from .observer import Silent
@@ -23,14 +22,16 @@ from .signals import Signals
 
 
 def config_to_start(given: dict[str, Any], pairs: Sequence[str] | None) -> TrainConfig:
-    """Check the options of a new run; the number of threads becomes a part of them."""
+    """Check the options of a new run."""
     check_name("--data", given.get("data", "digits"), data.available())
     method = given.get("method", TrainConfig.model_fields["method"].default)
     check_name("--method", method, methods.available())
     if "distribution" in given:
         check_name("--distribution", given["distribution"], budget.DISTRIBUTIONS)
+    if "init" in given:
+        check_name("--init", given["init"], INITS)
     options = parse_method_options(method, pairs or [])
-    return make_config({"threads": torch.get_num_threads()} | given | {"method_options": options})
+    return make_config(given | {"method_options": options})
 
 
 def config_to_resume(place: RunDir, given: dict[str, Any], pairs: Sequence[str] | None) -> TrainConfig:

@@ -6,12 +6,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import TrainError
 
+INITS = ("dense", "sparse")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 
 # What may differ when a run is resumed: where the data lie and how often to save decide no number.
@@ -38,13 +39,14 @@ class TrainConfig(BaseModel):
     density: tuple[Share, ...] | None = None
     connections: Size | None = None
     distribution: str | None = None
+    init: Literal["dense", "sparse"] = "dense"
     optimizer: str = "sgd"
-    lr: Positive = 0.1
-    lr_decay: Positive = 1.0
+    lr: Positive | None = None
+    lr_decay: Positive = 0.95
     momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     batch_size: Size = 10
-    epochs: Size = 10
+    epochs: Size = 20
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validation: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
     threads: Size | None = None
@@ -94,7 +96,7 @@ def _explain(error: ValidationError) -> str:
     elif limits := [f"{words[key]} {context[key]}" for key in words if key in context]:
         allowed = "a number " + " and ".join(limits)
     else:
-        allowed = first["msg"][0].lower() + first["msg"][1:]
+        allowed = first["msg"].removeprefix("Input should be ")
     return f"{option_name(field)}: given {first['input']}, allowed is {allowed}"
 
 
@@ -127,6 +129,10 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         config = config.model_copy(update={"distribution": "erk"})
     if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
         raise TrainError(f"--momentum: {config.optimizer} has none; it is for sgd and rmsprop")
+    if config.lr is None:
+        # Momentum m makes a step 1 / (1 - m) times as long.
+        lr = (0.5 if config.optimizer == "sgd" else 0.002) * (1 - config.momentum)
+        config = config.model_copy(update={"lr": round(lr, 9)})
     return config
 
 
@@ -163,3 +169,26 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
     return str(value)
+
+
+def read_number(option: str, text: str | None, kind: type[int] | type[float]) -> Any:
+    """Read the number of an option; not given stays None."""
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise TrainError(f"{option}: given {text!r}, allowed is {what}") from None
+
+
+def read_numbers(option: str, text: str | None, kind: type[int] | type[float], what: str) -> list[Any] | None:
+    """Read "300,100"; the word none is an empty list of layers."""
+    if text is None:
+        return None
+    if kind is int and text.strip().lower() == "none":
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise TrainError(f"{option}: given {text!r}, allowed is {what}") from None

@@ -34,7 +34,7 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
     connections = sum(record.connections)
     return (
         f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f}  {scores}  "
-        f"connections {connections:,}  turnover {sum(record.grown) / max(connections, 1):.1%}  "
+        f"connections {connections:,}  turnover {sum(record.grown) / max(connections, 1):,.0%}  "
         f"{record.seconds:.1f} s"
     )
 
@@ -90,10 +90,19 @@ class LiveBar(Lines):
         """Move the bar."""
         text = (
             f"epoch {progress.epoch}  acc {progress.accuracy:.1%}  loss {progress.loss:.3f}  "
-            f"active {progress.connections:,}  turnover {progress.turnover:.1%}"
+            f"active {progress.connections:,}  turnover {progress.turnover:,.0%}"
         )
         done = (progress.epoch - 1) * self.batches + progress.batch
         self.bar.update(self.task, description=text, completed=done)
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Print the epoch's line and bring the bar there: an epoch may be over before it ever moved."""
+        super().epoch_ended(record)
+        connections = sum(record.connections)
+        turnover = sum(record.grown) / max(connections, 1)
+        self.progress(
+            Progress(record.epoch, self.batches, record.train_loss, record.train_accuracy, connections, turnover)
+        )
 
     def close(self) -> None:
         """Take the bar away."""

@@ -29,15 +29,14 @@ from .observer import Observer, Progress, Silent
 from .run_dir import MODEL, RunDir
 
 PROGRESS_SECONDS = 0.2
+ONE_THREAD = 1_000_000  # products in a step: a millisecond of work, below which threads cost more than they bring
 
 
 class Trainer:
     """One run: everything it is made of, its state, and the way to save and restore it."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset, run_dir: RunDir) -> None:
-        self.config, self.dataset, self.run_dir = config, dataset, run_dir
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        self.dataset, self.run_dir = dataset, run_dir
         torch.manual_seed(derive_seed(config.seed, "torch"))  # for whatever asks the global stream
         (train_x, train_y), self.held_out = split(dataset.train_x, dataset.train_y, config.validation, config.seed)
         if not len(train_y):
@@ -47,7 +46,12 @@ class Trainer:
         self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
         shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
         connections = layer_connections(config, shapes)
-        self.model: nn.Module = build(shapes, connections, config.bias, make_generator(config.seed, "model"))
+        threads = config.threads or _threads(sum(connections) * config.batch_size)
+        torch.set_num_threads(threads)
+        self.config = config = config.model_copy(update={"threads": threads})
+        self.model: nn.Module = build(
+            shapes, connections, config.bias, make_generator(config.seed, "model"), config.init
+        )
         self.optimizer = make_optimizer(config, self.model)
         try:
             self.method = methods.create(
@@ -168,7 +172,7 @@ class Trainer:
     def _train_epoch(self, observer: Observer, stop: Callable[[], int]) -> None:
         config, model, optimizer, method = self.config, self.model, self.optimizer, self.method
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * config.lr_decay**self.epoch
+            group["lr"] = self._lr()
         batches = len(self.batches)
         due = time.perf_counter() + PROGRESS_SECONDS
         model.train()
@@ -193,6 +197,10 @@ class Trainer:
             if time.perf_counter() >= due:
                 observer.progress(self._progress())
                 due = time.perf_counter() + PROGRESS_SECONDS
+
+    def _lr(self) -> float:
+        assert self.config.lr is not None  # make_config filled it in
+        return self.config.lr * self.config.lr_decay**self.epoch
 
     def _samples_seen(self) -> int:
         return min(self.batch * self.config.batch_size, len(self.batches.y))
@@ -224,7 +232,7 @@ class Trainer:
         def accuracy(model: nn.Module) -> float:
             return evaluate(model, held_x, held_y)[1]
 
-        lr = config.lr * config.lr_decay**self.epoch
+        lr = self._lr()
         last = self.epoch + 1 == config.epochs
         self.method.end_epoch(accuracy if scores else None, last=last)
         counts = self._counts()
@@ -284,6 +292,11 @@ class Trainer:
         return result
 
 
+def _threads(products: int) -> int:
+    """Threads for steps of so many products (connections x batch): one where they would mostly wait."""
+    return 1 if products < ONE_THREAD else torch.get_num_threads()
+
+
 def versions() -> dict[str, str]:
     """What a run was made with."""
     return {
@@ -313,7 +326,7 @@ def run(
         run_dir.check_free(overwrite=overwrite)
     trainer = Trainer(config, dataset, run_dir)
     if not resume:
-        run_dir.start(config, overwrite=overwrite)
+        run_dir.start(trainer.config, overwrite=overwrite)
     with run_dir.lock():
         if resume:
             trainer.restore()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import nn
@@ -65,19 +66,32 @@ def _shown(shape: Shape) -> str:
     return f"{shape[1]} inputs, {shape[0]} outputs"
 
 
-def build(shapes: Sequence[Shape], connections: Sequence[int], bias: bool, generator: torch.Generator) -> nn.Sequential:
-    """Sparse layers with ReLU between them; topology and weights come from `generator` alone."""
+def build(
+    shapes: Sequence[Shape],
+    connections: Sequence[int],
+    bias: bool,
+    generator: torch.Generator,
+    init: Literal["dense", "sparse"] = "dense",
+) -> nn.Sequential:
+    """Sparse layers with ReLU between them; topology and weights come from `generator` alone.
+
+    `init` is the fan-in that scales the first values, see `SparseLinear.reset_parameters`.
+    """
     modules: list[nn.Module] = []
     for (outputs, inputs), count in zip(shapes, connections, strict=True):
         if modules:
             modules.append(nn.ReLU())
-        modules.append(rewire.nn.SparseLinear(inputs, outputs, bias=bias, connections=count, generator=generator))
+        layer = rewire.nn.SparseLinear(inputs, outputs, bias=bias, connections=count, generator=generator)
+        if init != "dense":
+            layer.reset_parameters(generator, fan_in=init)
+        modules.append(layer)
     return nn.Sequential(*modules)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the options ask for."""
     parameters = list(model.parameters())
+    assert config.lr is not None  # make_config filled it in
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)

@@ -66,6 +66,8 @@ class RunDir:
         try:
             text = path.read_text("utf-8")
         except FileNotFoundError:
+            if self.has_run():
+                raise TrainError(f"--resume: {path} is missing; start the run again with --overwrite") from None
             raise TrainError(f"--resume: there is no run in {self.path}; leave --resume out to start one") from None
         except (OSError, UnicodeDecodeError) as error:
             raise TrainError(f"cannot read {path}: {error}") from None

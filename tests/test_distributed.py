@@ -1,0 +1,196 @@
+"""DDP on two processes: topologies that agree, and what happens where they do not."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn, optim
+from torch.nn.parallel import DistributedDataParallel
+
+import rewire
+from rewire.distributed import TopologyMismatch, prepare
+from rewire.nn import SparseLinear, sparse_weights
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+)
+
+
+def model(roomy: bool = False) -> nn.Sequential:
+    """``roomy``: with slots for all that may ever be active, as methods that move budget between layers need."""
+    return nn.Sequential(
+        SparseLinear(20, 30, connections=150, capacity=600 if roomy else None),
+        nn.BatchNorm1d(30),
+        nn.ReLU(),
+        SparseLinear(30, 4, density=0.5, capacity=120 if roomy else None),
+    )
+
+
+def train(ddp: nn.Module, optimizer: optim.Optimizer, method: Any, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, 20)  # each rank has its own
+        nn.functional.cross_entropy(ddp(x), x[:, :4].argmax(1)).backward()
+        optimizer.step()
+        method.step()
+
+
+def start(seed: int | None = None, **options: Any) -> tuple[nn.Module, nn.Sequential, optim.Optimizer, Any]:
+    torch.manual_seed(100 + dist.get_rank())  # values, topology and data differ between ranks
+    plain = model(roomy=options.get("scope") == "network")
+    assert prepare(plain, seed=seed) is plain
+    ddp = DistributedDataParallel(plain)
+    optimizer = optim.SGD(plain.parameters(), lr=0.2, momentum=0.5)
+    return ddp, plain, optimizer, rewire.methods.DeepR(plain, optimizer, **{"l1": 1e-2, "noise": 0.1} | options)
+
+
+def same_everywhere(value: Any) -> bool:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, pickle.dumps(value))
+    return all(pickle.loads(other) == pickle.loads(everyone[0]) for other in everyone)
+
+
+def agree_after_200_steps(steps: int = 200, **options: Any) -> None:
+    torch.manual_seed(100 + dist.get_rank())
+    assert not same_everywhere([w.fingerprint() for _, w in sparse_weights(model())])
+    ddp, plain, optimizer, method = start(**options)
+    before = [w.fingerprint() for _, w in sparse_weights(plain)]
+    assert same_everywhere(before)
+    assert same_everywhere(method.seed)
+    train(ddp, optimizer, method, steps)
+    assert sum(method.stats()["dropped"].values()) > 2 * steps
+    assert [w.fingerprint() for _, w in sparse_weights(plain)] != before
+    state = {k: v.tolist() for k, v in plain.state_dict().items() if "running" not in k and "num_batches" not in k}
+    assert same_everywhere(state)
+    assert same_everywhere(method.stats())
+    # Only the batch norm's statistics are broadcast at each step: no index list, no slot.
+    buffers = {id(b): name for name, b in plain.named_buffers()}
+    assert {buffers[id(b)] for b in ddp.modules_buffers} == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def agree_where_budget_moves_between_layers() -> None:
+    agree_after_200_steps(50, scope="network", l1=1e-2)
+
+
+def agree_where_fan_in_is_kept() -> None:
+    agree_after_200_steps(50, scope="neuron", signs="redrawn")
+
+
+def a_seed_can_be_given() -> None:
+    *_, method = start(seed=41 if dist.get_rank() == 0 else 42)
+    assert method.seed == 41
+    assert same_everywhere(method.seed)
+
+
+def a_one_sided_rewire_is_found() -> None:
+    ddp, plain, optimizer, method = start()
+    train(ddp, optimizer, method, 3)
+    weight = plain[0].weight
+    if dist.get_rank() == 1:
+        free = (weight.to_dense() == 0).nonzero()[0]
+        weight.rewire(torch.tensor([5]), free[:1], free[1:], 0.1)
+    with pytest.raises(TopologyMismatch, match="topologies have diverged"):
+        train(ddp, optimizer, method, 2)
+    ddp.eval()
+    ddp.module(torch.randn(3, 20))  # evaluation asks nobody
+
+
+def a_one_sided_load_is_found() -> None:
+    ddp, plain, optimizer, method = start()
+    if dist.get_rank() == 1:
+        plain.load_state_dict(model().state_dict())
+    with pytest.raises(TopologyMismatch):
+        train(ddp, optimizer, method, 1)
+
+
+def the_same_rewire_everywhere_is_fine() -> None:
+    ddp, plain, optimizer, method = start()
+    weight = plain[0].weight
+    free = (weight.to_dense() == 0).nonzero()[0]
+    weight.rewire(torch.tensor([5]), free[:1], free[1:], 0.1)
+    weight.reorder()
+    plain.load_state_dict(plain.state_dict())
+    train(ddp, optimizer, method, 2)
+
+
+def resizing_is_refused() -> None:
+    *_, plain, _, _ = start()
+    weight = plain[0].weight
+    with pytest.raises(RuntimeError, match="prepared for DDP cannot be resized"):
+        weight.resize(200)
+    with pytest.raises(RuntimeError, match="under DDP a pool cannot be resized"):
+        plain[0].load_state_dict(SparseLinear(20, 30, connections=99).state_dict())
+    assert weight.capacity == 150
+
+
+def different_sizes_are_refused() -> None:
+    plain = nn.Sequential(SparseLinear(20, 30, connections=150 + dist.get_rank()))
+    with pytest.raises(ValueError, match=r"rank 1 has sparse weights .* build the same model"):
+        prepare(plain)
+    with pytest.raises(ValueError, match="check_every must be"):
+        prepare(plain, check_every=0)
+
+
+SCENES: list[Callable[[], None]] = [
+    agree_after_200_steps,
+    agree_where_budget_moves_between_layers,
+    agree_where_fan_in_is_kept,
+    a_seed_can_be_given,
+    a_one_sided_rewire_is_found,
+    a_one_sided_load_is_found,
+    the_same_rewire_everywhere_is_fine,
+    resizing_is_refused,
+    different_sizes_are_refused,
+]
+
+
+def run(rank: int, folder: str) -> None:
+    """One process plays all scenes, for starting processes takes longer than playing."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    outcome = {}
+    try:
+        for scene in SCENES:
+            outcome[scene.__name__] = "was not finished"
+            scene()
+            outcome[scene.__name__] = ""
+    except BaseException:  # the end: the other rank may be anywhere now
+        outcome[scene.__name__] = traceback.format_exc()
+    Path(folder, f"rank{rank}.pickle").write_bytes(pickle.dumps(outcome))
+    if all(not o for o in outcome.values()):
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    context = multiprocessing.spawn(run, (str(folder),), nprocs=2, join=False)
+    deadline = 100
+    while deadline and not context.join(timeout=1):
+        deadline -= 1
+    for process in context.processes:
+        if process.is_alive():
+            process.kill()
+    files = [folder / f"rank{rank}.pickle" for rank in range(2)]
+    return [pickle.loads(f.read_bytes()) if f.exists() else {} for f in files]
+
+
+@pytest.mark.parametrize("scene", [scene.__name__ for scene in SCENES])
+def test_two_processes(scene: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.get(scene, "not reached") == "", f"rank {rank}: {outcome.get(scene, 'not reached')}"
+
+
+def test_without_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match="is not initialised"):
+        prepare(model())

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from rich.console import Console
+
+from rewire.train import display, loop
+from rewire.train.metrics import EpochRecord, evaluate
+from rewire.train.model import make_optimizer
+from rewire.train.observer import Progress
+from rewire.train.run_dir import RunDir
+
+
+def trainer(folder: Path, **changes) -> loop.Trainer:
+    return loop.Trainer(toy.config(**changes), toy.dataset(), RunDir(folder))
+
+
+def test_one_thread_for_small_steps_and_the_choice_is_kept(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        made = trainer(tmp_path, threads=None)
+        assert made.config.threads == 1 == torch.get_num_threads()
+        torch.set_num_threads(2)
+        assert trainer(tmp_path, threads=None, batch_size=10**6).config.threads == 2
+        assert trainer(tmp_path, threads=1, batch_size=10**6).config.threads == 1
+    finally:
+        torch.set_num_threads(before)
+    loop.run(toy.config(threads=None), toy.dataset(), RunDir(tmp_path))
+    assert RunDir(tmp_path).read_config().threads == 1
+
+
+def test_metrics_are_what_they_say(tmp_path: Path) -> None:
+    records: list[EpochRecord] = []
+
+    class Watcher(loop.Silent):
+        def epoch_ended(self, record: EpochRecord) -> None:
+            records.append(record)
+
+    made = trainer(tmp_path, validation=0.2)
+    made.run_dir.start(made.config, overwrite=False)
+    made.begin()
+    made.train(Watcher(), lambda: 0)
+    assert [record.epoch for record in records] == [1, 2]
+    assert [record.step for record in records] == [5, 10]
+    assert [record.lr for record in records] == [0.3, 0.3 * 0.9]
+    last = records[-1]
+    assert (last.validation_loss, last.validation_accuracy) == evaluate(made.model, *made.held_out)
+    assert last.connections == [weight.connections for weight in made.weights.values()]
+    assert sum(last.connections) == round(0.2 * (64 * 12 + 12 * 9 + 9 * 10))
+    total = made.method.stats()
+    assert sum(sum(record.grown) for record in records) == sum(total["grown"].values()) > 0
+    for record in records:
+        assert record.turnover == [g / k for g, k in zip(record.grown, record.connections, strict=True)]
+
+
+def test_evaluation_leaves_the_model_as_it_was() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Dropout())
+    data = toy.tiny(2500)
+    model.train()
+    loss, accuracy = evaluate(model, data.test_x, data.test_y)
+    assert model.training
+    logits = model.eval()(data.test_x).detach()
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, data.test_y)), rel=1e-5)
+    assert accuracy == float((logits.argmax(1) == data.test_y).double().mean())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
+def test_optimizers_get_their_options(name: str) -> None:
+    momentum = 0.5 if name in ("sgd", "rmsprop") else 0
+    config = toy.config(optimizer=name, lr=0.25, weight_decay=0.01, momentum=momentum)
+    optimizer = make_optimizer(config, torch.nn.Linear(2, 2))
+    assert type(optimizer).__name__.lower() == name
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group.get("momentum", 0)) == (0.25, 0.01, momentum)
+
+
+def test_bar_shows_the_run(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "w+") as file:
+        console = Console(file=file, force_terminal=True, width=150, highlight=False, color_system=None)
+        bar = display.LiveBar(console)
+        info = {
+            "layers": [{"inputs": 4, "outputs": 2, "connections": 3}],
+            "samples": {"train": 5, "validation": 1, "test": 2},
+        }
+        bar.started(info, 2, 10, 4)
+        bar.progress(Progress(1, 7, 0.5, 0.25, 3, 0.125))
+        bar.bar.refresh()
+        bar.epoch_ended(EpochRecord(1, 10, 0.1, 0.5, 0.25, None, None, [3], [1], [1], [1 / 3], 1.0))
+        assert bar.bar.tasks[0].completed == 10
+        bar.close()
+        file.seek(0)
+        text = file.read()
+    for part in ("4-2, 3 of 8 connections (37.50%)", "resumed after step 4 of 20", "7/20", "acc 25.0%", "loss 0.500"):
+        assert part in text
+    assert "active 3  turnover 12%" in text
+    assert "epoch 1/2  train loss 0.5000  train accuracy 25.00%  connections 3  turnover 33%" in text
+
+
+def test_download_lines_and_bar(tmp_path: Path) -> None:
+    for terminal in (False, True):
+        with open(tmp_path / "out", "w+") as file:
+            shown = display.DownloadBar(Console(file=file, force_terminal=terminal, width=100))
+            for done in (10, 20):
+                shown("a.gz", done, 20)
+            shown.close()
+            file.seek(0)
+            text = file.read()
+        assert "a.gz" in text
+        assert terminal or text == "downloading a.gz, 20 bytes\n"
