@@ -16,54 +16,70 @@ auto with_types(int type, int index, const F& f) {
   return index == kInt32 ? f(double{}, int32_t{}) : f(double{}, int64_t{});
 }
 
-// Calls job(item, scratch) for every item, on torch's threads, each with scratch of its own; see for_each_item.
-template <class Job>
-void for_each_with_scratch(int64_t items, bool serial, int64_t bytes, const Job& job) {
-  const int64_t threads = serial ? 1 : std::min<int64_t>(items, torch::stable::get_num_threads());
-  const int64_t apart = ceil_div(bytes, 4096) * 4096 + 64;
-  const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(threads * apart + 64)]);
-  std::atomic<int64_t> next{0};
-  for_each_item(threads, threads < 2, [&](int64_t thread) {
-    char* scratch = memory.get() + thread * apart;
-    scratch += (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
-    for (int64_t i = next++; i < items; i = next++) job(i, scratch);
-  });
-}
+// Scratch of one thread for one piece of work. Up to a bound it is kept for the next one: fresh pages cost as much as
+// packing into them.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    constexpr int64_t kKept = 8 << 20, kAligned = 64;
+    static thread_local Block kept;
+    Block& block = bytes <= kKept ? kept : own_;
+    if (block.size < bytes + kAligned) {
+      block = {};  // the old block is freed before the new one is made
+      block.memory.reset(new char[static_cast<size_t>(bytes + kAligned)]);
+      block.size = bytes + kAligned;
+    }
+    start = block.memory.get();
+    start += (kAligned - reinterpret_cast<uintptr_t>(start) % kAligned) % kAligned;
+  }
+  char* start;
+
+ private:
+  struct Block {
+    std::unique_ptr<char[]> memory;
+    int64_t size = 0;
+  };
+  Block own_;
+};
 
 // All rows of the target, from the source.
 void run_sum(const Plan& plan, const Stream& stream, int type, const View& source, const View& target,
              const void* bias) {
   const Axis &z = plan.axis[0], &y = plan.axis[1], &x = plan.axis[2];
   const int64_t element = source.element, y_at = ceil_div(plan.buffer_elements() * element, 64) * 64;
+  const int64_t together = plan.widths == 1 ? target.together() : 1;  // rows that are unpacked at a time
+  const int64_t bytes = y_at + together * plan.y_elements() * element;
   const auto kernel = kernels().conv_sum[type];
   const Numbers channels = multiples(plan.target_channels, x.phases * plan.y_step);
   const bool serial = static_cast<int64_t>(stream.offsets.size() + 1) * plan.batch * z.target * y.count * x.count /
                           (z.phases * y.phases) < kSerialWork;
-  const auto job = [&](int64_t number, char* scratch) {
+  for_each_item(plan.items(), serial, [&](int64_t number) {
+    const Scratch memory(bytes);
+    char* scratch = memory.start;
     const Item item(plan, number);
     Packer packer(plan, source, item, type, scratch);
-    char* row = scratch + y_at;
     Numbers columns;  // in y, of the target positions from x0 on
     const int64_t x0 = std::max<int64_t>(item.col0 * x.phases - x.shift, 0);
     const int64_t x1 = std::min(item.col1 * x.phases - x.shift, x.target);
     for (int64_t t = x0; t < x1; ++t)
       columns.push_back((t + x.shift) % x.phases * plan.y_step + ((t + x.shift) / x.phases - item.col0) * item.batch);
-    for (int64_t q = item.row0; q < item.row1; ++q) {
-      const char* window = packer.window(q);
-      for (int64_t phase = 0; phase < y.phases; ++phase) {
-        const int64_t t = q * y.phases + phase - y.shift;
-        if (t < 0 || t >= y.target) continue;
-        ConvArgs args = stream.args(((item.z + z.shift) % z.phases * y.phases + phase) * plan.y_rows, plan, item.batch);
-        args.bias = bias;
-        args.x = window;
-        args.y = row;
-        kernel(args, 0, plan.y_rows, (item.col1 - item.col0) * item.batch);
-        copy_row(false, type, target, item, item.z, t, x0, x1, 0, plan.target_channels, row, channels.data(),
-                 columns.data());
-      }
+    repeat(columns, together, plan.y_elements());
+    const int64_t first = std::max<int64_t>(item.row0 * y.phases - y.shift, 0);
+    const int64_t end = std::min(item.row1 * y.phases - y.shift, y.target);
+    int64_t waiting = 0;  // rows that are computed and not unpacked
+    for (int64_t t = first; t < end; ++t) {
+      const int64_t q = (t + y.shift) / y.phases, phase = (t + y.shift) % y.phases;
+      ConvArgs args = stream.args(((item.z + z.shift) % z.phases * y.phases + phase) * plan.y_rows, plan, item.batch);
+      args.bias = bias;
+      args.x = packer.window(q);
+      args.y = scratch + y_at + waiting * plan.y_elements() * element;
+      kernel(args, 0, plan.y_rows, (item.col1 - item.col0) * item.batch);
+      if (++waiting < together && t + 1 < end) continue;
+      copy_rows(false, type, target, item, item.z, t + 1 - waiting, t + 1, x0, x1, 0, plan.target_channels,
+                scratch + y_at, channels.data(), columns.data());
+      waiting = 0;
     }
-  };
-  for_each_with_scratch(plan.items(), serial, y_at + plan.y_elements() * element, job);
+  });
 }
 
 void require_weight(const char* op, const Geometry& g, int64_t outputs, int64_t columns, int64_t inputs) {
@@ -159,6 +175,8 @@ struct Parts {
 void run_dot(const Plan& plan, const Stream& stream, const Parts& parts, int type, const View& source,
              const View& gradient) {
   const int64_t element = source.element, y_at = ceil_div(plan.buffer_elements() * element, 64) * 64;
+  const int64_t together = plan.widths == 1 ? gradient.together() : 1;  // rows that are packed at a time
+  const int64_t bytes = y_at + together * plan.y_elements() * element;
   const auto kernel = kernels().conv_dot[type];
   const Numbers channels = multiples(plan.target_channels, plan.y_step);
   const bool serial = parts.connections * plan.batch * gradient.size[0] * gradient.size[1] * gradient.size[2] < kSerialWork;
@@ -166,27 +184,31 @@ void run_dot(const Plan& plan, const Stream& stream, const Parts& parts, int typ
     const auto at = std::lower_bound(stream.ptr.begin(), stream.ptr.end(), parts.connections * range / parts.ranges);
     return range == parts.ranges ? plan.target_channels : static_cast<int64_t>(at - stream.ptr.begin());
   };
-  const auto job = [&](int64_t number, char* scratch) {
+  for_each_item(parts.parts * parts.ranges, serial, [&](int64_t number) {
+    const Scratch memory(bytes);
+    char* scratch = memory.start;
     const int64_t part = number / parts.ranges, range = number % parts.ranges;
     const int64_t channel0 = start(range), channel1 = start(range + 1);
     if (channel0 >= channel1) return;
-    char* row = scratch + y_at;
+    char* rows = scratch + y_at;
     for (int64_t i = plan.items() * part / parts.parts; i < plan.items() * (part + 1) / parts.parts; ++i) {
       const Item item(plan, i);
       Packer packer(plan, source, item, type, scratch);
-      const Numbers columns = multiples(item.col1 - item.col0, item.batch);
+      Numbers columns = multiples(item.col1 - item.col0, item.batch);
+      repeat(columns, together, plan.y_elements());
       ConvArgs args = stream.args(0, plan, item.batch);
-      args.y = row;
       args.sums = parts.sums.get() + part * parts.connections * element;
       for (int64_t q = item.row0; q < item.row1; ++q) {
+        const int64_t ready = (q - item.row0) % together;
+        if (ready == 0)
+          copy_rows(true, type, gradient, item, item.z, q, std::min(q + together, item.row1), item.col0, item.col1,
+                    channel0, channel1, rows, channels.data(), columns.data());
         args.x = packer.window(q);
-        copy_row(true, type, gradient, item, item.z, q, item.col0, item.col1, channel0, channel1, row,
-                 channels.data(), columns.data());
+        args.y = rows + ready * plan.y_elements() * element;
         kernel(args, channel0, channel1, (item.col1 - item.col0) * item.batch);
       }
     }
-  };
-  for_each_with_scratch(parts.parts * parts.ranges, serial, y_at + plan.y_elements() * element, job);
+  });
 }
 
 Tensor conv_value_gradient(const Tensor& ptr, const Tensor& idx, const Tensor& slots, int64_t capacity,
