@@ -31,29 +31,32 @@ def make(rank: int, inputs: int, outputs: int, kernel: Any, *, density: float = 
     return SPARSE[rank](inputs, outputs, kernel, connections=connections, capacity=capacity, **settings)
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+def agree(mine: Tensor, truth: Tensor) -> None:
+    """To 1e-5 (float32) or 1e-12 (float64) of the largest entry of the float64 truth."""
+    assert mine.shape == truth.shape
+    scale = truth.abs().max().item() if truth.numel() else 1.0
+    bound = (1e-5 if mine.dtype == torch.float32 else 1e-12) * max(scale, 1.0)
+    torch.testing.assert_close(mine.double(), truth, rtol=0, atol=bound)
 
 
-def check(layer: Any, x: Tensor) -> None:
-    """Output and all gradients are those of the dense twin, in its memory format."""
-    dense = densify(copy.deepcopy(layer))
-    mine, theirs = (x.detach().requires_grad_() for _ in range(2))
+def check(layer: Any, x: Tensor, g: Tensor | None = None) -> None:
+    """Output and all gradients are those of the dense twin."""
+    dense = densify(copy.deepcopy(layer)).double()
+    mine, theirs = x.detach().requires_grad_(), x.detach().double().requires_grad_()
     y, expected = layer(mine), dense(theirs)
-    close = tolerance(x.dtype)
-    torch.testing.assert_close(y, expected, **close)
-    assert y.dtype == expected.dtype
-    g = torch.randn_like(expected)
+    agree(y, expected)
+    assert y.dtype == x.dtype
+    g = torch.randn_like(y) if g is None else g
     y.backward(g)
-    expected.backward(g)
-    torch.testing.assert_close(mine.grad, theirs.grad, **close)
+    expected.backward(g.double())
+    agree(mine.grad, theirs.grad)
     weight = layer.weight
     active = weight.rows >= 0
-    slots = dense.weight.grad.reshape(weight.matrix_shape)[weight.rows[active].long(), weight.cols[active].long()]
-    torch.testing.assert_close(weight.values.grad[active], slots, **close)
+    matrix = dense.weight.grad.reshape(weight.matrix_shape)
+    agree(weight.values.grad[active], matrix[weight.rows[active].long(), weight.cols[active].long()])
     assert not weight.values.grad[~active].any()
     if layer.bias is not None:
-        torch.testing.assert_close(layer.bias.grad, dense.bias.grad, **close)
+        agree(layer.bias.grad, dense.bias.grad)
 
 
 def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +72,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @st.composite
-def problems(draw: Any) -> tuple[int, dict[str, Any], tuple[int, ...], int, torch.dtype, bool]:
+def problems(draw: Any) -> tuple[int, dict[str, Any], tuple[int, ...], int, bool]:
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     each = lambda *choices: tuple(draw(st.sampled_from(choices)) for _ in range(rank))  # noqa: E731
     groups = draw(st.sampled_from([1, 1, 2, 3]))
@@ -98,7 +101,6 @@ def problems(draw: Any) -> tuple[int, dict[str, Any], tuple[int, ...], int, torc
         settings,
         sizes,
         draw(st.sampled_from([0, 1, 2, 5, 16, 20, 33])),
-        settings["dtype"],
         draw(st.booleans()),
     )
 
@@ -110,15 +112,17 @@ def input_for(settings: dict[str, Any], sizes: tuple[int, ...], batch: int, chan
     return x
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of the twin
 @given(problems())
 def test_agrees_with_its_twin(problem: Any) -> None:
-    rank, settings, sizes, batch, _, channels_last = problem
+    rank, settings, sizes, batch, channels_last = problem
     check(make(rank, **settings), input_for(settings, sizes, batch, channels_last))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of the twin
 @given(problems())
 def test_reference_agrees_with_its_twin(problem: Any) -> None:
-    rank, settings, sizes, batch, _, channels_last = problem
+    rank, settings, sizes, batch, channels_last = problem
     with pytest.MonkeyPatch.context() as patch:
         use_reference(patch)
         check(make(rank, **settings), input_for(settings, sizes, min(batch, 5), channels_last))
@@ -140,13 +144,7 @@ def test_any_strides_of_input_and_gradient(rank: int, layout: str) -> None:
             return torch.randn(*shape[1:], 5, dtype=torch.float64).movedim(-1, 0)
         return torch.randn(5, *shape[2:], channels + 2, dtype=torch.float64)[..., :channels].movedim(-1, 1)
 
-    x, g = strided(4).detach(), strided(6)
-    dense = densify(copy.deepcopy(layer))
-    a, b = (x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
-    layer(a).backward(g)
-    dense(b).backward(g)
-    torch.testing.assert_close(layer(x), dense(x), **tolerance(torch.float64))
-    torch.testing.assert_close(a.grad, b.grad, **tolerance(torch.float64))
+    check(layer, strided(4), strided(6))
 
 
 def test_memory_formats() -> None:
@@ -335,14 +333,17 @@ def test_corrupt_indices_raise(name: str, bad: int, groups: int) -> None:
     lists[name][3] = bad
     x, g, values = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 3, 3), layer.weight.values.detach()
     by_row, by_col = list(lists.values())[:3], list(lists.values())[3:]
-    with pytest.raises(RuntimeError, match="ptr must start|outside"):
-        if name.startswith("row"):
-            conv_kernels.conv(*by_row, values, x, None, layer._geometry, False)
-        else:
-            conv_kernels.conv_input_gradient(*by_col, values, g, (5, 5), 4, layer._geometry, False)
+    geometry = layer._geometry
     if name.startswith("row"):
-        with pytest.raises(RuntimeError, match="ptr must start|outside"):
-            conv_kernels.conv_value_gradient(*by_row, values.numel(), g, x, layer._geometry)
+        calls = [
+            lambda: conv_kernels.conv(*by_row, values, x, None, geometry, False),
+            lambda: conv_kernels.conv_value_gradient(*by_row, values.numel(), g, x, geometry),
+        ]
+    else:
+        calls = [lambda: conv_kernels.conv_input_gradient(*by_col, values, g, (5, 5), 4, geometry, False)]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"ptr must start|outside"):
+            call()
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
