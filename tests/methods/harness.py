@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.nn import SparseGRU, SparseLinear, SparseLSTM, SparseMultiheadAttention, SparseRNN, sparse_weights
+from rewire.nn import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseGRU,
+    SparseLinear,
+    SparseLSTM,
+    SparseMultiheadAttention,
+    SparseRNN,
+    sparse_weights,
+)
 
 Build = Callable[[torch.dtype, int], nn.Module]
 
@@ -20,6 +30,21 @@ def linear(dtype: torch.dtype, seed: int) -> nn.Module:
         SparseLinear(12, 16, connections=40, generator=g, dtype=dtype),
         nn.ReLU(),
         SparseLinear(16, 6, connections=30, bias=False, generator=g, dtype=dtype),
+    )
+
+
+def conv(dtype: torch.dtype, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 6)),
+        SparseConv1d(2, 4, 3, padding=1, connections=16, generator=g, dtype=dtype),
+        nn.ReLU(),
+        nn.Unflatten(2, (2, 3)),
+        SparseConv2d(4, 6, (1, 3), padding=(0, 1), stride=(1, 2), groups=2, connections=24, generator=g, dtype=dtype),
+        nn.ReLU(),
+        nn.Unflatten(2, (1, 2)),
+        SparseConv3d(6, 6, (1, 2, 2), connections=40, bias=False, generator=g, dtype=dtype),
+        nn.Flatten(),
     )
 
 
@@ -61,7 +86,14 @@ def attention(dtype: torch.dtype, seed: int) -> nn.Module:
 
 
 #: Layer types that exist: each builds a small model that maps (batch, 12) to (batch, 6).
-LAYERS: dict[str, Build] = {"linear": linear, "rnn": rnn, "lstm": lstm, "gru": gru, "attention": attention}
+LAYERS: dict[str, Build] = {
+    "linear": linear,
+    "conv": conv,
+    "rnn": rnn,
+    "lstm": lstm,
+    "gru": gru,
+    "attention": attention,
+}
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5),

@@ -1,6 +1,7 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
 from rewire.nn.attention import SparseMultiheadAttention
+from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
@@ -13,6 +14,9 @@ __all__ = [
     "Event",
     "Follower",
     "OptimizerFollower",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
     "SparseGRU",
     "SparseLSTM",
     "SparseLinear",

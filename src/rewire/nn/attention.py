@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
-from rewire.nn.linear import SparseLinear, autocast_dtype, product
+from rewire.nn.layer import autocast_dtype
+from rewire.nn.linear import SparseLinear, product
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["SparseMultiheadAttention"]

@@ -50,10 +50,11 @@ def sparsify(
             largest weights and their values, for a trained model. Biases are kept in both.
         generator: for the random draws.
 
-    Layers converted: `torch.nn.Linear`, `RNN`, `LSTM`, `GRU` and `MultiheadAttention` themselves (not subclasses, whose
-    forward may differ). Make the optimizer afterwards: the old parameters are gone. Transformer encoders stop using
-    nested tensors, which their fused kernels for dense weights need. Raises ValueError if nothing matches, the budget
-    cannot be met or a parameter to be replaced is shared with another layer; the model is then unchanged.
+    Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, `RNN`, `LSTM`, `GRU` and `MultiheadAttention`
+    themselves (not subclasses, whose forward may differ). Make the optimizer afterwards: the old parameters are gone.
+    Transformer encoders stop using nested tensors, which their fused kernels for dense weights need. Raises ValueError
+    if nothing matches, the budget cannot be met or a parameter to be replaced is shared with another layer; the model
+    is then unchanged.
     """
     if (density is None) == (connections is None):
         raise ValueError("give exactly one of density= and connections=")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewire.nn.attention import SparseMultiheadAttention
+from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
+from rewire.nn.layer import SparseLayer
 from rewire.nn.linear import SparseLinear
 from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.weight import SparseWeight
@@ -65,26 +67,46 @@ def _blank(like: SparseWeight, make: Callable[..., Module], *args: Any, **kwargs
     return made.to_empty(device=like.device)
 
 
-# --- linear -----------------------------------------------------------------------------------------------------------
+# --- layers of one weight ---------------------------------------------------------------------------------------------
 
 
-def _sparse_linear(layer: nn.Linear, counts: Counts, generator: torch.Generator | None) -> nn.Module:
-    weight = layer.weight
-    sparse = SparseLinear(
-        layer.in_features, layer.out_features, layer.bias is not None, weight.device, weight.dtype,
-        connections=counts["weight"], generator=generator,
-    )  # fmt: skip
-    _copy(sparse, layer, "bias")
-    return sparse
+def _layer_kind(
+    dense: type[nn.Module], sparse: type[SparseLayer], sizes: tuple[str, ...], settings: tuple[str, ...] = ()
+) -> Kind:
+    """The entry of a type with one weight and perhaps a bias.
+
+    sizes: first arguments of both classes; settings: further ones, by keyword; both are kept as attributes.
+    """
+
+    def to_sparse(layer: nn.Module, counts: Counts, generator: torch.Generator | None) -> nn.Module:
+        weight = layer.get_parameter("weight")
+        make: Any = sparse
+        made: nn.Module = make(
+            *(getattr(layer, name) for name in sizes),
+            **{name: getattr(layer, name) for name in settings},
+            bias=layer.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+            connections=counts["weight"],
+            generator=generator,
+        )
+        _copy(made, layer, "bias")
+        return made
+
+    def to_dense(layer: SparseLayer) -> nn.Module:
+        arguments = {name: getattr(layer, name) for name in settings}
+        made: nn.Module = _blank(
+            layer.weight, dense, *(getattr(layer, name) for name in sizes), **arguments, bias=layer.bias is not None
+        )
+        with torch.no_grad():
+            made.get_parameter("weight").copy_(layer.weight.to_dense())
+        _copy(made, layer, "bias")
+        return made
+
+    return Kind(dense, sparse, lambda layer: {"weight": layer.weight}, to_sparse, to_dense)
 
 
-def _dense_linear(layer: SparseLinear) -> nn.Module:
-    weight = layer.weight
-    dense = _blank(weight, nn.Linear, layer.in_features, layer.out_features, layer.bias is not None)
-    with torch.no_grad():
-        dense.weight.copy_(weight.to_dense())
-    _copy(dense, layer, "bias")
-    return dense
+_CONV = ("in_channels", "out_channels", "kernel_size"), ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 # --- recurrent --------------------------------------------------------------------------------------------------------
@@ -184,7 +206,10 @@ def _dense_attention(layer: SparseMultiheadAttention) -> nn.Module:
 
 #: All of them.
 KINDS: tuple[Kind, ...] = (
-    Kind(nn.Linear, SparseLinear, lambda layer: {"weight": layer.weight}, _sparse_linear, _dense_linear),
+    _layer_kind(nn.Linear, SparseLinear, ("in_features", "out_features")),
+    _layer_kind(nn.Conv1d, SparseConv1d, *_CONV),
+    _layer_kind(nn.Conv2d, SparseConv2d, *_CONV),
+    _layer_kind(nn.Conv3d, SparseConv3d, *_CONV),
     *(
         Kind(dense, sparse, _recurrent_weights, _recurrent_to_sparse(sparse), _recurrent_to_dense(dense))
         for dense, sparse in ((nn.RNN, SparseRNN), (nn.GRU, SparseGRU), (nn.LSTM, SparseLSTM))

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
-
 import torch
 from torch import Tensor, nn
 
 from rewire import ops
+from rewire.nn.layer import SparseLayer, autocast_dtype
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["SparseLinear", "autocast_dtype", "product"]
-
-
-def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
-    """What autocast narrows a product to; None where it is off and, as in torch.nn, for float64."""
-    kind = x.device.type
-    if kind == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+__all__ = ["SparseLinear", "product"]
 
 
 def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False) -> Tensor:
@@ -34,7 +24,7 @@ def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_out
     return ops.sparse_linear(x, weight.values, bias, weight.index, weight.capture, contiguous_output)
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(SparseLayer):
     """``y = x W^T + b`` with a weight of exactly ``connections`` connections.
 
     Arguments are those of `torch.nn.Linear`, plus:
@@ -87,64 +77,22 @@ class SparseLinear(nn.Module):
         """A layer around an existing 2-D pool; ``bias`` (out_features,) is copied."""
         if len(weight.shape) != 2:
             raise ValueError(f"a linear layer needs a 2-D weight, not {tuple(weight.shape)}")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._assemble(weight, bias is not None, contiguous_output)
-        if bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
+        self._assemble(weight, bias, contiguous_output)
         return self
 
-    def _assemble(self, weight: SparseWeight, bias: bool, contiguous_output: bool) -> None:
+    def _assemble(self, weight: SparseWeight, bias: bool | Tensor | None, contiguous_output: bool) -> None:
         self.out_features, self.in_features = weight.shape
         self.contiguous_output = contiguous_output
-        self.weight = weight
-        self.bias: nn.Parameter
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=weight.device, dtype=weight.dtype))
-        else:
-            self.register_parameter("bias", None)
+        self._hold(weight, bias)
 
-    @torch.no_grad()
-    def reset_parameters(
-        self, generator: torch.Generator | None = None, *, fan_in: Literal["dense", "sparse"] = "dense"
-    ) -> None:
-        """Draw new values U(-b, b), b = 1 / sqrt(fan-in), and bias for the connections there are.
-
-        fan_in: "dense" counts all inputs, as `torch.nn.Linear` does. Connections then start small beside a rewiring
-            step, so that useless ones (on pixels that are always 0, say) give their place away early; DEEP R's authors
-            start so. "sparse" counts the connections a row has on average, which keeps the scale of activations; better
-            where the topology is fixed. Measured on MNIST in docs/results/mnist_authors.json.
-        """
-        if fan_in not in ("dense", "sparse"):
-            raise ValueError(f"fan_in must be 'dense' or 'sparse', not {fan_in!r}")
+    def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if weight.device.type == "meta":
-            return
-        dense = 1 / math.sqrt(self.in_features)
-        bound = dense if fan_in == "dense" else 1 / math.sqrt(max(weight.connections / self.out_features, 1))
-        weight.values.uniform_(-bound, bound, generator=generator)
-        weight.values.masked_fill_(weight.rows < 0, 0.0)
-        if self.bias is not None:
-            self.bias.uniform_(-dense, dense, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return product(x, self.weight, self.bias, self.contiguous_output)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        if prefix + "weight" in state_dict:
-            error_msgs: list[str] = arguments[-1]
-            error_msgs.append(
-                f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: load it into a dense "
-                "model, and use rewire.sparsify(model, select='magnitude') on that"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        return ops.sparse_linear(x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"connections={self.weight.connections}, density={self.weight.density:.4g}"
+            + self._budget_repr()
         )

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
-from rewire.nn.linear import autocast_dtype
+from rewire.nn.layer import autocast_dtype
 from rewire.nn.weight import SparseWeight
 from rewire.ops.recurrence import GRU, LSTM, RELU, TANH, Cell, State, Weight, recurrence
 

@@ -59,6 +59,26 @@ struct LangevinArgs {
 };
 constexpr int64_t kLangevinGrain = 128;  // ranges of slots start at multiples of this
 
+// One packed row of a convolution: rows of y are output channels, x the source row (see conv.cpp for the layout).
+struct ConvArgs {
+  const int64_t* ptr;      // rows + 1, into offsets, values and sums
+  const int32_t* offsets;  // of the connections, in positions of x
+  const void* values;      // of the connections
+  const void* bias;        // by row of y; may be null
+  const void* x;
+  void* y;     // rows y_step elements apart
+  void* sums;  // of the connections; only for conv_dot
+  int64_t scale, y_step;  // elements per position of x; elements per row of y
+};
+
+// A part of a packed row, and the same in a tensor whose elements r follow each other, `step` per batch.
+struct ConvCopy {
+  void* packed;
+  void* plain;
+  const int64_t* place;  // of element r in packed, where the batch is contiguous
+  int64_t rows, batch, step;
+};
+
 constexpr int kFloat32 = 0, kFloat64 = 1, kInt32 = 0, kInt64 = 1;
 constexpr int kVectorsPerBlock = 8;  // accumulators held in registers by one pass over a row
 
@@ -70,6 +90,11 @@ struct Kernels {
   Status (*sddmm[2][2])(const SddmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width, bool add);
   void (*copy[2])(const CopyArgs&, int64_t row0, int64_t row1);
   void (*langevin[2][2])(const LangevinArgs&, int64_t begin, int64_t end);
+  // Rows [row0, row1), n elements of each: y[r] = bias[r] + sum of value * x[offset]; sums (+)= <y[r], x[offset]>.
+  void (*conv_sum[2])(const ConvArgs&, int64_t row0, int64_t row1, int64_t n);
+  void (*conv_dot[2])(const ConvArgs&, int64_t row0, int64_t row1, int64_t n);
+  void (*conv_pack[2])(const ConvCopy&);
+  void (*conv_unpack[2])(const ConvCopy&);
 };
 
 namespace portable {

@@ -1,0 +1,148 @@
+"""The differentiable sparse convolution: three autograd.Functions over the kernels, closed under differentiation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewire.ops.conv_kernels import conv, conv_input_gradient, conv_value_gradient
+from rewire.ops.geometry import Geometry, is_channels_last
+from rewire.topology import Index
+
+__all__ = ["sparse_conv"]
+
+Gradients = tuple[Tensor | None, ...]
+Capture = list[tuple[Tensor, Tensor]]
+#: What backward hands back for the six lists of the index.
+_LISTS = (None,) * 6
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether a backward pass must itself be differentiable (``create_graph=True``).
+
+    Never while a compiler traces: it differentiates the traced kernels once only, and says so.
+    """
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _Conv(torch.autograd.Function):
+    """y = conv(x, W) + bias; bilinear in x and the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, row_cols: Tensor, row_slots: Tensor,
+        col_ptr: Tensor, col_rows: Tensor, col_slots: Tensor, geometry: Geometry, capture: Capture | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.geometry, ctx.capture = geometry, capture
+        # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
+        ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
+        return conv(row_ptr, row_cols, row_slots, values, x, bias, geometry, is_channels_last(x))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        x, values, *lists = ctx.saved_tensors
+        if ctx.capture is not None:
+            ctx.capture.append((x.detach(), g.detach()))
+        need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+        grad_x = _input_gradient(g, values, lists, x, ctx.geometry) if need_x else None
+        grad_values = _value_gradient(g, x, values.shape[0], lists, ctx.geometry) if need_values else None
+        grad_bias = g.sum((0, *range(2, g.dim()))) if need_bias else None
+        return grad_x, grad_values, grad_bias, *_LISTS, None, None
+
+
+class _InputGradient(torch.autograd.Function):
+    """The gradient of the input; bilinear in g and the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, values: Tensor, inputs: int, sizes: tuple[int, ...], channels_last: bool,
+        geometry: Geometry, *lists: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.geometry = geometry
+        ctx.save_for_backward(g, values, *lists)
+        return conv_input_gradient(lists[3], lists[4], lists[5], values, g, sizes, inputs, geometry, channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> Gradients:
+        g, values, *lists = ctx.saved_tensors
+        need_g, need_values = ctx.needs_input_grad[:2]
+        grad_g = _forward(h, values, lists, ctx.geometry) if need_g else None
+        grad_values = _value_gradient(g, h, values.shape[0], lists, ctx.geometry) if need_values else None
+        return grad_g, grad_values, None, None, None, None, *_LISTS
+
+
+class _ValueGradient(torch.autograd.Function):
+    """The gradient of the values; bilinear in g and x."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, capacity: int, geometry: Geometry, *lists: Tensor) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(g, x, *lists)
+        return conv_value_gradient(lists[0], lists[1], lists[2], capacity, g, x, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> Gradients:
+        g, x, *lists = ctx.saved_tensors
+        need_g, need_x = ctx.needs_input_grad[:2]
+        grad_g = _forward(x, h, lists, ctx.geometry) if need_g else None
+        grad_x = _input_gradient(g, h, lists, x, ctx.geometry) if need_x else None
+        return grad_g, grad_x, None, None, *_LISTS
+
+
+def _forward(x: Tensor, values: Tensor, lists: list[Tensor], geometry: Geometry) -> Tensor:
+    if _recorded(x, values):
+        y: Tensor = _Conv.apply(x, values, None, *lists, geometry, None)  # type: ignore[no-untyped-call]
+        return y
+    return conv(lists[0], lists[1], lists[2], values, x, None, geometry, is_channels_last(x))
+
+
+def _input_gradient(g: Tensor, values: Tensor, lists: list[Tensor], x: Tensor, geometry: Geometry) -> Tensor:
+    """In the shape and memory format of ``x``."""
+    if _recorded(g, values):
+        out: Tensor = _InputGradient.apply(  # type: ignore[no-untyped-call]
+            g, values, x.shape[1], tuple(x.shape[2:]), is_channels_last(x), geometry, *lists
+        )
+        return out
+    return conv_input_gradient(
+        lists[3], lists[4], lists[5], values, g, x.shape[2:], x.shape[1], geometry, is_channels_last(x)
+    )
+
+
+def _value_gradient(g: Tensor, x: Tensor, capacity: int, lists: list[Tensor], geometry: Geometry) -> Tensor:
+    if _recorded(g, x):
+        out: Tensor = _ValueGradient.apply(g, x, capacity, geometry, *lists)  # type: ignore[no-untyped-call]
+        return out
+    return conv_value_gradient(lists[0], lists[1], lists[2], capacity, g, x, geometry)
+
+
+def sparse_conv(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, capture: Capture | None = None
+) -> Tensor:
+    """The convolution of ``x`` with the sparse weight that ``values`` (capacity,) and ``index`` describe, plus bias.
+
+    As a matrix the weight is (output channels) by (input channels / groups x kernel positions). ``x`` is
+    (batch, channels, d1, ...) with one to three dimensions as in ``geometry``, in any strides; the result is
+    channels-last if x is, else contiguous. If ``capture`` is a list, backward appends ``(x, gradient of the output)``
+    to it. Differentiable to any order (once under `torch.compile`).
+    Cost: O(K * output positions * batch) time for the product and for each gradient; beyond the result, keeps x
+    itself for backward.
+    """
+    rank = len(geometry.kernel)
+    if x.dtype != values.dtype:
+        raise RuntimeError(
+            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both agree"
+        )
+    columns = index.col_ptr.shape[0] - 1
+    if x.dim() != rank + 2 or x.shape[1] * math.prod(geometry.kernel) != columns * geometry.groups:
+        channels = columns // math.prod(geometry.kernel) * geometry.groups
+        raise RuntimeError(f"x has shape {tuple(x.shape)}, but the layer takes (batch, {channels}{', ...' * rank})")
+    if not all(geometry.output(x.shape[2:])):
+        raise RuntimeError(
+            f"the kernel {geometry.kernel} with dilation {geometry.dilation} is larger than the padded input "
+            f"{tuple(x.shape[2:])} with padding {geometry.padding}"
+        )
+    y: Tensor = _Conv.apply(x, values, bias, *index, geometry, capture)  # type: ignore[no-untyped-call]
+    return y
