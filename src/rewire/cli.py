@@ -71,6 +71,10 @@ def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator
         raise CliError(f"out of memory{how_to_go_on()}") from None
     except BrokenPipeError:
         raise  # not a file of the run: `run` deals with it
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # how torch says MemoryError
+            raise
+        raise CliError(f"out of memory{how_to_go_on()}") from None
     except OSError as error:
         room = "make room" if error.errno in FULL else ""
         where = f" {error.filename}" if error.filename else ""

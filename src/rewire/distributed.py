@@ -42,6 +42,8 @@ def prepare(
     if check_every < 1:
         raise ValueError(f"check_every must be a number of forwards of at least 1, not {check_every}")
     pools = list(sparse_weights(model))
+    if any(weight.shared_seed is not None for _, weight in pools):
+        raise RuntimeError("this model is prepared already: call prepare once, before wrapping it in DDP")
     device = pools[0][1].device if pools else torch.device("cpu")
     source = dist.get_global_rank(process_group, 0) if process_group else 0
     agreed = torch.tensor([random.seed_from() if seed is None else seed], dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Constant", "Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Step", "at", "checked"]
+__all__ = ["Constant", "Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Step", "at", "checked", "within"]
 
 #: What parameters that may change over time accept.
 Schedule: TypeAlias = Callable[[int], float]
@@ -25,11 +25,16 @@ def at(value: float | Schedule, step: int) -> float:
 
 def checked(name: str, value: float | Schedule, low: float, high: float = math.inf) -> float | Schedule:
     """``value`` if it (a schedule: its first number) lies in [low, high], else ValueError naming the limits."""
-    number = at(value, 0)
+    within(name, at(value, 0), low, high)
+    return value
+
+
+def within(name: str, number: float, low: float, high: float = math.inf) -> float:
+    """``number`` if it is finite and in [low, high], else ValueError naming the limits."""
     if not (isinstance(number, (int, float)) and low <= number <= high) or math.isinf(number):
         limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be a finite number {limits}, not {number}")
-    return value
+    return number
 
 
 def _positive_steps(steps: int) -> None:

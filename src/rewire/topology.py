@@ -18,6 +18,7 @@ twins (``torch.ops.rewire.*``) with bit-identical results:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,8 +95,8 @@ _INITIAL = 0
 def build_index(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, out: Index | None = None) -> Index:
     """Validate a pool and derive its index, into the tensors of ``out`` if given.
 
-    Raises `TopologyError` on a position out of range, a half-empty slot or a duplicate connection; ``out`` is then
-    unchanged.
+    Raises `TopologyError` on a position out of range, a half-empty slot or a duplicate connection, RuntimeError if
+    tensors of ``out`` share memory with each other, rows or cols; ``out`` is then unchanged.
     """
     if rows.shape != cols.shape or rows.dim() != 1:
         raise TopologyError(
@@ -108,6 +109,7 @@ def build_index(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, out: Index
         problem = torch.ops.rewire.build_index_(rows, cols, n_rows, n_cols, *out)
         _raise(problem, rows, cols, n_rows, n_cols)
         return out
+    _check_apart(out, (rows, cols))
     _check_range(rows, cols, n_rows, n_cols)
     # Sorting by the int64 position orders both lists; the stable second sort keeps rows ascending within a column.
     active = (rows >= 0).nonzero().flatten()
@@ -143,8 +145,9 @@ def replace_(
     """Overwrite ``slots`` (int64) with new positions (-1, -1 empties a slot), in place; return K afterwards.
 
     Everything is validated first: slots in range and distinct, positions in range, no connection twice in the
-    result (moving a connection between two changed slots is fine). On an error nothing has changed. Costs one
-    streaming pass over the lists when few slots change, a rebuild when many do.
+    result (moving a connection between two changed slots is fine). On an error nothing has changed. ``slots``,
+    ``new_rows`` and ``new_cols`` may be views of the other tensors; those must not share memory (RuntimeError). Costs
+    one streaming pass over the lists when few slots change, a rebuild when many do.
     """
     if not slots.shape == new_rows.shape == new_cols.shape or slots.dim() != 1:
         raise TopologyError(
@@ -160,6 +163,7 @@ def replace_(
             raise TopologyError(_bad_slot(int(problem[1]), rows.numel()))
         _raise(problem, new_rows, new_cols, n_rows, n_cols)
     else:
+        _check_apart((rows, cols, *index))
         _check_slots(slots, rows.numel())
         _check_range(new_rows, new_cols, n_rows, n_cols)
         changed_rows, changed_cols = rows.clone(), cols.clone()
@@ -204,6 +208,18 @@ def check_integers(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TopologyError(f"{name} must be int32 or int64, not {tensor.dtype}")
+
+
+def _check_apart(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> None:
+    """Raise RuntimeError if a tensor to be written shares memory with another one."""
+    spans = [
+        (t.data_ptr(), t.data_ptr() + ((t.numel() - 1) * t.stride(0) + 1) * t.element_size()) for t in (*written, *read)
+    ]
+    empty = [t.numel() == 0 for t in (*written, *read)]
+    for a in range(len(written)):
+        for b in range(a + 1, len(spans)):
+            if not empty[a] and not empty[b] and spans[a][0] < spans[b][1] and spans[b][0] < spans[a][1]:
+                raise RuntimeError("rows, cols and the lists of the index must not share memory")
 
 
 def _check_range(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int) -> None:

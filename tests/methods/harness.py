@@ -128,12 +128,12 @@ class Run:
 
     def __init__(
         self, case: tuple[str, dict[str, Any]], layer: str = "linear", optimizer: str = "sgd",
-        dtype: torch.dtype = torch.float32, seed: int = 3,
+        dtype: torch.dtype = torch.float32, seed: int = 3, method_seed: int = 7,
     ) -> None:  # fmt: skip
         self.model = LAYERS[layer](dtype, seed)
         self.dtype = dtype
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.method = methods.create(case[0], self.model, self.optimizer, seed=7, **case[1])
+        self.method = methods.create(case[0], self.model, self.optimizer, seed=method_seed, **case[1])
         self.time = 0
 
     def weights(self) -> dict[str, Any]:

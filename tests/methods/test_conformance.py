@@ -62,7 +62,7 @@ def test_budget_is_exact_after_every_step(case: Case, layer: str, optimizer: str
 def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, layer: str, optimizer: str) -> None:
     run = Run(case, layer, optimizer)
     for weight in run.weights().values():
-        weight.resize(weight.connections + 8)  # empty slots as well
+        weight.resize(min(weight.connections + 8, weight.size))  # empty slots as well
     for _ in range(2 * run.steps_per_epoch):
         run.backward()
         run.optimizer.step()
@@ -114,15 +114,54 @@ def test_resume_is_bit_exact(case: Case, layer: str, optimizer: str, model_first
     for _ in range(stop):
         first.step()
     saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
-    second = Run(case, layer, optimizer, seed=99)  # another initial topology, to be replaced
-    loads = [second.model.load_state_dict, second.optimizer.load_state_dict, second.method.load_state_dict]
-    for i in (0, 1, 2) if model_first else (2, 1, 0):
-        loads[i](saved[i])
+    second = Run(case, layer, optimizer, seed=99, method_seed=1234)  # other topology and seed, to be replaced
+    if model_first:  # the method is made for the loaded model, as most people would
+        second.model.load_state_dict(saved[0])
+        second.optimizer.load_state_dict(saved[1])
+        second.method = methods.create(case[0], second.model, second.optimizer, seed=5, **case[1])
+        second.method.load_state_dict(saved[2])
+    else:
+        second.method.load_state_dict(saved[2])
+        second.optimizer.load_state_dict(saved[1])
+        second.model.load_state_dict(saved[0])
     second.time = stop
     for _ in range(11 - stop):
         second.step()
     assert_identical(whole.snapshot(), second.snapshot())
     assert whole.method.stats() == second.method.stats()
+
+
+@all_cases
+@all_layers
+def test_frozen_layers_are_left_alone(case: Case, layer: str) -> None:
+    run = Run(case, layer)
+    name, frozen = next(iter(run.weights().items()))
+    frozen.values.requires_grad_(False)
+    before = {k: v.clone() for k, v in frozen.state_dict().items()}
+    for _ in range(2 * run.steps_per_epoch):
+        run.step()
+    assert_identical(before, frozen.state_dict())
+    assert run.method.stats()["grown"][name] == 0
+
+
+@all_cases
+@all_layers
+def test_copies_are_refused_and_a_second_method_takes_over(case: Case, layer: str) -> None:
+    run = Run(case, layer)
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(run.method)
+    first, run.method = run.method, methods.create(case[0], run.model, run.optimizer, seed=8, **case[1])
+    for _ in range(run.steps_per_epoch):
+        run.step()
+    with pytest.raises(RuntimeError, match="another was made"):
+        first.step()
+
+
+@all_cases
+def test_an_optimizer_that_does_not_train_the_model_is_noticed(case: Case) -> None:
+    run = Run(case)
+    with pytest.raises(RuntimeError, match="no step of the method's optimizer"):
+        run.method.end_epoch()
 
 
 @all_cases
@@ -193,9 +232,10 @@ def test_finalize_leaves_a_plain_model(case: Case, layer: str) -> None:
     for weight in run.weights().values():
         assert not weight._followers
         assert weight.capture is None
-    frozen = run.snapshot()
-    run.method.step()
-    assert_identical(frozen, run.snapshot())
+    with pytest.raises(RuntimeError, match="finalized"):
+        run.method.step()
+    with pytest.raises(RuntimeError, match="finalized"):
+        run.method.end_epoch()
 
 
 @pytest.mark.parametrize("name", methods.available())
@@ -217,5 +257,7 @@ def test_state_of_another_method_or_model_is_refused(name: str) -> None:
     state = run.method.state_dict()
     with pytest.raises(ValueError, match="state of Nothing"):
         run.method.load_state_dict(state | {"method": "Nothing"})
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        run.method.load_state_dict({k: v for k, v in state.items() if k != "epochs"})
     with pytest.raises(ValueError, match="model with weights"):
         run.method.load_state_dict(state | {"dropped": {"elsewhere.weight": 0}})

@@ -29,8 +29,7 @@ def test_update_rule_written_out() -> None:
     weight = dict(sparse_weights(model))["0.weight"]
     old = weight.values.detach().clone()
     rows, cols = weight.rows.clone(), weight.cols.clone()
-    signs = topology.position_signs(rows, cols, 1, method.pools[0].stream(Purpose.SIGN)).double()
-    assert torch.equal(torch.sign(old), signs)
+    signs = torch.sign(old)
     gradient = torch.randn(weight.capacity, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for pool in method.pools:
         pool.weight.values.grad = torch.zeros_like(pool.weight.values)
@@ -93,25 +92,38 @@ def test_learning_rate_is_followed_after_the_optimizer_was_loaded() -> None:
 
 
 def test_fixed_signs_belong_to_positions() -> None:
-    """Through hundreds of rewirings a position never holds the other sign."""
+    """Through hundreds of rewirings a connection keeps its sign while it lives, and grows with its position's."""
     run = Run(("deep-r", {"l1": 1e-3, "noise": 0.05}))
-    seen: dict[tuple[str, int, int], float] = {}
     for _ in range(60):
+        before = {n: w.to_dense().detach().clone() for n, w in run.weights().items()}
+        grown: dict[str, list[Any]] = {n: [] for n in before}
+        handles = [w.follow(grown[n].append) for n, w in run.weights().items()]
         run.step()
-        for name, weight in run.weights().items():
-            for r, c, v in zip(*(t.tolist() for t in weight.coo()), strict=True):
-                if v:
-                    assert seen.setdefault((name, r, c), math.copysign(1, v)) == math.copysign(1, v)
+        for handle in handles:
+            handle.remove()
+        for pool in run.method.pools:
+            weight, new = pool.weight, torch.zeros(pool.weight.capacity, dtype=torch.bool)
+            for event in grown[pool.name]:
+                new[event.slots] = True
+            signs = torch.copysign(torch.ones(()), weight.values.detach())
+            positions = topology.position_signs(weight.rows, weight.cols, run.method.seed, pool.stream(Purpose.SIGN))
+            assert torch.equal(signs[new], positions[new].float())
+            old = before[pool.name][weight.rows.long(), weight.cols.long()]
+            stayed = ~new & (old != 0)
+            assert torch.equal(signs[stayed], torch.sign(old[stayed]))
     assert sum(run.method.stats()["dropped"].values()) > 100
 
 
-def test_redrawn_signs_change_and_keep_a_trained_network() -> None:
+@pytest.mark.parametrize("signs", ["fixed", "redrawn"])
+def test_a_trained_network_is_not_changed_by_making_the_method(signs: Any) -> None:
     model = linear(torch.float32, 5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     before = {n: w.to_dense().detach().clone() for n, w in sparse_weights(model)}
-    DeepR(model, optimizer, signs="redrawn", seed=0).finalize()
+    DeepR(model, torch.optim.SGD(model.parameters(), lr=0.5), signs=signs, seed=0)
     for name, weight in sparse_weights(model):
         assert torch.equal(weight.to_dense(), before[name])
+
+
+def test_redrawn_signs_change() -> None:
     run = Run(("deep-r", {"l1": 1e-3, "noise": 0.05, "signs": "redrawn"}))
     seen: dict[tuple[str, int, int], set[float]] = {}
     for _ in range(60):
@@ -297,3 +309,50 @@ def test_network_scope_under_ddp_needs_room_from_the_start() -> None:
     with pytest.raises(ValueError, match="capacity="):
         DeepR(model, optimizer, scope="network")
     DeepR(model, optimizer)
+
+
+def test_settings_that_mean_something_else_are_refused() -> None:
+    _, _, method = make(scope="network")
+    _, _, other = make()
+    with pytest.raises(ValueError, match="scope='network'"):
+        other.load_state_dict(method.state_dict())
+
+
+def test_initial_shares_are_restored() -> None:
+    _, _, method = make(scope="network", allotment="authors")
+    state = method.state_dict()
+    state["own"]["shares"] = [3.0, 5.0]
+    method.load_state_dict(state)
+    assert method.state_dict()["own"]["shares"] == [3.0, 5.0]
+
+
+def test_waiting_connections_stay_at_zero_and_move_with_their_slots() -> None:
+    _, optimizer, method = make(l1=0.2, noise=0.0, every=1000)
+    weight = method.pools[0].weight
+    for step in range(4):
+        for pool in method.pools:
+            pool.weight.values.grad = torch.full_like(pool.weight.values, -0.01 * (-1) ** step)
+        optimizer.step()
+        method.step()
+        waiting = method._waiting[0]
+        assert waiting.numel()
+        assert not weight.values.detach()[waiting].any()
+        places = sorted(zip(weight.rows[waiting].tolist(), weight.cols[waiting].tolist(), strict=True))
+        weight.resize(weight.capacity + 1, [optimizer])
+        weight.reorder()
+        moved = method._waiting[0]
+        assert sorted(zip(weight.rows[moved].tolist(), weight.cols[moved].tolist(), strict=True)) == places
+
+
+def test_l1_from_a_schedule_is_checked_when_used() -> None:
+    from rewire.schedules import Linear
+
+    _, optimizer, method = make(l1=Linear(1.0, -1.0, 2))  # 0 at step 1, -1 at step 2
+    for _ in range(2):
+        for pool in method.pools:
+            pool.weight.values.grad = torch.zeros_like(pool.weight.values)
+        optimizer.step()
+        if method.steps == 0:
+            method.step()
+    with pytest.raises(ValueError, match="l1 must be"):
+        method.step()

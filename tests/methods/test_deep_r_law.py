@@ -49,7 +49,8 @@ class Chains:
     def __init__(self, n: int, eta: float, seed: int, **parameters: Any) -> None:
         rows = torch.arange(n).repeat_interleave(K)
         cols = torch.cat([torch.tensor(SUPPORTS[i % len(SUPPORTS)]) for i in range(n)])
-        start = torch.full((n * K,), 0.3, dtype=torch.float64)
+        signs = topology.position_signs(rows, cols, seed, Purpose.COUNT + Purpose.SIGN)
+        start = 0.3 * signs.to(torch.float64)
         self.model = torch.nn.Sequential(SparseWeight.from_coo((n, M), rows, cols, start))
         self.weight = self.model[0]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=eta)

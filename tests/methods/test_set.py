@@ -29,6 +29,12 @@ def test_the_same_share_of_each_sign_goes() -> None:
     assert sorted(round(v, 4) for v in dropped) == [-0.2, -0.1, 0.1, 0.2]
 
 
+def test_zeros_count_as_the_smallest_positive() -> None:
+    pool = pool_of([0.5, 0.0, 0.2, 0.0, -0.7])
+    dropped = pool.weight.values[MagnitudeBySign()(pool, 0.5)].tolist()
+    assert dropped == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
 def test_counts_are_exact_with_ties(fraction: float) -> None:
     pool = pool_of([1.0] * 7 + [-1.0] * 4)
@@ -115,6 +121,7 @@ def test_a_method_of_ones_own() -> None:
         ({"fraction": -0.1}, "fraction must be"),
         ({"new_values": "ones"}, "'zero' or 'normal'"),
         ({"every": 0}, "every must be"),
+        ({"until": -3}, "until must be"),
         ({"every": "week"}, "every must be"),
     ],
 )

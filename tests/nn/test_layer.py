@@ -179,6 +179,8 @@ def _deep_r(layer: SparseLinear, dormant: Any) -> None:
 
     optimizer = optim.SGD(layer.parameters(), lr=1.0)
     method = DeepR(layer, optimizer, noise=1.0, seed=1)
+    values = layer.weight.values.requires_grad_(True)  # a frozen layer is left alone, and nothing would change
+    values.grad = torch.zeros_like(values)
     optimizer.step()
     method.step()
 

@@ -398,3 +398,25 @@ def test_repr_tells_the_budget() -> None:
     layer = SparseLinear(784, 300, connections=2352, bias=False)
     assert "in_features=784, out_features=300, bias=False, connections=2352, density=0.01" in repr(layer)
     assert "capacity=20" in repr(SparseWeight((5, 6), 10, capacity=20))
+
+
+def test_deferred_initialisation_draws_the_topology() -> None:
+    """torch's recipe: build on meta, to_empty, reset_parameters."""
+    layer = SparseLinear(20, 15, connections=60, capacity=70, device="meta").to_empty(device="cpu")
+    assert not layer.weight.drawn
+    layer.reset_parameters()
+    assert layer.weight.drawn
+    assert layer(torch.randn(4, 20)).shape == (4, 15)
+    assert int(layer.weight.fan_in().sum()) == 60
+
+
+def test_a_rewire_under_activation_checkpointing_raises() -> None:
+    """Checkpointing computes saved tensors again, with the new topology: autograd's own check does not see it."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer = SparseLinear(20, 15, connections=60, capacity=70)
+    x = torch.randn(4, 20, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=False)
+    layer.weight.rewire(torch.tensor([0]), torch.tensor([-1]), torch.tensor([-1]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

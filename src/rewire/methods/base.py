@@ -65,6 +65,7 @@ class Attachment:
             )
         self.pools = [self._pool(i, name, weight) for i, (name, weight) in enumerate(weights)]
         self._handles: list[Any] = []
+        self.attached = True
         for optimizer in self.optimizers:
             self._handles += follow_optimizer(optimizer, (p.weight for p in self.pools))
         # The hook keeps no strong reference to self: an abandoned method must not live as long as its optimizer.
@@ -77,6 +78,11 @@ class Attachment:
 
         self._handles += [o.register_step_post_hook(stepped) for o in self.optimizers]
         self._fresh: set[int] = set()
+        self.seen = False
+        for pool in self.pools:
+            earlier = pool.weight.claim(self)
+            if isinstance(earlier, Attachment):
+                earlier.detach()
 
     def _pool(self, number: int, name: str, weight: SparseWeight) -> Pool:
         homes = [
@@ -95,15 +101,18 @@ class Attachment:
         return Pool(number, name, weight, *homes[0])
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        self._fresh.add(id(optimizer))
+        self.seen = True
         for pool in self.pools:
-            if pool.optimizer is optimizer:
+            values = pool.weight.values
+            # Frozen values, and those that got no gradient, have not been moved: they took no part in this step.
+            if pool.optimizer is optimizer and values.requires_grad and values.grad is not None:
+                self._fresh.add(pool.number)
                 pool.lr = float(pool.group["lr"])
 
     def take(self) -> list[Pool]:
-        """The pools whose optimizer has made a real step since the last call (a GradScaler may skip one)."""
+        """The pools that optimizers have really moved since the last call (a GradScaler may skip a step)."""
         fresh, self._fresh = self._fresh, set()
-        return [pool for pool in self.pools if id(pool.optimizer) in fresh]
+        return [pool for pool in self.pools if pool.number in fresh]
 
     def follow(self, pool: Pool, follower: Follower) -> None:
         """Tell ``follower`` of the pool's changes until `detach`."""
@@ -114,6 +123,13 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.attached = False
+
+
+_NO_COPY = (
+    "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, make a new method for "
+    "them and give it this one's state_dict()"
+)
 
 
 class Method(ABC):
@@ -164,8 +180,12 @@ class Method(ABC):
     @torch.no_grad()
     def step(self) -> None:
         """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does nothing."""
+        self._check_attached()
         pools = self._attachment.take()
         if not pools:
+            for pool in self.pools:  # what was captured belongs to no step
+                pool.weight.capture = None
+            self._request_capture()
             return
         self.steps += 1
         self._after_step(pools)
@@ -181,6 +201,12 @@ class Method(ABC):
         ``evaluate`` (model -> score) is for methods that decide by it. ``last`` says that no training follows: methods
         whose paper does not rewire after the last epoch then leave the topology alone.
         """
+        self._check_attached()
+        if not self._attachment.seen:
+            raise RuntimeError(
+                "no step of the method's optimizer was seen before the end of the epoch: make the method with the "
+                "optimizer that trains the model (a copy or a new optimizer needs a method of its own)"
+            )
         self.epochs += 1
         self._after_epoch(evaluate, last)
 
@@ -206,6 +232,7 @@ class Method(ABC):
         return {
             "method": type(self).__name__,
             "seed": self.seed,
+            "settings": self._settings(),
             "steps": self.steps,
             "epochs": self.epochs,
             "updates": self.updates,
@@ -227,10 +254,18 @@ class Method(ABC):
                 f"this is the state of a model with weights {', '.join(state['dropped'])}, "
                 f"not {', '.join(self._dropped)}"
             )
-        self.seed, self.steps, self.epochs = int(state["seed"]), int(state["steps"]), int(state["epochs"])
-        self._load_state(state["own"])
-        self.updates = int(state["updates"])
-        self._dropped, self._grown = dict(state["dropped"]), dict(state["grown"])
+        for name, mine in self._settings().items():
+            theirs = state.get("settings", {}).get(name)
+            if theirs != mine:
+                raise ValueError(f"this is the state of a method with {name}={theirs!r}, but this one has {mine!r}")
+        try:
+            numbers = [int(state[name]) for name in ("seed", "steps", "epochs", "updates")]
+            counts = [dict(state[name]) for name in ("dropped", "grown")]
+            self._load_state(state["own"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this state is incomplete or damaged: {error!r}") from None
+        self.seed, self.steps, self.epochs, self.updates = numbers
+        self._dropped, self._grown = counts
         self._request_capture()
 
     # --- what methods override --------------------------------------------------------------------------------------
@@ -245,12 +280,22 @@ class Method(ABC):
         """Whether layers shall keep (input, grad_output) of optimizer step ``step`` (from 1) for `_after_step`."""
         return False
 
+    def _settings(self) -> dict[str, Any]:
+        """Hyper-parameters without which the saved state means something else; loading refuses other ones."""
+        return {}
+
     def _state(self) -> dict[str, Any]:
         """The method's own state beyond the counters."""
         return {}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore `_state`'s result."""
+        """Restore `_state`'s result; read all of it before changing anything."""
+
+    def __deepcopy__(self, memo: object) -> Method:
+        raise TypeError(_NO_COPY)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(_NO_COPY)
 
     # --- services ---------------------------------------------------------------------------------------------------
 
@@ -277,6 +322,14 @@ class Method(ABC):
         self._dropped[pool.name] += drops
         self._grown[pool.name] += grows
         return slots[:grows]
+
+    def _trained(self) -> list[Pool]:
+        """The pools that are not frozen (``values.requires_grad``)."""
+        return [pool for pool in self.pools if pool.weight.values.requires_grad]
+
+    def _check_attached(self) -> None:
+        if not self._attachment.attached:
+            raise RuntimeError("this method is finished: it was finalized, or another was made for the same weights")
 
     def _request_capture(self) -> None:
         if self._wants_capture(self.steps + 1):

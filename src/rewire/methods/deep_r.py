@@ -17,7 +17,7 @@ from rewire.methods.grow import Scope, allot, random_dormant, random_in_rows
 from rewire.methods.registry import register
 from rewire.nn import Event
 from rewire.ops import langevin_step_
-from rewire.schedules import Schedule, at, checked
+from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["DeepR"]
 
@@ -30,7 +30,7 @@ __all__ = ["DeepR"]
     guarantees=(
         "K exact after every step, per layer, per network or per neuron",
         "samples the posterior over networks (plain SGD, constant rate, every=1)",
-        "a position keeps one sign (signs='fixed')",
+        "a position grows with one sign only (signs='fixed')",
     ),
 )
 class DeepR(Method):
@@ -52,8 +52,9 @@ class DeepR(Method):
         temperature: T itself instead, as in the paper. A float or a schedule over steps.
         scope: over what the budget is kept: "layer", "network" (connections wander between layers) or "neuron" (every
             row keeps its fan-in).
-        signs: "fixed" (a position's sign is a hash of seed, row and column; values given at construction take it) or
-            "redrawn" (a new sign whenever a connection is grown, values keep theirs: the choice for trained networks).
+        signs: which sign a grown connection gets: "fixed" (its position's, a hash of seed, row and column, as in the
+            authors' dense code) or "redrawn" (a new one each time, as in their sparse code). The connections there are
+            at construction start with the signs of their values, so a trained network keeps its function.
         allotment: how scope "network" shares out new connections: "uniform" over all dormant ones of the network, or
             "authors", by the layers' initial budgets as in their code (which adds a prior on layers).
         every: optimizer steps between rewirings. The paper's 1 keeps the law; with more, connections that crossed zero
@@ -84,7 +85,7 @@ class DeepR(Method):
         _one_of("scope", scope, ("layer", "network", "neuron"))
         _one_of("signs", signs, ("fixed", "redrawn"))
         _one_of("allotment", allotment, ("uniform", "authors"))
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of steps of at least 1, not {every}")
         self.l1 = checked("l1", l1, 0.0)
         self.noise = checked("noise", 1e-5 if noise is None else noise, 0.0)
@@ -98,10 +99,6 @@ class DeepR(Method):
         self._waiting: list[Tensor] = [
             torch.empty(0, dtype=torch.int64, device=pool.weight.device) for pool in self.pools
         ]
-        with torch.no_grad():
-            for pool, sign in zip(self.pools, self._signs, strict=True):
-                values = pool.weight.values
-                values.copy_(torch.where(pool.weight.rows >= 0, values.abs() * sign, torch.zeros_like(values)))
         here = weakref.ref(self)
         for i, pool in enumerate(self.pools):
             self._attachment.follow(pool, lambda event, i=i: _tell(here, i, event))
@@ -125,11 +122,11 @@ class DeepR(Method):
 
     def _diffuse(self, pool: Pool) -> None:
         """Noise, L1 and the sign test; what crossed zero waits."""
-        l1, weight = at(self.l1, self.steps), pool.weight
+        weight, l1 = pool.weight, within("l1", at(self.l1, self.steps), 0.0)
         if self.temperature is None:
-            std = pool.lr * at(self.noise, self.steps)
+            std = pool.lr * within("noise", at(self.noise, self.steps), 0.0)
         else:
-            std = math.sqrt(2 * pool.lr * at(self.temperature, self.steps))
+            std = math.sqrt(2 * pool.lr * within("temperature", at(self.temperature, self.steps), 0.0))
         crossed = langevin_step_(
             weight.values,
             weight.rows,
@@ -148,14 +145,16 @@ class DeepR(Method):
         self._waiting[pool.number] = crossed
 
     def _rewire(self) -> None:
-        dropped = self._waiting
-        self._waiting = [d[:0] for d in dropped]
-        if self.scope == "network":
-            shares = self._shares if self.allotment == "authors" else None
-            counts = allot(self.pools, dropped, shares, self.seed, self.steps)
+        pools = self._trained()
+        dropped = [self._waiting[pool.number] for pool in pools]
+        for pool, slots in zip(pools, dropped, strict=True):
+            self._waiting[pool.number] = slots[:0]
+        if self.scope == "network" and pools:
+            shares = [self._shares[pool.number] for pool in pools] if self.allotment == "authors" else None
+            counts = allot(pools, dropped, shares, self.seed, self.steps)
         else:
             counts = [d.numel() for d in dropped]
-        for pool, slots, count in zip(self.pools, dropped, counts, strict=True):
+        for pool, slots, count in zip(pools, dropped, counts, strict=True):
             if slots.numel() or count:
                 self._replace(pool, slots, count)
         self.updates += 1
@@ -165,36 +164,39 @@ class DeepR(Method):
             slots, rows, cols = random_in_rows(pool, slots, self.seed, self.steps)
         else:
             rows, cols = random_dormant(pool, slots, count, self.seed, self.steps)
-        value: Tensor | float = 0.0
-        if self.signs == "redrawn":
-            # The sign of a connection at zero is kept in the sign bit of its zero, so it is saved with the value.
+        if self.signs == "fixed":
+            sign = topology.position_signs(rows, cols, self.seed, pool.stream(Purpose.SIGN))
+        else:
             counter = torch.arange(count, device=rows.device)
-            drawn = random.bits(self.seed, self.steps, pool.stream(Purpose.REDRAW), counter)
-            value = torch.copysign(torch.zeros(()), (drawn & 1).to(pool.weight.dtype) - 0.5).to(pool.weight.dtype)
+            sign = 1 - 2 * (random.bits(self.seed, self.steps, pool.stream(Purpose.REDRAW), counter) & 1)
+        # The sign of a connection at zero is the sign bit of its zero, so that it is saved with the value.
+        value = torch.copysign(torch.zeros((), device=rows.device), sign).to(pool.weight.dtype)
         self._exchange(pool, slots, rows, cols, value)
 
     # --- signs ------------------------------------------------------------------------------------------------------
 
     def _current_signs(self, pool: Pool, slots: Tensor | None = None) -> Tensor:
-        """Signs (int8) of all slots, or of ``slots``: a function of position, or of the value's sign bit."""
-        weight = pool.weight
-        if self.signs == "redrawn":
-            values = weight.values.detach() if slots is None else weight.values.detach()[slots]
-            return (1 - 2 * torch.signbit(values).to(torch.int8)).to(torch.int8)
-        rows, cols = (t if slots is None else t[slots] for t in (weight.rows, weight.cols))
-        return topology.position_signs(rows, cols, self.seed, pool.stream(Purpose.SIGN))
+        """Signs (int8) of all slots, or of ``slots``: the sign bits of their values."""
+        values = pool.weight.values.detach()
+        return 1 - 2 * torch.signbit(values if slots is None else values[slots]).to(torch.int8)
 
     def _changed(self, number: int, event: Event) -> None:
         pool = self.pools[number]
         waiting = self._waiting[number]
-        if event.loaded or event.source is not None:
+        if event.loaded:
             self._signs[number] = self._current_signs(pool)
-        else:
-            self._signs[number][event.slots] = self._current_signs(pool, event.slots)
-        if waiting.numel() and not event.loaded:
+            return
+        if event.source is not None:  # between optimizer and method a value may be across zero: carry, do not derive
+            moved = self._signs[number][event.source.clamp(min=0)]
+            self._signs[number] = torch.where(event.source >= 0, moved, torch.ones_like(moved))
+        self._signs[number][event.slots] = self._current_signs(pool, event.slots)
+        if waiting.numel():
             if event.source is not None:
                 waiting = torch.isin(event.source, waiting).nonzero().flatten()
             self._waiting[number] = waiting[~torch.isin(waiting, event.slots)]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"scope": self.scope, "signs": self.signs, "allotment": self.allotment, "every": self.every}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -203,8 +205,9 @@ class DeepR(Method):
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        self._shares = [float(s) for s in state["shares"]]
-        self._waiting = [state["waiting"][p.name].to(p.weight.device, copy=True) for p in self.pools]
+        shares = [float(s) for s in state["shares"]]
+        waiting = [state["waiting"][p.name].to(p.weight.device, copy=True) for p in self.pools]
+        self._shares, self._waiting = shares, waiting
         self._signs = [self._current_signs(pool) for pool in self.pools]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from rewire import random
 from rewire.methods.base import Evaluate, Method, Pool, Purpose
 from rewire.methods.drop import Drop
 from rewire.methods.grow import Grow
-from rewire.schedules import Schedule, at, checked
+from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["NewValues", "Rewirer", "normal_values"]
 
@@ -62,9 +62,14 @@ class Rewirer(Method):
     ) -> None:
         if every != "epoch" and (not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be 'epoch' or a number of steps of at least 1, not {every!r}")
+        if until is not None and (not isinstance(until, int) or until < 0):
+            raise ValueError(f"until must be a number of steps or epochs of at least 0, or None, not {until!r}")
         self.fraction = checked("fraction", fraction, 0.0, 1.0)
         self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
         super().__init__(model, optimizer, seed=seed)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"every": self.every, "until": self.until}
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self.every != "epoch" and self.steps % self.every == 0:
@@ -72,14 +77,12 @@ class Rewirer(Method):
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.every == "epoch" and not last:
-            self._update(self.pools, self.epochs)
+            self._update(self._trained(), self.epochs)
 
     def _update(self, pools: list[Pool], time: int) -> None:
         if self.until is not None and time > self.until:
             return
-        fraction = at(self.fraction, time)
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"the schedule of fraction gave {fraction} at {time}: it must stay in [0, 1]")
+        fraction = within("fraction", at(self.fraction, time), 0.0, 1.0)
         for pool in pools:
             slots = self.drop(pool, fraction)
             rows, cols = self.grow(pool, slots, slots.numel(), self.seed, time)

@@ -118,6 +118,8 @@ class SparseMultiheadAttention(nn.Module):
         rows = 3 * e if self.kdim == self.vdim == e else e
         for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             bound = math.sqrt(6 / (rows + weight.shape[1]))
+            if not weight.drawn:
+                weight.draw(generator)
             weight.values.uniform_(-bound, bound, generator=generator)
             weight.values.masked_fill_(weight.rows < 0, 0.0)
         for bias in (self.in_proj_bias, self.out_proj.bias):

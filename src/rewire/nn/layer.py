@@ -61,6 +61,8 @@ class SparseLayer(nn.Module):
         weight = self.weight
         if weight.device.type == "meta":
             return
+        if not weight.drawn:
+            weight.draw(generator)
         rows, cols = weight.matrix_shape
         dense = 1 / math.sqrt(cols)
         bound = dense if fan_in == "dense" else 1 / math.sqrt(max(weight.connections / rows, 1))

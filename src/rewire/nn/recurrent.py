@@ -101,6 +101,10 @@ class _Recurrent(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw values and biases as PyTorch does, U(-b, b) with b = 1 / sqrt(hidden_size); the topology stays."""
         bound = 1 / math.sqrt(self.hidden_size)
+        for weight in (self.get_submodule(name) for name in self.weight_shapes()):
+            assert isinstance(weight, SparseWeight)
+            if weight.device.type != "meta" and not weight.drawn:
+                weight.draw(generator)
         for parameter in self.parameters():
             if parameter.device.type != "meta":
                 parameter.uniform_(-bound, bound, generator=generator)

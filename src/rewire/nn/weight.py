@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class SparseWeight(nn.Module):
     values: nn.Parameter
     rows: Tensor
     cols: Tensor
+    _owner: weakref.ref[object] | None
 
     def __init__(
         self,
@@ -282,6 +284,29 @@ class SparseWeight(nn.Module):
         self._followers[handle.id] = follower
         return handle
 
+    def claim(self, owner: object) -> object | None:
+        """Note what decides over this pool's topology (weakly); returns what did so before, if it is alive."""
+        before = self._owner() if self._owner is not None else None
+        self._owner = weakref.ref(owner)
+        return before
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new random topology of K connections, in the first K slots, with values 0.
+
+        Layers made on the meta device need it after ``to_empty``; their ``reset_parameters`` calls it then.
+        """
+        self.rows.fill_(-1)
+        self.cols.fill_(-1)
+        self.values.zero_()
+        self._fill(*topology.sample(*self.matrix_shape, self._connections, random.seed_from(generator)))
+        self._changed(Event(self, torch.arange(self.capacity, device=self.device)))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a topology: not on the meta device, nor after ``to_empty`` before `draw` or loading."""
+        return self._drawn
+
     def touched(self) -> None:
         """Tell autograd that values were changed in place by a native kernel, which does not do so itself."""
         increment_version([self.values])
@@ -334,6 +359,8 @@ class SparseWeight(nn.Module):
         self._followers: OrderedDict[int, Follower] = OrderedDict()  # a plain dict takes no weak references
         self.capture: list[tuple[Tensor, Tensor]] | None = None
         self.shared_seed: int | None = None
+        self._owner = None
+        self._drawn = False
         rows, cols = self.matrix_shape
         capacity = connections if capacity is None else capacity
         if not connections <= capacity <= rows * cols:
@@ -362,6 +389,7 @@ class SparseWeight(nn.Module):
                 f"connection ({int(rows[k])}, {int(cols[k])}) is outside the {self.matrix_shape} matrix"
             )
         topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
+        self._drawn = True
 
     def _replace_storage(self, values: Tensor, rows: Tensor, cols: Tensor) -> None:
         """Swap in pools of another capacity; the Parameter object stays the one the optimizer knows."""
@@ -383,7 +411,7 @@ class SparseWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Followers (an optimizer, a method) and a place among DDP's ranks are not part of the weight: a copy has none.
-        return self.__dict__ | {"_followers": OrderedDict(), "capture": None, "shared_seed": None}
+        return self.__dict__ | {"_followers": OrderedDict(), "capture": None, "shared_seed": None, "_owner": None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -438,8 +466,6 @@ class SparseWeight(nn.Module):
         device, capacity = self.device, values.numel()
         rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
         checked = topology.build_index(rows, cols, *self.matrix_shape)
-        if values.to(device)[rows < 0].any():
-            raise TopologyError("an empty slot (row -1) has a value other than 0")
         if capacity != self.capacity:
             if self.shared_seed is not None:
                 raise TopologyError(
@@ -451,8 +477,10 @@ class SparseWeight(nn.Module):
         if self.values.grad is not None:  # of the connections that were there before
             self.values.grad.masked_fill_((self.rows != rows) | (self.cols != cols), 0.0)
         self.values.copy_(values)
+        self.values.masked_fill_(rows < 0, 0.0)  # an optimizer that does not follow may have moved empty slots
         self.rows.copy_(rows)
         self.cols.copy_(cols)
+        self._drawn = True
         for mine, new in zip(self.index, checked, strict=True):
             mine.copy_(new)
         self._connections = int(self.index.row_ptr[-1].item())

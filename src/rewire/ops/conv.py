@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rewire.ops.conv_kernels import conv, conv_input_gradient, conv_value_gradient
 from rewire.ops.geometry import Geometry, is_channels_last
+from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
 __all__ = ["sparse_conv"]
@@ -39,10 +40,12 @@ class _Conv(torch.autograd.Function):
         ctx.geometry, ctx.capture = geometry, capture
         # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
         ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
+        remember_versions(ctx, values, row_ptr)
         return conv(row_ptr, row_cols, row_slots, values, x, bias, geometry, is_channels_last(x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Gradients:
+        check_versions(ctx)
         x, values, *lists = ctx.saved_tensors
         if ctx.capture is not None:
             ctx.capture.append((x.detach(), g.detach()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
+from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
 __all__ = ["sparse_linear"]
@@ -67,12 +68,14 @@ class _Linear(torch.autograd.Function):
         ctx.capture = capture
         # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
         ctx.save_for_backward(runs, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
+        remember_versions(ctx, values, row_ptr)
         return batch_major(y) if contiguous_output else y, None if runs is x else runs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return grad_runs, None, None, *_NO_GRADIENTS
+        check_versions(ctx)
         x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         if torch.compiler.is_compiling():

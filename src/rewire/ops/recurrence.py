@@ -16,6 +16,7 @@ from torch import Tensor
 from rewire.ops.kernels import sddmm, spmm
 from rewire.ops.layout import in_runs
 from rewire.ops.linear import sparse_linear
+from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
 __all__ = ["GRU", "LSTM", "RELU", "TANH", "Cell", "State", "Weight", "recurrence"]
@@ -228,6 +229,7 @@ class _Recurrence(torch.autograd.Function):
         tape: list[tuple[Tensor, ...]] = [()] * len(sizes)
         y, final = _quick(cell, sizes, reverse, x, start, weights, tape)
         ctx.save_for_backward(*tensors, *(tensor for entry in tape for tensor in entry))
+        remember_versions(ctx, *(tensor for w in weights for tensor in (w.values, w.lists.row_ptr)))
         ctx.settings = cell, sizes, reverse, captures, states
         ctx.arguments = len(tensors)
         return y, *final
@@ -235,6 +237,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cell, sizes, reverse, captures, states = ctx.settings
+        check_versions(ctx)
         saved = ctx.saved_tensors
         tensors, recorded = saved[: ctx.arguments], saved[ctx.arguments :]
         needed = ctx.needs_input_grad[5:]

@@ -1,0 +1,30 @@
+"""Finds a pool that changed between forward and backward where autograd's own check does not look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_versions", "remember_versions"]
+
+
+def remember_versions(ctx: Any, *tensors: Tensor) -> None:
+    """Note the version counters of a pool's tensors in forward, for `check_versions` in backward.
+
+    Autograd checks what it saves itself, but not what hooks unpack: activation checkpointing computes saved tensors
+    again, with whatever topology there is by then. Nothing is noted while a compiler traces, or in inference mode.
+    """
+    quiet = torch.compiler.is_compiling() or any(t.is_inference() for t in tensors)
+    ctx.versions = () if quiet else tuple((t, t._version) for t in tensors)
+
+
+def check_versions(ctx: Any) -> None:
+    """Raise RuntimeError if a tensor that `remember_versions` saw has changed since."""
+    for tensor, version in ctx.versions:
+        if tensor._version != version:
+            raise RuntimeError(
+                "a sparse weight was modified by an inplace operation (rewired, loaded or stepped) between forward and "
+                "backward: its gradient would be wrong; run the forward again"
+            )
