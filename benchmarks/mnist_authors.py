@@ -3,7 +3,7 @@
     python benchmarks/mnist_authors.py --data-dir DIR [--seeds 5] [--epochs 10] [--out docs/results/mnist_authors.json]
 
 784-300-100-10 without biases, densities 1 / 3 / 30 % (K = 3552 of 266200), batch 10, SGD of rate 0.5 times 0.8 per
-epoch, 10 epochs, no validation split: the test set is looked at once per run, at its end. Each run is the command line's
+epoch, 10 epochs, no validation split: the test set is looked at once per run, at its end. Each run is the command's
 own (`rewire train`), in a process of its own. Prints a Markdown table and writes every run's result as JSON.
 """
 

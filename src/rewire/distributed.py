@@ -53,6 +53,7 @@ def prepare(
     ignored = {
         f"{name}.{buffer}" if name else buffer for name, w in pools for buffer, _ in w.named_buffers(recurse=False)
     }
+    ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))  # what the user asked for already
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
     guard = _Guard(process_group, device, check_every)
     for number, (_, weight) in enumerate(pools):

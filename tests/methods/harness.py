@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear, sparse_weights
+from rewire.nn import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseGRU,
+    SparseLinear,
+    SparseLSTM,
+    SparseMultiheadAttention,
+    SparseRNN,
+    sparse_weights,
+)
 
 Build = Callable[[torch.dtype, int], nn.Module]
 
@@ -38,8 +48,52 @@ def conv(dtype: torch.dtype, seed: int) -> nn.Module:
     )
 
 
+class Sequence(nn.Module):
+    """Reads (batch, 12) as a sequence of 3 positions with 4 features each, and sums what comes out over them."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 4)
+        y = self.body(x, x, x) if isinstance(self.body, SparseMultiheadAttention) else self.body(x)
+        out: Tensor = self.head(y[0].sum(1))
+        return out
+
+
+def rnn(dtype: torch.dtype, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    body = SparseRNN(4, 8, bidirectional=True, batch_first=True, density=0.3, generator=g, dtype=dtype)
+    return Sequence(body, SparseLinear(16, 6, connections=30, generator=g, dtype=dtype))
+
+
+def lstm(dtype: torch.dtype, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    body = SparseLSTM(4, 8, proj_size=6, batch_first=True, density=0.2, generator=g, dtype=dtype)
+    return Sequence(body, nn.Identity())
+
+
+def gru(dtype: torch.dtype, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    return Sequence(SparseGRU(4, 6, batch_first=True, density=0.2, generator=g, dtype=dtype), nn.Identity())
+
+
+def attention(dtype: torch.dtype, seed: int) -> nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    body = SparseMultiheadAttention(4, 2, batch_first=True, connections=40, generator=g, dtype=dtype)
+    return Sequence(body, SparseLinear(4, 6, connections=12, generator=g, dtype=dtype))
+
+
 #: Layer types that exist: each builds a small model that maps (batch, 12) to (batch, 6).
-LAYERS: dict[str, Build] = {"linear": linear, "conv": conv}
+LAYERS: dict[str, Build] = {
+    "linear": linear,
+    "conv": conv,
+    "rnn": rnn,
+    "lstm": lstm,
+    "gru": gru,
+    "attention": attention,
+}
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5),

@@ -287,3 +287,13 @@ def test_events_from_outside_keep_signs_in_step() -> None:
     method.step()
     assert torch.equal(weight.to_dense(), before)
     assert isinstance(weight, SparseWeight)
+
+
+def test_network_scope_under_ddp_needs_room_from_the_start() -> None:
+    model = linear(torch.float32, 5)
+    for _, weight in sparse_weights(model):
+        weight.shared_seed = 1  # what rewire.distributed.prepare leaves
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="capacity="):
+        DeepR(model, optimizer, scope="network")
+    DeepR(model, optimizer)

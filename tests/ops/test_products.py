@@ -219,6 +219,7 @@ def test_library_can_be_switched_off():
 
 def test_a_missing_library_is_warned_about_once():
     code = (
+        "import os; os.environ.pop('REWIRE_NATIVE', None)\n"
         "import warnings; from pathlib import Path; from rewire import _native as n; n._load.cache_clear()\n"
         "n._FOLDER = Path('/nonexistent')\n"
         "with warnings.catch_warnings(record=True) as seen:\n"

@@ -91,6 +91,8 @@ class DeepR(Method):
         self.temperature = None if temperature is None else checked("temperature", temperature, 0.0)
         self.scope, self.signs, self.allotment, self.every = scope, signs, allotment, every
         super().__init__(model, optimizer, seed=seed)
+        if scope == "network":
+            self._refuse_fixed_pools()
         self._shares = [float(pool.weight.connections) for pool in self.pools]
         self._signs = [self._current_signs(pool) for pool in self.pools]
         self._waiting: list[Tensor] = [
@@ -103,6 +105,15 @@ class DeepR(Method):
         here = weakref.ref(self)
         for i, pool in enumerate(self.pools):
             self._attachment.follow(pool, lambda event, i=i: _tell(here, i, event))
+
+    def _refuse_fixed_pools(self) -> None:
+        for pool in self.pools:
+            weight = pool.weight
+            if weight.shared_seed is not None and weight.connections == weight.capacity < weight.size:
+                raise ValueError(
+                    f"{pool.name} has no empty slots, and under DDP it cannot get any: scope='network' moves "
+                    "connections between layers, so make the layers with a larger capacity="
+                )
 
     # --- the step ---------------------------------------------------------------------------------------------------
 

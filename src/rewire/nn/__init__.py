@@ -1,10 +1,12 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
+from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
 from rewire.nn.linear import SparseLinear
+from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.summary import Summary, WeightSummary, summary
 from rewire.nn.weight import SparseWeight
 
@@ -15,7 +17,11 @@ __all__ = [
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",
+    "SparseGRU",
+    "SparseLSTM",
     "SparseLinear",
+    "SparseMultiheadAttention",
+    "SparseRNN",
     "SparseWeight",
     "Summary",
     "WeightSummary",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -11,65 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rewire import budget
-from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
-from rewire.nn.layer import SparseLayer
-from rewire.nn.linear import SparseLinear
+from rewire.nn.kinds import KINDS, Kind, kind_of, sparse_kind_of
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["densify", "param_groups", "sparse_weights", "sparsify"]
 
 Patterns = str | Sequence[str]
-
-
-@dataclass(frozen=True)
-class _Twins:
-    """A dense layer type, its sparse twin, and which arguments both have besides weight, bias, device and dtype.
-
-    sizes: positional arguments of the dense class; settings: keyword arguments of both, kept as attributes.
-    """
-
-    dense: type[nn.Module]
-    sparse: type[SparseLayer]
-    sizes: tuple[str, ...]
-    settings: tuple[str, ...] = ()
-
-    def to_sparse(self, layer: Any, weight: SparseWeight, bias: Tensor | None) -> SparseLayer:
-        make: Any = self.sparse
-        made: SparseLayer = make.from_weight(weight, bias, **self._settings(layer))
-        return made
-
-    def to_dense(self, layer: SparseLayer) -> Any:
-        """With the values of ``layer``; nothing is drawn."""
-        twin: Any = nn.utils.skip_init(
-            self.dense,
-            *(getattr(layer, name) for name in self.sizes),
-            bias=layer.bias is not None,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-            **self._settings(layer),
-        )
-        with torch.no_grad():
-            twin.weight.copy_(layer.weight.to_dense())
-            if layer.bias is not None:
-                twin.bias.copy_(layer.bias)
-        twin.weight.requires_grad_(layer.weight.values.requires_grad)
-        if layer.bias is not None:
-            twin.bias.requires_grad_(layer.bias.requires_grad)
-        return twin.train(layer.training)
-
-    def _settings(self, layer: nn.Module) -> dict[str, Any]:
-        return {name: getattr(layer, name) for name in self.settings}
-
-
-_CONV = ("in_channels", "out_channels", "kernel_size"), ("stride", "padding", "dilation", "groups", "padding_mode")
-#: The layer types that are converted; another one is another entry.
-_TWINS = (
-    _Twins(nn.Linear, SparseLinear, ("in_features", "out_features")),
-    _Twins(nn.Conv1d, SparseConv1d, *_CONV),
-    _Twins(nn.Conv2d, SparseConv2d, *_CONV),
-    _Twins(nn.Conv3d, SparseConv3d, *_CONV),
-)
-_TO_SPARSE = {twins.dense: twins for twins in _TWINS}
 
 
 def sparse_weights(model: nn.Module) -> Iterator[tuple[str, SparseWeight]]:
@@ -94,8 +40,9 @@ def sparsify(
 
     Args:
         density: share of the chosen layers' potential connections to have in total, spread by ``distribution``; or a
-            dict from glob pattern to the density of each layer it matches (the first match counts, layers without one
-            stay dense).
+            dict from glob pattern to the density of each layer (``"encoder.lstm"``) or single weight
+            (``"encoder.lstm.weight_hh_l0"``) it matches. The first match counts, layers without one stay dense. Where a
+            layer of several weights is matched by its own name, ``distribution`` spreads its budget over them.
         connections: the same as a number of connections.
         distribution: a name in `rewire.budget.DISTRIBUTIONS` ("erk", "er", "uniform").
         only, exclude: glob patterns over layer names (``"encoder.*"``), one or several.
@@ -103,31 +50,49 @@ def sparsify(
             largest weights and their values, for a trained model. Biases are kept in both.
         generator: for the random draws.
 
-    Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d` and `Conv3d` themselves (not subclasses, whose forward may
-    differ). Make the optimizer afterwards: the old parameters are gone. Raises ValueError if nothing matches or the
-    budget cannot be met; the model is then unchanged.
+    Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, `RNN`, `LSTM`, `GRU` and `MultiheadAttention`
+    themselves (not subclasses, whose forward may differ). Make the optimizer afterwards: the old parameters are gone.
+    Transformer encoders stop using nested tensors, which their fused kernels for dense weights need. Raises ValueError
+    if nothing matches, the budget cannot be met or a parameter to be replaced is shared with another layer; the model
+    is then unchanged.
     """
     if (density is None) == (connections is None):
         raise ValueError("give exactly one of density= and connections=")
     if select not in ("random", "magnitude"):
         raise ValueError(f"select must be 'random' or 'magnitude', not {select!r}")
     found = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in _TO_SPARSE
-        and (only is None or _matches(name, only))
-        and not (exclude is not None and _matches(name, exclude))
+        name: (module, kind)
+        for name, module, kind in _layers(model, kind_of)
+        if (only is None or _matches(name, only)) and not (exclude is not None and _matches(name, exclude))
     }
-    counts = _counts(found, density, connections, distribution)
+    weights = {name: kind.weights(module) for name, (module, kind) in found.items()}
+    counts = _counts(weights, density, connections, distribution)
     if not counts:
-        kinds = ", ".join(twins.dense.__name__ for twins in _TWINS)
+        names = ", ".join(kind.dense.__name__ for kind in KINDS)
         raise ValueError(
-            f"no layer to convert: sparsify converts torch.nn's {kinds}, and only=, exclude= or the patterns of "
-            "the budget leave none of them"
+            f"no layer to convert: sparsify converts layers of torch.nn ({names}), and only=, exclude= or the patterns "
+            "of the budget leave none of them"
         )
-    _refuse_shared(model, found, counts)
-    model = _swap(model, counts, lambda name: _sparse(found[name], counts[name], select, generator))
-    _leave_fused_paths(model)
+    _refuse_shared(model, {name: found[name][0] for name in counts})
+
+    def sparse(name: str) -> nn.Module:
+        layer, kind = found[name]
+        made = kind.to_sparse(layer, counts[name], generator)
+        if select == "magnitude":
+            for path, dense in weights[name].items():
+                parent, _, leaf = path.rpartition(".")
+                pool = SparseWeight.from_dense(dense, connections=counts[name][path])
+                setattr(made.get_submodule(parent), leaf, pool)
+        _keep_frozen(made, layer)
+        for path, dense in weights[name].items():
+            made.get_parameter(f"{path}.values").requires_grad_(dense.requires_grad)
+        return made.train(layer.training)
+
+    model = _swap(model, counts, sparse)
+    for module in model.modules():
+        # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
+        if isinstance(module, nn.TransformerEncoder) and any(True for _ in sparse_weights(module)):
+            module.use_nested_tensor = False
     return model
 
 
@@ -136,20 +101,23 @@ def densify(model: nn.Module) -> nn.Module:
 
     A model that is itself a sparse layer is not replaced in place: use the returned module.
     """
-    found = {
-        name: (twins, module)
-        for name, module in model.named_modules()
-        for twins in _TWINS
-        if isinstance(module, twins.sparse)
-    }
-    weights: dict[int, nn.Parameter] = {}
+    found = {name: (layer, kind) for name, layer, kind in _layers(model, sparse_kind_of)}
+    parameters: dict[int, nn.Parameter] = {}
 
     def dense(name: str) -> nn.Module:
-        twins, layer = found[name]
-        twin = twins.to_dense(layer)
-        twin.weight = weights.setdefault(id(layer.weight), twin.weight)  # a pool that layers share stays shared
-        module: nn.Module = twin
-        return module
+        layer, kind = found[name]
+        made = kind.to_dense(layer)
+        _keep_frozen(made, layer)
+        for path, weight in kind.weights(made).items():
+            pool = layer.get_submodule(path)
+            trained = layer.get_parameter(f"{path}.values").requires_grad
+            if isinstance(weight, nn.Parameter):  # a pool that layers share stays shared
+                parent, _, leaf = path.rpartition(".")
+                weight.requires_grad_(trained)
+                setattr(made.get_submodule(parent), leaf, parameters.setdefault(id(pool), weight))
+            elif weight._base is not None:  # attention stacks its projections
+                weight._base.requires_grad_(trained)
+        return made.train(layer.training)
 
     return _swap(model, found, dense)
 
@@ -171,35 +139,72 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def _keep_frozen(made: nn.Module, layer: nn.Module) -> None:
+    """Parameters of the same name (biases) stay trainable or frozen as they were."""
+    before = dict(layer.named_parameters())
+    for name, parameter in made.named_parameters():
+        if name in before:
+            parameter.requires_grad_(before[name].requires_grad)
+
+
 def _matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
 
 
+def _layers(model: nn.Module, kind: Callable[[nn.Module], Kind | None]) -> Iterator[tuple[str, nn.Module, Kind]]:
+    """Modules that are of some kind, each once, without what is inside of them."""
+    inner: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) not in inner and (found := kind(module)) is not None:
+            inner |= {id(part) for part in module.modules()}
+            yield name, module, found
+
+
 def _counts(
-    found: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Tensor]],
     density: float | Mapping[str, float] | None,
     connections: int | Mapping[str, int] | None,
     distribution: str,
-) -> dict[str, int]:
-    """Connections of each layer to convert."""
+) -> dict[str, dict[str, int]]:
+    """Connections of each weight of each layer to convert; ``weights`` has the candidates, layer by layer."""
     given = density if density is not None else connections
-    if isinstance(given, Mapping):
-        unused = [p for p in given if not any(fnmatchcase(name, p) for name in found)]
-        if unused:
-            raise ValueError(f"pattern {unused[0]!r} matches no layer; there are {', '.join(found) or 'none'}")
-        chosen = {name: next(p for p in given if fnmatchcase(name, p)) for name in found if _matches(name, list(given))}
-        return {
-            name: budget.connections_of(given[p], found[name].weight.numel())
-            if density is not None
-            else _within(name, given[p], found[name].weight.numel())
-            for name, p in chosen.items()
-        }
-    if not found:
+    every = {(layer, name): tensor for layer, tensors in weights.items() for name, tensor in tensors.items()}
+    if not every:
         return {}
-    sizes = sum(layer.weight.numel() for layer in found.values())
-    total = budget.connections_of(given, sizes) if density is not None else _within("the model", given, sizes)  # type: ignore[arg-type]
-    shapes = [tuple(layer.weight.shape) for layer in found.values()]
-    return dict(zip(found, budget.distribute(distribution, shapes, total), strict=True))
+    counts: dict[tuple[str, str], int] = {}
+    for (title, budgeted), members in _groups(given, every).items():
+        size = sum(every[key].numel() for key in members)
+        total = budget.connections_of(budgeted, size) if density is not None else _within(title, budgeted, size)
+        shapes = [tuple(every[key].shape) for key in members]
+        counts |= zip(members, budget.distribute(distribution, shapes, total), strict=True)
+    chosen = {layer for layer, _ in counts}
+    for layer, name in every:
+        if layer in chosen and (layer, name) not in counts:
+            raise ValueError(f"a layer is sparse as a whole, but no pattern matches {_join(layer, name)}")
+    return {layer: {name: counts[layer, name] for name in weights[layer]} for layer in weights if layer in chosen}
+
+
+def _groups(given: Any, every: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, Any], list[tuple[str, str]]]:
+    """The weights that share a budget: (what to call them, their budget) -> (layer, weight) of each."""
+    if not isinstance(given, Mapping):
+        return {("the model", given): list(every)}
+    names = {key: (key[0], _join(*key)) for key in every}
+    for pattern in given:
+        if not any(fnmatchcase(name, pattern) for both in names.values() for name in both):
+            raise ValueError(
+                f"pattern {pattern!r} matches no layer; there are {', '.join(dict.fromkeys(k[0] for k in every))}"
+            )
+    groups: dict[tuple[str, Any], list[tuple[str, str]]] = {}
+    for key, both in names.items():
+        pattern = next((p for p in given if any(fnmatchcase(name, p) for name in both)), None)
+        if pattern is not None:
+            title = both[0] if fnmatchcase(both[0], pattern) else both[1]
+            groups.setdefault((title, given[pattern]), []).append(key)
+    return groups
+
+
+def _join(layer: str, name: str) -> str:
+    return f"{layer}.{name}" if layer else name
 
 
 def _within(name: str, connections: float | None, size: int) -> int:
@@ -208,36 +213,19 @@ def _within(name: str, connections: float | None, size: int) -> int:
     return int(connections)
 
 
-def _refuse_shared(model: nn.Module, found: Mapping[str, Any], counts: Mapping[str, int]) -> None:
-    """A parameter that another module uses as well (a tied embedding, say) would silently become two."""
-    homes: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            homes.setdefault(id(parameter), []).append(name)
-    for name in counts:
-        for kind, parameter in found[name].named_parameters(recurse=False):
-            others = [home for home in homes[id(parameter)] if home != name]
+def _refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Replacing one of two layers that share a parameter would quietly untie them."""
+    owners: dict[int, list[tuple[int, str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((id(module), path, name))
+    for layer in chosen.values():
+        for parameter in layer.parameters():
+            (_, path, name), *others = owners[id(parameter)]
             if others:
-                raise ValueError(f"{name} shares its {kind} with {others[0]}: exclude {name}, or untie them first")
-
-
-def _sparse(layer: Any, connections: int, select: str, generator: torch.Generator | None) -> nn.Module:
-    twins = _TO_SPARSE[type(layer)]
-    dense: Tensor = layer.weight
-    bias: Tensor | None = layer.bias
-    if select == "magnitude":
-        sparse = twins.to_sparse(layer, SparseWeight.from_dense(dense, connections=connections), bias)
-    else:
-        weight = SparseWeight(dense.shape, connections, generator=generator, device=dense.device, dtype=dense.dtype)
-        sparse = twins.to_sparse(layer, weight, bias)
-        sparse.reset_parameters(generator)
-        if bias is not None:
-            with torch.no_grad():
-                sparse.bias.copy_(bias)
-    sparse.weight.values.requires_grad_(dense.requires_grad)
-    if bias is not None:
-        sparse.bias.requires_grad_(bias.requires_grad)
-    return sparse.train(layer.training)
+                other = _join(others[0][1], others[0][2])
+                raise ValueError(f"{path} shares its {name} with {other}: exclude both, or untie them first")
 
 
 def _swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Callable[[str], nn.Module]) -> nn.Module:
@@ -251,12 +239,3 @@ def _swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Call
             if module is not None and id(module) in old:
                 setattr(parent, child, old[id(module)])
     return model
-
-
-def _leave_fused_paths(model: nn.Module) -> None:
-    """Transformer encoders in evaluation hand weights to a fused kernel, past the layers: make them call the layers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(sparse_weights(module)):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and any(sparse_weights(module)):
-            module.use_nested_tensor = False

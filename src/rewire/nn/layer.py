@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["SparseLayer"]
+__all__ = ["SparseLayer", "autocast_dtype"]
+
+
+def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
+    """What autocast narrows a product to; None where it is off and, as in torch.nn, for float64."""
+    kind = x.device.type
+    if kind == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class SparseLayer(nn.Module):
@@ -63,12 +71,11 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shapes as in the layer's description."""
-        weight = self.weight
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._product(x.to(weight.values.dtype)).to(dtype)
-        return self._product(x)
+        narrow = autocast_dtype(x, self.weight)
+        if narrow is None:
+            return self._product(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x.to(self.weight.dtype)).to(narrow)
 
     @abstractmethod
     def _product(self, x: Tensor) -> Tensor:

@@ -6,10 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from rewire import ops
-from rewire.nn.layer import SparseLayer
+from rewire.nn.layer import SparseLayer, autocast_dtype
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "product"]
+
+
+def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False) -> Tensor:
+    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also under autocast.
+
+    Autocast narrows the result; values and sums stay in the weight's own dtype. See `rewire.ops.sparse_linear`.
+    """
+    narrow = autocast_dtype(x, weight)
+    if narrow is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x.to(weight.dtype), weight, bias, contiguous_output).to(narrow)
+    return ops.sparse_linear(x, weight.values, bias, weight.index, weight.capture, contiguous_output)
 
 
 class SparseLinear(SparseLayer):

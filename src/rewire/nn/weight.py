@@ -110,6 +110,11 @@ class SparseWeight(nn.Module):
             keep = torch.sort(torch.sort(-flat.abs(), stable=True).indices[:connections]).values
         return cls.from_coo(dense.shape, keep // cols, keep % cols, flat[keep], capacity=capacity)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # PyTorch's Transformer layers look for this before they hand weights to fused kernels for dense tensors.
+        raise TypeError(f"{cls.__name__} is not a tensor: use its layer, or to_dense(), for {function.__name__}")
+
     # --- what it is -------------------------------------------------------------------------------------------------
 
     @property
@@ -200,7 +205,8 @@ class SparseWeight(nn.Module):
             slots: int64, distinct. rows, cols: integers of the same length; (-1, -1) empties a slot.
             values: the new connections' values, a number or a tensor of the same length.
 
-        Gradient and optimizer state of the slots start afresh, and every follower is told. A graph recorded
+        The slots' gradient starts afresh, and so does the state of every optimizer that follows the pool (a method's
+        does; otherwise `rewire.nn.follow_optimizer`); every follower is told. A graph recorded
         before raises on backward. Raises `TopologyError` (nothing changed) on a bad slot or position or a duplicate.
         Cost: one pass over the index lists; see `rewire.topology.replace_`.
         """
@@ -376,8 +382,8 @@ class SparseWeight(nn.Module):
             setattr(self, name, tensor)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Followers (an optimizer, a method) are not part of the weight: a deepcopy must not drag them along.
-        return self.__dict__ | {"_followers": OrderedDict(), "capture": None}
+        # Followers (an optimizer, a method) and a place among DDP's ranks are not part of the weight: a copy has none.
+        return self.__dict__ | {"_followers": OrderedDict(), "capture": None, "shared_seed": None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,21 +1,24 @@
 """The arithmetic of sparse layers: y = W x, its two gradients, and the layouts in between.
 
 `spmm`, `sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is the
-differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`);
-`langevin_step_` is the random walk of DEEP R. On the CPU, in float32 and float64, they run native kernels if the
-library is there; everywhere else, plain PyTorch.
+differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`); `in_runs` and
+`in_rows` are differentiable changes of layout; `langevin_step_` is the random walk of DEEP R. On the CPU, in float32
+and float64, they run native kernels if the library is there; everywhere else, plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv
 from rewire.ops.geometry import Geometry
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
 from rewire.ops.langevin import langevin_step_
+from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import sparse_linear
 
 __all__ = [
     "Geometry",
     "batch_major",
     "feature_major",
+    "in_rows",
+    "in_runs",
     "langevin_step_",
     "sddmm",
     "sparse_conv",

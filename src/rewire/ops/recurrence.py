@@ -1,0 +1,346 @@
+"""A recurrent layer's walk through time, with a backward of its own.
+
+Everything is feature-major: states are (size, batch), a sequence is (size, positions) with the batch of a step
+contiguous. Backward is the same walk in the other direction, and as the states of all steps are known by then, the
+gradient of every weight is one product over the whole sequence instead of one per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rewire.ops.kernels import sddmm, spmm
+from rewire.ops.layout import in_runs
+from rewire.ops.linear import sparse_linear
+from rewire.topology import Index
+
+__all__ = ["GRU", "LSTM", "RELU", "TANH", "Cell", "State", "Weight", "recurrence"]
+
+#: What is carried from step to step, each (size, batch): the hidden state, and for an LSTM the cell state.
+State = tuple[Tensor, ...]
+Step = Callable[[int, Tensor, State], State]
+
+
+class Weight(NamedTuple):
+    """A sparse weight as `sparse_linear` takes it."""
+
+    values: Tensor
+    bias: Tensor | None
+    lists: Index
+    capture: list[tuple[Tensor, Tensor]] | None
+
+
+class Cell(Protocol):
+    """One step, from the products with the input and with the hidden state, (gates, batch) each."""
+
+    def step(self, x: Tensor, h: Tensor, state: State) -> State:
+        """The next state (its first entry before a projection), in operations that autograd follows."""
+
+    def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
+        """The same without autograd: the next state, and what `backward` wants to know; may overwrite ``h``."""
+
+    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """From the gradients of the next state: those of x, of h, and of ``state`` beyond what comes through h."""
+
+
+def _cut(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
+    size = tensor.shape[0] // parts
+    return tuple(tensor[i * size : (i + 1) * size] for i in range(parts))
+
+
+class _Tanh:
+    def step(self, x: Tensor, h: Tensor, state: State) -> State:
+        return ((x + h).tanh(),)
+
+    def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
+        new = h.add_(x).tanh_()
+        return (new,), (new,)
+
+    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        g = torch.ops.aten.tanh_backward(grads[0], kept[0])
+        return g, g, (None,)
+
+
+class _Relu:
+    def step(self, x: Tensor, h: Tensor, state: State) -> State:
+        return ((x + h).relu(),)
+
+    def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
+        new = h.add_(x).relu_()
+        return (new,), (new,)
+
+    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        g = torch.ops.aten.threshold_backward(grads[0], kept[0], 0)
+        return g, g, (None,)
+
+
+class _GRU:
+    """r, z = sigmoid(x + h); n = tanh(x_n + r h_n); h' = n + z (h - n)."""
+
+    def step(self, x: Tensor, h: Tensor, state: State) -> State:
+        gates = x.shape[0] // 3 * 2
+        reset, update = (x[:gates] + h[:gates]).sigmoid().chunk(2)
+        new = torch.addcmul(x[gates:], reset, h[gates:]).tanh()
+        return (torch.lerp(new, state[0], update),)
+
+    def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
+        gates = x.shape[0] // 3 * 2
+        h[:gates].add_(x[:gates]).sigmoid_()
+        reset, update, h_new = _cut(h, 3)
+        new = torch.addcmul(x[gates:], reset, h_new).tanh_()
+        return (torch.lerp(new, state[0], update),), (h, new)
+
+    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        (g,), (h, new) = grads, kept
+        reset, update, h_new = _cut(h, 3)
+        gates = 2 * reset.shape[0]
+        g_x = torch.empty_like(h)
+        g_reset, g_update, g_new = _cut(g_x, 3)
+        carried = g * update
+        torch.sub(g, carried, out=g_new)
+        torch.ops.aten.tanh_backward(g_new, new, grad_input=g_new)
+        torch.mul(g_new, h_new, out=g_reset)
+        torch.sub(state[0], new, out=g_update).mul_(g)
+        torch.ops.aten.sigmoid_backward(g_x[:gates], h[:gates], grad_input=g_x[:gates])
+        g_h = g_x.clone()
+        g_h[gates:].mul_(reset)
+        return g_x, g_h, (carried,)
+
+
+class _LSTM:
+    """i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of x + h; c' = f c + i g; h' = o tanh(c')."""
+
+    def step(self, x: Tensor, h: Tensor, state: State) -> State:
+        enter, forget, new, leave = (x + h).chunk(4)
+        cell = torch.addcmul(forget.sigmoid() * state[1], enter.sigmoid(), new.tanh())
+        return leave.sigmoid() * cell.tanh(), cell
+
+    def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
+        h.add_(x)
+        enter, forget, new, leave = _cut(h, 4)
+        h[: 2 * enter.shape[0]].sigmoid_()
+        new.tanh_()
+        leave.sigmoid_()
+        cell = (forget * state[1]).addcmul_(enter, new)
+        squashed = cell.tanh()
+        return (leave * squashed, cell), (h, squashed)
+
+    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        (g, g_cell), (h, squashed) = grads, kept
+        enter, forget, new, leave = _cut(h, 4)
+        g_h = torch.empty_like(h)
+        g_enter, g_forget, g_new, g_leave = _cut(g_h, 4)
+        g_cell = torch.ops.aten.tanh_backward(g * leave, squashed).add_(g_cell)
+        torch.mul(g, squashed, out=g_leave)
+        torch.mul(g_cell, new, out=g_enter)
+        torch.mul(g_cell, state[1], out=g_forget)
+        torch.mul(g_cell, enter, out=g_new)
+        half = 2 * enter.shape[0]
+        torch.ops.aten.sigmoid_backward(g_h[:half], h[:half], grad_input=g_h[:half])
+        torch.ops.aten.tanh_backward(g_new, new, grad_input=g_new)
+        torch.ops.aten.sigmoid_backward(g_leave, leave, grad_input=g_leave)
+        return g_h, g_h, (None, g_cell.mul_(forget))
+
+
+TANH: Cell = _Tanh()
+RELU: Cell = _Relu()
+GRU: Cell = _GRU()
+LSTM: Cell = _LSTM()
+
+
+def _walk(
+    sequence: Tensor, sizes: Sequence[int], reverse: bool, start: State, step: Step
+) -> tuple[list[Tensor], State]:
+    """Carry a state along a sequence; all first entries on the way, by step, and the state that each column ends with.
+
+    In a packed batch the longest sequences come first, so that the sequences at a step are the first columns: forward
+    in time columns are cut off as sequences end, backward they are added as sequences begin.
+    """
+    pieces = sequence.split(list(sizes), 1)
+    outputs = list(pieces)
+    ended: list[State] = []
+    order = range(len(sizes) - 1, -1, -1) if reverse else range(len(sizes))
+    have = sizes[order[0]]
+    state = start if have == start[0].shape[1] else tuple(s[:, :have] for s in start)
+    for t in order:
+        now = sizes[t]
+        if now < have:
+            ended.append(tuple(s[:, now:] for s in state))
+            state = tuple(s[:, :now] for s in state)
+        elif now > have:
+            state = tuple(torch.cat([s, s0[:, have:now]], 1) for s, s0 in zip(state, start, strict=True))
+        have = now
+        state = step(t, pieces[t], state)
+        outputs[t] = state[0]
+    if ended:
+        state = tuple(torch.cat(parts, 1) for parts in zip(state, *reversed(ended), strict=True))
+    return outputs, state
+
+
+def _plain(
+    cell: Cell, sizes: Sequence[int], reverse: bool, x: Tensor, start: State, weights: Sequence[Weight]
+) -> tuple[Tensor, ...]:
+    """The walk in operations that autograd and compilers follow."""
+    w_ih, w_hh, *projection = weights
+
+    def step(t: int, piece: Tensor, state: State) -> State:
+        state = cell.step(piece, sparse_linear(state[0].t(), *w_hh).t(), state)
+        for w_hr in projection:
+            state = (sparse_linear(state[0].t(), *w_hr).t(), *state[1:])
+        return state
+
+    outputs, final = _walk(sparse_linear(x, *w_ih).t(), sizes, reverse, start, step)
+    return torch.cat(outputs, 1), *final
+
+
+def _flat(weights: Sequence[Weight]) -> list[Tensor | None]:
+    return [tensor for w in weights for tensor in (w.values, w.bias, *w.lists)]
+
+
+def _unflat(tensors: Sequence[Any], captures: Sequence[list[tuple[Tensor, Tensor]] | None]) -> list[Weight]:
+    return [
+        Weight(tensors[8 * i], tensors[8 * i + 1], Index(*tensors[8 * i + 2 : 8 * i + 8]), capture)
+        for i, capture in enumerate(captures)
+    ]
+
+
+def _forward_product(w: Weight, x: Tensor) -> Tensor:
+    return spmm(w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots, w.values, x.t(), w.bias).t()
+
+
+def _backward_product(w: Weight, g: Tensor) -> Tensor:
+    return spmm(w.lists.col_ptr, w.lists.col_rows, w.lists.col_slots, w.values, g.t()).t()
+
+
+class _Recurrence(torch.autograd.Function):
+    """Arguments behind the captures: x, the initial states, then values, bias and six index tensors of each weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: Cell, sizes: Sequence[int], reverse: bool, captures: Any, states: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        x, start = tensors[0], tensors[1 : 1 + states]
+        weights = _unflat(tensors[1 + states :], captures)
+        tape: list[tuple[Tensor, ...]] = [()] * len(sizes)
+        y, final = _quick(cell, sizes, reverse, x, start, weights, tape)
+        ctx.save_for_backward(*tensors, *(tensor for entry in tape for tensor in entry))
+        ctx.settings = cell, sizes, reverse, captures, states
+        ctx.arguments = len(tensors)
+        return y, *final
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cell, sizes, reverse, captures, states = ctx.settings
+        saved = ctx.saved_tensors
+        tensors, recorded = saved[: ctx.arguments], saved[ctx.arguments :]
+        needed = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():
+            return (*(None,) * 5, *_differentiable_backward(ctx.settings, tensors, needed, grads))
+        weights = _unflat(tensors[1 + states :], captures)
+        w_ih, w_hh, *projection = weights
+        length = len(recorded) // len(sizes)
+        tape = [recorded[t * length : (t + 1) * length] for t in range(len(sizes))]
+        of_input, of_hidden, of_projected = ([torch.empty(0)] * len(sizes) for _ in range(3))
+
+        def step(t: int, piece: Tensor, carried: State) -> State:
+            g = carried[0] + piece
+            of_projected[t] = g
+            for w_hr in projection:
+                g = _backward_product(w_hr, g)
+            state, kept = tape[t][:states], tape[t][states : length - len(projection)]
+            of_input[t], of_hidden[t], direct = cell.backward((g, *carried[1:]), state, kept)
+            through = _backward_product(w_hh, of_hidden[t])
+            if direct[0] is not None:
+                through += direct[0]
+            return (through, *direct[1:])
+
+        # Backward in time is the walk the other way round: what the states end with here is what they began with.
+        _, of_start = _walk(grads[0], sizes, not reverse, grads[1:], step)
+        g_input = torch.cat(of_input, 1)
+        g_hidden = g_input if of_hidden[0] is of_input[0] else torch.cat(of_hidden, 1)
+        before = torch.cat([entry[0] for entry in tape], 1)
+        pairs = [(w_ih, tensors[0].t(), g_input), (w_hh, before, g_hidden)]
+        pairs += [(w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1)) for w in projection]
+        result: list[Tensor | None] = [_backward_product(w_ih, g_input).t() if needed[0] else None, *of_start]
+        for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
+            if w.capture is not None:
+                w.capture.append((inputs.t().detach(), g.t()))
+            lists = w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots
+            result.append(sddmm(*lists, w.values.shape[0], g.t(), inputs.t()) if needed[at] else None)
+            result.append(g.sum(1) if needed[at + 1] else None)
+            result.extend([None] * 6)
+        return (*(None,) * 5, *result)
+
+
+def _quick(
+    cell: Cell,
+    sizes: Sequence[int],
+    reverse: bool,
+    x: Tensor,
+    start: State,
+    weights: Sequence[Weight],
+    tape: list[tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, State]:
+    """The walk without autograd; ``tape``, if there is one, takes what backward needs of each step."""
+    w_ih, w_hh, *projection = weights
+
+    def step(t: int, piece: Tensor, state: State) -> State:
+        new, kept = cell.forward(piece, _forward_product(w_hh, state[0]), state)
+        if tape is not None:
+            tape[t] = (*state, *kept, new[0]) if projection else (*state, *kept)
+        for w_hr in projection:
+            new = (_forward_product(w_hr, new[0]), *new[1:])
+        return new
+
+    outputs, final = _walk(_forward_product(w_ih, x.t()), sizes, reverse, start, step)
+    return torch.cat(outputs, 1), final
+
+
+def _differentiable_backward(
+    settings: tuple[Any, ...], tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Backward under ``create_graph=True``: walk again in operations that autograd follows."""
+    cell, sizes, reverse, captures, states = settings
+    # Views stand for the arguments, so that a path from one of them to another is not counted here as well.
+    own = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
+    outputs = _plain(cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], captures))
+    wanted = [t for t, need in zip(own, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def recurrence(
+    cell: Cell, x: Tensor, sizes: Sequence[int], reverse: bool, start: State, weights: Sequence[Weight]
+) -> tuple[Tensor, State]:
+    """One direction of one recurrent layer.
+
+    Args:
+        x: (positions, features); ``sizes[t]`` positions belong to step t, in order, none of the sizes increasing.
+        reverse: go from the last step to the first.
+        start: the initial state, (size, batch) each.
+        weights: of the input, of the hidden state and, if there is one, of the projection of the hidden state.
+
+    Returns the hidden states (size, positions) and the final state. Differentiable to any order; capture lists get one
+    entry per weight for the whole sequence (per step when compiled or under ``create_graph=True``). O(K positions).
+    Raises RuntimeError where dtypes differ.
+    """
+    for given, what in ((x, "x"), *((s, "an initial state") for s in start)):
+        if given.dtype != weights[0].values.dtype:
+            raise RuntimeError(
+                f"{what} is {given.dtype} but the weight's values are {weights[0].values.dtype}: "
+                "convert one, so that both agree"
+            )
+    x = in_runs(x)
+    if torch.compiler.is_compiling():
+        y, *final = _plain(cell, sizes, reverse, x, start, weights)
+        return y, tuple(final)
+    if not torch.is_grad_enabled():
+        return _quick(cell, sizes, reverse, x, start, weights)
+    captures = [w.capture for w in weights]
+    arguments = (cell, sizes, reverse, captures, len(start), x, *start, *_flat(weights))
+    y, *final = _Recurrence.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y, tuple(final)
