@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,21 @@ class Memory:
         _CLEAR.write_text("5")
 
 
-def measure(task: str, arguments: dict[str, Any], *, threads: int, timeout: float = 1800) -> dict[str, Any]:
+def measure(
+    task: str, arguments: dict[str, Any], *, threads: int, cpu_time: bool = False, timeout: float = 1800
+) -> dict[str, Any]:
     """Run one of `_tasks` in a process of its own. Raises `NotAvailable` where that cannot be or it was killed."""
     if not _STATUS.exists() or not _CLEAR.exists():
         raise NotAvailable("memory is measured through /proc, which this system does not have")
     folder = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "rewire.bench.child", task, json.dumps({"threads": threads} | arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "rewire.bench.child",
+        task,
+        json.dumps({"threads": threads, "cpu_time": cpu_time} | arguments),
+    ]
     try:
         done = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=timeout, check=False
@@ -84,7 +93,8 @@ def _main() -> None:
     torch.set_num_threads(arguments.pop("threads"))
     # Threads, allocator and operator tables are there before anything is counted.
     torch.ones(1_000_000).exp_().sum()
-    result = _tasks()[task](Memory(), **arguments)
+    clock = time.process_time if arguments.pop("cpu_time") else time.perf_counter
+    result = _tasks()[task](Memory(), clock, **arguments)
     print(json.dumps(result, allow_nan=False))
 
 

@@ -35,6 +35,7 @@ class Run:
 
     Args:
         quick: fewer rounds and smaller problems. threads: None for as many as torch takes.
+        cpu_time: one thread and its CPU seconds, for a busy machine.
         out: folder for bench.json and bench.html.
         names: bars and `EXTRA` sections to run; None for all. Raises `BenchError` for an unknown one.
     """
@@ -44,6 +45,7 @@ class Run:
         *,
         quick: bool = False,
         threads: int | None = None,
+        cpu_time: bool = False,
         out: Path,
         names: Sequence[str] | None = None,
         setting: Setting | None = None,
@@ -56,16 +58,21 @@ class Run:
         except BenchError as error:
             raise BenchError(f"{error}, {', '.join(EXTRA)}") from None
         out.mkdir(parents=True, exist_ok=True)
-        number = threads or torch.get_num_threads()
+        number = 1 if cpu_time else threads or torch.get_num_threads()
         self.out = out
         self.console = console or Console(highlight=False)
-        usual = Setting(number, 1.0, 5, True) if quick else Setting(number)
+        usual = Setting(number, 1.0, 5, True, cpu_time) if quick else Setting(number, cpu_time=cpu_time)
         self.setting = setting or usual
         cores = machine.pin(self.setting.threads)
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "machine": machine.describe(cores),
-            "setting": {"quick": self.setting.quick, "seconds": self.setting.seconds, "rounds": self.setting.rounds},
+            "setting": {
+                "quick": self.setting.quick,
+                "seconds": self.setting.seconds,
+                "rounds": self.setting.rounds,
+                "cpu_time": self.setting.cpu_time,
+            },
             "bars": [],
             "grid": [],
             "layer": None,
@@ -75,7 +82,9 @@ class Run:
             "seconds": 0.0,
         }
         self._start, self._load = time.perf_counter(), machine.Load()
-        self.console.print(tables.machine(self.results["machine"]))
+        self._say(tables.machine(self.results["machine"]))
+        if self.setting.cpu_time:
+            self._say(tables.CPU_TIME)
 
     def everything(self) -> None:
         """The grid, the bars and the wide network, as far as they were asked for."""
@@ -92,7 +101,7 @@ class Run:
             self._save()
         if "wide" in self.extra:
             self.results["wide"] = sections.wide(self.setting, self._progress)
-            self.console.print(tables.wide(self.results["wide"]))
+            self._say(tables.wide(self.results["wide"]))
         self._finish()
 
     def layer(self, size: tuple[int, int], density: float, batch: int, memory: bool) -> None:
@@ -116,8 +125,11 @@ class Run:
         self.console.print(tables.model(self.results["model"]))
         self._finish()
 
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)  # a terminal wraps better than a log with hard breaks
+
     def _progress(self, text: str) -> None:
-        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s  {text}[/dim]")
+        self._say(f"[dim]{time.perf_counter() - self._start:6.0f} s  {text}[/dim]")
 
     def _save(self) -> None:
         self.results["seconds"] = time.perf_counter() - self._start
@@ -130,7 +142,5 @@ class Run:
         write_atomic(self.out / "bench.html", page.render(self.results).encode())
         if self.results["bars"]:
             self.console.print(tables.verdicts(self.results["bars"]))
-        self.console.print(tables.disturbance(self.results["others"]))
-        self.console.print(
-            f"{self.results['seconds']:.0f} seconds; {self.out / 'bench.json'}, {self.out / 'bench.html'}"
-        )
+        self._say(tables.disturbance(self.results["others"]))
+        self._say(f"{self.results['seconds']:.0f} seconds; {self.out / 'bench.json'}, {self.out / 'bench.html'}")

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from rewire.bench.contenders import DENSE, LAYERS, Layer, Linear, has_onednn, has_sparseprop, make
-from rewire.bench.timing import Contender, Timings, side_by_side
+from rewire.bench.timing import Clock, Contender, Timings, side_by_side
 
 __all__ = ["Curve", "Setting", "break_even", "installed", "measure"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How thoroughly to measure: threads, seconds and rounds per contest; quick makes the large problems small."""
+    """How thoroughly to measure.
+
+    threads; seconds and rounds per contest; quick makes the large problems small. cpu_time counts the CPU seconds
+    of the process instead of the time on the wall: with one thread that hardly depends on what else the machine does.
+    """
 
     threads: int = 2
     seconds: float = 4.0
     rounds: int = 9
     quick: bool = False
+    cpu_time: bool = False
 
-    def contest(self, contenders: Sequence[Contender], **more: Any) -> Timings:
-        """`side_by_side` with these rounds."""
-        return side_by_side(contenders, **{"seconds": self.seconds, "rounds": self.rounds} | more)
+    @property
+    def clock(self) -> Clock:
+        """What seconds are read from."""
+        return time.process_time if self.cpu_time else time.perf_counter
+
+    def contest(self, contenders: Sequence[Contender]) -> Timings:
+        """`side_by_side` with these rounds and this clock."""
+        return side_by_side(contenders, seconds=self.seconds, rounds=self.rounds, clock=self.clock)
 
 
 def installed(kinds: Sequence[str] = LAYERS) -> list[str]:
@@ -85,7 +96,6 @@ def measure(
     densities: Sequence[float],
     setting: Setting,
     kinds: Sequence[str] = LAYERS,
-    **more: Any,
 ) -> Curve:
     """Run one contest over all densities and those of ``kinds`` that are installed."""
     kinds = installed(kinds)
@@ -95,7 +105,7 @@ def measure(
         mine = [kind for kind in kinds if number == 0 or kind not in DENSE]
         contenders += [make(kind, problem, label=Curve.label(kind, density)) for kind in mine]
         problem.__dict__.pop("dense", None)  # a dense copy for each density would fill the memory
-    return Curve(inputs, outputs, batch, tuple(densities), tuple(kinds), setting.contest(contenders, **more))
+    return Curve(inputs, outputs, batch, tuple(densities), tuple(kinds), setting.contest(contenders))
 
 
 def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float | None:

@@ -84,6 +84,10 @@ def bench(
         bool, _option(CASE, None, "Also the memory of each way, in a process of its own.", "--memory")
     ] = False,
     threads: Annotated[str | None, _option(RUN, "NUMBER", r"CPU threads. \[default: as many as torch takes]")] = None,
+    cpu_time: Annotated[
+        bool,
+        _option(RUN, None, "One thread and its CPU seconds: a diagnosis on a busy machine, no verdict.", "--cpu-time"),
+    ] = False,
     quick: Annotated[bool, _option(RUN, None, "Fewer rounds, smaller problems; for a first look.", "--quick")] = False,
     out: Annotated[
         Path | None,
@@ -107,16 +111,19 @@ def bench(
         raise BenchError("--input belongs to --model")
     if memory and layer is None:
         raise BenchError("--memory belongs to --layer: the bars p9 to p11 measure memory anyway")
+    if cpu_time and threads not in (None, "1"):
+        raise BenchError("--cpu-time counts one thread: leave --threads out")
     size = None if layer is None else parse_layer(layer)
     share = 0.1 if density is None else parse_density(density)
     samples = None if batch is None else _count("--batch", batch)
     shape = None if input_shape is None else parse_shape(input_shape)
     from rewire.bench import command
 
+    place = out or Path("runs") / "bench"
     names = None if bars is None else bars.split(",")
     number = None if threads is None else _count("--threads", threads, command.most_threads())
-    run = command.Run(quick=quick, threads=number, out=out or Path("runs") / "bench", names=names)
     try:
+        run = command.Run(quick=quick, threads=number, cpu_time=cpu_time, out=place, names=names)
         if size is not None:
             run.layer(size, share, samples or 128, memory)
         elif model is not None:

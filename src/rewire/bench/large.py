@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from rewire import methods, topology
 from rewire.bench.contenders import Layer, Linear, make
-from rewire.bench.timing import quartiles
+from rewire.bench.timing import Clock, quartiles
 from rewire.nn import SparseLinear, SparseWeight
 
 __all__ = ["Meter", "contender_memory", "million", "point", "training_memory", "wide_epoch"]
@@ -71,7 +70,9 @@ def _peak_of(memory: Meter, call: Callable[[], object], base: int) -> int:
     return memory.peak() - base
 
 
-def training_memory(memory: Meter, *, optimizer: str, size: int, connections: int, batch: int) -> dict[str, Any]:
+def training_memory(
+    memory: Meter, clock: Clock, *, optimizer: str, size: int, connections: int, batch: int
+) -> dict[str, Any]:
     """Peaks of training a layer, over the process with x and gradient but without it; and of what changes its index.
 
     Everything that grows with the batch (x, its gradient, the output) is in ``activations`` and not in ``training``.
@@ -116,7 +117,7 @@ def training_memory(memory: Meter, *, optimizer: str, size: int, connections: in
 
 
 def contender_memory(
-    memory: Meter, *, kind: str, inputs: int, outputs: int, connections: int, batch: int
+    memory: Meter, clock: Clock, *, kind: str, inputs: int, outputs: int, connections: int, batch: int
 ) -> dict[str, Any]:
     """Peak of forward + backward of one way to compute a layer, over the process without its weight.
 
@@ -137,14 +138,16 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def point(memory: Meter, *, size: int, connections: int, batch: int, steps: int, seconds: float) -> dict[str, Any]:
+def point(
+    memory: Meter, clock: Clock, *, size: int, connections: int, batch: int, steps: int, seconds: float
+) -> dict[str, Any]:
     """Build a size x size layer, train it for some steps (SGD), and say what time and memory a step took."""
     _warm()
     base = memory.now()
     memory.reset()
-    start = time.perf_counter()
+    start = clock()
     layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
-    build = time.perf_counter() - start
+    build = clock() - start
     built = memory.peak() - base
     x, g = _pair(size, size, batch)
     x.requires_grad_()
@@ -159,11 +162,11 @@ def point(memory: Meter, *, size: int, connections: int, batch: int, steps: int,
     step()
     memory.reset()
     took: list[float] = []
-    start = time.perf_counter()
-    while len(took) < steps or (time.perf_counter() - start < seconds and len(took) < 200):
-        before = time.perf_counter()
+    start = clock()
+    while len(took) < steps or (clock() - start < seconds and len(took) < 200):
+        before = clock()
         step()
-        took.append(time.perf_counter() - before)
+        took.append(clock() - before)
     low, middle, high = quartiles(took)
     return {
         "connections": connections,
@@ -178,7 +181,9 @@ def point(memory: Meter, *, size: int, connections: int, batch: int, steps: int,
     }
 
 
-def million(memory: Meter, *, size: int, connections: int, batch: int, steps: int, rounds: int) -> dict[str, Any]:
+def million(
+    memory: Meter, clock: Clock, *, size: int, connections: int, batch: int, steps: int, rounds: int
+) -> dict[str, Any]:
     """P11: build, steps with SGD and DEEP R rewiring; and how fast rows of x can be read at random, side by side.
 
     The ceiling is `embedding_bag` over the layer's own topology: it reads one row of the (features, batch) array per
@@ -186,11 +191,11 @@ def million(memory: Meter, *, size: int, connections: int, batch: int, steps: in
     three times (forward, and both gradients), so its ceiling is three such passes.
     """
     memory.reset()
-    start = time.perf_counter()
+    start = clock()
     layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3, fused=True)
     method = methods.DeepR(layer, optimizer, l1=1e-4, noise=1e-3, seed=0)
-    build = time.perf_counter() - start
+    build = clock() - start
     x, g = _pair(size, size, batch)
     x.requires_grad_()
     passes: list[float] = []
@@ -198,13 +203,13 @@ def million(memory: Meter, *, size: int, connections: int, batch: int, steps: in
     for _ in range(steps):
         optimizer.zero_grad()
         x.grad = None
-        start = time.perf_counter()
+        start = clock()
         layer(x).backward(g)
-        passes.append(time.perf_counter() - start)
+        passes.append(clock() - start)
         optimizer.step()
-        start = time.perf_counter()
+        start = clock()
         method.step()
-        rewiring.append(time.perf_counter() - start)
+        rewiring.append(clock() - start)
     peak = memory.peak()
     rewired = sum(method.stats()["dropped"].values())
     method.finalize()
@@ -225,15 +230,15 @@ def million(memory: Meter, *, size: int, connections: int, batch: int, steps: in
     both: list[float] = []
     for _ in range(rounds):
         x.grad = None
-        start = time.perf_counter()
+        start = clock()
         with torch.no_grad():
             F.embedding_bag(by_row[0], table, by_row[1], mode="sum")
             F.embedding_bag(by_col[0], gradient, by_col[1], mode="sum")
             F.embedding_bag(by_row[0], table, by_row[1], mode="sum")
-        ceiling.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        ceiling.append(clock() - start)
+        start = clock()
         layer(x).backward(g)
-        both.append(time.perf_counter() - start)
+        both.append(clock() - start)
         optimizer.zero_grad()
         ratios.append(ceiling[-1] / both[-1])
     low, middle, high = quartiles(ratios)
@@ -270,6 +275,7 @@ class _Chain(nn.Module):
 
 def wide_epoch(
     memory: Meter,
+    clock: Clock,
     *,
     inputs: int,
     classes: int,
@@ -289,13 +295,13 @@ def wide_epoch(
     x = torch.randn(samples, inputs)
     y = torch.randint(0, classes, (samples,))
     target = F.one_hot(y, classes).to(x.dtype)
-    start = time.perf_counter()
+    start = clock()
     model = _Chain((inputs, *hidden, classes), epsilon)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=2e-4, fused=True)
     method = methods.SET(model, optimizer, fraction=0.3, seed=0)
-    build = time.perf_counter() - start
+    build = clock() - start
     steps, planned = 0, -(-samples // batch)
-    start = time.perf_counter()
+    start = clock()
     for at in torch.randperm(samples).split(batch):
         loss = F.mse_loss(torch.sigmoid(model(x[at])), target[at])
         optimizer.zero_grad()
@@ -305,10 +311,10 @@ def wide_epoch(
         steps += 1
         if steps == most_steps:
             break
-    training = time.perf_counter() - start
-    start = time.perf_counter()
+    training = clock() - start
+    start = clock()
     method.end_epoch()
-    update = time.perf_counter() - start
+    update = clock() - start
     pools = [m for m in model.modules() if isinstance(m, SparseWeight)]
     return {
         "neurons": inputs + sum(hidden) + classes,

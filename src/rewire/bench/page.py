@@ -20,6 +20,8 @@ def render(results: dict[str, Any]) -> str:
         "<h1>rewire bench</h1>",
         f'<p class="soft">{escape(tables.machine(m))}; {escape(str(m["started"]))}</p>',
     ]
+    if results["setting"]["cpu_time"]:
+        parts.append(f'<p class="state">{escape(tables.CPU_TIME)}.</p>')
     others = results["others"]
     if others is not None and others > tables.BUSY:
         parts.append(f'<p class="state">Other programs took {others:.0%} of the machine: figures are preliminary.</p>')
@@ -64,7 +66,7 @@ def _layer(found: dict[str, Any]) -> str:
         [
             r["kind"],
             tables.duration(r["seconds"]),
-            f"{tables.number(r['speedup'])} x",
+            tables.speedup(r),
             "" if r["bytes"] is None else f"{r['bytes'] / 2**20:,.1f} MiB",
         ]
         for r in found["rows"]

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from rewire import nn as sparse_nn
-from rewire.bench import child, curves, models
+from rewire.bench import child, curves, machine, models
 from rewire.bench.bars.conv import channels_last
 from rewire.bench.bars.conv import step as conv_step
-from rewire.bench.contenders import Layer
+from rewire.bench.contenders import LAYERS, Layer
 from rewire.bench.curves import Curve, Setting
-from rewire.bench.errors import NotAvailable
+from rewire.bench.errors import BenchError, NotAvailable
 from rewire.bench.timing import Contender
 
 __all__ = ["WIDE", "grid", "layer", "model", "wide"]
@@ -44,25 +44,31 @@ def layer(
 ) -> dict[str, Any]:
     """The user's layer at its density (and at others, for the break-even), with each contender's memory if asked."""
     progress(f"layer {outputs} x {inputs}, batch {batch}")
+    free, case = machine.available_memory(), Layer.of(inputs, outputs, density, batch)
+    if free is not None and free < 100 * case.connections:  # what construction takes at its highest
+        raise BenchError(
+            f"--layer: {case.connections:,} connections need about {100 * case.connections / 2**30:.3g} GiB, "
+            f"and {free / 2**30:.3g} GiB are free: choose a lower --density"
+        )
     densities = sorted({density, *(d for d in DENSITIES if d > density or d == 0.5), min(1.0, 2 * density)})
-    curve = curves.measure(inputs, outputs, batch, densities, setting)
+    kinds: Sequence[str] = LAYERS
+    if free is not None and free < 20 * inputs * outputs:  # weight, gradient, mask, product and a copy
+        progress("a dense twin does not fit into the memory: rewire alone")
+        densities, kinds = [density], [kind for kind in LAYERS if kind.startswith("rewire")]
+    curve = curves.measure(inputs, outputs, batch, densities, setting, kinds)
     rows = []
     for kind in curve.kinds:
-        ratio = curve.ratio("dense", kind, density)
-        row = {
-            "kind": kind,
-            "seconds": curve.seconds(kind, density),
-            "speedup": ratio.median,
-            "low": ratio.low,
-            "high": ratio.high,
-            "bytes": None,
-        }
+        row = {"kind": kind, "seconds": curve.seconds(kind, density), "speedup": None, "bytes": None}
+        if "dense" in curve.kinds:
+            ratio = curve.ratio("dense", kind, density)
+            row |= {"speedup": ratio.median, "low": ratio.low, "high": ratio.high}
         if memory:
             progress(f"memory of {kind}")
-            case = Layer.of(inputs, outputs, density, batch)
             arguments = {"kind": kind, "inputs": inputs, "outputs": outputs, "batch": batch}
             arguments["connections"] = case.connections
-            row["bytes"] = child.measure("contender", arguments, threads=setting.threads)["bytes"]
+            row["bytes"] = child.measure("contender", arguments, threads=setting.threads, cpu_time=setting.cpu_time)[
+                "bytes"
+            ]
         rows.append(row)
     return {"density": density, "rows": rows, "curve": curve.to_json()}
 
@@ -158,7 +164,7 @@ def wide(setting: Setting, progress: Progress, data: str = "leukemia", batch: in
     }
     start = time.perf_counter()
     try:
-        got = child.measure("wide", arguments, threads=setting.threads)
+        got = child.measure("wide", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
     except NotAvailable as error:
         return {"data": data, "not_available": str(error)}
     return {"data": data, "batch": batch, "hidden": hidden, "seconds": time.perf_counter() - start} | got

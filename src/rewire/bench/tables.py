@@ -11,8 +11,11 @@ from rich.table import Table
 __all__ = ["bar", "curve", "disturbance", "layer", "machine", "model", "verdicts", "wide"]
 
 COLOUR = {"met": "green", "missed": "red", "in part": "yellow"}
+#: Columns of words.
+LEFT = ("note", "verdict", "layer", "what", "nearest to its bar")
 #: Above this share of the machine in other hands, figures are not to be trusted.
 BUSY = 0.1
+CPU_TIME = "CPU seconds of one thread: a diagnosis; the bars are for time on the wall and two threads"
 
 
 def duration(seconds: float) -> str:
@@ -31,6 +34,11 @@ def number(value: float | None, unit: str = "") -> str:
     return f"{shown} {unit}".strip()
 
 
+def speedup(row: dict[str, Any]) -> str:
+    """Of a row of `layer`, over the dense layer; empty where there is none."""
+    return "" if row["speedup"] is None else f"{number(row['speedup'])} x"
+
+
 def share(value: float | None) -> str:
     """As percent; empty if unknown."""
     return "" if value is None else f"{value:.0%}"
@@ -39,7 +47,7 @@ def share(value: float | None) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or column in ("note", "verdict", "layer") else "right")
+        table.add_column(column, justify="left" if i == 0 or column in LEFT else "right")
     return table
 
 
@@ -134,8 +142,9 @@ def layer(found: dict[str, Any]) -> Table:
     table = _table(title, "", "time", "over nn.Linear", "quartiles", "memory")
     for row in found["rows"]:
         size = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f} MiB"
-        around = f"{number(row['low'])} .. {number(row['high'])}"
-        table.add_row(row["kind"], duration(row["seconds"]), f"{number(row['speedup'])} x", around, size)
+        known = row["speedup"] is not None
+        around = f"{number(row['low'])} .. {number(row['high'])}" if known else ""
+        table.add_row(row["kind"], duration(row["seconds"]), speedup(row), around, size)
     table.caption = curve(c).caption
     return table
 

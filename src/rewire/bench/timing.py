@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Contender", "Ratio", "Timings", "quartiles", "side_by_side"]
+__all__ = ["Clock", "Contender", "Ratio", "Timings", "quartiles", "side_by_side"]
 
+#: Seconds from anywhere.
 Clock = Callable[[], float]
 
 

@@ -51,7 +51,7 @@ def line(
             break
         arguments = {"size": size, "connections": k, "batch": batch, "steps": 5, "seconds": setting.seconds / 2}
         try:
-            points.append(child.measure("point", arguments, threads=setting.threads))
+            points.append(child.measure("point", arguments, threads=setting.threads, cpu_time=setting.cpu_time))
         except NotAvailable as error:
             left_out = f"K = {k:.0e}: {error}"
             break
@@ -93,7 +93,7 @@ def million(
 ) -> Measured:
     """P11: a layer of 10^6 x 10^6, trained and rewired by DEEP R; beside the random-row-read ceiling."""
     arguments = {"size": size, "connections": connections, "batch": batch, "steps": 10, "rounds": setting.rounds}
-    got = child.measure("million", arguments, threads=setting.threads)
+    got = child.measure("million", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
     note = (
         f"forward + backward {1e3 * got['pass_seconds']:.4g} ms; the rows alone {1e3 * got['ceiling_seconds']:.4g} ms, "
         f"{got['nanoseconds_per_row']:.3g} ns each at best"

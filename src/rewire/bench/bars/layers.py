@@ -8,6 +8,7 @@ from typing import Any
 from rewire.bench import curves
 from rewire.bench.contenders import Layer, Linear, has_sparseprop, make
 from rewire.bench.curves import Setting
+from rewire.bench.errors import NotAvailable
 from rewire.bench.verdict import Figure, at_least, info, missing
 
 __all__ = ["against_dense", "against_sparse", "breaks_even", "second_thread"]
@@ -102,6 +103,8 @@ def second_thread(
     bar: float = 1.7,
 ) -> Measured:
     """P4: forward + backward on one thread over the same on two, for both layouts."""
+    if setting.cpu_time:
+        raise NotAvailable("CPU seconds of two threads do not get fewer")
     kinds = {"rewire feature-major": "feature-major", "rewire": "contiguous"}
     contenders = []
     for density in densities:

@@ -31,7 +31,7 @@ def per_connection(
     figures, data = [], {}
     for (kind, shown), bar in zip(SHOWN.items(), bars, strict=True):
         arguments = {"optimizer": kind, "size": size, "connections": connections, "batch": batch}
-        measured = child.measure("training", arguments, threads=setting.threads)
+        measured = child.measure("training", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
         data[kind] = measured
         figures.append(at_most(f"training, {shown}", measured["training"] / connections, bar, "B"))
         figures.append(at_most(f"index rebuild, {shown}", measured["rebuild"] / connections, rebuild, "B more"))

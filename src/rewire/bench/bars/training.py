@@ -14,7 +14,7 @@ from rewire import methods
 from rewire.bench.contenders import Layer, Linear, make
 from rewire.bench.curves import Setting
 from rewire.bench.networks import MaskedLinear, mlp
-from rewire.bench.timing import Contender, Timings, quartiles
+from rewire.bench.timing import Clock, Contender, Timings, quartiles
 from rewire.bench.verdict import Figure, at_least, at_most, info, missing
 from rewire.nn import SparseLinear
 
@@ -44,10 +44,10 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
     second()
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(clock: Clock, call: Callable[[], object]) -> float:
+    start = clock()
     call()
-    return max(time.perf_counter() - start, 1e-9)
+    return max(clock() - start, 1e-9)
 
 
 def deep_r_share(
@@ -82,8 +82,8 @@ def deep_r_share(
             before, start = method.stats()["dropped"], time.perf_counter()
             while len(base) < 3 * setting.rounds or time.perf_counter() - start < setting.seconds / 2:
                 x.grad = None
-                base.append(_timed(lambda: _train(layer, x, g, optimizer)))  # noqa: B023  # called at once
-                step.append(_timed(method.step))
+                base.append(_timed(setting.clock, lambda: _train(layer, x, g, optimizer)))  # noqa: B023  # called at once
+                step.append(_timed(setting.clock, method.step))
             dropped = sum(method.stats()["dropped"].values()) - sum(before.values())
             seen = dropped / len(base) / connections
             note = f"{seen:.2%} flipped a step, {1e3 * quartiles(step)[1]:.3g} / {1e3 * quartiles(base)[1]:.3g} ms"
@@ -137,8 +137,8 @@ def _per_epoch(name: str, bar: float, size: int, connections: int, batch: int, e
     steps: list[float] = []
     updates: list[float] = []
     for _ in range(max(3, setting.rounds // 2)):
-        steps.extend(_timed(lambda: _both(train, method.step)) for _ in range(5))
-        updates.append(_timed(method.end_epoch))
+        steps.extend(_timed(setting.clock, lambda: _both(train, method.step)) for _ in range(5))
+        updates.append(_timed(setting.clock, method.end_epoch))
     method.finalize()
     step, update = quartiles(steps)[1], quartiles(updates)[1]
     note = f"{1e3 * update:.3g} ms after {epoch} steps of {1e3 * step:.3g} ms"
@@ -153,8 +153,8 @@ def _per_steps(name: str, bar: float, size: int, connections: int, batch: int, s
     for _ in range(1 if setting.quick else 3):
         training = acting = 0.0
         for _ in range(100):
-            training += _timed(train)
-            acting += _timed(method.step)
+            training += _timed(setting.clock, train)
+            acting += _timed(setting.clock, method.step)
         shares.append(100 * acting / (training + acting))
     updates = method.stats()["updates"]
     method.finalize()
