@@ -61,7 +61,7 @@ def test_an_unwritable_folder_is_one_line(capsys: pytest.CaptureFixture[str], tm
 
 def test_a_layer_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sections, "DENSITIES", (0.5,))
-    monkeypatch.setattr(command, "Setting", lambda *_: TINY)
+    monkeypatch.setattr(command, "Setting", lambda *_, **__: TINY)
     assert cli.run(["bench", "--layer", "24x16", "--density", "0.25", "--batch", "4", "--out", "here"]) == 0
     out = capsys.readouterr().out
     assert "24 x 16, density 0.25, batch 4" in out
