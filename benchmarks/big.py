@@ -3,8 +3,9 @@
     python benchmarks/big.py [--quick] [--threads N] [--data leukemia lung] [--out FOLDER]
 
 P10 and P11 as `rewire bench --bars p10,p11` has them, then an epoch of the SET authors' largest network (three hidden
-layers of 600,000) on synthetic data of the shape of leukemia (7070 inputs, 72 samples) and lung (3312 inputs, 203 samples;
-the authors report 112 minutes an epoch there). K = 10^8 needs about 10 GiB of free memory; without, the line is shorter.
+layers of 600,000) on synthetic data of the shape of leukemia (7070 inputs, 72 samples) and lung (3312 inputs, 203
+samples; the authors report 112 minutes an epoch there). K = 10^8 needs about 10 GiB of free memory; without, the line
+is shorter.
 """
 
 from __future__ import annotations

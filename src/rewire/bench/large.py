@@ -32,6 +32,10 @@ class Meter(Protocol):
         """Highest since `reset`."""
         ...
 
+    def total(self) -> int:
+        """Highest since `reset`, with the pages of files."""
+        ...
+
     def reset(self) -> None:
         """Start anew."""
         ...
@@ -210,7 +214,7 @@ def million(
         start = clock()
         method.step()
         rewiring.append(clock() - start)
-    peak = memory.peak()
+    peak = memory.total()
     rewired = sum(method.stats()["dropped"].values())
     method.finalize()
     x.grad = None
@@ -325,5 +329,5 @@ def wide_epoch(
         "training_seconds": training * planned / steps,
         "update_seconds": update,
         "epoch_seconds": training * planned / steps + update,
-        "peak": memory.peak(),
+        "peak": memory.total(),
     }
