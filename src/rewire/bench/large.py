@@ -68,7 +68,16 @@ def _warm(kind: str = "rewire") -> None:
         layer.weight.reorder()
 
 
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can be told to."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _peak_of(memory: Meter, call: Callable[[], object], base: int) -> int:
+    """Highest over ``base`` during a call. What the C library kept of freed memory goes back first."""
+    _trim()
     memory.reset()
     call()
     return memory.peak() - base
@@ -82,6 +91,7 @@ def training_memory(
     Everything that grows with the batch (x, its gradient, the output) is in ``activations`` and not in ``training``.
     """
     _warm()
+    _trim()
     x, g = _pair(size, size, batch)
     x.requires_grad_()
     base = memory.now()
@@ -100,7 +110,9 @@ def training_memory(
     step()
     training = _peak_of(memory, step, base)
     activations = 4 * batch * size * 2  # output and gradient of x
-    weight, resting = layer.weight, memory.now()
+    weight = layer.weight
+    _trim()
+    resting = memory.now()
     rebuild = _peak_of(
         memory,
         lambda: topology.build_index(weight.rows, weight.cols, *weight.matrix_shape, out=weight.index),
@@ -109,6 +121,7 @@ def training_memory(
     reorder = _peak_of(memory, weight.reorder, resting)
     evolution = methods.SET(layer, trainer, seed=0)
     step()
+    _trim()
     resting = memory.now()
     update = _peak_of(memory, evolution.end_epoch, resting)
     evolution.finalize()
@@ -116,6 +129,7 @@ def training_memory(
     if optimizer == "sgd":
         walk = methods.DeepR(layer, trainer, seed=0)
         step()
+        _trim()
         result["deep_r"] = _peak_of(memory, walk.step, memory.now())
     return {"connections": connections, "activations": activations} | result
 
@@ -128,6 +142,7 @@ def contender_memory(
     Weight, gradient, everything kept and all temporaries count, x and the output's gradient do not.
     """
     _warm(kind)
+    _trim()
     base = memory.now()
     contender = make(kind, Linear(Layer(inputs, outputs, connections, batch)))  # keeps what it needs of the problem
     _trim()
@@ -135,18 +150,12 @@ def contender_memory(
     return {"kind": kind, "bytes": max(0, peak - 4 * batch * (inputs + outputs))}
 
 
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can be told to."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def point(
     memory: Meter, clock: Clock, *, size: int, connections: int, batch: int, steps: int, seconds: float
 ) -> dict[str, Any]:
     """Build a size x size layer, train it for some steps (SGD), and say what time and memory a step took."""
     _warm()
+    _trim()
     base = memory.now()
     memory.reset()
     start = clock()
@@ -164,6 +173,7 @@ def point(
         optimizer.step()
 
     step()
+    _trim()
     memory.reset()
     took: list[float] = []
     start = clock()
