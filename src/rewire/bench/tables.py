@@ -132,7 +132,7 @@ def curve(c: dict[str, Any]) -> Table:
 
 
 def _density(d: float | None) -> str:
-    return "no density (always faster)" if d is None else "no density (always slower)" if d == 0 else f"{d:.1%}"
+    return "no density tried (always faster)" if d is None else "no density tried (always slower)" if d == 0 else f"{d:.1%}"
 
 
 def layer(found: dict[str, Any]) -> Table:
