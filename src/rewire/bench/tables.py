@@ -132,7 +132,9 @@ def curve(c: dict[str, Any]) -> Table:
 
 
 def _density(d: float | None) -> str:
-    return "no density tried (always faster)" if d is None else "no density tried (always slower)" if d == 0 else f"{d:.1%}"
+    if d is None:
+        return "no density tried (always faster)"
+    return f"{d:.1%}" if d else "no density tried (always slower)"
 
 
 def layer(found: dict[str, Any]) -> Table:
