@@ -208,7 +208,7 @@ def million(
     memory.reset()
     start = clock()
     layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, fused=True)  # about 1 % of connections flip a step
+    optimizer = torch.optim.SGD(layer.parameters(), lr=3e-6, fused=True)  # about 1 % of connections flip a step
     method = methods.DeepR(layer, optimizer, l1=1e-4, noise=1e-3, seed=0)
     build = clock() - start
     x, g = _pair(size, size, batch)
