@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
+from rewire.bench import entry as bench
 from rewire.train.config import OPTIMIZERS, TrainConfig, read_number, read_numbers
 from rewire.train.errors import StoppedError, TrainError
 from rewire.train.signals import Signals
@@ -301,6 +302,9 @@ def report_command(
         raise CliError(f"cannot write {error.filename}: {error.strerror}") from None
 
 
+app.command("bench")(bench.bench)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         import torch
@@ -334,7 +338,7 @@ def run(arguments: Sequence[str]) -> int:
     except CliError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except TrainError as error:
+    except (TrainError, bench.BenchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except UsageError as error:

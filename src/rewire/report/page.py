@@ -27,15 +27,20 @@ def write(folder: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page."""
+    drawn: dict[str, Figure] = {}
+    body = "\n".join(_sections(run, drawn))
+    return assemble(f"{run.name}: {run.config.get('method')} on {run.config.get('data')}", body, drawn)
+
+
+def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
+    """A self-contained page of HTML `body`, in which an element with a chart's name as id is where it is drawn."""
     from plotly.offline import get_plotlyjs
 
     own = resources.files("rewire.report")
-    drawn: dict[str, Figure] = {}
-    body = "\n".join(_sections(run, drawn))
     charts = json.dumps({name: figure.to_json() for name, figure in drawn.items()}, allow_nan=False)
     page = (own / "page.html").read_text("utf-8")
     for mark, text in (
-        ("@TITLE@", escape(f"{run.name}: {run.config.get('method')} on {run.config.get('data')}")),
+        ("@TITLE@", escape(title)),
         ("@CSS@", (own / "page.css").read_text("utf-8")),
         ("@BODY@", body),
         ("@FIGURES@", charts.replace("</", "<\\/")),  # nothing in the data may end the script element
@@ -59,16 +64,16 @@ def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
     parts.append(_tiles(run))
     if run.metrics:
         parts.append("<h2>Training</h2>")
-        parts.append(_grid([figures.accuracy(run), figures.loss(run)], drawn))
+        parts.append(grid([figures.accuracy(run), figures.loss(run)], drawn))
         parts.append("<h2>Rewiring</h2>")
-        parts.append(_grid([figures.turnover(run), figures.active(run)], drawn))
+        parts.append(grid([figures.turnover(run), figures.active(run)], drawn))
     parts.append("<h2>Topology</h2>")
     parts.append(_layer_table(run))
     picture = figures.pixels(run)
     if picture is not None:
         parts.append("<h2>Inputs</h2>" + _card(picture, drawn, "card wide"))
     parts.append("<h2>Fan-in and fan-out</h2>")
-    parts.append(_grid(figures.fans(run), drawn))
+    parts.append(grid(figures.fans(run), drawn))
     parts.append("<h2>Options</h2>" + _pairs(_options(config)))
     if run.result is not None:
         parts.append("<h2>Versions</h2>" + _pairs(run.result["versions"]))
@@ -99,7 +104,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-def _grid(charts: Sequence[Figure], drawn: dict[str, Figure]) -> str:
+def grid(charts: Sequence[Figure], drawn: dict[str, Figure]) -> str:
+    """Charts side by side, entered into `drawn`."""
     return f'<div class="grid">{"".join(_card(chart, drawn) for chart in charts)}</div>'
 
 
