@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -220,6 +221,112 @@ def test_a_damaged_index_never_crashes_replace(p, data):
         torch.ops.rewire.candidates(index.row_ptr, index.row_cols, n_cols, torch.arange(3), minus, minus)
 
 
+def everything(dtype=torch.int64, fan_in=64):
+    """One row with 64 connections in a pool of its own, and its index."""
+    rows, cols = torch.zeros(fan_in, dtype=dtype), torch.arange(fan_in, dtype=dtype)
+    return rows, cols, build_index(rows, cols, 1, 5000)
+
+
+@pytest.mark.parametrize("where", ["row_cols", "row_slots", "col_slots", "cols", "row_ptr"])
+@pytest.mark.parametrize("changes", [1, 40])  # a merge, a rebuild
+@pytest.mark.parametrize("context", [contextlib.nullcontext, plain])
+def test_slots_may_be_a_view_of_what_replace_changes(where, changes, context):
+    with context():
+        rows, cols, index = everything()
+        slots = {**index._asdict(), "cols": cols}[where][: 1 if where == "row_ptr" else changes]
+        changed = slots.clone()
+        new_cols = 4999 - torch.arange(slots.numel())
+        expected = cols.clone()
+        expected[changed] = new_cols
+        replace_(rows, cols, index, 1, 5000, slots, torch.zeros_like(new_cols), new_cols)
+        assert torch.equal(cols, expected)
+        assert same(tuple(index), tuple(build_index(rows, cols, 1, 5000)))
+
+
+@pytest.mark.parametrize("changes", [8, 40])
+@pytest.mark.parametrize("where", ["pool", "by_row", "by_col"])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, plain])
+def test_new_positions_may_be_a_view_of_what_replace_changes(changes, where, context):
+    """The first connections in the opposite order."""
+    with context():
+        rows, cols, index = everything()
+        views = {"pool": (rows, cols), "by_row": (rows, index.row_cols), "by_col": (index.col_rows, index.col_slots)}
+        new_rows, new_cols = (t[:changes] for t in views[where])
+        slots = torch.arange(changes).flip(0)
+        expected = torch.cat((slots, torch.arange(changes, 64)))
+        assert replace_(rows, cols, index, 1, 5000, slots, new_rows, new_cols) == 64
+        assert torch.equal(cols, expected)
+        assert same(tuple(index), tuple(build_index(rows, cols, 1, 5000)))
+
+
+def test_slots_that_a_merge_overwrites_with_columns_far_beyond_the_pool():
+    rows, cols = torch.zeros(64, dtype=torch.int64), torch.arange(64)
+    index = build_index(rows, cols, 1, 10**7)
+    slots = index.row_cols[63:]
+    new = torch.tensor([10**7 - 1])
+    assert torch.ops.rewire.replace_(rows, cols, *index, 1, 10**7, slots, torch.tensor([0]), new) == (0, 0, 0)
+    assert cols.tolist() == [*range(63), 10**7 - 1]
+    assert same(tuple(index), tuple(build_index(rows, cols, 1, 10**7)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, plain])
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(range(8), 2)))
+def test_a_pool_in_shared_memory_is_refused(a, b, context, dtype):
+    """n_rows = n_cols = 63, so that all of the eight are equally long."""
+    rows, cols = torch.arange(64, dtype=dtype).clamp(max=62), torch.zeros(64, dtype=dtype)
+    cols[63] = 1
+    with context():
+        tensors = [rows, cols, *build_index(rows, cols, 63, 63)]
+        memory = torch.cat((tensors[a], tensors[b][1:]))  # overlapping in one entry
+        tensors[a], tensors[b] = memory[:64], memory[63:]
+        before = [t.clone() for t in tensors]
+        one = torch.tensor([0])
+        with pytest.raises(RuntimeError, match="must not share memory"):
+            replace_(tensors[0], tensors[1], Index(*tensors[2:]), 63, 63, one, one, one)
+        if b >= 2:
+            with pytest.raises(RuntimeError, match="must not share memory"):
+                build_index(tensors[0], tensors[1], 63, 63, out=Index(*tensors[2:]))
+        assert same(tuple(tensors), tuple(before))
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, plain])
+def test_lists_side_by_side_and_a_diagonal_are_fine(context):
+    with context():
+        memory = torch.zeros(8 * 5, dtype=torch.int64)
+        rows, cols, *lists = memory.split(5)
+        rows.copy_(torch.tensor([3, 2, 1, 0, -1]))
+        cols.copy_(rows)
+        index = build_index(rows, cols, 4, 4, out=Index(*lists))
+        assert same(tuple(index), tuple(build_index(rows, rows, 4, 4)))
+        new = torch.tensor([0])
+        assert replace_(rows, cols, index, 4, 4, torch.tensor([4]), new, new + 1) == 5
+        assert same(tuple(index), tuple(build_index(rows, cols, 4, 4)))
+        wide = torch.stack((rows, cols, cols), 1)  # the second and third column in strides, so copied when read
+        with pytest.raises(RuntimeError, match="must not share memory"):
+            build_index(wide[:, 0], wide[:, 1], 4, 4, out=index._replace(row_ptr=wide.view(-1)[2:7]))
+
+
+def test_a_pool_that_was_changed_while_it_was_read():
+    """A column list that is also the list of slots: 200000 writes into memory that was read as checked."""
+    n = 200_000
+    rows, cols = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    index = topology.empty_index(n, 1, n, torch.int64)._replace(row_slots=cols)
+    with pytest.raises(RuntimeError, match="must not share memory"):
+        build_index(rows, cols, n, 1, out=index)
+    assert not cols.any()
+
+
+def test_int32_reaches_as_far_as_index_dtype_says():
+    """Seen by which complaint comes first: lists for 2**31 - 1 rows would take 8 GiB."""
+    none = torch.zeros(0, dtype=torch.int32)
+    lists = topology.empty_index(1, 1, 0, torch.int32)
+    for size in ((2**31 - 1, 5), (5, 2**31 - 1), (2**31, 5), (5, 2**31)):
+        fits = topology.index_dtype(*size, 0) is torch.int32
+        with pytest.raises(RuntimeError, match="one entry more" if fits else "do not fit the dtype"):
+            torch.ops.rewire.build_index_(none, none, *size, *lists)
+
+
 # --- dormant connections ----------------------------------------------------------------------------------------------
 
 
@@ -263,6 +370,37 @@ def test_bad_dormant_arguments_raise():
         given_rows = torch.tensor(given_rows)
         with pytest.raises(RuntimeError, match=message):
             native.sample_dormant_in_rows(index.row_ptr, index.row_cols, 5, given_rows, given_rows, 0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("first", "last"), [(1, 9), (-(2**31), 9), (0, -1), (0, 10), (0, 2**31 - 1), (0, -(2**31))])
+@pytest.mark.parametrize("n_rows", [0, 4])
+def test_dormant_ones_of_a_pointer_list_with_wrong_ends(dtype, first, last, n_rows):
+    none = torch.empty(0, dtype=torch.int64)
+    ptr = build_index(*pool(4, 5, 9, 0, 0, dtype), 4, 5).row_ptr if n_rows else torch.zeros(1, dtype=dtype)
+    ptr[0] = first
+    if n_rows or not first:
+        ptr[-1] = last
+    cols = torch.zeros(9 if n_rows else 0, dtype=dtype)
+    native = torch.ops.rewire
+    for call in (
+        lambda: native.candidates(ptr, cols, 5, torch.arange(2), none, none),
+        lambda: native.sample_dormant(ptr, cols, 5, 2, none, none, 0, 0, 0),
+        lambda: native.sample_dormant_in_rows(ptr, cols, 5, none, none, 0, 0, 0),
+    ):
+        with pytest.raises(RuntimeError, match="row_ptr must start at 0 and end at"):
+            call()
+
+
+@pytest.mark.parametrize(("n_rows", "n_cols"), [(0, 5), (5, 0), (0, 0)])
+def test_dormant_ones_of_an_empty_matrix(n_rows, n_cols):
+    none = torch.empty(0, dtype=torch.int64)
+    index = build_index(none, none, n_rows, n_cols)
+    assert same(*both(topology.sample_dormant, index, n_rows, n_cols, 0, none, none, 1, 2, 3))
+    assert same(*both(topology.sample_dormant, index, n_rows, n_cols, 1, none, none, 1, 2, 3))
+    assert same(*both(topology.sample_dormant_in_rows, index, n_rows, n_cols, none, none, 1, 2, 3))
+    with pytest.raises(RuntimeError, match="rank is out of range"):
+        torch.ops.rewire.candidates(index.row_ptr, index.row_cols, n_cols, torch.tensor([0]), none, none)
 
 
 # --- the random walk --------------------------------------------------------------------------------------------------

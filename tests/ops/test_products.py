@@ -267,6 +267,56 @@ def test_bad_lists_raise(size, index_dtype, which, place, value, message):
         ops.sddmm(*lists, p.values.shape[0], x, x)
 
 
+GEOMETRY = ((1,), (1,), (0, 0), (1,), 1)
+
+
+@native
+@pytest.mark.parametrize("size", [10, 500])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("inner", ["negative", "large", "falling", "last falls"])
+def test_rows_are_checked_whatever_ptr_holds(size, index_dtype, inner):
+    """The work is shared out by a search in ptr, which must not leave rows out: their results would be anything."""
+    p = problem(size, size, size * size // 2, index_dtype=index_dtype)
+    ptr, idx, slots = p.by_row
+    x = torch.randn(16, size)
+    bad = ptr.clone()
+    if inner == "falling":
+        bad[1:-1] = ptr[1:-1].flip(0)
+    elif inner == "last falls":
+        bad[-2] = bad[-1] + 1
+    else:
+        bad[1:-1] = -1000 if inner == "negative" else torch.iinfo(index_dtype).max
+    images, ops_ = x[:, :, None], torch.ops.rewire
+    calls = [
+        lambda ptr: ops.spmm(ptr, idx, slots, p.values, x, None),
+        lambda ptr: ops.sddmm(ptr, idx, slots, p.values.shape[0], x, x),
+        lambda ptr: ops_.conv(ptr, idx, slots, p.values, images, None, size, *GEOMETRY, False),
+        lambda ptr: ops_.conv_input_gradient(ptr, idx, slots, p.values, images, (1,), size, *GEOMETRY, False),
+        lambda ptr: ops_.conv_value_gradient(ptr, idx, slots, p.values.shape[0], images, images, size, *GEOMETRY),
+    ]
+    for call in calls:
+        assert call(ptr).isfinite().all()
+        with pytest.raises(RuntimeError, match=r"ptr must .*never fall"):
+            call(bad)
+
+
+@native
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_only_a_rising_ptr_gives_a_result(data):
+    rows = data.draw(st.integers(2, 300))
+    p = problem(rows, 3, rows)
+    ptr, idx, slots = p.by_row
+    ptr = ptr.clone()
+    for _ in range(data.draw(st.integers(1, 5))):
+        ptr[data.draw(st.integers(1, rows - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1) | st.integers(0, rows))
+    x, g = torch.randn(2, 3), torch.randn(2, rows)
+    rising = bool((ptr[1:] >= ptr[:-1]).all())
+    for call in (lambda: ops.spmm(ptr, idx, slots, p.values, x, None), lambda: ops.sddmm(ptr, idx, slots, rows, g, x)):
+        with contextlib.nullcontext() if rising else pytest.raises(RuntimeError, match="never fall"):
+            call()
+
+
 @native
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())

@@ -364,7 +364,7 @@ struct PoolTensors {
       require(index_type(*t, op) == type, op, "rows, cols and the index must have one dtype");
       require(t->dim() == 1 && t->is_contiguous(), op, "rows, cols and the index must be contiguous lists");
     }
-    const int64_t bound = type == kInt32 ? std::numeric_limits<int32_t>::max() : std::numeric_limits<int64_t>::max();
+    const int64_t bound = type == kInt32 ? int64_t{1} << 31 : std::numeric_limits<int64_t>::max();
     require(n_rows >= 0 && n_cols >= 0 && n_rows < bound && n_cols < bound && rows.numel() < bound, op,
             "the dimensions do not fit the dtype of the index");
     require(row_ptr.numel() == n_rows + 1 && col_ptr.numel() == n_cols + 1, op,
@@ -375,12 +375,41 @@ struct PoolTensors {
   }
 };
 
+bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
+  const auto bytes = [](const Tensor& t) {  // of a list, from its first element to its last
+    return static_cast<uintptr_t>((t.numel() - 1) * t.stride(0) + 1) * (t.scalar_type() == ScalarType::Int ? 4 : 8);
+  };
+  return a.numel() > 0 && b.numel() > 0 && begin(a) < begin(b) + bytes(b) && begin(b) < begin(a) + bytes(a);
+}
+
+// What is validated and then written must not change by being written.
+void require_apart(const char* op, std::initializer_list<const Tensor*> written,
+                   std::initializer_list<const Tensor*> read) {
+  for (auto a = written.begin(); a != written.end(); ++a) {
+    for (auto b = written.begin(); b != a; ++b)
+      require(!share_memory(**a, **b), op, "rows, cols and the lists of the index must not share memory");
+    for (const Tensor* b : read)
+      require(!share_memory(**a, *b), op, "rows, cols and the lists of the index must not share memory");
+  }
+}
+
+// As as_integers, in memory of its own.
+Integers own_integers(const Tensor& t, const char* op) {
+  Integers result = as_integers(t, op);
+  if (result.converted.empty()) result.converted.assign(result.data, result.data + result.count);
+  result.data = result.converted.data();
+  return result;
+}
+
 Problem build_index_(const Tensor& rows_, const Tensor& cols_, int64_t n_rows, int64_t n_cols, const Tensor& row_ptr,
                      const Tensor& row_cols, const Tensor& row_slots, const Tensor& col_ptr, const Tensor& col_rows,
                      const Tensor& col_slots) {
   const Tensor rows = packed(rows_), cols = packed(cols_);
   const PoolTensors t{rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots, n_rows, n_cols};
-  return t.check("build_index_") == kInt32 ? build(t.pool<int32_t>()) : build(t.pool<int64_t>());
+  const int type = t.check("build_index_");
+  require_apart("build_index_", {&row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {&rows_, &cols_});
+  return type == kInt32 ? build(t.pool<int32_t>()) : build(t.pool<int64_t>());
 }
 
 Problem replace_(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr, const Tensor& row_cols,
@@ -389,12 +418,15 @@ Problem replace_(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr, 
                  const Tensor& new_cols_) {
   const char* op = "replace_";
   const PoolTensors t{rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots, n_rows, n_cols};
-  const Integers slots = as_integers(slots_, op), new_rows = as_integers(new_rows_, op);
-  const Integers new_cols = as_integers(new_cols_, op);
+  // Copies, because the caller's may be parts of what is written below.
+  const Integers slots = own_integers(slots_, op), new_rows = own_integers(new_rows_, op);
+  const Integers new_cols = own_integers(new_cols_, op);
   require(slots.count == new_rows.count && slots.count == new_cols.count, op,
           "slots, new rows and new columns must be equally many");
-  return t.check(op) == kInt32 ? replace(t.pool<int32_t>(), slots.data, new_rows.data, new_cols.data, slots.count)
-                               : replace(t.pool<int64_t>(), slots.data, new_rows.data, new_cols.data, slots.count);
+  const int type = t.check(op);
+  require_apart(op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
+  return type == kInt32 ? replace(t.pool<int32_t>(), slots.data, new_rows.data, new_cols.data, slots.count)
+                        : replace(t.pool<int64_t>(), slots.data, new_rows.data, new_cols.data, slots.count);
 }
 
 }  // namespace

@@ -33,21 +33,33 @@ struct CheckedList {
     return type == kInt32 ? static_cast<const int32_t*>(list.ptr)[row] : static_cast<const int64_t*>(list.ptr)[row];
   }
 
-  // Rows are shared out in chunks of about equal work (connections, plus one for the row itself). Chunk c starts
-  // at the first row before which c / chunks of the work lies: it depends on the topology only.
-  int64_t chunks() const { return std::clamp<int64_t>((connections + rows) / 64, 1, 256); }
-  int64_t chunk_start(int64_t chunk, int64_t chunks) const {
-    if (chunk == chunks) return rows;
-    const int64_t before = (connections + rows) / chunks * chunk;
-    int64_t low = 0, high = rows;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (at(middle) + middle < before)
-        low = middle + 1;
-      else
-        high = middle;
+};
+
+// The rows, shared out in chunks of about equal work (connections, plus one for the row itself). Chunk c starts at the
+// first row before which c / count of the work lies: it depends on the topology only. Whatever ptr holds, chunks follow
+// each other from row 0 to the last, because a search begins where the one before ended: so the kernels see, and
+// check, every row.
+struct Chunks {
+  static constexpr int64_t kMost = 256;
+  int64_t count, start[kMost + 1];
+
+  explicit Chunks(const CheckedList& list) : count(std::clamp<int64_t>((list.connections + list.rows) / 64, 1, kMost)) {
+    const int64_t each = (list.connections + list.rows) / count;
+    start[0] = 0;
+    for (int64_t chunk = 1; chunk < count; ++chunk) {
+      const auto early = [&](int64_t row) { return list.at(row) < each * chunk - row; };
+      int64_t low = start[chunk - 1], high = list.rows;
+      for (int64_t step = 1; step < high - low && early(low + step); step *= 2) low += step;
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (early(middle))
+          low = middle + 1;
+        else
+          high = middle;
+      }
+      start[chunk] = low;
     }
-    return low;
+    start[count] = list.rows;
   }
 };
 
@@ -104,15 +116,14 @@ Tensor spmm(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Ten
   const SpmmArgs args{list.list, values.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, runs.data,
                       y.mutable_data_ptr(), values.numel(), runs.features, runs.step, batch};
   const Blocks blocks(batch, type);
-  const int64_t chunks = list.chunks();
+  const Chunks chunks(list);
   const auto kernel = kernels().spmm[type][list.type];
   Failure failure;
   // Blocks are the outer loop: one block of all features fits the cache better.
-  for_each_item(blocks.count * chunks, (list.connections + list.rows) * batch < kSerialWork, [&](int64_t item) {
+  for_each_item(blocks.count * chunks.count, (list.connections + list.rows) * batch < kSerialWork, [&](int64_t item) {
     if (failure.seen()) return;
-    const int64_t block = item / chunks, chunk = item % chunks, b0 = blocks.start(block);
-    const int64_t row0 = list.chunk_start(chunk, chunks), row1 = list.chunk_start(chunk + 1, chunks);
-    failure.note(row0 > row1 ? kBadPointer : kernel(args, row0, row1, b0, blocks.start(block + 1) - b0));
+    const int64_t block = item / chunks.count, chunk = item % chunks.count, b0 = blocks.start(block);
+    failure.note(kernel(args, chunks.start[chunk], chunks.start[chunk + 1], b0, blocks.start(block + 1) - b0));
   });
   raise(failure.status, op);
   return y;
@@ -140,15 +151,14 @@ Tensor sddmm(const Tensor& ptr, const Tensor& idx, const Tensor& slots, int64_t 
   const SddmmArgs args{list.list, gs.data, xs.data, bytes, capacity, xs.features, gs.step, xs.step};
   // The same blocks of the batch as in spmm, but one after the other: each adds to the sums of those before it.
   const Blocks blocks(xs.batch, type);
-  const int64_t chunks = list.chunks();
+  const Chunks chunks(list);
   const auto kernel = kernels().sddmm[type][list.type];
   Failure failure;
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t b0 = blocks.start(block), width = blocks.start(block + 1) - b0;
-    for_each_item(chunks, (list.connections + list.rows) * width < kSerialWork, [&](int64_t chunk) {
+    for_each_item(chunks.count, (list.connections + list.rows) * width < kSerialWork, [&](int64_t chunk) {
       if (failure.seen()) return;
-      const int64_t row0 = list.chunk_start(chunk, chunks), row1 = list.chunk_start(chunk + 1, chunks);
-      failure.note(row0 > row1 ? kBadPointer : kernel(args, row0, row1, b0, width, block > 0));
+      failure.note(kernel(args, chunks.start[chunk], chunks.start[chunk + 1], b0, width, block > 0));
     });
   }
   raise(failure.status, op);

@@ -113,13 +113,17 @@ struct Complement {
         cols(static_cast<const I*>(cols_.const_data_ptr())),
         rows(ptr_.numel() - 1),
         length(cols_.numel()),
-        n_cols(n_cols_) {}
+        n_cols(n_cols_) {
+    require(ptr[0] == 0 && ptr[rows] >= 0 && ptr[rows] <= length, op,
+            "row_ptr must start at 0 and end at the number of connections, at most the length of row_cols");
+  }
 
   int64_t dormant_before(int64_t row) const { return row * n_cols - ptr[row]; }
   int64_t dormant() const { return dormant_before(rows); }
 
   // The row of a dormant position: the last one with dormant_before(row) <= rank. Ranks mostly come in ascending
-  // order, so the rows behind `guess` (0, or the row of the rank before) are tried first.
+  // order, so the rows behind `guess` (0, or the row of the rank before) are tried first. Only with rank < dormant(),
+  // so there is a row.
   int64_t row_of(int64_t rank, int64_t guess) const {
     int64_t low = dormant_before(guess) <= rank ? guess : 0, high = rows - 1;
     for (int tries = 0; tries < 8; ++tries, ++low)
