@@ -229,7 +229,7 @@ Tensor conv_value_gradient(const Tensor& ptr, const Tensor& idx, const Tensor& s
     require(gradient.size[a] == axes[a].target, op, "the gradient has another size than the output");
   Tensor result = empty_strided(x, {capacity}, {1});
   char* out = static_cast<char*>(result.mutable_data_ptr());
-  std::memset(out, 0, static_cast<size_t>(capacity * source.element));
+  std::fill_n(out, capacity * source.element, char{0});
   if (gradient_.numel() == 0 || x.numel() == 0) return result;
   const Plan plan(op, axes, source.batch, source.channels, outputs, type, 8);
   with_types(type, index_type(ptr, op), [&](auto t, auto i) {

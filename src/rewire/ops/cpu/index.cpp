@@ -84,7 +84,7 @@ Problem build(const Pool<I>& p) {
     p.by_col.slots[place] = slot;
   }
   for (I* list : {p.by_row.minor, p.by_row.slots, p.by_col.minor, p.by_col.slots})
-    std::memset(list + count, 0, static_cast<size_t>(p.capacity - count) * sizeof(I));
+    std::fill(list + count, list + p.capacity, I{0});
   return kNoProblem;
 }
 
