@@ -36,7 +36,7 @@ layers: install
 	$(BIN)/lint-imports
 
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 build: install
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,6 +1,6 @@
 """DEEP R on MNIST in its authors' setting, and baselines at the same budget, over several seeds.
 
-    python benchmarks/mnist_authors.py --data-dir DIR [--seeds 5] [--epochs 10] [--out docs/results/mnist_authors.json]
+    python benchmarks/mnist_authors.py --data-dir DIR [--seeds 5] [--jobs 2] [--out docs/results/mnist_authors.json]
 
 784-300-100-10 without biases, densities 1 / 3 / 30 % (K = 3552 of 266200), batch 10, SGD of rate 0.5 times 0.8 per
 epoch, 10 epochs, no validation split: the test set is looked at once per run, at its end. Each run is the command's
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def train(arguments: list[str], seed: int, data_dir: str, epochs: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = [sys.executable, "-m", "rewire", "train", *SETTING, *arguments, "--epochs", str(epochs), "--seed"]
-        command += [str(seed), "--data-dir", data_dir, "--run-dir", str(run_dir), "--quiet"]
+        command += [str(seed), "--threads", "1", "--data-dir", data_dir, "--run-dir", str(run_dir), "--quiet"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
         return result
@@ -51,13 +52,16 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     print("| method | connections | test accuracy, mean | each seed | paper | seconds, median |")
     print("| --- | --- | --- | --- | --- | --- |")
     results = {}
     for name, arguments in RUNS.items():
-        runs = [train(arguments, seed, options.data_dir, options.epochs) for seed in range(options.seeds)]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            each = (pool.submit(train, arguments, s, options.data_dir, options.epochs) for s in range(options.seeds))
+            runs = [future.result() for future in list(each)]
         results[name] = runs
         accuracy = [100 * run["test_accuracy"] for run in runs]
         print(

@@ -59,7 +59,8 @@ def _warm(kind: str = "rewire") -> None:
     for name in ("sgd", "momentum", "adam"):
         layer = SparseLinear(64, 64, bias=False, connections=500)
         optimizer = _optimizer(name, layer.parameters())
-        for method in (methods.SET(layer, optimizer), methods.DeepR(layer, optimizer)):
+        for make_method in (methods.SET, methods.DeepR):
+            method = make_method(layer, optimizer)
             layer(x).backward(g)
             optimizer.step()
             method.step()
