@@ -162,8 +162,8 @@ class SparseWeight(nn.Module):
     @property
     def index(self) -> Index:
         """The derived lists that kernels read (docs/architecture.md); treat as read-only."""
-        lists = self._buffers
-        return Index(*(lists[name] for name in _LISTS))  # type: ignore[arg-type]
+        b: dict[str, Any] = self._buffers  # asked for at every product: no generator, no attribute look-ups
+        return Index(b["row_ptr"], b["row_cols"], b["row_slots"], b["col_ptr"], b["col_rows"], b["col_slots"])
 
     def active(self) -> Tensor:
         """The active slots in (row, col) order; int64, length K."""
