@@ -274,3 +274,26 @@ def test_report_command(capsys) -> None:
     Path("r/report.html").write_text("old")
     assert works(capsys, "report", "r") == "r/report.html\n"
     assert Path("r/report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_folder_of_somebody_elses_is_not_used(capsys, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for extra in ([], ["--overwrite"]):
+        line = fails(capsys, "train", *QUICK, "--run-dir", "mine", *extra)
+        assert "thesis.tex" in line
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"my": 1}')
+    fails(capsys, "train", *QUICK, "--run-dir", "other", "--overwrite")
+    assert (tmp_path / "other" / "config.json").read_text() == '{"my": 1}'
+
+
+def test_one_method_with_its_parameters(capsys) -> None:
+    out = works(capsys, "methods", "set")
+    assert "fraction = 0.3" in out
+    assert "did you mean 'set'" in fails(capsys, "methods", "sett")
+
+
+def test_sizes_beyond_reason(capsys) -> None:
+    assert "--threads" in fails(capsys, "train", *QUICK, "--threads", "100000")
+    assert "--hidden" in fails(capsys, "train", "--hidden", "9" * 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rewire._version import __version__
@@ -39,6 +40,11 @@ def __getattr__(name: str) -> Any:
     value = importlib.import_module(f"rewire.{name}") if found is None else found
     globals()[name] = value
     return value
+
+
+if "torch" in sys.modules:
+    # Whoever uses torch already pays for no import, and torch.export.load needs the operators to be registered.
+    importlib.import_module("rewire.ops")
 
 
 def __dir__() -> list[str]:

@@ -73,7 +73,7 @@ def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator
     except BrokenPipeError:
         raise  # not a file of the run: `run` deals with it
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # how torch says MemoryError
+        if "allocate" not in str(error):  # how torch says MemoryError
             raise
         raise CliError(f"out of memory{how_to_go_on()}") from None
     except OSError as error:
@@ -248,12 +248,21 @@ def _show_result(place: RunDir, quiet: bool) -> None:
 
 @app.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method with its parameters.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every parameter.")] = False,
 ) -> None:
     """List the methods: paper, what they do, what they guarantee, memory."""
     from rewire import methods as registry
 
-    entries = [registry.info(name) for name in registry.available()]
+    if name is not None and name not in registry.available():
+        from rewire.train.config import check_name
+        from rewire.train.errors import TrainError
+
+        try:
+            check_name("methods", name, registry.available())
+        except TrainError as error:
+            raise CliError(str(error)) from None
+    entries = [registry.info(n) for n in registry.available() if name in (None, n)]
     if as_json:
         rows = [
             {
@@ -271,6 +280,13 @@ def methods(
             for entry in entries
         ]
         print(json.dumps(rows, indent=2))
+        return
+    if name is not None:
+        (entry,) = entries
+        print(f"{entry.name}: {entry.summary}\n{entry.paper}\nguarantees: {'; '.join(entry.guarantees)}")
+        print(f"memory: {entry.memory}\nparameters (--set name=value):")
+        for parameter in entry.parameters().values():
+            print(f"  {parameter.name} = {_plain(parameter.default)}\n      {parameter.help}")
         return
     from rich import box
     from rich.console import Console

@@ -74,7 +74,7 @@ def empty_index(
 def sample(n_rows: int, n_cols: int, connections: int, seed: int) -> tuple[Tensor, Tensor]:
     """A uniformly random topology with exactly ``connections`` connections, sorted by (row, col); int64.
 
-    Without replacement, so the budget is met exactly (methods.md 1.11, trap 1). O(K) memory.
+    Without replacement, so the budget is met exactly (DEEP R's authors draw with it and start below K). O(K) memory.
     """
     total = n_rows * n_cols
     if not 0 <= connections <= total:

@@ -356,3 +356,12 @@ def test_l1_from_a_schedule_is_checked_when_used() -> None:
             method.step()
     with pytest.raises(ValueError, match="l1 must be"):
         method.step()
+
+
+def test_a_frozen_pool_that_no_optimizer_has_is_left_out() -> None:
+    from rewire import param_groups
+
+    model = linear(torch.float32, 5)
+    model[2].weight.values.requires_grad_(False)
+    method = DeepR(model, torch.optim.AdamW(param_groups(model, 0.1, decay_sparse=False)))
+    assert [pool.name for pool in method.pools] == ["0.weight"]

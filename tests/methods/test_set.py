@@ -129,3 +129,18 @@ def test_bad_parameters_are_refused(parameters: dict[str, Any], message: str) ->
     model = linear(torch.float32, 1)
     with pytest.raises(ValueError, match=message):
         SET(model, torch.optim.SGD(model.parameters(), lr=0.1), **parameters)
+
+
+def test_a_grow_that_returns_too_few_is_refused() -> None:
+    model = linear(torch.float32, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def one(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([0]), torch.tensor([0])
+
+    method = Rewirer(model, optimizer, drop=Magnitude(), grow=one, fraction=0.25, every=1, seed=0)
+    model(torch.randn(3, 12)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"grow returned 1 rows .* 10 connections were dropped"):
+        method.step()
+    assert model[0].weight.connections == 40

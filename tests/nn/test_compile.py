@@ -174,3 +174,19 @@ def test_a_model_rewired_after_export_keeps_the_exported_one_consistent(dormant:
     after = model(x)
     y = exported(x)
     assert torch.allclose(y, after) or torch.allclose(y, before)
+
+
+def test_export_of_sequences_with_a_dynamic_batch(tmp_path: Any) -> None:
+    """(batch, time, features): the batch must not become a constant; and another process can load the program."""
+    import subprocess
+    import sys
+
+    model = make().eval()
+    exported = torch.export.export(model, (torch.randn(4, 7, 12),), dynamic_shapes=({0: torch.export.Dim("b")},))
+    x = torch.randn(9, 7, 12)
+    torch.testing.assert_close(exported.module()(x), model(x))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    path = str(tmp_path / "model.pt2")
+    code = f"import torch, rewire; print(torch.export.load({path!r}).module()(torch.ones(3, 7, 12)).shape)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"torch.Size([3, 7, {model(x).shape[-1]}])", done.stderr

@@ -58,7 +58,9 @@ class Attachment:
 
     def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> None:
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        weights = list(sparse_weights(model))
+        known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        # A frozen pool that no optimizer has is none of ours; a trainable one that was forgotten is found below.
+        weights = [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
         if not weights:
             raise ValueError(
                 "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
@@ -342,6 +344,6 @@ class Method(ABC):
             if float(pool.group.get("weight_decay", 0)) != 0:
                 raise ValueError(
                     f"{type(self).__name__} must not be combined with weight decay on sparse values, and the "
-                    f"optimizer decays {pool.name} by {pool.group['weight_decay']}: give the pools a parameter group "
-                    "with weight_decay=0"
+                    f"optimizer decays {pool.name} by {pool.group['weight_decay']}: make it with "
+                    "rewire.param_groups(model, weight_decay, decay_sparse=False), or without weight decay"
                 )

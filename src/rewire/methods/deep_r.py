@@ -44,7 +44,7 @@ class DeepR(Method):
 
     L1 and noise are decoupled from the optimizer: not preconditioned, scaled or clipped; they use the rate that
     the step used. With plain SGD this is the paper's update; with momentum or Adam the state of a new connection starts
-    afresh (methods.md 1.8). Weight decay on sparse values is refused.
+    afresh, as in RigL and SET. Weight decay on sparse values is refused.
 
     Args:
         l1: the prior's coefficient alpha; a float or a schedule over steps.

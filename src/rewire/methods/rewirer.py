@@ -39,12 +39,12 @@ class Rewirer(Method):
 
     Args:
         drop: criterion, see `rewire.methods.drop`.
-        grow: criterion, see `rewire.methods.grow`.
+        grow: criterion, see `rewire.methods.grow`; it must return as many connections as were dropped.
         fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over optimizer steps, or
             over epochs where ``every`` is "epoch".
         every: number of optimizer steps between updates, or "epoch".
         until: no update after this many steps (or epochs); None for never stopping.
-        values: of new connections; None for 0.
+        values: of new connections, ``(pool, count, seed, step) -> tensor``; None for 0.
     """
 
     def __init__(
@@ -86,6 +86,11 @@ class Rewirer(Method):
         for pool in pools:
             slots = self.drop(pool, fraction)
             rows, cols = self.grow(pool, slots, slots.numel(), self.seed, time)
+            if not rows.numel() == cols.numel() == slots.numel():
+                raise ValueError(
+                    f"grow returned {rows.numel()} rows and {cols.numel()} columns for {pool.name}, but "
+                    f"{slots.numel()} connections were dropped: the budget is kept only if as many grow"
+                )
             new = self.values(pool, slots.numel(), self.seed, time) if self.values else 0.0
             self._exchange(pool, slots, rows, cols, new)
         self.updates += 1

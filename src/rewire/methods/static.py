@@ -16,7 +16,7 @@ __all__ = ["Static"]
     guarantees=("K exact in every layer at every moment", "topology never changes"),
 )
 class Static(Method):
-    """Train the connections there are (methods.md 1.9): same K, plain optimizer, no signs, no noise, no L1.
+    """Train the connections there are, the paper's baseline: same K, plain optimizer, no signs, no noise, no L1.
 
     Cost: nothing.
     """

@@ -150,6 +150,8 @@ def sparse_linear(
         raise RuntimeError(f"x has shape {tuple(x.shape)}, but the layer takes (..., {in_features})")
     if x.dim() == 2:
         return _apply(x, values, bias, index, capture, contiguous_output)
-    lead = x.shape[:-1]
-    flat = _apply(x.reshape(lead.numel(), in_features), values, bias, index, capture, contiguous_output)
-    return flat.view(*lead, index.row_ptr.shape[0] - 1)
+    if x.dim() == 1:
+        return _apply(x.unsqueeze(0), values, bias, index, capture, contiguous_output).squeeze(0)
+    # flatten, not reshape to a product of sizes: an exported program would take that product for a constant.
+    flat = _apply(x.flatten(0, -2), values, bias, index, capture, contiguous_output)
+    return flat.view(*x.shape[:-1], index.row_ptr.shape[0] - 1)

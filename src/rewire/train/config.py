@@ -19,7 +19,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 FREE_ON_RESUME = frozenset({"data_dir", "mirror", "checkpoint_every"})
 
 MethodOption = bool | int | float | str | None
-Size = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, lt=2**40)]  # beyond that torch cannot count the elements of a weight
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -49,7 +49,7 @@ class TrainConfig(BaseModel):
     epochs: Size = 20
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validation: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
-    threads: Size | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
 
     def to_json(self) -> str:

@@ -45,6 +45,16 @@ class RunDir:
                 f"--run-dir {self.path} already has a run; continue it with --resume, "
                 "replace it with --overwrite, or choose another folder"
             )
+        if not self.has_run() and self.path.is_dir():
+            # A run that was killed while it was being replaced may have left files of its own.
+            ours = (MODEL, REPORT, checkpoint.COMMIT.partition(".")[0], ".")
+            strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(ours))
+            if strangers:
+                raise TrainError(
+                    f"--run-dir {self.path} has other files and no run ({strangers[0]}); choose a new or empty folder"
+                )
+        if self.has_run() and overwrite and (self.path / CONFIG).exists():
+            self.read_config()  # refuses a config.json that is not a run's
 
     def start(self, config: TrainConfig, *, overwrite: bool) -> None:
         """Make the folder ready for a new run; only files of a former run are ever removed."""
