@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["DISTRIBUTIONS", "connections_of", "distribute", "er", "erk", "uniform"]
+__all__ = ["DISTRIBUTIONS", "allowed", "connections_of", "distribute", "er", "erk", "uniform"]
 
 Shapes = Sequence[Sequence[int]]
 
@@ -57,6 +57,23 @@ def connections_of(density: float, size: int) -> int:
             f"use at least {1 / size:.3g}, or say connections="
         )
     return connections
+
+
+def allowed(size: int, connections: int | None = None, density: float | None = None) -> int:
+    """K of a weight of ``size`` potential connections, from exactly one of ``connections`` and ``density``.
+
+    Raises ValueError where both or none are given, or K is not a whole number from 1 to ``size``.
+    """
+    if (connections is None) == (density is None):
+        raise ValueError("give exactly one of connections= and density=")
+    if density is not None:
+        return connections_of(density, size)
+    assert connections is not None
+    if not 1 <= connections <= size or int(connections) != connections:
+        raise ValueError(
+            f"connections must be a whole number between 1 and {size} (all potential ones), not {connections}"
+        )
+    return int(connections)
 
 
 def _checked(shapes: Shapes) -> Shapes:

@@ -18,6 +18,7 @@ twins (``torch.ops.rewire.*``) with bit-identical results:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ __all__ = [
     "empty_index",
     "fingerprint",
     "index_dtype",
+    "matrix_size",
     "position_signs",
     "replace_",
     "sample",
@@ -56,6 +58,13 @@ class Index(NamedTuple):
     col_ptr: Tensor
     col_rows: Tensor
     col_slots: Tensor
+
+
+def matrix_size(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight of ``shape`` (output dimension first) as a matrix; ValueError if it is none."""
+    if len(shape) < 2 or any(int(n) != n or n < 1 for n in shape):
+        raise ValueError(f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}")
+    return int(shape[0]), math.prod(int(n) for n in shape[1:])
 
 
 def index_dtype(rows: int, cols: int, capacity: int) -> torch.dtype:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
-from rewire import random, topology
-from rewire.budget import connections_of
+from rewire import budget, random, topology
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
 from rewire.topology import Index, TopologyError
@@ -66,8 +65,8 @@ class SparseWeight(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        size = _matrix_size(shape)
-        connections = _budget(size[0] * size[1], connections, density)
+        size = topology.matrix_size(shape)
+        connections = budget.allowed(size[0] * size[1], connections, density)
         self._allocate(torch.Size(shape), capacity, connections, device, dtype)
         if self.values.device.type != "meta":
             drawn = topology.sample(*size, connections, random.seed_from(generator))
@@ -91,7 +90,7 @@ class SparseWeight(nn.Module):
                 "rows, cols and values must be 1-D and equally long, "
                 f"not {tuple(rows.shape)}, {tuple(cols.shape)} and {tuple(values.shape)}"
             )
-        _matrix_size(shape)
+        topology.matrix_size(shape)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._allocate(torch.Size(shape), capacity, rows.numel(), device or values.device, dtype or values.dtype)
@@ -103,12 +102,12 @@ class SparseWeight(nn.Module):
     @classmethod
     def from_dense(cls, dense: Tensor, *, connections: int | None = None, capacity: int | None = None) -> SparseWeight:
         """The non-zero entries of ``dense``, or its ``connections`` largest in magnitude (ties: lowest position)."""
-        rows, cols = _matrix_size(dense.shape)
+        rows, cols = topology.matrix_size(dense.shape)
         flat = dense.detach().reshape(-1)
         if connections is None:
             keep = flat.nonzero().flatten()
         else:
-            _budget(rows * cols, connections, None)
+            budget.allowed(rows * cols, connections)
             keep = torch.sort(torch.sort(-flat.abs(), stable=True).indices[:connections]).values
         return cls.from_coo(dense.shape, keep // cols, keep % cols, flat[keep], capacity=capacity)
 
@@ -485,22 +484,3 @@ class SparseWeight(nn.Module):
             mine.copy_(new)
         self._connections = int(self.index.row_ptr[-1].item())
         self._changed(Event(self, torch.arange(capacity, device=device), loaded=True))
-
-
-def _matrix_size(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) < 2 or any(int(n) != n or n < 1 for n in shape):
-        raise ValueError(f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}")
-    return int(shape[0]), math.prod(int(n) for n in shape[1:])
-
-
-def _budget(size: int, connections: int | None, density: float | None) -> int:
-    if (connections is None) == (density is None):
-        raise ValueError("give exactly one of connections= and density=")
-    if density is not None:
-        return connections_of(density, size)
-    assert connections is not None
-    if not 1 <= connections <= size or int(connections) != connections:
-        raise ValueError(
-            f"connections must be a whole number between 1 and {size} (all potential ones), not {connections}"
-        )
-    return int(connections)
