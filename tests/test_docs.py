@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from rewire import methods
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_first_example_runs() -> None:
@@ -29,3 +31,15 @@ def test_first_example_runs() -> None:
 def test_method_table_is_the_registry() -> None:
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (O\(\w\)) \|$", README, re.MULTILINE))
     assert rows == {name: methods.info(name).memory for name in methods.available()}
+
+
+def test_results_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "docs" / "results" / "mnist_authors.json").read_text())["results"]
+    rows = re.findall(r"^\| ([^|]+) \| (\d\d\.\d\d) % \| ([\d., ]+) \|", README, re.MULTILINE)
+    assert len(rows) == len(measured)
+    for name, mean, each in rows:
+        runs = measured[name.replace("`--init sparse`", "started at sparse fan-in")]
+        accuracy = [100 * run["test_accuracy"] for run in runs]
+        assert mean == f"{sum(accuracy) / len(accuracy):.2f}"
+        assert each == ", ".join(f"{a:.2f}" for a in accuracy)
+    assert sum(r["test_accuracy"] for r in measured["DEEP R, fixed signs"]) / 5 >= 0.965
