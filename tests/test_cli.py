@@ -297,3 +297,18 @@ def test_one_method_with_its_parameters(capsys) -> None:
 def test_sizes_beyond_reason(capsys) -> None:
     assert "--threads" in fails(capsys, "train", *QUICK, "--threads", "100000")
     assert "--hidden" in fails(capsys, "train", "--hidden", "9" * 20)
+
+
+def test_files_of_a_run_that_parse_but_lack_something(capsys) -> None:
+    works(capsys, "train", *QUICK, "--run-dir", "run")
+    result = Path("run/result.json").read_text()
+    for damaged in ("{}", "[1]", result[:40]):
+        Path("run/result.json").write_text(damaged)
+        assert "--resume" in fails(capsys, "train", "--resume", "--run-dir", "run")
+        assert "run" in fails(capsys, "report", "run")
+    Path("run/result.json").unlink()
+    works(capsys, "train", "--resume", "--run-dir", "run")
+    before, after = json.loads(result), json.loads(Path("run/result.json").read_text())
+    assert before | {"seconds": 0} == after | {"seconds": 0}
+    Path("run/metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert "damaged" in fails(capsys, "report", "run")

@@ -314,6 +314,8 @@ def report_command(
         print(report.write(run_dir))
     except report.ReportError as error:
         raise CliError(str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:  # files that parse, but do not say what a run's files say
+        raise CliError(f"a file in {run_dir} is damaged or of another run: {error!r}") from None
     except OSError as error:
         raise CliError(f"cannot write {error.filename}: {error.strerror}") from None
 

@@ -118,13 +118,17 @@ class RunDir:
     def read_result(self) -> dict[str, Any]:
         """Read `result.json`."""
         path = self.path / RESULT
+        again = "remove this file and --resume the run, which makes it anew"
         try:
             result = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise TrainError(f"cannot read {path}: {error}") from None
-        if not isinstance(result, dict):
-            raise TrainError(f"cannot read {path}: it does not hold a result")
-        return result
+            raise TrainError(f"cannot read {path}: {error}; {again}") from None
+        keys = ("test_accuracy", "test_loss", "connections", "possible_connections", "density", "seconds", "info")
+        lacking = [key for key in keys if not isinstance(result, dict) or key not in result]
+        if lacking:
+            raise TrainError(f"cannot read {path}: {lacking[0]} is missing; {again}")
+        found: dict[str, Any] = result
+        return found
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
