@@ -129,10 +129,8 @@ class OptimizerFollower:
                 del optimizer.state[parameter]
             return
         if event.source is not None:
-            state = optimizer.state.get(parameter, {})
-            for key, value, initial in list(_per_slot(optimizer, parameter, event.source.numel())):
+            for _, value, initial in _per_slot(optimizer, parameter, event.source.numel()):
                 value.copy_(_gathered(value, event.source, initial))
-                state[key] = value
             carry_optimizer_state(optimizer, parameter, event.source)
         if event.slots.numel():
             reset_optimizer_state(optimizer, parameter, event.slots)
