@@ -14,10 +14,17 @@ from torch.optim import Optimizer
 from rewire import random
 from rewire.nn import Follower, SparseWeight, follow_optimizer, sparse_weights
 
-__all__ = ["Attachment", "Evaluate", "Method", "Pool", "Purpose"]
+__all__ = ["Attachment", "Data", "Evaluate", "Method", "Pool", "Purpose"]
 
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
+
+#: Training data for methods that look at activations (parameter ``data`` of their constructors): an iterable that can
+#: be gone through again and again, of batches, each the input or a tuple or list that begins with it.
+Data = Iterable[Any]
+
+#: The attachment of the method that last took a model, for models without pools (a pool keeps its own claim).
+_CLAIMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
 class Purpose:
@@ -53,15 +60,16 @@ class Attachment:
     """The tie between a method and the optimizers: checks, followers, counting real steps, learning rates.
 
     Raises ValueError at construction if a pool is in no optimizer or in two groups (the usual cause: `sparsify` after
-    the optimizer was made), or the optimizer cannot train pools (`rewire.nn.followers.check_optimizer`).
+    the optimizer was made), or the optimizer cannot train pools (`rewire.nn.followers.check_optimizer`). ``dense`` is
+    for methods that start from a dense model: then there need not be any pools.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> None:
+    def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *, dense: bool = False) -> None:
         self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         # A frozen pool that no optimizer has is none of ours; a trainable one that was forgotten is found below.
         weights = [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
-        if not weights:
+        if not weights and not dense:
             raise ValueError(
                 "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
             )
@@ -80,11 +88,18 @@ class Attachment:
 
         self._handles += [o.register_step_post_hook(stepped) for o in self.optimizers]
         self._fresh: set[int] = set()
+        self._moved = False
         self.seen = False
         for pool in self.pools:
             earlier = pool.weight.claim(self)
             if isinstance(earlier, Attachment):
                 earlier.detach()
+        if dense:
+            claim = _CLAIMS.get(model)
+            before = claim() if claim is not None else None
+            if before is not None:
+                before.detach()
+            _CLAIMS[model] = here
 
     def _pool(self, number: int, name: str, weight: SparseWeight) -> Pool:
         homes = [
@@ -103,7 +118,7 @@ class Attachment:
         return Pool(number, name, weight, *homes[0])
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        self.seen = True
+        self.seen = self._moved = True
         for pool in self.pools:
             values = pool.weight.values
             # Frozen values, and those that got no gradient, have not been moved: they took no part in this step.
@@ -115,6 +130,11 @@ class Attachment:
         """The pools that optimizers have really moved since the last call (a GradScaler may skip a step)."""
         fresh, self._fresh = self._fresh, set()
         return [pool for pool in self.pools if pool.number in fresh]
+
+    def moved(self) -> bool:
+        """Whether any optimizer has really stepped since the last call."""
+        moved, self._moved = self._moved, False
+        return moved
 
     def follow(self, pool: Pool, follower: Follower) -> None:
         """Tell ``follower`` of the pool's changes until `detach`."""
@@ -150,15 +170,18 @@ class Method(ABC):
 
     #: Set where a paper forbids decay of sparse values; construction then refuses an optimizer that has it.
     forbids_weight_decay: ClassVar[bool] = False
+    #: Set by methods that start from an ordinary dense model and need no sparse weights in it.
+    starts_dense: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
     ) -> None:
         self.model = model
-        self._attachment = Attachment(model, optimizer)
+        self._attachment = Attachment(model, optimizer, dense=self.starts_dense)
+        self.optimizers = self._attachment.optimizers
         self.pools = self._attachment.pools
         if seed is None:
-            agreed = self.pools[0].weight.shared_seed
+            agreed = self.pools[0].weight.shared_seed if self.pools else None
             seed = random.seed_from() if agreed is None else agreed
         if not 0 <= seed < random.SEED_BOUND:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
@@ -176,7 +199,7 @@ class Method(ABC):
 
     def penalty(self) -> Tensor:
         """The method's own term of the loss (a scalar); 0 for methods that act in `step`."""
-        return torch.zeros((), device=self.pools[0].weight.device)
+        return torch.zeros((), device=self.optimizers[0].param_groups[0]["params"][0].device)
 
     @final
     @torch.no_grad()
@@ -184,7 +207,7 @@ class Method(ABC):
         """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does nothing."""
         self._check_attached()
         pools = self._attachment.take()
-        if not pools:
+        if not (pools or (self.starts_dense and self._attachment.moved())):
             for pool in self.pools:  # what was captured belongs to no step
                 pool.weight.capture = None
             self._request_capture()

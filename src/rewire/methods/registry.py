@@ -18,6 +18,9 @@ __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
 
 Memory = Literal["O(K)", "O(M)"]
 
+#: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
+_SERVICES = ("seed", "data")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -35,7 +38,8 @@ class MethodInfo:
 
     keeps_budget: how K is kept: "every step" (exactly, after every step), "every update", or "no".
     memory: "O(K)" (truly sparse) or "O(M)" (needs dense state).
-    needs: "" or what the method must be given ("gradients", "activations", a trained model, ...).
+    needs: "" or what the method must be given ("gradients", "activations", a trained model, ...). "activations" means
+        that its constructor takes ``data=`` (`rewire.methods.base.Data`).
     """
 
     name: str
@@ -48,14 +52,19 @@ class MethodInfo:
     needs: str = ""
 
     def parameters(self) -> dict[str, Parameter]:
-        """The method's own hyper-parameters (keyword-only, without ``seed``), by name."""
+        """The method's own hyper-parameters (keyword-only, without ``seed`` and ``data``), by name."""
         hints = get_type_hints(self.cls.__init__)
         text = inspect.getdoc(self.cls) or ""
         return {
             p.name: Parameter(p.name, hints.get(p.name, Any), p.default, _help(text, p.name))
             for p in inspect.signature(self.cls.__init__).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "seed"
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in _SERVICES
         }
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether the constructor takes ``data=``: batches to compute activations from."""
+        return "data" in inspect.signature(self.cls.__init__).parameters
 
 
 def _help(doc: str, name: str) -> str:
@@ -108,7 +117,7 @@ def create(name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimize
     entry = info(name)
     allowed = entry.parameters()
     for given in parameters:
-        if given not in allowed and given != "seed":
+        if given not in allowed and not (given == "seed" or (given == "data" and entry.takes_data)):
             near = get_close_matches(given, allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             names = ", ".join(allowed) or "none"
