@@ -261,3 +261,50 @@ def test_state_of_another_method_or_model_is_refused(name: str) -> None:
         run.method.load_state_dict({k: v for k, v in state.items() if k != "epochs"})
     with pytest.raises(ValueError, match="model with weights"):
         run.method.load_state_dict(state | {"dropped": {"elsewhere.weight": 0}})
+
+
+@all_cases
+def test_sorting_the_slots_changes_nothing_but_their_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots are put in order by a count that is saved; a resumed run sorts at the same step, and K stays exact."""
+    monkeypatch.setattr(methods.Method, "sort_from", 1)
+    whole, first = Run(case, optimizer="adam"), Run(case, optimizer="adam")
+    moves = 0
+
+    def count(event: Event) -> None:
+        nonlocal moves
+        moves += event.source is not None
+
+    for weight in whole.weights().values():
+        weight.follow(count)
+    for _ in range(24):
+        whole.step()
+        for weight in whole.weights().values():
+            assert_sound(weight)
+    for _ in range(11):
+        first.step()
+    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
+    second = Run(case, optimizer="adam", seed=99, method_seed=1234)
+    second.model.load_state_dict(saved[0])
+    second.optimizer.load_state_dict(saved[1])
+    second.method.load_state_dict(saved[2])
+    second.time = 11
+    for _ in range(13):
+        second.step()
+    assert_identical(whole.snapshot(), second.snapshot())
+    stats = whole.method.stats()
+    expected = {name for name, grown in stats["grown"].items() if grown >= 2 * whole.weights()[name].connections}
+    assert moves > 0 or not expected
+
+
+def test_sorted_slots_compute_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SET with and without sorting: bit-identical networks, because the kernels read by position."""
+    networks = []
+    for sort_from in (1, 1 << 40):
+        monkeypatch.setattr(methods.Method, "sort_from", sort_from)
+        run = Run(("set", {"every": 1, "fraction": 0.5}), optimizer="adam")
+        for _ in range(12):
+            run.step()
+        networks.append({name: weight.coo() for name, weight in run.weights().items()})
+    for name in networks[0]:
+        for one, other in zip(networks[0][name], networks[1][name], strict=True):
+            assert torch.equal(one, other)

