@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import sys
@@ -19,7 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rewire
 from rewire.distributed import TopologyMismatch, prepare
-from rewire.nn import SparseLinear, sparse_weights
+from rewire.nn import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseGRU,
+    SparseLinear,
+    SparseLSTM,
+    SparseMultiheadAttention,
+    SparseRNN,
+    sparse_weights,
+)
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
@@ -84,6 +95,61 @@ def agree_where_budget_moves_between_layers() -> None:
 
 def agree_where_fan_in_is_kept() -> None:
     agree_after_200_steps(50, scope="neuron", signs="redrawn")
+
+
+class Last(nn.Module):
+    """A recurrent or attention layer that reads (batch, 20) as 5 positions of 4 features; sums over positions."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(-1, 5, 4)
+        y = self.body(x, x, x) if isinstance(self.body, SparseMultiheadAttention) else self.body(x)
+        return y[0].sum(1)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "conv1d": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 5)), SparseConv1d(4, 2, 3, padding=1, density=0.5), nn.Flatten(), nn.Linear(10, 4)
+    ),
+    "conv2d": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2, 5)), SparseConv2d(2, 4, (2, 5), groups=2, density=0.5), nn.Flatten()
+    ),
+    "conv3d": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2, 5)), SparseConv3d(1, 4, (2, 2, 5), density=0.5), nn.Flatten()
+    ),
+    "rnn": lambda: Last(SparseRNN(4, 4, batch_first=True, density=0.5)),
+    "lstm": lambda: Last(SparseLSTM(4, 2, bidirectional=True, batch_first=True, density=0.5)),
+    "gru": lambda: Last(SparseGRU(4, 4, batch_first=True, density=0.5)),
+    "attention": lambda: Last(SparseMultiheadAttention(4, 2, batch_first=True, density=0.5)),
+}
+
+
+def every_layer_type_trains() -> None:
+    """The gradient is the mean over ranks: two processes of 8 samples each equal one that sees all 16."""
+    for name, build in LAYERS.items():
+        torch.manual_seed(100 + dist.get_rank())
+        plain = prepare(build())
+        ddp = DistributedDataParallel(plain)  # the ranks agree on the values from here on
+        alone = copy.deepcopy(plain)
+        alone_optimizer = optim.SGD(alone.parameters(), lr=0.2)
+        alone_method = rewire.methods.DeepR(alone, alone_optimizer, l1=1e-2, noise=0.1, seed=5)
+        optimizer = optim.SGD(plain.parameters(), lr=0.2)
+        method = rewire.methods.DeepR(plain, optimizer, l1=1e-2, noise=0.1, seed=5)
+        for step in range(4):
+            x = torch.randn(16, 20, generator=torch.Generator().manual_seed(step))
+            mine = x[8 * dist.get_rank() :][:8]
+            for network, batch, opt, m in ((ddp, mine, optimizer, method), (alone, x, alone_optimizer, alone_method)):
+                opt.zero_grad()
+                nn.functional.cross_entropy(network(batch), batch[:, :4].argmax(1)).backward()
+                opt.step()
+                m.step()
+        assert sum(method.stats()["grown"].values()) > 0, name
+        for (key, value), (_, other) in zip(plain.state_dict().items(), alone.state_dict().items(), strict=True):
+            torch.testing.assert_close(value, other, msg=f"{name}: {key}", rtol=1e-3, atol=1e-5)
+        assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
 
 
 def a_seed_can_be_given() -> None:
@@ -153,6 +219,7 @@ SCENES: list[Callable[[], None]] = [
     agree_after_200_steps,
     agree_where_budget_moves_between_layers,
     agree_where_fan_in_is_kept,
+    every_layer_type_trains,
     a_seed_can_be_given,
     a_one_sided_rewire_is_found,
     another_rewire_on_each_rank_is_found,

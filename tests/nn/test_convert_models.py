@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import rewire
+from rewire.bench.networks import resnet18
 from rewire.nn import (
+    SparseConv2d,
     SparseLinear,
     SparseLSTM,
     SparseMultiheadAttention,
@@ -139,6 +141,33 @@ def test_encoder_compiles(training):
 
 
 # --- recurrent models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
+def test_resnet(training, channels_last):
+    """A ResNet-18: outputs, gradients and BatchNorm statistics equal those of the dense network it stands for."""
+    torch.manual_seed(0)
+    sparse = sparsify(resnet18(classes=5), density=0.1, distribution="erk").train(training).double()
+    assert sum(isinstance(m, SparseConv2d) for m in sparse.modules()) == 20
+    assert not any(type(m) is nn.Conv2d for m in sparse.modules())
+    dense = densify(copy.deepcopy(sparse))
+    assert sum(type(m) is nn.Conv2d for m in dense.modules()) == 20
+    x = torch.randn(3, 3, 40, 40, dtype=torch.float64)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+        dense = dense.to(memory_format=torch.channels_last)
+    results = []
+    for model in (sparse, dense):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad, model[1].weight.grad))
+    torch.testing.assert_close(results[0], results[1])
+    buffers = dict(dense.named_buffers())
+    for name, buffer in sparse.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(buffer, buffers[name])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

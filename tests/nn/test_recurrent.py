@@ -310,11 +310,11 @@ def test_autocast_narrows_results_only(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
-@pytest.mark.parametrize("kind", ["gru", "projected"])
-def test_compiles(kind):
+@pytest.mark.parametrize(("kind", "backend"), [("gru", "aot_eager"), ("projected", "aot_eager"), ("lstm", "inductor")])
+def test_compiles(kind, backend):
     torch._dynamo.reset()
     layer = build(kind, bidirectional=True, batch_first=True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
     hx = initial(layer, 2)
     leaves = [x, *tensors(hx)]
