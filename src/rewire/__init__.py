@@ -11,6 +11,7 @@ from rewire._version import __version__
 if TYPE_CHECKING:
     from rewire import budget, distributed, ema, methods, nn, ops, schedules
     from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
+    from rewire.nn.cut import to_sparse
     from rewire.nn.summary import summary
 
 __all__ = [
@@ -27,9 +28,10 @@ __all__ = [
     "sparse_weights",
     "sparsify",
     "summary",
+    "to_sparse",
 ]
 
-_FROM_NN = frozenset({"densify", "param_groups", "sparse_weights", "sparsify", "summary"})
+_FROM_NN = frozenset({"densify", "param_groups", "sparse_weights", "sparsify", "summary", "to_sparse"})
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
+from rewire.nn.cut import to_sparse
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
 from rewire.nn.linear import SparseLinear
@@ -32,4 +33,5 @@ __all__ = [
     "sparse_weights",
     "sparsify",
     "summary",
+    "to_sparse",
 ]

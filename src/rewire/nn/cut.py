@@ -1,0 +1,259 @@
+"""From a dense model and masks to truly sparse layers, with the optimizers following."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire.nn.convert import _join, _keep_frozen, _layers, _refuse_shared, _swap
+from rewire.nn.followers import check_optimizer, reset_optimizer_state
+from rewire.nn.kinds import KINDS, Kind, kind_of
+from rewire.nn.weight import SparseWeight
+
+__all__ = ["dense_weights", "to_sparse"]
+
+#: What a layer's hooks are kept in; handed on as the objects they are, so that the handles users hold stay valid.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A weight to be cut: the parameter it is (a part of) and the connections that stay.
+
+    first: place of the weight's first entry in the flattened parameter (attention stacks three weights in one).
+    kept: int64, ascending positions in the flattened weight.
+    """
+
+    path: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    first: int
+    kept: Tensor
+
+
+def to_sparse(
+    model: nn.Module, masks: Mapping[str, Tensor], optimizers: Optimizer | Iterable[Optimizer] = ()
+) -> nn.Module:
+    """Replace dense layers by sparse ones that hold exactly the connections of ``masks``, in place; returns the model.
+
+    Args:
+        model: any model; a model that is itself such a layer is not replaced in place, so use what is returned.
+        masks: boolean tensor of the weight's shape by the name of the weight (``"fc1.weight"``,
+            ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for layers of one weight, of the layer
+            (``"fc1"``). True stays, also where the value is 0. The other weights of a chosen layer (a layer is sparse
+            as a whole) stay complete.
+        optimizers: those that train the model. The pool's values take the place of the dense parameter in its
+            parameter group, with the state and the gradient of the entries that stay, so training goes on as that of
+            the masked dense model would. Every elementwise optimizer of `torch.optim` can; Adafactor's factored
+            second moment is multiplied out.
+
+    Values, gradients and state are exact copies, in (row, column) order of the slots; biases and all other parameters
+    stay the objects they are. Forward and backward hooks of a layer move to its sparse twin, hooks on the weight tensor
+    are lost. A weight of which nothing stays keeps a pool of one empty slot: its layer then gives its bias alone.
+
+    Layers that can be cut are those `sparsify` converts. Raises ValueError for a name or shape that does not fit, a
+    layer of another type (also one with a parametrization or `torch.nn.utils.prune` on it), a parameter that layers
+    share, an optimizer that cannot train pools or keeps state of another shape; the model and the optimizers are then
+    unchanged. Cost: O(M) time, as for reading the masks.
+    """
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    chosen = _chosen(model, masks)
+    _refuse_shared(model, {name: layer for name, (layer, _, _) in chosen.items()})
+    cuts = [cut for _, _, weights in chosen.values() for cut in weights]
+    moves = [move for o in optimizers for move in _moves(o, {id(cut.parameter) for cut in cuts})]
+    values: dict[int, list[tuple[_Cut, nn.Parameter]]] = {}
+
+    def sparse(name: str) -> nn.Module:
+        layer, kind, weights = chosen[name]
+        made = _twin(layer, kind)
+        _keep_frozen(made, layer)
+        for cut in weights:
+            pool = _pool(cut)
+            parent, _, leaf = cut.path.rpartition(".")
+            setattr(made.get_submodule(parent), leaf, pool)
+            values.setdefault(id(cut.parameter), []).append((cut, pool.values))
+        replaced = {id(cut.parameter) for cut in weights}
+        for path, parameter in list(layer.named_parameters()):
+            if id(parameter) not in replaced:
+                parent, _, leaf = path.rpartition(".")
+                made.get_submodule(parent).register_parameter(leaf, parameter)
+        for hooks in _HOOKS:
+            setattr(made, hooks, getattr(layer, hooks))
+        return made.train(layer.training)
+
+    model = _swap(model, chosen, sparse)
+    for module in model.modules():
+        # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SparseWeight) for m in module.modules()):
+            module.use_nested_tensor = False
+    for move in moves:
+        move.to(values[id(move.parameter)])
+    return model
+
+
+def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
+    """What could be cut: (name of the weight, of its layer, the layer, the weight) for every dense layer of `KINDS`.
+
+    The tensor is the parameter, or the view of a parameter that attention stacks (`torch.nn.MultiheadAttention`).
+    """
+    for name, layer, kind in _layers(model, kind_of):
+        for path, weight in kind.weights(layer).items():
+            yield _join(name, path), name, layer, weight
+
+
+def _chosen(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
+    """The layers that masks are for, with what stays of each of their weights; everything about names and shapes."""
+    if not masks:
+        raise ValueError("there is no mask, so there is nothing to cut: give one for at least one weight")
+    found = {name: (layer, kind) for name, layer, kind in _layers(model, kind_of)}
+    weights = {(name, path): w for name, (layer, kind) in found.items() for path, w in kind.weights(layer).items()}
+    names = {_join(*key): key for key in weights}
+    for name in found:
+        own = [key for key in weights if key[0] == name]
+        if len(own) == 1:
+            names.setdefault(name, own[0])
+    given: dict[tuple[str, str], Tensor] = {}
+    for name, mask in masks.items():
+        if name not in names:
+            raise ValueError(
+                f"{name!r} is no weight that can be cut: there are {', '.join(map(repr, names)) or 'none'} (layers "
+                f"{', '.join(kind.dense.__name__ for kind in KINDS)} of torch.nn themselves, without parametrization)"
+            )
+        key = names[name]
+        if key in given:
+            raise ValueError(f"two masks are for {_join(*key)}: give one")
+        shape = tuple(weights[key].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"the mask of {name} must be a boolean tensor of shape {shape}, not {got}")
+        given[key] = mask
+    chosen: dict[str, tuple[nn.Module, Kind, list[_Cut]]] = {}
+    for name in dict.fromkeys(layer for layer, _ in given):
+        layer, kind = found[name]
+        parts = kind.weights(layer).items()
+        chosen[name] = layer, kind, [_cut(name, layer, path, w, given.get((name, path))) for path, w in parts]
+    return chosen
+
+
+def _cut(name: str, layer: nn.Module, path: str, weight: Tensor, mask: Tensor | None) -> _Cut:
+    owner = weight if isinstance(weight, nn.Parameter) else weight._base
+    if not isinstance(owner, nn.Parameter) or not any(owner is p for p in layer.parameters()):
+        raise ValueError(
+            f"{_join(name, path)} is no parameter but computed from others: remove what computes it "
+            "(torch.nn.utils.prune, a weight norm) first"
+        )
+    if mask is None:
+        kept = torch.arange(weight.numel(), device=weight.device)
+    else:
+        kept = mask.reshape(-1).nonzero().flatten().to(weight.device)
+    first = 0 if owner is weight else int(weight.storage_offset() - owner.storage_offset())
+    return _Cut(path, owner, weight.shape, first, kept)
+
+
+def _pool(cut: _Cut) -> SparseWeight:
+    """The pool of what stays, in (row, column) order, with its part of the gradient."""
+    columns = cut.shape[1:].numel()
+    flat = cut.parameter.detach().reshape(-1)
+    rows, cols = cut.kept // columns, cut.kept % columns
+    capacity = max(cut.kept.numel(), 1)
+    pool = SparseWeight.from_coo(cut.shape, rows, cols, flat[cut.first + cut.kept], capacity=capacity)
+    if cut.parameter.grad is not None:
+        pool.values.grad = _gather(cut, cut.parameter.grad)
+    pool.values.requires_grad_(cut.parameter.requires_grad)
+    return pool
+
+
+def _gather(cut: _Cut, dense: Tensor) -> Tensor:
+    """What a tensor of the dense parameter's shape has for each slot."""
+    found = dense.detach().reshape(-1)[cut.first + cut.kept]
+    return found if found.numel() else found.new_zeros(1)
+
+
+def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
+    """The sparse layer with its settings and biases; its pools, of one connection each, are to be replaced."""
+    device = next(layer.parameters()).device
+    with contextlib.ExitStack() as stack:  # what is drawn is thrown away, and nobody's random numbers may depend on it
+        if device.type != "meta":
+            devices = [] if device.type == "cpu" else [device]
+            kinds = {} if device.type == "cpu" else {"device_type": device.type}
+            stack.enter_context(torch.random.fork_rng(devices, **kinds))
+        return kind.to_sparse(layer, dict.fromkeys(kind.weights(layer), 1), None)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One place where an optimizer has a dense parameter, and what it keeps for it (of the parameter's shape)."""
+
+    optimizer: Optimizer
+    group: dict[str, Any]
+    parameter: nn.Parameter
+    dense: dict[str, Tensor]
+    rest: dict[str, Any]
+
+    def to(self, parts: list[tuple[_Cut, nn.Parameter]]) -> None:
+        """Put the pools' values where the parameter is."""
+        members: list[Tensor] = self.group["params"]
+        at = next(i for i, member in enumerate(members) if member is self.parameter)
+        members[at : at + 1] = [values for _, values in parts]
+        if "param_names" in self.group:
+            names: list[str] = self.group["param_names"]
+            layer = names[at].rpartition(".")[0]
+            new = [_join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [names[at]]
+            names[at : at + 1] = [f"{name}.values" for name in new]
+        if self.parameter not in self.optimizer.state:
+            return
+        del self.optimizer.state[self.parameter]
+        for cut, values in parts:
+            state: dict[str, Any] = {k: _gather(cut, v) for k, v in self.dense.items()}
+            # Step counters and the like: one of its own for each, because optimizers count in place.
+            state |= {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rest.items()}
+            self.optimizer.state[values] = state
+            if not cut.kept.numel():
+                reset_optimizer_state(self.optimizer, values, torch.zeros(1, dtype=torch.int64, device=values.device))
+
+
+def _moves(optimizer: Optimizer, parameters: set[int]) -> list[_Move]:
+    """All that has to be done to one optimizer; ValueError if it cannot be."""
+    found = [
+        _move(optimizer, group, parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in parameters
+    ]
+    if found:
+        check_optimizer(optimizer)
+    return found
+
+
+def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> _Move:
+    state = dict(optimizer.state.get(parameter, {}))
+    dense: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    if {"row_var", "col_var"} <= state.keys():  # Adafactor: its estimate, as it would use it for this matrix
+        row, col = state.pop("row_var"), state.pop("col_var")
+        least = group["eps"][0] or torch.finfo(row.dtype).eps
+        dense["variance"] = row @ col / row.mean(-2, keepdim=True).clamp_(min=least)
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            dense[key] = value
+        elif isinstance(value, Tensor) and value.dim():
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a weight of shape "
+                f"{tuple(parameter.shape)}, which cannot be cut along with it: use SGD or Adam, or make a new "
+                "optimizer after the cut"
+            )
+        else:
+            rest[key] = value
+    return _Move(optimizer, group, parameter, dense, rest)
