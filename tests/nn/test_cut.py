@@ -159,8 +159,12 @@ def test_training_goes_on_as_that_of_the_masked_dense_model(name: str, optimizer
 
     train(*runs[0], range(4, 9), masked=masks)
     train(*runs[1], range(4, 9))
+    expected = dict(twin.named_parameters())
     for n, value in dense_values(model).items():
-        torch.testing.assert_close(value, dict(twin.named_parameters())[n].detach(), rtol=1e-9, atol=1e-11)
+        if n.endswith("in_proj_bias"):
+            # The gradient of the keys' bias is 0 but for rounding, of which Rprop takes the sign.
+            value, expected[n] = (torch.cat([t[:4], t[8:]]) for t in (value, expected[n]))
+        torch.testing.assert_close(value, expected[n].detach(), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv", "attention"])
