@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rewire import random
 from rewire.nn import Event, SparseWeight, sparse_weights
 
-__all__ = ["TopologyMismatch", "prepare"]
+__all__ = ["TopologyMismatch", "prepare", "sum_over_ranks"]
+
+#: The process group that a pool was prepared for, where it is not the default one.
+_GROUPS: weakref.WeakKeyDictionary[SparseWeight, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
 class TopologyMismatch(RuntimeError):
@@ -52,6 +57,8 @@ def prepare(
     for _, weight in pools:
         _broadcast(weight, source, process_group)
         weight.shared_seed = int(agreed.item())
+        if process_group is not None:
+            _GROUPS[weight] = process_group
     ignored = {
         f"{name}.{buffer}" if name else buffer for name, w in pools for buffer, _ in w.named_buffers(recurse=False)
     }
@@ -62,6 +69,16 @@ def prepare(
         weight.follow(lambda event, number=number: guard.note(number, event))
     model.register_forward_pre_hook(guard.before_forward)
     return model
+
+
+def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
+    """``tensor`` summed over the ranks that share ``weight``, in place and with the same bits everywhere; returns it.
+
+    As it is, for a pool that was not prepared. For what a method computes of a rank's own samples.
+    """
+    if weight.shared_seed is not None and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor, group=_GROUPS.get(weight))
+    return tensor
 
 
 def _same_sizes(pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -270,7 +270,7 @@ def test_capture_keeps_what_the_dense_gradient_needs() -> None:
         for kept, twin in zip(method.kept, (dense[0], dense[2]), strict=True):
             assert len(kept) == (2 if step == 2 else 0)
             if kept:
-                total = sum(g.T @ x for x, g in kept)
+                total = sum(p.g.T @ p.x for p in kept)
                 torch.testing.assert_close(total, twin.weight.grad)
 
 

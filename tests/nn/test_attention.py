@@ -144,12 +144,12 @@ def test_one_copy_of_a_shared_input_is_kept():
         weight.capture = []
     x = torch.randn(5, 4, 8, dtype=torch.float64)
     layer(x, x, x)[0].sum().backward()
-    (q, _), (k, _), (v, _) = (getattr(layer, f"{n}_proj_weight").capture[0] for n in "qkv")
+    q, k, v = (getattr(layer, f"{n}_proj_weight").capture[0].x for n in "qkv")
     assert q.data_ptr() == k.data_ptr() == v.data_ptr()
     for _, weight in sparse_weights(layer):
-        ((x, g),) = weight.capture
+        (pair,) = weight.capture
         rows, cols, _ = weight.coo()
-        torch.testing.assert_close((g.t() @ x)[rows, cols], weight.values.grad[weight.active()])
+        torch.testing.assert_close((pair.g.t() @ pair.x)[rows, cols], weight.values.grad[weight.active()])
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -233,7 +233,8 @@ def test_capture(create_graph: bool) -> None:
     for _ in range(2):
         torch.autograd.grad(layer(x), layer.weight.values, g, create_graph=create_graph)
     assert len(layer.weight.capture) == 2
-    for kept_x, kept_g in layer.weight.capture:
+    for pair in layer.weight.capture:
+        kept_x, kept_g = pair.x, pair.g
         assert torch.equal(kept_x, x)
         assert torch.equal(kept_g, g)
         assert not kept_x.requires_grad

@@ -365,8 +365,8 @@ def test_capture_keeps_inputs_and_gradients() -> None:
     x, g = torch.randn(4, 20), torch.randn(4, 30)
     layer(x).backward(g)
     layer(2 * x[:3]).backward(g[:3])
-    (x1, g1), (x2, g2) = layer.weight.capture
-    for got, expected in ((x1, x), (g1, g), (x2, 2 * x[:3]), (g2, g[:3])):
+    one, two = layer.weight.capture
+    for got, expected in ((one.x, x), (one.g, g), (two.x, 2 * x[:3]), (two.g, g[:3])):
         assert torch.equal(got, expected)
         assert not got.requires_grad
     assert copy.deepcopy(layer).weight.capture is None

@@ -284,8 +284,8 @@ def test_capture_sums_to_the_gradient(kind):
     tensors(layer(x))[0].square().sum().backward()
     for name, weight in weights.items():
         assert len(weight.capture) == 1
-        assert all(t.stride(0) == 1 and not t.requires_grad for t in weight.capture[0])
-        dense = sum(g.t() @ x for x, g in weight.capture)
+        assert all(t.stride(0) == 1 and not t.requires_grad for p in weight.capture for t in (p.x, p.g))
+        dense = sum(p.g.t() @ p.x for p in weight.capture)
         rows, cols, _ = weight.coo()
         torch.testing.assert_close(dense[rows, cols], weight.values.grad[weight.active()], msg=name)
 

@@ -135,7 +135,8 @@ def test_capture(create_graph):
         y = sparse_linear(x, values, None, p.index, capture)
         torch.autograd.grad(y, values, g, create_graph=create_graph)
     assert len(capture) == 2
-    for kept_x, kept_g in capture:
+    for pair in capture:
+        kept_x, kept_g = pair.x, pair.g
         assert torch.equal(kept_x, x)
         assert torch.equal(kept_g, g)
         assert kept_x.stride() == kept_g.stride() == (1, 10)

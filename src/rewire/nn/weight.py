@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from rewire import budget, random, topology
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
+from rewire.ops import Capture
 from rewire.topology import Index, TopologyError
 
 __all__ = ["SparseWeight"]
@@ -33,7 +34,8 @@ class SparseWeight(nn.Module):
     Attributes:
         values: 1-D `torch.nn.Parameter` of length ``capacity``, an ordinary one for optimizers, clipping, AMP, DDP.
         rows, cols: integer buffers of length ``capacity`` (int32 while everything fits, else int64).
-        capture: None, or a list to which the layer's next backward passes append ``(input, grad_output)``.
+        capture: None, or a list to which the layer's next backward passes append a
+            `rewire.ops.Pair` of input and gradient of the output, one per call.
         shared_seed: None, or the seed that all ranks agreed on (`rewire.distributed.prepare`).
 
     Args:
@@ -356,7 +358,7 @@ class SparseWeight(nn.Module):
         self._shape = shape
         self._connections = connections
         self._followers: OrderedDict[int, Follower] = OrderedDict()  # a plain dict takes no weak references
-        self.capture: list[tuple[Tensor, Tensor]] | None = None
+        self.capture: Capture | None = None
         self.shared_seed: int | None = None
         self._owner = None
         self._drawn = False

@@ -2,8 +2,9 @@
 
 `spmm`, `sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is the
 differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`); `in_runs` and
-`in_rows` are differentiable changes of layout; `langevin_step_` is the random walk of DEEP R. On the CPU, in float32
-and float64, they run native kernels if the library is there; everywhere else, plain PyTorch.
+`in_rows` are differentiable changes of layout; `Pair` is what a captured call of a layer can compute; `langevin_step_`
+is the random walk of DEEP R. On the CPU, in float32 and float64, they run native kernels if the library is there;
+everywhere else, plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv
@@ -12,9 +13,12 @@ from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
 from rewire.ops.langevin import langevin_step_
 from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import sparse_linear
+from rewire.ops.pairs import Capture, Pair
 
 __all__ = [
+    "Capture",
     "Geometry",
+    "Pair",
     "batch_major",
     "feature_major",
     "in_rows",

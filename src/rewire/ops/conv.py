@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rewire.ops.conv_kernels import conv, conv_input_gradient, conv_value_gradient
 from rewire.ops.geometry import Geometry, is_channels_last
+from rewire.ops.pairs import Capture, Pair
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
 __all__ = ["sparse_conv"]
 
 Gradients = tuple[Tensor | None, ...]
-Capture = list[tuple[Tensor, Tensor]]
 #: What backward hands back for the six lists of the index.
 _LISTS = (None,) * 6
 
@@ -48,7 +48,7 @@ class _Conv(torch.autograd.Function):
         check_versions(ctx)
         x, values, *lists = ctx.saved_tensors
         if ctx.capture is not None:
-            ctx.capture.append((x.detach(), g.detach()))
+            ctx.capture.append(Pair(x.detach(), g.detach(), ctx.geometry))
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         grad_x = _input_gradient(g, values, lists, x, ctx.geometry) if need_x else None
         grad_values = _value_gradient(g, x, values.shape[0], lists, ctx.geometry) if need_values else None
@@ -128,8 +128,8 @@ def sparse_conv(
 
     As a matrix the weight is (output channels) by (input channels / groups x kernel positions). ``x`` is
     (batch, channels, d1, ...) with one to three dimensions as in ``geometry``, in any strides; the result is
-    channels-last if x is, else contiguous. If ``capture`` is a list, backward appends ``(x, gradient of the output)``
-    to it. Differentiable to any order (once under `torch.compile`).
+    channels-last if x is, else contiguous. If ``capture`` is a list, backward appends a `Pair` of x and the gradient
+    of the output to it. Differentiable to any order (once under `torch.compile`).
     Cost: O(K * output positions * batch) time for the product and for each gradient; beyond the result, keeps x
     itself for backward.
     """

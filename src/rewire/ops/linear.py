@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
+from rewire.ops.pairs import Capture, Pair
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
@@ -28,7 +29,7 @@ def _apply(
     values: Tensor,
     bias: Tensor | None,
     index: Iterable[Tensor],
-    capture: list[tuple[Tensor, Tensor]] | None = None,
+    capture: Capture | None = None,
     contiguous_output: bool = False,
 ) -> Tensor:
     y: Tensor = _Linear.apply(x, values, bias, *index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
@@ -59,7 +60,7 @@ class _Linear(torch.autograd.Function):
         col_ptr: Tensor,
         col_rows: Tensor,
         col_slots: Tensor,
-        capture: list[tuple[Tensor, Tensor]] | None,
+        capture: Capture | None,
         contiguous_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
         runs = _in_runs(x)
@@ -86,7 +87,7 @@ class _Linear(torch.autograd.Function):
         else:
             g = _in_runs(g)
         if ctx.capture is not None:
-            ctx.capture.append((x.detach(), g.detach()))
+            ctx.capture.append(Pair(x.detach(), g.detach()))
         grad_x = _plus(spmm(col_ptr, col_rows, col_slots, values, g), grad_runs) if need_x else None
         grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x) if need_values else None
         grad_bias = g.sum(0) if need_bias else None
@@ -115,7 +116,7 @@ def _differentiable_backward(ctx: Any, g: Tensor, grad_runs: Tensor | None) -> t
     x, values, *lists = ctx.saved_tensors
     by_row, by_col = lists[:3], lists[3:]
     if ctx.capture is not None:
-        ctx.capture.append((_in_runs(x.detach()), _in_runs(g.detach())))
+        ctx.capture.append(Pair(_in_runs(x.detach()), _in_runs(g.detach())))
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     grad_x = _plus(_apply(g, values, None, by_col + by_row), grad_runs) if need_x else None
     grad_values = None
@@ -130,16 +131,16 @@ def sparse_linear(
     values: Tensor,
     bias: Tensor | None,
     index: Index,
-    capture: list[tuple[Tensor, Tensor]] | None = None,
+    capture: Capture | None = None,
     contiguous_output: bool = False,
 ) -> Tensor:
     """``x W^T + bias`` for the sparse weight W that ``values`` (capacity,) and ``index`` describe.
 
     ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its strides are
     (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary ones with
-    ``contiguous_output``. If ``capture`` is a list, backward appends ``(x, gradient of the output)`` to it,
-    both (batch, features) with the batch contiguous. Differentiable to any order. O(K batch) time; beyond the
-    result, keeps x for backward, as a copy unless its batch is contiguous already.
+    ``contiguous_output``. If ``capture`` is a list, backward appends to it a `Pair` of x and the
+    gradient of the output, both (batch, features) with the batch contiguous. Differentiable to any order. O(K batch)
+    time; beyond the result, keeps x for backward, as a copy unless its batch is contiguous already.
     """
     if x.dtype != values.dtype:
         raise RuntimeError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from rewire.ops.kernels import sddmm, spmm
 from rewire.ops.layout import in_runs
 from rewire.ops.linear import sparse_linear
+from rewire.ops.pairs import Capture, Pair
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
@@ -32,7 +33,7 @@ class Weight(NamedTuple):
     values: Tensor
     bias: Tensor | None
     lists: Index
-    capture: list[tuple[Tensor, Tensor]] | None
+    capture: Capture | None
 
 
 class Cell(Protocol):
@@ -202,7 +203,7 @@ def _flat(weights: Sequence[Weight]) -> list[Tensor | None]:
     return [tensor for w in weights for tensor in (w.values, w.bias, *w.lists)]
 
 
-def _unflat(tensors: Sequence[Any], captures: Sequence[list[tuple[Tensor, Tensor]] | None]) -> list[Weight]:
+def _unflat(tensors: Sequence[Any], captures: Sequence[Capture | None]) -> list[Weight]:
     return [
         Weight(tensors[8 * i], tensors[8 * i + 1], Index(*tensors[8 * i + 2 : 8 * i + 8]), capture)
         for i, capture in enumerate(captures)
@@ -271,7 +272,7 @@ class _Recurrence(torch.autograd.Function):
         result: list[Tensor | None] = [_backward_product(w_ih, g_input).t() if needed[0] else None, *of_start]
         for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
             if w.capture is not None:
-                w.capture.append((inputs.t().detach(), g.t()))
+                w.capture.append(Pair(inputs.t().detach(), g.t()))
             lists = w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots
             result.append(sddmm(*lists, w.values.shape[0], g.t(), inputs.t()) if needed[at] else None)
             result.append(g.sum(1) if needed[at + 1] else None)
