@@ -1,0 +1,97 @@
+"""What removed units gave their consumers goes on: into another unit's columns and into biases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from rewire.nn.surgery.graph import Group, Site, UnitGraph
+
+__all__ = ["fold", "takes_constants", "why_no_constants"]
+
+
+def why_no_constants(graph: UnitGraph, group: Group) -> str | None:
+    """Why a constant output of a unit cannot go into the biases of what reads it; None if it can.
+
+    A consumer needs a bias, or a BatchNorm directly behind it, whose running mean is as good. A convolution that pads
+    with zeros sees no constant at its borders, so nothing can replace one exactly. Nor does a recurrent layer at its
+    first step, where the state is 0.
+    """
+    for site in group.producers:
+        if isinstance(site.module, nn.RNN | nn.LSTM | nn.GRU):
+            return f"{site.name} starts from states of 0"
+    for site in group.consumers:
+        module = site.module
+        if isinstance(module, _ConvTransposeNd):
+            return f"{site.name} is a transposed convolution, to whose borders fewer inputs contribute"
+        if isinstance(module, _ConvNd) and module.padding_mode == "zeros" and _pads(module):
+            return f"{site.name} pads with zeros"
+        if _bias(module) is None and graph.norm_after(site.name) is None:
+            return f"{site.name} has no bias"
+    return None
+
+
+def takes_constants(graph: UnitGraph, group: Group) -> bool:
+    """Whether constants fold exactly into the biases of the group's consumers, see `why_no_constants`."""
+    return why_no_constants(graph, group) is None
+
+
+def _pads(module: _ConvNd) -> bool:
+    return module.padding == "same" or (not isinstance(module.padding, str) and any(module.padding))
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    name = "bias_ih_l0" if isinstance(module, nn.RNN | nn.LSTM | nn.GRU) else "bias"
+    return module._parameters.get(name)
+
+
+@torch.no_grad()
+def fold(
+    graph: UnitGraph,
+    group: Group,
+    site: Site,
+    unit: Tensor,
+    constant: Tensor | float = 0.0,
+    into: Tensor | None = None,
+    factor: Tensor | float = 0.0,
+) -> None:
+    """Let ``site``, a consumer of ``group``, do without ``unit``, whose output there is factor * output of ``into`` +
+    constant: the columns of ``into`` get factor times those of ``unit``, the bias gets constant times their sum.
+
+    For a producer that is recurrent the site is that producer: its recurrent columns. Units are 0-dim int64 tensors,
+    numbered as traced. Raises ValueError, before anything changes, for a constant that cannot be folded exactly. The
+    unit itself is left for `UnitGraph.remove`.
+    """
+    has_constant = bool(torch.as_tensor(constant).abs().max() > 0)
+    if has_constant and (reason := why_no_constants(graph, group)) is not None:
+        raise ValueError(f"a constant cannot be folded for the units of {group.name}: {reason}")
+    module = site.module
+    weight, dim = _columns(module, recurrent=site in group.producers)
+    source = graph.positions(site, unit.reshape(1))[0]
+    columns = weight.index_select(dim, source)  # every other dimension is the consumer's own
+    if into is not None:
+        target = graph.positions(site, into.reshape(1))[0]
+        weight.index_add_(dim, target, columns * factor)
+    if not has_constant:
+        return
+    given = columns.double().sum(dim=[d for d in range(columns.dim()) if d != _rows(module)]) * constant
+    bias = _bias(module)
+    if bias is not None:
+        bias += given.to(bias.dtype)
+        return
+    norm = graph.norm_after(site.name)
+    assert norm is not None  # why_no_constants
+    if norm.running_mean is not None:  # without running statistics the batch's mean takes the constant away
+        norm.running_mean -= given.to(norm.running_mean.dtype)
+
+
+def _rows(module: nn.Module) -> int:
+    return 1 if isinstance(module, _ConvTransposeNd) else 0
+
+
+def _columns(module: nn.Module, *, recurrent: bool) -> tuple[Tensor, int]:
+    """The weight whose entries along the dimension belong to incoming units."""
+    if isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
+        return module.get_parameter("weight_hh_l0" if recurrent else "weight_ih_l0"), 1
+    return module.get_parameter("weight"), 0 if isinstance(module, _ConvTransposeNd) else 1

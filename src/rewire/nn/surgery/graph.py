@@ -1,0 +1,353 @@
+"""Units of a network and their removal: which there are, what is coupled to them, and the cut itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rewire.nn.surgery.kinds import Side, axes, depthwise, holds_units, reads_units, why_not
+from rewire.nn.surgery.resize import Keep, apply_cuts, check_state
+from rewire.nn.surgery.trace import Trace, call
+
+__all__ = ["Group", "Site", "UnitGraph", "remove_units"]
+
+Units = Iterable[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Units at one side of one layer: ``positions[i]`` along it belongs to unit ``units[i]`` (int64, as traced)."""
+
+    name: str
+    module: nn.Module
+    side: Side
+    positions: Tensor
+    units: Tensor
+
+
+@dataclass
+class Group:
+    """All that must be cut together for the units of a layer.
+
+    producers make the units (several where their outputs are added), followers treat each unit by itself (BatchNorm,
+    depthwise convolutions), consumers mix them by the columns of their weights. ``alive`` are the units that are left,
+    by their numbers when the graph was traced.
+    """
+
+    name: str
+    size: int
+    producers: list[Site] = field(default_factory=list)
+    followers: list[Site] = field(default_factory=list)
+    consumers: list[Site] = field(default_factory=list)
+    alive: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def sites(self) -> list[Site]:
+        return [*self.producers, *self.followers, *self.consumers]
+
+
+class UnitGraph:
+    """The units of ``model`` (neurons, channels, states of a recurrent layer) and the way to remove them.
+
+    Coupled layers are found by torch-pruning's dependency graph. Every group is then tried on a copy with random
+    weights in float64: with units cut, the copy must compute what it computes with their consumers' columns at zero.
+    What fails is refused, by the layer's name, before anything has changed. The graph stays valid through its own cuts.
+
+    Args:
+        model: a network in ordinary PyTorch.
+        inputs: an example batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Cost: a copy of the model and a forward pass of the example; per group, two more in float64.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError("DistributedDataParallel has buckets of a fixed size: cut units before wrapping the model")
+        self.model, self.inputs = model, inputs
+        self._trace = Trace(model, inputs)
+        self._groups: dict[str, Group | str] = {}
+        fit = [(n, m) for n, m in model.named_modules() if why_not(m) is None]
+        sides: tuple[Side, Side] = ("out", "in")
+        self._lengths = {(n, side): _length(m, side) for n, m in fit for side in sides}
+        self._sizes = {n: self._lengths[n, "out"] for n, m in fit if holds_units(m)}
+        self._alive: dict[tuple[str, Side], Tensor] = {}
+        #: Layers with units of their own, in the order in which they are called.
+        self.names = [
+            name for name in dict.fromkeys(self._trace.order) if name and holds_units(model.get_submodule(name))
+        ]
+        #: The last layer called that reads units.
+        self.last = next((n for n in reversed(self._trace.order) if reads_units(model.get_submodule(n))), None)
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    def count(self, name: str) -> int:
+        """How many units the layer has now."""
+        module = self.model.get_submodule(name)
+        axis = next(axes(module, "out"), None)
+        if axis is None:
+            raise ValueError(f"{name} is a {type(module).__name__}, which has no units of its own")
+        tensor: Tensor = getattr(module, axis.name)
+        return tensor.shape[axis.dim] // axis.blocks
+
+    def group(self, name: str) -> Group:
+        """What is coupled to the units of layer ``name``. ValueError if they cannot be cut, with the layer to blame."""
+        if name not in self._groups:
+            if name not in dict(self.model.named_modules()):
+                raise ValueError(f"the model has no layer {name!r}: it has {', '.join(self.names)}")
+            try:
+                self._groups[name] = self._find(name)
+            except ValueError as error:
+                self._groups[name] = str(error)
+        found = self._groups[name]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    def refusal(self, name: str) -> str | None:
+        """Why the units of layer ``name`` cannot be cut; None if they can."""
+        try:
+            self.group(name)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def norm_after(self, name: str) -> nn.modules.batchnorm._BatchNorm | None:
+        """The BatchNorm that alone reads the output of layer ``name``, directly."""
+        found = self._trace.norm_after(name)
+        norm = None if found is None else self.model.get_submodule(found)
+        return norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
+
+    def positions(self, site: Site, units: Tensor) -> Tensor:
+        """Where ``units`` (as traced) are along the site now: (number of units, positions of each), int64."""
+        alive = self._alive.get((site.name, site.side))
+        # Every unit has as many positions, see `_find`.
+        order = torch.argsort(site.units, stable=True)
+        rows = site.positions[order].view(int(site.units.max()) + 1, -1)[units]
+        return rows if alive is None else torch.searchsorted(alive, rows.contiguous())
+
+    # --- the cut ----------------------------------------------------------------------------------------------------
+
+    def remove(self, cuts: Mapping[str, Units], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+        """Remove units, given by layer and number as they stand now, everywhere; optimizer state is cut with them.
+
+        Parameters stay the same objects; gradients are cut as well. What the removed units gave their consumers is
+        lost: fold it first (`fold`). ValueError, before anything changes, if a layer cannot be cut, a number is not
+        there, nothing would be left, or an optimizer has state that cannot be cut.
+        """
+        given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        dead = {name: self._traced(self.group(name), units) for name, units in cuts.items()}
+        alive, gone, tensors = self._plan([(self.group(name), units) for name, units in dead.items()])
+        names = dict(self.model.named_parameters())
+        for optimizer in given:
+            for name, keep in tensors.items():
+                if name in names:
+                    check_state(optimizer, name, names[name], keep)
+        self._apply(self.model, alive, tensors, given)
+        self._alive.update(alive)
+        for group in self._groups.values():
+            if isinstance(group, Group):
+                for site in group.producers:
+                    lost = gone.get((site.name, site.side))
+                    if lost is not None:
+                        units = site.units[torch.isin(site.positions, lost)]
+                        group.alive = group.alive[~torch.isin(group.alive, units)]
+
+    def _traced(self, group: Group, units: Units) -> Tensor:
+        """Numbers as they stand now to numbers when the graph was traced."""
+        index = torch.as_tensor(units if isinstance(units, Tensor) else list(units), dtype=torch.int64)
+        n = group.alive.numel()
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
+            raise ValueError(f"{group.name} has units 0 to {n - 1}, not {index.tolist()}")
+        index = index.unique()
+        least = 2 if any(depthwise(site.module) for site in group.followers) else 1
+        if n - index.numel() < least:
+            raise ValueError(f"{group.name} has {n} units and cannot lose {index.numel()}: at least {least} must stay")
+        return group.alive[index]
+
+    def _apply(
+        self,
+        model: nn.Module,
+        alive: Mapping[tuple[str, Side], Tensor],
+        tensors: Mapping[str, Keep],
+        optimizers: Iterable[Optimizer],
+    ) -> None:
+        apply_cuts(model, tensors, [model.get_submodule(name) for name, _ in alive], optimizers)
+        for (name, _), left in alive.items():
+            module = model.get_submodule(name)
+            if hasattr(module, "num_features"):  # of norms without numbers of their own as well
+                setattr(module, "num_features", left.numel())  # noqa: B010
+
+    def _plan(
+        self, dead: Iterable[tuple[Group, Tensor]]
+    ) -> tuple[dict[tuple[str, Side], Tensor], dict[tuple[str, Side], Tensor], dict[str, Keep]]:
+        """What stays alive along each side, what goes, and the entries each tensor keeps."""
+        gone: dict[tuple[str, Side], Tensor] = {}
+        modules: dict[str, nn.Module] = {}
+        for group, units in dead:
+            for site in group.sites:
+                lost = site.positions[torch.isin(site.units, units)]
+                key = site.name, site.side
+                gone[key] = torch.cat([gone[key], lost]).unique() if key in gone else lost.unique()
+                modules[site.name] = site.module
+        alive: dict[tuple[str, Side], Tensor] = {}
+        tensors: dict[str, Keep] = {}
+        for key, lost in gone.items():
+            module = modules[key[0]]
+            before = self._alive.get(key)
+            if before is None:
+                before = torch.arange(self._lengths[key])
+            stays = ~torch.isin(before, lost)
+            if not bool(stays.any()):
+                raise ValueError(f"{key[0]} would have no unit left")
+            alive[key] = before[stays]
+            index = stays.nonzero().flatten()
+            for axis in axes(module, key[1]):
+                if getattr(module, axis.name) is None:
+                    continue
+                n = before.numel()
+                blocks = torch.cat([index + block * n for block in range(axis.blocks)])
+                keep: dict[int, Tensor] = dict(tensors.get(_path(key[0], axis.name), {}))
+                keep[axis.dim] = blocks
+                tensors[_path(key[0], axis.name)] = keep
+        return alive, gone, tensors
+
+    # --- finding and trying groups ----------------------------------------------------------------------------------
+
+    def _find(self, name: str) -> Group:
+        module = self.model.get_submodule(name)
+        if (reason := why_not(module)) is not None:
+            raise ValueError(f"{name} {reason}")
+        if name not in self._sizes:
+            raise ValueError(f"{name} is a {type(module).__name__}, which has no units of its own")
+        group = Group(name, self._sizes[name])
+        alive = self._alive.get((name, "out"))
+        group.alive = torch.arange(group.size) if alive is None else alive.clone()
+        for reached in self._trace.reach(name, group.size):
+            there = self.model.get_submodule(reached.module)
+            what = f"the units of {name} cannot be cut: {reached.module}"
+            if (reason := why_not(there)) is not None:
+                raise ValueError(f"{what} {reason}")
+            each = torch.bincount(reached.units, minlength=group.size)
+            counted = isinstance(there, nn.PReLU) and there.num_parameters == 1
+            length = self._lengths.get((reached.module, reached.side), 0)
+            places = int(reached.positions.max()) + 1
+            if not counted and places > length:
+                raise ValueError(f"{what} would need {places} places for them, and has {length}")
+            if int(each.min()) != int(each.max()):
+                raise ValueError(f"{what} takes different numbers of values from different units")
+            site = Site(reached.module, there, reached.side, reached.positions, reached.units)
+            if counted:  # one number for all units
+                continue
+            if not holds_units(there):
+                group.followers.append(site)
+            elif reached.side == "out":
+                group.producers.append(site)
+            else:
+                group.consumers.append(site)
+        self._refuse_shared(group)
+        self._try(group)
+        return group
+
+    def _refuse_shared(self, group: Group) -> None:
+        """A tensor that belongs to two modules would be cut in both."""
+        homes: dict[int, set[str]] = {}
+        for name, module in self.model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    homes.setdefault(id(parameter), set()).add(_path(name, key))
+        for site in group.sites:
+            for axis in axes(site.module, site.side):
+                names = homes.get(id(getattr(site.module, axis.name)), set())
+                if len(names) > 1:
+                    raise ValueError(
+                        f"the units of {group.name} cannot be cut: {site.name}.{axis.name} is shared "
+                        f"({', '.join(sorted(names))} are one parameter)"
+                    )
+
+    @torch.no_grad()
+    def _try(self, group: Group) -> None:
+        """Cut every second unit of a copy with random weights, and compare with zeroed columns."""
+        what = f"the units of {group.name} cannot be cut: "
+        least = 2 if any(depthwise(site.module) for site in group.followers) else 1
+        lost = group.alive[1::2] if group.alive.numel() > 2 * least else group.alive[least:]
+        if not lost.numel():
+            return  # a single unit: nothing can be removed anyway
+        twin = copy.deepcopy(self.model).eval().double()
+        _randomize(twin)
+        inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, self.inputs)
+        cut = copy.deepcopy(twin)
+        for site in group.consumers:
+            _zero_columns(twin.get_submodule(site.name), "in", self.positions(site, lost).flatten())
+        for site in group.producers:
+            _zero_columns(twin.get_submodule(site.name), "out", self.positions(site, lost).flatten())
+        alive, _, tensors = self._plan([(group, lost)])
+        try:
+            self._apply(cut, alive, tensors, ())
+            there = [x for x in tree_leaves(call(cut, inputs)) if isinstance(x, Tensor)]
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            twice = [n for n in sorted({s.name for s in group.sites}) if self._trace.order.count(n) > 1]
+            reason += f"; {', '.join(twice)}: called more than once" if twice else ""
+            raise ValueError(f"{what}the network does not run with fewer of them ({reason})") from None
+        here = [x for x in tree_leaves(call(twin, inputs)) if isinstance(x, Tensor)]
+        if [x.shape for x in here] != [x.shape for x in there]:
+            raise ValueError(f"{what}the shape of the network's output depends on them")
+        for a, b in zip(here, there, strict=True):
+            if a.is_floating_point() and not torch.allclose(a, b, rtol=1e-7, atol=1e-9, equal_nan=True):
+                raise ValueError(
+                    f"{what}something between it and {', '.join(s.name for s in group.consumers) or 'the output'} "
+                    "mixes them or uses weights outside their layer"
+                )
+
+
+def _path(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _length(module: nn.Module, side: Side) -> int:
+    """Positions along one side of a layer; 0 where no tensor of it counts them (a norm without numbers)."""
+    for axis in axes(module, side):
+        tensor = getattr(module, axis.name)
+        if tensor is not None:
+            return int(tensor.shape[axis.dim]) // axis.blocks
+    return int(getattr(module, "num_features", 0) or getattr(module, "num_parameters", 0))
+
+
+def _zero_columns(module: nn.Module, side: Side, positions: Tensor) -> None:
+    """Let nothing read these units: the columns of a consumer, or those a recurrent layer reads its own units by."""
+    if side == "in":
+        for axis in axes(module, "in"):
+            getattr(module, axis.name).index_fill_(axis.dim, positions, 0)
+    elif isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
+        module.get_parameter("weight_hh_l0").index_fill_(1, positions, 0)
+
+
+def _randomize(model: nn.Module) -> None:
+    """Weights that hide nothing: none is zero, no unit dead by construction."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        fan_in = max(parameter[0].numel() if parameter.dim() > 1 else 4, 1)
+        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        parameter.copy_(noise.to(parameter) * (3 / fan_in) ** 0.5)
+
+
+def remove_units(
+    model: nn.Module,
+    cuts: Mapping[str, Units],
+    inputs: Any,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+) -> None:
+    """Remove units of several layers at once, e.g. ``remove_units(model, {"conv1": [3, 5]}, batch, optimizer)``.
+
+    See `UnitGraph` (which to keep for more than one cut) and `UnitGraph.remove`.
+    """
+    graph = UnitGraph(model, inputs)
+    graph.remove(cuts, optimizers)
