@@ -1,0 +1,389 @@
+"""What differentiable sparsification can switch off: units, single weights, attention heads, branches.
+
+A target puts its gate into the model (a submodule, so that ``state_dict`` has it), says which components are on, bakes
+the gate into the weights at the end, and takes out what is zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from rewire.nn.absent import Absent
+from rewire.nn.cut import to_sparse
+from rewire.nn.gates import Elementwise, Gate
+from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
+
+__all__ = ["Branches", "Heads", "Target", "Units", "Weights", "chosen"]
+
+#: The name under which a gate is a submodule of what it gates.
+GATE = "rewire_gate"
+#: Largest difference within an input that counts as constant, of dead units after baking.
+CONSTANT = 1e-6
+
+
+class Target(ABC):
+    """Components that share a gate.
+
+    Attributes:
+        name: of the layer, or "branches".
+        count: number of components.
+        order: targets are cut in ascending order: whole branches first, so that nothing is done to what is gone.
+    """
+
+    name: str
+    count: int
+    order: int
+
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """Gates and thresholds, which join the optimizer."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The a_i that the penalty is taken of; 0 exactly where a component is off. With gradient."""
+
+    @abstractmethod
+    def bake(self) -> None:
+        """Multiply the gate into the weights and take it off; the function stays the same."""
+
+    @abstractmethod
+    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+        """Take out what is zero; the function stays the same."""
+
+
+class Units(Target):
+    """Output units of a Linear, Conv or BatchNorm layer."""
+
+    order = 2
+
+    def __init__(self, model: nn.Module, name: str, kind: Any, options: Mapping[str, Any]) -> None:
+        self.model, self.name = model, name
+        self.module = model.get_submodule(name)
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        self.count = weight.shape[0]
+        self.gate = Gate(self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options)
+        self.module.add_module(GATE, self.gate)
+        dim = -1 if isinstance(self.module, nn.Linear) else 1
+        self._handle = self.module.register_forward_hook(partial(_gate_output, self.gate, dim))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.gate.parameters())
+
+    def values(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        a: Tensor = self.gate(weight)
+        if self.gate.kind == "group":  # the norm of the gated row is what shrinks, not the factor
+            a = a * torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        return a
+
+    def bake(self) -> None:
+        a = self.gate(self.module.weight)
+        self._handle.remove()
+        delattr(self.module, GATE)
+        self.dead = (a == 0).nonzero().flatten()
+        _scale(self.module, a)
+
+    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+        """Units that are 0 on every way to their consumers go; the constants that their successors see are folded."""
+        if not self.dead.numel() or self.module not in list(self.model.modules()):
+            return
+        graph = UnitGraph(self.model, example)
+        group = _group_of(graph, self.name)
+        if group is None:
+            return
+        silent = [u for u in group.alive.tolist() if all(_silent(graph, site, u) for site in group.producers)]
+        constants = _constants(self.model, example, graph, group, silent)
+        gone = [u for u in silent if u in constants and (not constants[u] or takes_constants(graph, group))]
+        gone = gone[: group.alive.numel() - 1]
+        for u in gone:
+            for site in group.consumers:
+                fold(graph, group, site, torch.tensor(u), constant=constants[u])
+        if gone:
+            places = torch.searchsorted(group.alive, torch.tensor(gone))
+            graph.remove({group.name: places}, list(optimizers))
+
+
+def _gate_output(gate: Gate, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    a: Tensor = gate(module.weight)
+    return output * (a if dim == -1 else a.view(-1, *[1] * (output.dim() - 2)))
+
+
+def _scale(module: nn.Module, a: Tensor) -> None:
+    """Multiply the outputs (dimension 0 of weight and bias) of a layer by ``a`` (n or scalar)."""
+    for tensor in (module._parameters["weight"], module._parameters.get("bias")):
+        if tensor is not None:
+            tensor.mul_(a if a.dim() == 0 else a.view(-1, *[1] * (tensor.dim() - 1)))
+
+
+def _group_of(graph: UnitGraph, name: str) -> Group | None:
+    """The group whose producers or followers include layer ``name``; None where its units cannot be cut."""
+    for producer in graph.names:
+        if graph.refusal(producer) is None:
+            group = graph.group(producer)
+            if any(site.name == name for site in (*group.producers, *group.followers)):
+                return group
+    return None
+
+
+def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
+    """Whether the unit leaves the producer, or the BatchNorm directly behind it, as a constant."""
+    place = graph.positions(site, torch.tensor([unit])).flatten()
+    norm = graph.norm_after(site.name)
+    for module in (site.module, norm):
+        if module is None or isinstance(module, _ConvTransposeNd) or not isinstance(module, _KINDS):
+            continue
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        if weight is None or weight[place].any():
+            continue
+        if module is site.module or bias is None or not bias[place].any():
+            return True
+    return False
+
+
+@torch.no_grad()
+def _constants(
+    model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Iterable[int]
+) -> dict[int, float]:
+    """What each unit gives its consumers, for those units that give all of them the same constant."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        site.module.register_forward_pre_hook(lambda _, args, name=site.name: seen.__setitem__(name, args[0]))
+        for site in group.consumers
+    ]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        if isinstance(example, dict):
+            model(**example)
+        else:
+            model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    found: dict[int, float] = {}
+    for unit in units:
+        given = []
+        for site in group.consumers:
+            x = seen[site.name]
+            dim = 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
+            given.append(x.index_select(dim, graph.positions(site, torch.tensor([unit])).flatten()).flatten())
+        all_given = torch.cat(given) if given else torch.zeros(1)
+        middle = float(all_given[0])
+        if float((all_given - middle).abs().max()) <= CONSTANT * max(1.0, abs(middle)):
+            found[unit] = middle
+    return found
+
+
+class Weights(Target):
+    """Single weights of one layer, under a parametrization."""
+
+    order = 3
+
+    def __init__(self, model: nn.Module, name: str, kind: Any, options: Mapping[str, Any]) -> None:
+        self.model, self.name = model, name
+        self.module = model.get_submodule(name)
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        self.count = weight.numel()
+        self.gate = Elementwise(weight, kind, **options)
+        parametrize.register_parametrization(self.module, "weight", self.gate)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.gate.beta]
+
+    def values(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def bake(self) -> None:
+        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=True)
+
+    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+        there = next((name for name, module in self.model.named_modules() if module is self.module), None)
+        if there is not None:  # not in a branch that is gone
+            weight = self.module.weight
+            assert isinstance(weight, Tensor)
+            to_sparse(self.model, {f"{there}.weight": weight != 0}, optimizers)
+
+
+class _Columns(nn.Module):
+    """Parametrization of an attention's output projection: one factor for the columns of each head."""
+
+    def __init__(self, gate: Gate, width: int) -> None:
+        super().__init__()
+        self.gate, self.width = gate, width
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gate().repeat_interleave(self.width)
+
+
+class Heads(Target):
+    """Heads of a `torch.nn.MultiheadAttention`."""
+
+    order = 4
+
+    def __init__(self, model: nn.Module, name: str, kind: Any, options: Mapping[str, Any]) -> None:
+        self.model, self.name = model, name
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.MultiheadAttention)
+        self.module, self.count = module, module.num_heads
+        weight = module.out_proj.weight
+        self.gate = Gate(self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options)
+        parametrize.register_parametrization(module.out_proj, "weight", _Columns(self.gate, module.head_dim))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.gate.parameters())
+
+    def values(self) -> Tensor:
+        a: Tensor = self.gate()
+        return a
+
+    def bake(self) -> None:
+        self.alive = self.gate() != 0
+        parametrize.remove_parametrizations(self.module.out_proj, "weight", leave_parametrized=True)
+
+    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+        there = next((name for name, module in self.model.named_modules() if module is self.module), None)
+        if there is None or bool(self.alive.all()):
+            return
+        rows = self.alive.repeat_interleave(self.module.head_dim)
+        embed, dims = self.module.embed_dim, (self.module.embed_dim, self.module.kdim, self.module.vdim)
+        masks = {
+            f"{there}.{letter}_proj_weight": rows.unsqueeze(1).expand(embed, int(width or embed))
+            for letter, width in zip("qkv", dims, strict=True)
+        }
+        masks[f"{there}.out_proj.weight"] = rows.unsqueeze(0).expand(embed, embed)
+        to_sparse(self.model, masks, optimizers)
+
+
+class Branches(Target):
+    """Whole modules, whose outputs are multiplied by the entries of one gate."""
+
+    name = "branches"
+    order = 1
+
+    def __init__(self, model: nn.Module, names: Sequence[str], kind: Any, options: Mapping[str, Any]) -> None:
+        self.model, self.names, self.count = model, list(names), len(names)
+        self.modules = [model.get_submodule(name) for name in names]
+        like = next(self.modules[0].parameters())
+        self.gate = Gate(self.count, kind, device=like.device, dtype=like.dtype, **options)
+        model.add_module(GATE, self.gate)
+        self._handles = [
+            module.register_forward_hook(partial(_gate_branch, self.gate, i)) for i, module in enumerate(self.modules)
+        ]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.gate.parameters())
+
+    def values(self) -> Tensor:
+        a: Tensor = self.gate()
+        return a
+
+    def bake(self) -> None:
+        self.a = self.gate()
+        for handle in self._handles:
+            handle.remove()
+        delattr(self.model, GATE)
+        for module, a in zip(self.modules, self.a, strict=True):
+            last = _last_affine(module)
+            assert last is not None  # `chosen` looked
+            _scale(last, a)
+
+    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+        for name, a in zip(self.names, self.a.tolist(), strict=True):
+            if a == 0:
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), leaf, Absent())
+        left = {id(parameter) for parameter in self.model.parameters()}
+        lost = [p for module in self.modules for p in module.parameters() if id(p) not in left]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"][:] = [p for p in group["params"] if all(p is not x for x in lost)]
+            for parameter in lost:
+                optimizer.state.pop(parameter, None)
+
+
+def _gate_branch(gate: Gate, number: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * gate()[number]
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+_KINDS = (nn.Linear, _ConvNd, _BatchNorm)
+
+
+def _last_affine(module: nn.Module) -> nn.Module | None:
+    """The layer that makes the module's output, if its weight and bias scale that output."""
+    while type(module) is nn.Sequential and len(module):
+        module = module[-1]
+    fits = isinstance(module, _KINDS) and not isinstance(module, _ConvTransposeNd)
+    return module if fits and module._parameters.get("weight") is not None else None
+
+
+def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: str) -> dict[str, list[str]]:
+    """The layers that the patterns of each target choose, checked; ValueError says which do not fit."""
+    modules = dict(model.named_modules())
+    if all(patterns is None for patterns in names.values()):
+        linear = [name for name, module in modules.items() if type(module) is nn.Linear]
+        if len(linear) < 2:
+            raise ValueError("the model has no Linear layer but the last: say what to gate, with units=, weights=, ...")
+        return {"units": linear[:-1], "weights": [], "heads": [], "branches": []}
+    found: dict[str, list[str]] = {}
+    for kind, patterns in names.items():
+        found[kind] = []
+        for pattern in patterns or ():
+            matches = [name for name in modules if name and fnmatchcase(name, pattern)]
+            if kind != "branches":
+                fitting = [name for name in matches if _fits(kind, modules[name], gate) is None]
+                if matches and not fitting:
+                    raise ValueError(f"{kind}={pattern!r}: {matches[0]} {_fits(kind, modules[matches[0]], gate)}")
+                matches = fitting if any(c in pattern for c in "*?[") else matches
+            if not matches:
+                raise ValueError(f"{kind}={pattern!r} matches no module of the model")
+            found[kind] += [name for name in matches if name not in found[kind]]
+        for name in found[kind]:
+            if (reason := _fits(kind, modules[name], gate)) is not None:
+                raise ValueError(f"{kind}: {name} {reason}")
+    twice = set(found["units"]) & set(found["weights"])
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} would have gates on units and on weights: choose one")
+    nested = [(a, b) for a in found["branches"] for b in found["branches"] if b.startswith(a + ".")]
+    if nested:
+        raise ValueError(f"branches: {nested[0][1]} lies within {nested[0][0]}: choose one of them")
+    return found
+
+
+def _fits(kind: str, module: nn.Module, gate: str) -> str | None:
+    """Why the module cannot be such a target; None if it can."""
+    if parametrize.is_parametrized(module):
+        return "is parametrized already"
+    what = type(module).__name__
+    if kind == "heads":
+        return None if type(module) is nn.MultiheadAttention else f"is a {what}, and only MultiheadAttention has heads"
+    if kind == "branches":
+        if _last_affine(module) is not None:
+            return None
+        return f"({what}) does not end in a Linear, Conv or BatchNorm layer with weights, which could take its factor"
+    allowed = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if kind == "units" and gate != "group" and isinstance(module, _BatchNorm):
+        return None if module.affine else "has no affine parameters to take the gate (affine=False)"
+    if type(module) in allowed:
+        return None
+    more = "" if kind == "weights" or gate == "group" else ", BatchNorm"
+    return f"is a {what}: allowed are Linear, Conv1d, Conv2d, Conv3d{more}"
