@@ -2,6 +2,7 @@
 
 from rewire.methods.base import Method, Pool
 from rewire.methods.deep_r import DeepR
+from rewire.methods.differentiable import Differentiable
 from rewire.methods.registry import MethodInfo, Parameter, available, create, info, register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.set import SET
@@ -10,6 +11,7 @@ from rewire.methods.static import Static
 __all__ = [
     "SET",
     "DeepR",
+    "Differentiable",
     "Method",
     "MethodInfo",
     "Parameter",

@@ -46,8 +46,8 @@ class Differentiable(Method):
 
     Args:
         units: glob patterns over names of Linear, Conv and BatchNorm layers, whose outputs (neurons, channels) get
-            gates. Behind a BatchNorm a gate belongs to the BatchNorm: it would undo a scaling before it. Default, if no
-            target is given: all Linear layers but the last.
+            gates; not the output layer. With BatchNorm the gate belongs behind it, because BatchNorm undoes a scaling
+            before it. Default, if no target is given: all Linear layers but the last.
         weights: glob patterns over layers whose single weights get thresholds; they end as sparse layers.
         heads: glob patterns over `torch.nn.MultiheadAttention` layers, whose heads get gates.
         branches: glob patterns over modules, each one component (a residual branch, an edge, a layer): its output gets

@@ -230,7 +230,8 @@ class _Columns(nn.Module):
         self.gate, self.width = gate, width
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.gate().repeat_interleave(self.width)
+        factors: Tensor = self.gate()
+        return weight * factors.repeat_interleave(self.width)
 
 
 class Heads(Target):
@@ -320,7 +321,8 @@ class Branches(Target):
 
 
 def _gate_branch(gate: Gate, number: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output * gate()[number]
+    a: Tensor = gate()
+    return output * a[number]
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -349,7 +351,9 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
         found[kind] = []
         for pattern in patterns or ():
             matches = [name for name in modules if name and fnmatchcase(name, pattern)]
-            if kind != "branches":
+            if kind == "branches":  # "bodies.*" means the bodies, not also the layers in them
+                matches = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
+            else:
                 fitting = [name for name in matches if _fits(kind, modules[name], gate) is None]
                 if matches and not fitting:
                     raise ValueError(f"{kind}={pattern!r}: {matches[0]} {_fits(kind, modules[matches[0]], gate)}")

@@ -1,5 +1,6 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
+from rewire.nn.absent import Absent
 from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
@@ -12,6 +13,7 @@ from rewire.nn.summary import Summary, WeightSummary, summary
 from rewire.nn.weight import SparseWeight
 
 __all__ = [
+    "Absent",
     "Event",
     "Follower",
     "OptimizerFollower",

@@ -84,7 +84,7 @@ def non_competitive(alpha: Tensor, beta: Tensor, recover: Recover = "elu", keep_
 def group(weight: Tensor, beta: Tensor, recover: Recover = "elu", keep_one: bool = False) -> Tensor:
     """Factors (n) of the n groups (rows of ``weight``, all dimensions but the first) of a differentiable l_{2,1}::
 
-        a_g = (||w_g||_2 - sigma(beta) sum_h ||w_h||_2)_+ / ||w_g||_2,   0 for a row of zeros
+    a_g = (||w_g||_2 - sigma(beta) sum_h ||w_h||_2)_+ / ||w_g||_2,   0 for a row of zeros
     """
     norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     kept = _rectify(norm - _threshold(norm, beta, None, keep_one), recover)
@@ -111,7 +111,8 @@ def p_norm(a: Tensor, p: float, root: bool = True) -> Tensor:
     total = (torch.where(alive, a.abs(), torch.ones_like(a)) ** p * alive).sum()
     if not root or p == 1:
         return total
-    return torch.where(total > 0, total.clamp(min=torch.finfo(a.dtype).tiny) ** (1 / p), total)
+    rooted: Tensor = total.clamp(min=torch.finfo(a.dtype).tiny) ** (1 / p)
+    return torch.where(total > 0, rooted, total)
 
 
 def logit(share: float) -> float:
