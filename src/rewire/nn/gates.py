@@ -86,7 +86,7 @@ def group(weight: Tensor, beta: Tensor, recover: Recover = "elu", keep_one: bool
 
     a_g = (||w_g||_2 - sigma(beta) sum_h ||w_h||_2)_+ / ||w_g||_2,   0 for a row of zeros
     """
-    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     kept = _rectify(norm - _threshold(norm, beta, None, keep_one), recover)
     return kept / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
