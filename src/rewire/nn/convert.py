@@ -62,7 +62,7 @@ def sparsify(
         raise ValueError(f"select must be 'random' or 'magnitude', not {select!r}")
     found = {
         name: (module, kind)
-        for name, module, kind in _layers(model, kind_of)
+        for name, module, kind in layers_of(model, kind_of)
         if (only is None or _matches(name, only)) and not (exclude is not None and _matches(name, exclude))
     }
     weights = {name: kind.weights(module) for name, (module, kind) in found.items()}
@@ -73,7 +73,7 @@ def sparsify(
             f"no layer to convert: sparsify converts layers of torch.nn ({names}), and only=, exclude= or the patterns "
             "of the budget leave none of them"
         )
-    _refuse_shared(model, {name: found[name][0] for name in counts})
+    refuse_shared(model, {name: found[name][0] for name in counts})
 
     def sparse(name: str) -> nn.Module:
         layer, kind = found[name]
@@ -83,12 +83,12 @@ def sparsify(
                 parent, _, leaf = path.rpartition(".")
                 pool = SparseWeight.from_dense(dense, connections=counts[name][path])
                 setattr(made.get_submodule(parent), leaf, pool)
-        _keep_frozen(made, layer)
+        keep_frozen(made, layer)
         for path, dense in weights[name].items():
             made.get_parameter(f"{path}.values").requires_grad_(dense.requires_grad)
         return made.train(layer.training)
 
-    model = _swap(model, counts, sparse)
+    model = swap(model, counts, sparse)
     for module in model.modules():
         # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
         if isinstance(module, nn.TransformerEncoder) and any(True for _ in sparse_weights(module)):
@@ -101,13 +101,13 @@ def densify(model: nn.Module) -> nn.Module:
 
     A model that is itself a sparse layer is not replaced in place: use the returned module.
     """
-    found = {name: (layer, kind) for name, layer, kind in _layers(model, sparse_kind_of)}
+    found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
     parameters: dict[int, nn.Parameter] = {}
 
     def dense(name: str) -> nn.Module:
         layer, kind = found[name]
         made = kind.to_dense(layer)
-        _keep_frozen(made, layer)
+        keep_frozen(made, layer)
         for path, weight in kind.weights(made).items():
             pool = layer.get_submodule(path)
             trained = layer.get_parameter(f"{path}.values").requires_grad
@@ -119,7 +119,7 @@ def densify(model: nn.Module) -> nn.Module:
                 weight._base.requires_grad_(trained)
         return made.train(layer.training)
 
-    return _swap(model, found, dense)
+    return swap(model, found, dense)
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_sparse: bool = True) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_sparse: bool = 
     ]
 
 
-def _keep_frozen(made: nn.Module, layer: nn.Module) -> None:
+def keep_frozen(made: nn.Module, layer: nn.Module) -> None:
     """Parameters of the same name (biases) stay trainable or frozen as they were."""
     before = dict(layer.named_parameters())
     for name, parameter in made.named_parameters():
@@ -152,7 +152,7 @@ def _matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
 
 
-def _layers(model: nn.Module, kind: Callable[[nn.Module], Kind | None]) -> Iterator[tuple[str, nn.Module, Kind]]:
+def layers_of(model: nn.Module, kind: Callable[[nn.Module], Kind | None]) -> Iterator[tuple[str, nn.Module, Kind]]:
     """Modules that are of some kind, each once, without what is inside of them."""
     inner: set[int] = set()
     for name, module in model.named_modules():
@@ -181,7 +181,7 @@ def _counts(
     chosen = {layer for layer, _ in counts}
     for layer, name in every:
         if layer in chosen and (layer, name) not in counts:
-            raise ValueError(f"a layer is sparse as a whole, but no pattern matches {_join(layer, name)}")
+            raise ValueError(f"a layer is sparse as a whole, but no pattern matches {join(layer, name)}")
     return {layer: {name: counts[layer, name] for name in weights[layer]} for layer in weights if layer in chosen}
 
 
@@ -189,7 +189,7 @@ def _groups(given: Any, every: Mapping[tuple[str, str], Tensor]) -> dict[tuple[s
     """The weights that share a budget: (what to call them, their budget) -> (layer, weight) of each."""
     if not isinstance(given, Mapping):
         return {("the model", given): list(every)}
-    names = {key: (key[0], _join(*key)) for key in every}
+    names = {key: (key[0], join(*key)) for key in every}
     for pattern in given:
         if not any(fnmatchcase(name, pattern) for both in names.values() for name in both):
             raise ValueError(
@@ -204,7 +204,7 @@ def _groups(given: Any, every: Mapping[tuple[str, str], Tensor]) -> dict[tuple[s
     return groups
 
 
-def _join(layer: str, name: str) -> str:
+def join(layer: str, name: str) -> str:
     return f"{layer}.{name}" if layer else name
 
 
@@ -214,7 +214,7 @@ def _within(name: str, connections: float | None, size: int) -> int:
     return int(connections)
 
 
-def _refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Replacing one of two layers that share a parameter would quietly untie them."""
     owners: dict[int, list[tuple[int, str, str]]] = {}
     for path, module in model.named_modules():
@@ -225,11 +225,11 @@ def _refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         for parameter in layer.parameters():
             (_, path, name), *others = owners[id(parameter)]
             if others:
-                other = _join(others[0][1], others[0][2])
+                other = join(others[0][1], others[0][2])
                 raise ValueError(f"{path} shares its {name} with {other}: exclude both, or untie them first")
 
 
-def _swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Callable[[str], nn.Module]) -> nn.Module:
+def swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Callable[[str], nn.Module]) -> nn.Module:
     """Make all replacements first, then put them in, under every name a module has: on an error nothing has changed."""
     made = {name: make(name) for name in names}
     old = {id(model.get_submodule(name)): module for name, module in made.items()}

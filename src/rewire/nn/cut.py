@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.nn.convert import _join, _keep_frozen, _layers, _refuse_shared, _swap
+from rewire.nn.convert import join, keep_frozen, layers_of, refuse_shared, swap
 from rewire.nn.followers import check_optimizer, reset_optimizer_state
 from rewire.nn.kinds import KINDS, Kind, kind_of
 from rewire.nn.weight import SparseWeight
@@ -67,7 +67,7 @@ def to_sparse(
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     chosen = _chosen(model, masks)
-    _refuse_shared(model, {name: layer for name, (layer, _, _) in chosen.items()})
+    refuse_shared(model, {name: layer for name, (layer, _, _) in chosen.items()})
     cuts = [cut for _, _, weights in chosen.values() for cut in weights]
     moves = [move for o in optimizers for move in _moves(o, {id(cut.parameter) for cut in cuts})]
     values: dict[int, list[tuple[_Cut, nn.Parameter]]] = {}
@@ -75,7 +75,7 @@ def to_sparse(
     def sparse(name: str) -> nn.Module:
         layer, kind, weights = chosen[name]
         made = _twin(layer, kind)
-        _keep_frozen(made, layer)
+        keep_frozen(made, layer)
         for cut in weights:
             pool = _pool(cut)
             parent, _, leaf = cut.path.rpartition(".")
@@ -90,7 +90,7 @@ def to_sparse(
             setattr(made, hooks, getattr(layer, hooks))
         return made.train(layer.training)
 
-    model = _swap(model, chosen, sparse)
+    model = swap(model, chosen, sparse)
     for module in model.modules():
         # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SparseWeight) for m in module.modules()):
@@ -105,18 +105,18 @@ def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tenso
 
     The tensor is the parameter, or the view of a parameter that attention stacks (`torch.nn.MultiheadAttention`).
     """
-    for name, layer, kind in _layers(model, kind_of):
+    for name, layer, kind in layers_of(model, kind_of):
         for path, weight in kind.weights(layer).items():
-            yield _join(name, path), name, layer, weight
+            yield join(name, path), name, layer, weight
 
 
 def _chosen(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
     """The layers that masks are for, with what stays of each of their weights; everything about names and shapes."""
     if not masks:
         raise ValueError("there is no mask, so there is nothing to cut: give one for at least one weight")
-    found = {name: (layer, kind) for name, layer, kind in _layers(model, kind_of)}
+    found = {name: (layer, kind) for name, layer, kind in layers_of(model, kind_of)}
     weights = {(name, path): w for name, (layer, kind) in found.items() for path, w in kind.weights(layer).items()}
-    names = {_join(*key): key for key in weights}
+    names = {join(*key): key for key in weights}
     for name in found:
         own = [key for key in weights if key[0] == name]
         if len(own) == 1:
@@ -130,7 +130,7 @@ def _chosen(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn
             )
         key = names[name]
         if key in given:
-            raise ValueError(f"two masks are for {_join(*key)}: give one")
+            raise ValueError(f"two masks are for {join(*key)}: give one")
         shape = tuple(weights[key].shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -148,7 +148,7 @@ def _cut(name: str, layer: nn.Module, path: str, weight: Tensor, mask: Tensor | 
     owner = weight if isinstance(weight, nn.Parameter) else weight._base
     if not isinstance(owner, nn.Parameter) or not any(owner is p for p in layer.parameters()):
         raise ValueError(
-            f"{_join(name, path)} is no parameter but computed from others: remove what computes it "
+            f"{join(name, path)} is no parameter but computed from others: remove what computes it "
             "(torch.nn.utils.prune, a weight norm) first"
         )
     if mask is None:
@@ -210,7 +210,7 @@ class _Move:
         if "param_names" in self.group:
             names: list[str] = self.group["param_names"]
             layer = names[at].rpartition(".")[0]
-            new = [_join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [names[at]]
+            new = [join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [names[at]]
             names[at : at + 1] = [f"{name}.values" for name in new]
         if self.parameter not in self.optimizer.state:
             return
