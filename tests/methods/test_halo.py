@@ -217,6 +217,8 @@ def test_resume_is_bit_exact(variant: Any) -> None:
     other = Halo(second[0], second[1], variant="halo" if variant != "halo" else "l1", seed=0)
     with pytest.raises(ValueError, match="state of a method with variant"):
         other.load_state_dict(saved[2])
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        second[2].load_state_dict(saved[2] | {"own": {"lambda": []}})
 
 
 def test_shared_weights_and_missing_penalties_are_refused() -> None:
