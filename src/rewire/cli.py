@@ -130,6 +130,10 @@ def train(
         str | None,
         _option(NETWORK, "NAME", "How layers share one budget: erk, er or uniform.", default="erk"),
     ] = None,
+    start_density: Annotated[
+        str | None,
+        _option(NETWORK, "SHARE", "Where methods that come down to their budget start.", default="1, mostly"),
+    ] = None,
     init: Annotated[
         str | None,
         _option(NETWORK, "FAN-IN", "First values are U(-b, b), b = 1/sqrt(fan-in): dense or sparse.", field="init"),
@@ -185,6 +189,7 @@ def train(
         "density": read_numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
         "connections": read_number("--connections", connections, int),
         "distribution": distribution,
+        "start_density": read_number("--start-density", start_density, float),
         "init": init,
         "method": method,
         "epochs": read_number("--epochs", epochs, int),
@@ -272,6 +277,7 @@ def methods(
                 "keeps_budget": entry.keeps_budget,
                 "guarantees": list(entry.guarantees),
                 "memory": entry.memory,
+                "start_density": entry.start_density,
                 "parameters": {
                     name: {"default": _plain(parameter.default), "help": parameter.help}
                     for name, parameter in entry.parameters().items()
@@ -284,6 +290,8 @@ def methods(
     if name is not None:
         (entry,) = entries
         print(f"{entry.name}: {entry.summary}\n{entry.paper}\nguarantees: {'; '.join(entry.guarantees)}")
+        if entry.start_density is not None:
+            print(f"starts: at density {entry.start_density:g}, and comes down to its budget")
         print(f"memory: {entry.memory}\nparameters (--set name=value):")
         for parameter in entry.parameters().values():
             print(f"  {parameter.name} = {_plain(parameter.default)}\n      {parameter.help}")

@@ -111,7 +111,18 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"l1": 1e-3, "temperature": 1e-3, "scope": "neuron"},
         {"l1": 1e-3, "noise": 0.05, "every": 3},
     ],
+    "l1": [{"l1": 0.1}, {"l1": 0.05, "drop": "epoch"}],
+    "magnitude": [
+        {"density": 0.1, "distribution": "uniform", "cycles": 2, "every": 1},
+        {"density": 0.1, "distribution": "uniform", "cycles": 2, "every": 1, "scope": "network"},
+        {"quality": 0.4, "cycles": 2, "every": 1},
+    ],
+    "one-shot": [
+        {"density": 0.1, "distribution": "uniform", "after": 1},
+        {"density": 0.1, "after": 5, "unit": "step", "scope": "network"},
+    ],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
+    "snip": [{"density": 0.1}, {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"}],
 }
 
 #: Methods that start from a dense model have models and a conformance suite of their own.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import CASES, LAYERS, OPTIMIZERS, Run, assert_identical, case_id
+from harness import CASES, LAYERS, OPTIMIZERS, SETTINGS, Run, assert_identical, case_id
 
 from rewire import methods, topology
 from rewire.nn import Event, SparseWeight
@@ -253,7 +253,7 @@ def test_registry_describes_the_method(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in methods.available() if not methods.info(n).cls.starts_dense])
 def test_state_of_another_method_or_model_is_refused(name: str) -> None:
-    run = Run((name, {}))
+    run = Run((name, SETTINGS.get(name, [{}])[0]))
     state = run.method.state_dict()
     with pytest.raises(ValueError, match="state of Nothing"):
         run.method.load_state_dict(state | {"method": "Nothing"})

@@ -5,7 +5,10 @@ import torch
 import toy
 from rich.console import Console
 
+from rewire.report import figures
+from rewire.report.read import read_run
 from rewire.train import display, loop
+from rewire.train.errors import StoppedError, TrainError
 from rewire.train.metrics import EpochRecord, evaluate
 from rewire.train.model import make_optimizer
 from rewire.train.observer import Progress
@@ -108,3 +111,44 @@ def test_download_lines_and_bar(tmp_path: Path) -> None:
             text = file.read()
         assert "a.gz" in text
         assert terminal or text == "downloading a.gz, 20 bytes\n"
+
+
+SHRINKING = {
+    "snip": {"batches": 2},
+    "one-shot": {"after": 1},
+    "magnitude": {"cycles": 2, "every": 1},
+    "l1": {"l1": 0.003},
+}
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+def test_methods_that_come_down_to_the_budget(tmp_path: Path, name: str) -> None:
+    changes = {"method": name, "method_options": SHRINKING[name], "epochs": 3, "momentum": 0.5, "lr": 0.1}
+    result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "whole"))
+    possible, budget = 64 * 12 + 12 * 9 + 9 * 10, round(0.2 * (64 * 12 + 12 * 9 + 9 * 10))
+    assert result["connections"] <= budget
+    assert name == "l1" or result["connections"] == budget
+    assert [layer["connections"] for layer in result["info"]["layers"]] == [64 * 12, 12 * 9, 9 * 10]
+    assert sum(layer["budget"] for layer in result["info"]["layers"]) == budget
+    assert "connections (100.00%) to end with 193" in display.heading(result["info"])
+    counts = [sum(line["connections"]) for line in toy.outcome(tmp_path / "whole")[1]]
+    assert name == "l1" or counts == sorted(counts, reverse=True)
+    assert counts[0] < possible
+    # Stopped where the pools have shrunk, and resumed, it is the same run.
+    stops = iter([0] * 8 + [15])
+    with pytest.raises(StoppedError):
+        loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "two"), stop=lambda: next(stops))
+    loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "two"), resume=True)
+    assert toy.outcome(tmp_path / "two") == toy.outcome(tmp_path / "whole")
+    assert "falling" in figures.active(read_run(tmp_path / "two")).note
+
+
+def test_start_density(tmp_path: Path) -> None:
+    made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.5)
+    assert [w.connections for w in made.weights.values()] == [384, 54, 45]
+    assert made.method.final is not None
+    assert sum(made.method.final) == 193
+    made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.01)  # never below the budget
+    assert [w.connections for w in made.weights.values()] == made.method.final
+    with pytest.raises(TrainError, match="--start-density: set has its budget from the start"):
+        trainer(tmp_path, method="set", method_options={}, start_density=0.5)

@@ -4,21 +4,31 @@ from rewire.methods.base import Method, Pool
 from rewire.methods.deep_r import DeepR
 from rewire.methods.differentiable import Differentiable
 from rewire.methods.halo import Halo
+from rewire.methods.l1 import L1
+from rewire.methods.magnitude import Magnitude
+from rewire.methods.one_shot import OneShot
 from rewire.methods.registry import MethodInfo, Parameter, available, create, info, register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.set import SET
+from rewire.methods.shrink import Shrinking
+from rewire.methods.snip import SNIP
 from rewire.methods.static import Static
 
 __all__ = [
+    "L1",
     "SET",
+    "SNIP",
     "DeepR",
     "Differentiable",
     "Halo",
+    "Magnitude",
     "Method",
     "MethodInfo",
+    "OneShot",
     "Parameter",
     "Pool",
     "Rewirer",
+    "Shrinking",
     "Static",
     "available",
     "create",

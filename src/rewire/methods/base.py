@@ -140,6 +140,14 @@ class Attachment:
         """Tell ``follower`` of the pool's changes until `detach`."""
         self._handles.append(pool.weight.follow(follower))
 
+    def before_step(self, hook: Callable[[Optimizer], None]) -> None:
+        """Call ``hook`` with the optimizer before each of its steps, while gradients are there, until `detach`.
+
+        Let it hold its method weakly, as our own hook does.
+        """
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(lambda o, args, kwargs: hook(o)))
+
     def detach(self) -> None:
         """Remove hooks and followers."""
         for handle in self._handles:
@@ -175,6 +183,9 @@ class Method(ABC):
     sort_from: ClassVar[int] = 1 << 16
     #: Set by methods that start from an ordinary dense model and need no sparse weights in it.
     starts_dense: ClassVar[bool] = False
+    #: Set by methods that end with fewer connections than they start with (`rewire.methods.shrink`): the density to
+    #: build the pools with, 1 for all potential connections. None: the pools are built at their budget.
+    start_density: ClassVar[float | None] = None
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
@@ -247,6 +258,10 @@ class Method(ABC):
         for pool in self.pools:
             pool.weight.capture = None
         return self.model
+
+    def connections(self) -> dict[str, int]:
+        """Connections of each weight, by name; of methods that store more, those that take part in the function."""
+        return {pool.name: pool.weight.connections for pool in self.pools}
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: real steps, updates of topology, connections dropped and grown per weight."""
@@ -365,6 +380,14 @@ class Method(ABC):
             if new >= pool.weight.connections >= self.sort_from:
                 pool.weight.reorder()
                 self._sorted[pool.name] = self._grown[pool.name]
+
+    def _shrink(self, pool: Pool, slots: Tensor) -> None:
+        """Drop ``slots`` and give their storage back (under DDP, where that cannot be, they stay empty)."""
+        if slots.numel():
+            nothing = slots.new_empty(0)
+            self._exchange(pool, slots, nothing, nothing)
+            if pool.weight.shared_seed is None:
+                pool.weight.resize(pool.weight.connections, [pool.optimizer])
 
     def _trained(self) -> list[Pool]:
         """The pools that are not frozen (``values.requires_grad``)."""

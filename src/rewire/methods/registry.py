@@ -19,7 +19,7 @@ __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
 Memory = Literal["O(K)", "O(M)"]
 
 #: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
-_SERVICES = ("seed", "data")
+_SERVICES = ("seed", "data", "connections", "density", "distribution")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MethodInfo:
     needs: str = ""
 
     def parameters(self) -> dict[str, Parameter]:
-        """The method's own hyper-parameters (keyword-only, without ``seed`` and ``data``), by name."""
+        """The method's own hyper-parameters by name: keyword-only, without seed, data and final budget."""
         hints = get_type_hints(self.cls.__init__)
         text = inspect.getdoc(self.cls) or ""
         return {
@@ -64,7 +64,22 @@ class MethodInfo:
     @property
     def takes_data(self) -> bool:
         """Whether the constructor takes ``data=``: batches to compute activations from."""
-        return "data" in inspect.signature(self.cls.__init__).parameters
+        return "data" in self.services
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Keyword arguments of the constructor that are no hyper-parameters ("seed", "data", "connections", ...)."""
+        return tuple(name for name in inspect.signature(self.cls.__init__).parameters if name in _SERVICES)
+
+    @property
+    def start_density(self) -> float | None:
+        """The density that pools are to be built with, for methods that come down to their budget; None: at it."""
+        return self.cls.start_density
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the constructor takes the final budget (``connections=``; see `rewire.methods.shrink`)."""
+        return "connections" in self.services
 
 
 def _help(doc: str, name: str) -> str:
@@ -117,7 +132,7 @@ def create(name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimize
     entry = info(name)
     allowed = entry.parameters()
     for given in parameters:
-        if given not in allowed and not (given == "seed" or (given == "data" and entry.takes_data)):
+        if given not in allowed and given not in ("seed", *entry.services):
             near = get_close_matches(given, allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             names = ", ".join(allowed) or "none"

@@ -133,7 +133,7 @@ def active(run: Run) -> Figure:
     ]
     return Figure(
         "Active connections",
-        "A method that keeps its budget per layer shows level lines.",
+        "A method that keeps its budget per layer shows level lines, one that comes down to it falling ones.",
         data,
         _epoch_axes(run, "connections", yaxis_rangemode="tozero", yaxis_tickformat=","),
     )

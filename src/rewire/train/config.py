@@ -39,6 +39,7 @@ class TrainConfig(BaseModel):
     density: tuple[Share, ...] | None = None
     connections: Size | None = None
     distribution: str | None = None
+    start_density: Share | None = None
     init: Literal["dense", "sparse"] = "dense"
     optimizer: str = "sgd"
     lr: Positive | None = None

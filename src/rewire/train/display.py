@@ -19,8 +19,10 @@ def heading(info: Mapping[str, Any]) -> str:
     sizes = "-".join(str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)])
     connections = sum(layer["connections"] for layer in layers)
     possible = sum(layer["inputs"] * layer["outputs"] for layer in layers)
+    budget = sum(layer.get("budget", layer["connections"]) for layer in layers)
+    end = f" to end with {budget:,}" if budget < connections else ""
     return (
-        f"{sizes}, {connections:,} of {possible:,} connections ({connections / possible:.2%}); "
+        f"{sizes}, {connections:,} of {possible:,} connections ({connections / possible:.2%}){end}; "
         f"{samples['train']:,} training, {samples['validation']:,} validation, {samples['test']:,} test samples"
     )
 

@@ -21,10 +21,10 @@ from rewire.data import Dataset, files
 from . import checkpoint
 from .batches import Batches, derive_seed, make_generator, split
 from .checkpoint import Checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, check_name
 from .errors import StoppedError, TrainError
 from .metrics import EpochRecord, evaluate
-from .model import build, layer_connections, layer_shapes, make_optimizer
+from .model import build, layer_connections, layer_shapes, make_optimizer, start_connections
 from .observer import Observer, Progress, Silent
 from .run_dir import MODEL, RunDir
 
@@ -45,7 +45,10 @@ class Trainer:
             raise TrainError(f"--validation: {config.validation} of {len(train_y)} samples is none; 0 turns it off")
         self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
         shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
-        connections = layer_connections(config, shapes)
+        budgets = layer_connections(config, shapes)
+        check_name("--method", config.method, methods.available())
+        entry = methods.info(config.method)
+        connections = start_connections(config, entry, shapes, budgets)
         threads = config.threads or _threads(sum(connections) * config.batch_size)
         torch.set_num_threads(threads)
         self.config = config = config.model_copy(update={"threads": threads})
@@ -60,6 +63,7 @@ class Trainer:
                 self.optimizer,
                 seed=derive_seed(config.seed, "method"),
                 **config.method_options,
+                **({"connections": budgets} if entry.takes_budget else {}),
             )
         except (ValueError, TypeError) as error:
             raise TrainError(f"--method {config.method}: {error}") from None
@@ -68,8 +72,8 @@ class Trainer:
         self.weights = dict(rewire.sparse_weights(self.model))
         self.info = {
             "layers": [
-                {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count}
-                for name, shape, count in zip(self.weights, shapes, connections, strict=True)
+                {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count, "budget": budget}
+                for name, shape, count, budget in zip(self.weights, shapes, connections, budgets, strict=True)
             ],
             "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
             "classes": list(dataset.classes),
@@ -206,7 +210,7 @@ class Trainer:
         return min(self.batch * self.config.batch_size, len(self.batches.y))
 
     def _progress(self) -> Progress:
-        connections = sum(weight.connections for weight in self.weights.values())
+        connections = sum(self.method.connections().values())
         grown = sum(self._counts()["grown"].values()) - sum(self.before["grown"].values())
         return Progress(
             epoch=self.epoch + 1,
@@ -237,7 +241,7 @@ class Trainer:
         self.method.end_epoch(accuracy if scores else None, last=last)
         counts = self._counts()
         change = {kind: [counts[kind][name] - self.before[kind][name] for name in self.weights] for kind in counts}
-        connections = [weight.connections for weight in self.weights.values()]
+        connections = list(self.method.connections().values())
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
             epoch=self.epoch,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rewire
-from rewire import budget
+from rewire import budget, methods
 
 from .config import TrainConfig, check_name
 from .errors import TrainError
@@ -60,6 +60,20 @@ def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]
                 "choose another distribution or one density per layer"
             )
     return counts
+
+
+def start_connections(
+    config: TrainConfig, entry: methods.MethodInfo, shapes: Sequence[Shape], budgets: Sequence[int]
+) -> list[int]:
+    """Connections that each layer begins with: its budget, or more for methods that come down to it."""
+    if entry.start_density is None:
+        if config.start_density is not None:
+            raise TrainError(
+                f"--start-density: {entry.name} has its budget from the start; it is for methods that come down to it"
+            )
+        return list(budgets)
+    density = entry.start_density if config.start_density is None else config.start_density
+    return [max(k, round(density * rows * cols)) for k, (rows, cols) in zip(budgets, shapes, strict=True)]
 
 
 def _shown(shape: Shape) -> str:
