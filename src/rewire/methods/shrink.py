@@ -64,10 +64,10 @@ def _matched(pools: Sequence[Pool], given: Mapping[str, float]) -> list[float]:
             )
     found = []
     for names in both:
-        pattern = next((p for p in given if any(fnmatchcase(name, p) for name in names)), None)
-        if pattern is None:
+        own = [number for pattern, number in given.items() if any(fnmatchcase(name, pattern) for name in names)]
+        if not own:
             raise ValueError(f"the budget says nothing about {names[0]}: add its name or a pattern that matches it")
-        found.append(given[pattern])
+        found.append(own[0])
     return found
 
 
