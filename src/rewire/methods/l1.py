@@ -32,8 +32,9 @@ class L1(Shrinking):
 
     It is decoupled from the optimizer: not preconditioned, scaled or clipped. With plain SGD it minimises
     loss + l1 |w|_1, and a weight stays at zero while |dL/dw| <= l1. Weights at zero remain candidates, so the pool
-    keeps its slots until the end (``drop="end"``): finalize drops those with |w| <= threshold, and, if there is a budget,
-    the smallest beyond it. How many connections result is up to ``l1``: sweep it. `connections` says how many there are now.
+    keeps its slots until the end (``drop="end"``): finalize drops those with |w| <= threshold, and, if there is a
+    budget, the smallest beyond it. How many connections result is up to ``l1``: sweep it. `connections` says how many
+    there are now.
 
     Args:
         l1: the coefficient; a float or a schedule over steps.
