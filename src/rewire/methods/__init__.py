@@ -13,6 +13,7 @@ from rewire.methods.set import SET
 from rewire.methods.shrink import Shrinking
 from rewire.methods.snip import SNIP
 from rewire.methods.static import Static
+from rewire.methods.ternary import Ternary
 
 __all__ = [
     "L1",
@@ -30,6 +31,7 @@ __all__ = [
     "Rewirer",
     "Shrinking",
     "Static",
+    "Ternary",
     "available",
     "create",
     "info",

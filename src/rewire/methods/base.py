@@ -148,6 +148,10 @@ class Attachment:
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(lambda o, args, kwargs: hook(o)))
 
+    def hold(self, *handles: Any) -> None:
+        """Remove these handles too at `detach`."""
+        self._handles += handles
+
     def detach(self) -> None:
         """Remove hooks and followers."""
         for handle in self._handles:

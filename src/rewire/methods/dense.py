@@ -39,6 +39,16 @@ class DenseWeight:
         return kind.weights(self.layer)[self.path]
 
     @property
+    def gradient(self) -> Tensor | None:
+        """The weight's part of its parameter's gradient, of the weight's shape."""
+        weight = self.tensor
+        owner = weight if weight._base is None else weight._base
+        if owner is weight or owner.grad is None:
+            return owner.grad
+        first = weight.storage_offset() - owner.storage_offset()
+        return owner.grad.reshape(-1)[first : first + weight.numel()].view(weight.shape)
+
+    @property
     def group(self) -> dict[str, Any]:
         """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes new ones."""
         return self.optimizer.param_groups[self._group_number]

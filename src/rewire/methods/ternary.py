@@ -1,0 +1,313 @@
+"""Sparse ternary networks: learned quantization thresholds, a frozen mask, and survivors of plus or minus one scale."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire.methods.base import Evaluate, Method, Pool
+from rewire.methods.dense import Patterns, in_scope, refuse_patterns
+from rewire.methods.registry import register
+from rewire.nn.cut import to_sparse
+from rewire.schedules import Schedule, at, checked, within
+
+__all__ = ["Ternary", "quantize", "threshold_slope"]
+
+#: A threshold is at most this share of the largest magnitude, so that something always stays above it.
+HIGHEST = 0.999
+
+
+class _Quantize(torch.autograd.Function):
+    """Plus or minus ``scale`` where ``keep``, else 0; the gradient goes straight through where ``passes``."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, keep: Tensor, scale: Tensor, passes: Tensor) -> Tensor:
+        ctx.save_for_backward(passes)
+        return torch.where(keep, torch.copysign(scale, w), torch.zeros_like(w))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        (passes,) = ctx.saved_tensors
+        return gradients[0] * passes, None, None, None
+
+
+def quantize(w: Tensor, keep: Tensor, *, scaled: bool, clip: float, frozen: bool) -> Tensor:
+    """``scale * sign(w)`` where ``keep``, else 0, in the shape of ``w``; differentiable by straight-through.
+
+    scale: the mean of |w| over ``keep`` if ``scaled`` (Li and Liu 2016, ternary weight networks), else 1. The gradient
+    passes unchanged where |w| <= ``clip`` (Courbariaux et al. 2016) and, if the mask is ``frozen``, only where
+    ``keep``. The sign of a zero is its sign bit, so that every survivor has one. Cost: O(M).
+    """
+    size = w.detach().abs()
+    count = int(keep.sum())
+    scale = (size * keep).sum() / count if scaled and count else size.new_ones(())
+    passes = size <= clip
+    found: Tensor = _Quantize.apply(w, keep, scale, passes & keep if frozen else passes)  # type: ignore[no-untyped-call]
+    return found
+
+
+def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bool) -> float:
+    """An estimate of the derivative of the loss by the threshold (in units of w), from its gradient by the quantized w.
+
+    Q jumps at the threshold, so its derivative is taken of Q smoothed over a box of half the threshold to each side:
+    ``-scale sign(w) / (2 h)`` where ``| |w| - threshold | < h = threshold / 2``, else 0. Ours, see `Ternary`.
+    """
+    size = w.abs()
+    keep = size > threshold
+    count = int(keep.sum())
+    scale = float(size[keep].mean()) if scaled and count else 1.0
+    half = threshold / 2
+    if not half:
+        return 0.0
+    edge = (size - threshold).abs() < half
+    return -scale * float((w.sign() * gradient * edge).sum()) / (2 * half)
+
+
+@register(
+    name="ternary",
+    paper="Faraone et al., ICONIP 2017 (arXiv 1709.06262), reconstructed from its abstract",
+    summary="learned quantization thresholds make weights 0 or plus or minus one scale; then the mask is frozen",
+    keeps_budget="no",
+    memory="O(M)",
+    guarantees=("after finalize() every weight tensor in scope has one magnitude",),
+)
+class Ternary(Method):
+    """Sparse ternary weights in three stages. The paper's body could not be had: this is a RECONSTRUCTION of what its
+    abstract says (L2 and a regularizer on quantization thresholds; quantization pruning; retraining)::
+
+        1  min loss(Q(W)) + l2 sum ||W||^2 - push sum_l t_l      Q = scale sign(w) where |w| > t_l max |W_l|, else 0
+        2  the mask Q != 0 is frozen
+        3  the survivors are trained on, plus or minus scale; no regularizers
+
+    Forward passes use Q, the optimizer moves the dense weights, and gradients go straight through (`quantize`). The
+    threshold t_l is a share of the largest magnitude of its weight. What is ours: the threshold's gradient
+    (`threshold_slope`, divided by the square root of the number of survivors, as in LSQ, Esser et al. 2020), its plain
+    SGD at the weight's learning rate, and that the push stops where the whole scope has come down to ``density``. The
+    gradient by Q is read from ``weight.grad`` after the step, so gradient clipping and GradScaler are accounted for.
+
+    `finalize` leaves sparse layers with values of exactly plus or minus scale (`rewire.to_sparse`; the optimizers
+    follow); `rewire.export.save_ternary` packs them to a sign bit and an index each.
+
+    Args:
+        threshold: t of every weight at the start, a share of its largest magnitude.
+        trainable: whether thresholds are trained; otherwise they stay.
+        push: strength of the regularizer that raises thresholds; a float or a schedule over epochs.
+        l2: strength of the L2 term of stage 1; a float or a schedule over epochs.
+        density: what the push aims at, a share of the entries in scope.
+        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the first epoch whose share of
+            survivors is at most ``density``.
+        scale: "mean", the mean magnitude of a weight's survivors, or "one".
+        clip: no gradient goes to dense weights of a larger magnitude.
+        threshold_lr: learning rate of the thresholds, in multiples of their weight's.
+        only: glob patterns over names of layers or weights to quantize.
+        exclude: glob patterns of those to leave alone.
+
+    Layers are quantized by hooks on their forward pass: names, state_dict and optimizer see the dense weights until
+    `finalize`. Cost: O(M) time per forward pass and step, O(M) memory.
+    """
+
+    starts_dense = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        threshold: float = 0.05,
+        trainable: bool = True,
+        push: float | Schedule = 1e-3,
+        l2: float | Schedule = 1e-6,
+        density: float = 0.05,
+        prune: int | Literal["auto"] = "auto",
+        scale: Literal["mean", "one"] = "mean",
+        clip: float = 1.0,
+        threshold_lr: float = 1.0,
+        only: Patterns | None = None,
+        exclude: Patterns | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.threshold = within("threshold", threshold, 0.0, HIGHEST)
+        self.push, self.l2 = checked("push", push, 0.0), checked("l2", l2, 0.0)
+        if not (isinstance(density, (int, float)) and 0 < density <= 1):
+            raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
+        if prune != "auto" and (not isinstance(prune, int) or isinstance(prune, bool) or prune < 1):
+            raise ValueError(f"prune must be 'auto' or a number of epochs of at least 1, not {prune!r}")
+        if prune == "auto" and not trainable:
+            raise ValueError("prune='auto' waits for thresholds to rise: give a number of epochs, or trainable=True")
+        if scale not in ("mean", "one"):
+            raise ValueError(f"scale must be 'mean' or 'one', not {scale!r}")
+        if not (isinstance(clip, (int, float)) and clip > 0):
+            raise ValueError(f"clip must be a number above 0 (float('inf') is none), not {clip}")
+        self.clip, self.threshold_lr = float(clip), within("threshold_lr", threshold_lr, 0.0)
+        refuse_patterns(only=only, exclude=exclude)
+        self.trainable, self.density, self.prune, self.scale = bool(trainable), density, prune, scale
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.weights = in_scope(model, optimizers, only, exclude)
+        super().__init__(model, optimizers, seed=seed)
+        #: 1 while thresholds are trained, 3 once the masks are frozen (stage 2 is that moment).
+        self.stage = 1
+        self._thresholds = [float(threshold)] * len(self.weights)
+        self._masks: list[Tensor] = []
+        self._penalised = False
+        for layer in dict.fromkeys(w.layer for w in self.weights):
+            self._attachment.hold(*_hooks(self, layer))
+
+    # --- what it does to the weights --------------------------------------------------------------------------------
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which entries are not zero now, by name of the weight."""
+        return {w.name: self._keep(i, w.tensor.detach()) for i, w in enumerate(self.weights)}
+
+    def thresholds(self) -> dict[str, float]:
+        """The thresholds t, shares of the largest magnitude, by name of the weight."""
+        return {w.name: t for w, t in zip(self.weights, self._thresholds, strict=True)}
+
+    def survivors(self) -> float:
+        """Share of the entries in scope that are not zero now. Cost: O(M)."""
+        masks = self.masks().values()
+        return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    def _keep(self, number: int, w: Tensor) -> Tensor:
+        if self.stage == 3:
+            return self._masks[number]
+        size = w.abs()
+        return size > self._thresholds[number] * size.max()
+
+    def _quantized(self, number: int, w: Tensor) -> Tensor:
+        """What the forward pass uses in place of weight ``number``, whose dense values are ``w``."""
+        keep = self._keep(number, w.detach())
+        return quantize(w, keep, scaled=self.scale == "mean", clip=self.clip, frozen=self.stage == 3)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in `step`."""
+        strength = within("l2", at(self.l2, self.epochs), 0.0)
+        if self.stage == 3 or not strength:
+            return super().penalty()
+        self._penalised = True
+        return strength * torch.stack([w.tensor.square().sum() for w in self.weights]).sum()
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        penalised, self._penalised = self._penalised, False
+        if self.stage == 3 or not self.trainable:
+            return
+        push = within("push", at(self.push, self.epochs), 0.0)
+        push = push if self.survivors() > self.density else 0.0
+        l2 = at(self.l2, self.epochs) if penalised else 0.0
+        for i, weight in enumerate(self.weights):
+            w, gradient, t = weight.tensor.detach(), weight.gradient, self._thresholds[i]
+            slope = 0.0
+            if gradient is not None:
+                largest = float(w.abs().max())
+                slope = threshold_slope(w, gradient - 2 * l2 * w, t * largest, scaled=self.scale == "mean")
+                slope *= largest / max(int(self._keep(i, w).sum()), 1) ** 0.5
+            t -= float(weight.group["lr"]) * self.threshold_lr * (slope - push)
+            self._thresholds[i] = min(max(t, 0.0), HIGHEST)
+
+    def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
+        if self.stage == 1:
+            due = self.survivors() <= self.density if self.prune == "auto" else self.epochs >= self.prune
+            if due:
+                self.freeze()
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Stage 2: freeze the masks as they are now; stage 3 begins. `end_epoch` does this by itself."""
+        if self.stage == 1:
+            self._masks = list(self.masks().values())
+            self.stage = 3
+            self.updates += 1
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finalize(self) -> nn.Module:
+        """Make the layers in scope sparse ones of plus or minus scale, let the optimizers follow, return the model."""
+        if not self._attachment.attached:
+            return self.model
+        self.freeze()
+        super().finalize()
+        for i, weight in enumerate(self.weights):
+            w = weight.tensor
+            w.copy_(self._quantized(i, w))
+        self.model = to_sparse(self.model, self.masks(), self.optimizers)
+        return self.model
+
+    def stats(self) -> dict[str, Any]:
+        """Counts as every method's, the stage and the thresholds."""
+        return super().stats() | {"stage": self.stage, "thresholds": self.thresholds()}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        names = [w.name for w in self.weights]
+        return {"trainable": self.trainable, "prune": self.prune, "scale": self.scale, "weights": names}
+
+    def _state(self) -> dict[str, Any]:
+        return {"stage": self.stage, "thresholds": list(self._thresholds), "masks": [m.clone() for m in self._masks]}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        stage, thresholds = int(state["stage"]), [float(t) for t in state["thresholds"]]
+        masks = [m.to(w.tensor.device, torch.bool) for m, w in zip(state["masks"], self.weights, strict=stage == 3)]
+        if stage not in (1, 3) or len(thresholds) != len(self.weights):
+            raise ValueError(f"this state is damaged: stage {stage}, {len(thresholds)} thresholds")
+        if any(m.shape != w.tensor.shape for m, w in zip(masks, self.weights, strict=False)):
+            raise ValueError("this is the state of weights of other shapes")
+        self.stage, self._thresholds, self._masks = stage, thresholds, [m.clone() for m in masks]
+
+
+def _hooks(method: Ternary, layer: nn.Module) -> list[Any]:
+    """Hooks that put quantized weights in the place of a layer's parameters for the time of its forward pass."""
+    here = weakref.ref(method)
+    parts: dict[str, list[tuple[int, int | None]]] = {}  # parameter -> (number, which third of it or None: all)
+    for number, weight in enumerate(method.weights):
+        if weight.layer is layer:
+            name, third = _place(layer, weight.path)
+            parts.setdefault(name, []).append((number, third))
+    # By module, because a copy of the model has these hooks too.
+    replaced: dict[int, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        found = here()
+        if found is None:
+            return
+        swaps: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
+        for name, members in parts.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            dense = owner.get_parameter(leaf)
+            if members[0][1] is None:
+                swaps.append((owner, leaf, dense, found._quantized(members[0][0], dense)))
+                continue
+            thirds = list(dense.chunk(3))
+            for number, third in members:
+                assert third is not None
+                thirds[third] = found._quantized(number, thirds[third])
+            swaps.append((owner, leaf, dense, torch.cat(thirds)))
+        replaced[id(module)] = [(owner, leaf, dense) for owner, leaf, dense, _ in swaps]
+        for owner, leaf, _, tensor in swaps:
+            owner._parameters[leaf] = tensor  # type: ignore[assignment]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for owner, leaf, parameter in replaced.pop(id(module), []):
+            owner._parameters[leaf] = parameter
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its list of weights, where the quantized ones must not stay
+
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
+
+
+_STACKED = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _place(layer: nn.Module, path: str) -> tuple[str, int | None]:
+    """The parameter that holds the weight at ``path``, and which third of it the weight is (None: all of it)."""
+    if isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim and path in _STACKED:
+        return "in_proj_weight", _STACKED.index(path)
+    return path, None
