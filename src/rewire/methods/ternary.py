@@ -88,7 +88,7 @@ class Ternary(Method):
     threshold t_l is a share of the largest magnitude of its weight. What is ours: the threshold's gradient
     (`threshold_slope`, divided by the square root of the number of survivors, as in LSQ, Esser et al. 2020), its plain
     SGD at the weight's learning rate, and that the push stops where the whole scope has come down to ``density``. The
-    gradient by Q is read from ``weight.grad`` after the step, so gradient clipping and GradScaler are accounted for.
+    gradient by Q is read from ``weight.grad`` just before the optimizer's step, so no loss scaling reaches it.
 
     `finalize` leaves sparse layers with values of exactly plus or minus scale (`rewire.to_sparse`; the optimizers
     follow); `rewire.export.save_ternary` packs them to a sign bit and an index each.
@@ -154,6 +154,9 @@ class Ternary(Method):
         self._thresholds = [float(threshold)] * len(self.weights)
         self._masks: list[Tensor] = []
         self._penalised = False
+        self._slopes: dict[int, float] = {}
+        here = weakref.ref(self)
+        self._attachment.before_step(lambda stepping: _tell(here, stepping))
         for layer in dict.fromkeys(w.layer for w in self.weights):
             self._attachment.hold(*_hooks(self, layer))
 
@@ -193,22 +196,30 @@ class Ternary(Method):
         self._penalised = True
         return strength * torch.stack([w.tensor.square().sum() for w in self.weights]).sum()
 
-    def _after_step(self, pools: list[Pool]) -> None:
-        penalised, self._penalised = self._penalised, False
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Note the slopes of the thresholds whose weights ``optimizer`` is about to move."""
         if self.stage == 3 or not self.trainable:
+            return
+        l2 = at(self.l2, self.epochs) if self._penalised else 0.0
+        for i, weight in enumerate(self.weights):
+            gradient = weight.gradient
+            if weight.optimizer is optimizer and gradient is not None:
+                w = weight.tensor.detach()
+                largest = float(w.abs().max())
+                by_q = gradient - 2 * l2 * w if l2 else gradient
+                slope = threshold_slope(w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean")
+                self._slopes[i] = slope * largest / max(int(self._keep(i, w).sum()), 1) ** 0.5
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        self._penalised = False
+        slopes, self._slopes = self._slopes, {}
+        if not slopes:
             return
         push = within("push", at(self.push, self.epochs), 0.0)
         push = push if self.survivors() > self.density else 0.0
-        l2 = at(self.l2, self.epochs) if penalised else 0.0
-        for i, weight in enumerate(self.weights):
-            w, gradient, t = weight.tensor.detach(), weight.gradient, self._thresholds[i]
-            slope = 0.0
-            if gradient is not None:
-                largest = float(w.abs().max())
-                slope = threshold_slope(w, gradient - 2 * l2 * w, t * largest, scaled=self.scale == "mean")
-                slope *= largest / max(int(self._keep(i, w).sum()), 1) ** 0.5
-            t -= float(weight.group["lr"]) * self.threshold_lr * (slope - push)
-            self._thresholds[i] = min(max(t, 0.0), HIGHEST)
+        for i, slope in slopes.items():
+            rate = float(self.weights[i].group["lr"]) * self.threshold_lr
+            self._thresholds[i] = min(max(self._thresholds[i] - rate * (slope - push), 0.0), HIGHEST)
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.stage == 1:
@@ -260,6 +271,13 @@ class Ternary(Method):
         if any(m.shape != w.tensor.shape for m, w in zip(masks, self.weights, strict=False)):
             raise ValueError("this is the state of weights of other shapes")
         self.stage, self._thresholds, self._masks = stage, thresholds, [m.clone() for m in masks]
+
+
+@torch.no_grad()
+def _tell(method: weakref.ref[Ternary], optimizer: Optimizer) -> None:
+    here = method()
+    if here is not None:
+        here._before_step(optimizer)
 
 
 def _hooks(method: Ternary, layer: nn.Module) -> list[Any]:
