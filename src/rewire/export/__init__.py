@@ -1,0 +1,5 @@
+"""Models in files for other purposes than training on."""
+
+from rewire.export.ternary import PackedWeight, PackResult, load_ternary, pack_ternary, save_ternary
+
+__all__ = ["PackResult", "PackedWeight", "load_ternary", "pack_ternary", "save_ternary"]
