@@ -123,6 +123,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
     "snip": [{"density": 0.1}, {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"}],
+    "soft-deep-r": [
+        {},
+        {"l1": 1e-2, "noise": 0.1, "p_min": 0.3},
+        {"l1": 1e-2, "temperature": "tied", "theta_min": -0.02, "boundary": "reflect", "start": "authors"},
+    ],
 }
 
 #: Methods that start from a dense model have models and a conformance suite of their own.

@@ -12,6 +12,7 @@ from rewire.methods.rewirer import Rewirer
 from rewire.methods.set import SET
 from rewire.methods.shrink import Shrinking
 from rewire.methods.snip import SNIP
+from rewire.methods.soft_deep_r import SoftDeepR
 from rewire.methods.static import Static
 from rewire.methods.ternary import Ternary
 
@@ -30,6 +31,7 @@ __all__ = [
     "Pool",
     "Rewirer",
     "Shrinking",
+    "SoftDeepR",
     "Static",
     "Ternary",
     "available",
