@@ -68,7 +68,7 @@ def test_patterns_follow_quadrature() -> None:
     expected = mass / mass.sum()
 
     weight, optimizer, method, signs = chains(
-        8_000, 2, 3e-3, l1=alpha, temperature=temperature, theta_min=low, boundary="reflect"
+        8_000, 2, 6e-3, l1=alpha, temperature=temperature, theta_min=low, boundary="reflect"
     )
     turn = signs * torch.tensor(s)
     for _ in range(2_500):
