@@ -131,9 +131,11 @@ def test_the_thresholds_slope_is_that_of_the_smoothed_quantizer() -> None:
     smooth = scale * w.sign() * ((w.abs() - threshold + 0.4) / 0.8).clamp(0, 1)
     (smooth * g).sum().backward()
     assert threshold.grad is not None
-    assert threshold_slope(w, g, 0.8, scaled=True) == pytest.approx(float(threshold.grad), rel=1e-9)
-    assert threshold_slope(w, g, 0.0, scaled=True) == 0.0
-    assert threshold_slope(w, g, 0.8, scaled=False) == pytest.approx(float(threshold.grad) / scale, rel=1e-9)
+    kept = int((w.abs() > 0.8).sum())
+    slope = float(threshold.grad)
+    assert threshold_slope(w, g, 0.8, scaled=True) == (pytest.approx(slope, rel=1e-9), kept)
+    assert threshold_slope(w, g, 0.8, scaled=False) == (pytest.approx(slope / scale, rel=1e-9), kept)
+    assert threshold_slope(w, g, 0.0, scaled=True) == (0.0, 600)
 
 
 def test_signs_of_zeros_and_empty_masks() -> None:

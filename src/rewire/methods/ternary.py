@@ -44,28 +44,29 @@ def quantize(w: Tensor, keep: Tensor, *, scaled: bool, clip: float, frozen: bool
     ``keep``. The sign of a zero is its sign bit, so that every survivor has one. Cost: O(M).
     """
     size = w.detach().abs()
-    count = int(keep.sum())
+    count = int(keep.count_nonzero())
     scale = (size * keep).sum() / count if scaled and count else size.new_ones(())
     passes = size <= clip
     found: Tensor = _Quantize.apply(w, keep, scale, passes & keep if frozen else passes)  # type: ignore[no-untyped-call]
     return found
 
 
-def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bool) -> float:
-    """An estimate of the derivative of the loss by the threshold (in units of w), from its gradient by the quantized w.
+def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bool) -> tuple[float, int]:
+    """An estimate of the loss's derivative by the threshold (in units of w), and the number of survivors.
 
-    Q jumps at the threshold, so its derivative is taken of Q smoothed over a box of half the threshold to each side:
-    ``-scale sign(w) / (2 h)`` where ``| |w| - threshold | < h = threshold / 2``, else 0. Ours, see `Ternary`.
+    ``gradient`` is that by the quantized weight, Q. Q jumps at the threshold, so its derivative is taken of Q smoothed
+    over a box of half the threshold to each side: ``-scale sign(w) / (2 h)`` where ``| |w| - threshold | < h =
+    threshold / 2``, else 0. Ours, see `Ternary`. Cost: O(M).
     """
     size = w.abs()
     keep = size > threshold
-    count = int(keep.sum())
-    scale = float(size[keep].mean()) if scaled and count else 1.0
+    count = int(keep.count_nonzero())
     half = threshold / 2
     if not half:
-        return 0.0
-    edge = (size - threshold).abs() < half
-    return -scale * float((w.sign() * gradient * edge).sum()) / (2 * half)
+        return 0.0, count
+    scale = float((size * keep).sum()) / count if scaled and count else 1.0
+    edge = (size > threshold - half) & (size < threshold + half)
+    return -scale * float((w.sign() * gradient * edge).sum()) / (2 * half), count
 
 
 @register(
@@ -154,7 +155,7 @@ class Ternary(Method):
         self._thresholds = [float(threshold)] * len(self.weights)
         self._masks: list[Tensor] = []
         self._penalised = False
-        self._slopes: dict[int, float] = {}
+        self._slopes: dict[int, tuple[float, int]] = {}
         here = weakref.ref(self)
         self._attachment.before_step(lambda stepping: _tell(here, stepping))
         for layer in dict.fromkeys(w.layer for w in self.weights):
@@ -173,7 +174,7 @@ class Ternary(Method):
     def survivors(self) -> float:
         """Share of the entries in scope that are not zero now. Cost: O(M)."""
         masks = self.masks().values()
-        return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+        return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
 
     def _keep(self, number: int, w: Tensor) -> Tensor:
         if self.stage == 3:
@@ -207,8 +208,8 @@ class Ternary(Method):
                 w = weight.tensor.detach()
                 largest = float(w.abs().max())
                 by_q = gradient - 2 * l2 * w if l2 else gradient
-                slope = threshold_slope(w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean")
-                self._slopes[i] = slope * largest / max(int(self._keep(i, w).sum()), 1) ** 0.5
+                slope, count = threshold_slope(w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean")
+                self._slopes[i] = slope * largest / max(count, 1) ** 0.5, count
 
     def _after_step(self, pools: list[Pool]) -> None:
         self._penalised = False
@@ -216,8 +217,12 @@ class Ternary(Method):
         if not slopes:
             return
         push = within("push", at(self.push, self.epochs), 0.0)
-        push = push if self.survivors() > self.density else 0.0
-        for i, slope in slopes.items():
+        if len(slopes) == len(self.weights):  # counted already, just before the step
+            share = sum(count for _, count in slopes.values()) / sum(w.tensor.numel() for w in self.weights)
+        else:
+            share = self.survivors()
+        push = push if share > self.density else 0.0
+        for i, (slope, _) in slopes.items():
             rate = float(self.weights[i].group["lr"]) * self.threshold_lr
             self._thresholds[i] = min(max(self._thresholds[i] - rate * (slope - push), 0.0), HIGHEST)
 
