@@ -1,6 +1,7 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
 from rewire.nn.absent import Absent
+from rewire.nn.activation import SReLU
 from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
@@ -17,6 +18,7 @@ __all__ = [
     "Event",
     "Follower",
     "OptimizerFollower",
+    "SReLU",
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",
