@@ -128,6 +128,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"l1": 1e-2, "noise": 0.1, "p_min": 0.3},
         {"l1": 1e-2, "temperature": "tied", "theta_min": -0.02, "boundary": "reflect", "start": "authors"},
     ],
+    "copaset": [{"samples": 9, "activations": "post", "output_layer": True, "mode": "train"}],
+    "corset": [{"every": 2}],
+    "copacorset": [{"candidates": 3, "output_layer": True}],
+    "ctre": [{}, {"variant": "seq", "patience": 1, "fraction": 0.5, "samples": 9}],
 }
 
 #: Methods that start from a dense model have models and a conformance suite of their own.
@@ -155,8 +159,23 @@ class Run:
         self.model = LAYERS[layer](dtype, seed)
         self.dtype = dtype
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.method = methods.create(case[0], self.model, self.optimizer, seed=method_seed, **case[1])
+        self.method = self.make(case, method_seed)
         self.time = 0
+
+    def make(self, case: tuple[str, dict[str, Any]], seed: int) -> methods.Method:
+        """Another method for the same model, with training data if it looks at activations."""
+        data = {"data": self.data()} if methods.info(case[0]).takes_data else {}
+        return methods.create(case[0], self.model, self.optimizer, seed=seed, **data, **case[1])
+
+    def data(self) -> list[tuple[Tensor, Tensor]]:
+        g = torch.Generator().manual_seed(17)
+        x = torch.randn(20, 12, generator=g, dtype=self.dtype)
+        return list(zip(x.split(8), torch.randint(0, 6, (20,), generator=g).split(8), strict=True))
+
+    def score(self, model: nn.Module) -> float:
+        """Accuracy on the training data, for methods that turn by it."""
+        with torch.no_grad():
+            return sum(float((model(x).argmax(1) == y).sum()) for x, y in self.data())
 
     def weights(self) -> dict[str, Any]:
         return dict(sparse_weights(self.model))
@@ -175,7 +194,7 @@ class Run:
         self.method.step()
         self.time += 1
         if self.time % self.steps_per_epoch == 0:
-            self.method.end_epoch()
+            self.method.end_epoch(self.score)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Everything that must come out bit-identical."""

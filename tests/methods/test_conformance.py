@@ -72,7 +72,7 @@ def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, 
         run.method.step()
         run.time += 1
         if run.time % run.steps_per_epoch == 0:
-            run.method.end_epoch()
+            run.method.end_epoch(run.score)
         for handle in handles:
             handle.remove()
         for name, weight in run.weights().items():
@@ -118,7 +118,7 @@ def test_resume_is_bit_exact(case: Case, layer: str, optimizer: str, model_first
     if model_first:  # the method is made for the loaded model, as most people would
         second.model.load_state_dict(saved[0])
         second.optimizer.load_state_dict(saved[1])
-        second.method = methods.create(case[0], second.model, second.optimizer, seed=5, **case[1])
+        second.method = second.make(case, 5)
         second.method.load_state_dict(saved[2])
     else:
         second.method.load_state_dict(saved[2])
@@ -150,7 +150,7 @@ def test_copies_are_refused_and_a_second_method_takes_over(case: Case, layer: st
     run = Run(case, layer)
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(run.method)
-    first, run.method = run.method, methods.create(case[0], run.model, run.optimizer, seed=8, **case[1])
+    first, run.method = run.method, run.make(case, 8)
     for _ in range(run.steps_per_epoch):
         run.step()
     with pytest.raises(RuntimeError, match="another was made"):

@@ -1,6 +1,8 @@
 """Training methods, one protocol for all: `penalty`, `step`, `end_epoch`, `finalize`."""
 
 from rewire.methods.base import Method, Pool
+from rewire.methods.cosine_set import CoDACoRSET, CoDASET, CoPACoRSET, CoPASET, CoRSET
+from rewire.methods.ctre import CTRE
 from rewire.methods.deep_r import DeepR
 from rewire.methods.differentiable import Differentiable
 from rewire.methods.halo import Halo
@@ -17,9 +19,15 @@ from rewire.methods.static import Static
 from rewire.methods.ternary import Ternary
 
 __all__ = [
+    "CTRE",
     "L1",
     "SET",
     "SNIP",
+    "CoDACoRSET",
+    "CoDASET",
+    "CoPACoRSET",
+    "CoPASET",
+    "CoRSET",
     "DeepR",
     "Differentiable",
     "Halo",

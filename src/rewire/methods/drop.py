@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewire.methods.base import Pool
+from rewire.methods.similarity import Similarity
 
 __all__ = ["Drop", "Magnitude", "MagnitudeBySign", "smallest"]
 
@@ -43,12 +44,20 @@ class Magnitude:
 class MagnitudeBySign:
     """SET's rule: ``floor(fraction * n)`` of the n smallest positive and of the n largest negative weights.
 
-    A weight that is exactly 0 counts as the smallest of the positive ones.
+    source: if given, each weight counts times the similarity of the activations at its ends (CosineSET's removal).
+
+    What is exactly 0 counts as the smallest of the positive ones. (The authors' codes drop all such, whatever the
+    fraction: connections that no gradient has moved yet and, with similarities, those of silent units.)
     """
+
+    source: Similarity | None = None
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
         slots = pool.weight.active()
         values = pool.weight.values[slots]
+        similarity = self.source.active(pool) if self.source is not None else None
+        if similarity is not None:
+            values = values * similarity[slots]
         chosen = []
         for side in (values >= 0, values < 0):
             own = slots[side]

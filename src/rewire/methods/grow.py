@@ -15,11 +15,19 @@ from torch import Tensor
 
 from rewire import random, topology
 from rewire.methods.base import Pool, Purpose
+from rewire.methods.similarity import Similarity, exponentials, exponentials_at
+from rewire.methods.topk import top
 
-__all__ = ["Grow", "Random", "Scope", "allot", "random_dormant", "random_in_rows"]
+__all__ = ["Cosine", "Grow", "Random", "Scope", "allot", "random_dormant", "random_in_rows"]
 
 #: Over what the budget is kept.
 Scope: TypeAlias = Literal["layer", "network", "neuron"]
+
+
+#: Positions of a weight up to which all of them are scored.
+EXACT_POSITIONS = 1 << 28
+#: What similarity 0 counts as in a draw: less than any other, but drawn at random when nothing else is left.
+_LEAST = 1e-30
 
 
 class Grow(Protocol):
@@ -36,6 +44,58 @@ class Random:
 
     def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         return random_dormant(pool, dropped, count, seed, step)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Dormant connections by the absolute cosine similarity of the activations at their ends.
+
+    Where a pool has no similarities, uniformly random ones.
+
+    Args:
+        source: the similarities, see `rewire.methods.similarity.Similarity`.
+        draw: "top", the most similar ones (among equals the first in (row, col) order), or "proportional": drawn one
+            after the other without replacement with P proportional to similarity, those of similarity 0 last. For
+            this each position gets the key ``similarity / e`` with a standard exponential number e of its own, and the
+            largest keys win: the same law (Efraimidis & Spirakis 2006) in one pass.
+        candidates: look at so many uniformly random dormant positions per connection to grow instead of at all of them;
+            None for all, or for 4 where the weight has more than 2**28 positions.
+
+    Cost: O(samples M) time, O(tile + count) memory; with candidates O(samples count candidates), O(rows + cols + count
+    candidates).
+    """
+
+    source: Similarity
+    draw: Literal["top", "proportional"] = "top"
+    candidates: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates is not None and (not isinstance(self.candidates, int) or self.candidates < 1):
+            raise ValueError(f"candidates must be a number of at least 1, or None, not {self.candidates!r}")
+
+    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        cosine, weight = self.source.of(pool), pool.weight
+        if cosine is None:
+            return random_dormant(pool, dropped, count, seed, step)
+        each = self.candidates or (4 if weight.size > EXACT_POSITIONS else None)
+        cols = weight.matrix_shape[1]
+        if each is None:
+
+            def block(start: int, stop: int) -> Tensor:
+                scores = cosine.block(start, stop)
+                if self.draw == "top":
+                    return scores
+                e = exponentials(seed, step, pool, start * cols, scores.numel()).view_as(scores)
+                return scores.clamp_(min=_LEAST).div_(e)
+
+            return top(block, pool, dropped, count)[:2]
+        room = weight.size - weight.connections + dropped.numel()
+        at = random_dormant(pool, dropped, min(each * count, room), seed, step)
+        scores = cosine.at(topology.build_index(*at, *weight.matrix_shape), at[0].numel(), *at)
+        if self.draw == "proportional":
+            scores = scores.clamp_(min=_LEAST).div_(exponentials_at(seed, step, pool, at[0] * cols + at[1]))
+        best = torch.sort(scores, descending=True, stable=True).indices[:count]
+        return at[0][best], at[1][best]
 
 
 def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class Rewirer(Method):
         every: number of optimizer steps between updates, or "epoch".
         until: no update after this many steps (or epochs); None for never stopping.
         values: of new connections, ``(pool, count, seed, step) -> tensor``; None for 0.
+        momentum: "keep" the optimizer state of survivors, or "reset" all state of all parameters at every update.
     """
 
     def __init__(
@@ -58,12 +59,16 @@ class Rewirer(Method):
         every: int | Literal["epoch"] = "epoch",
         until: int | None = None,
         values: NewValues | None = None,
+        momentum: Literal["keep", "reset"] = "keep",
         seed: int | None = None,
     ) -> None:
         if every != "epoch" and (not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be 'epoch' or a number of steps of at least 1, not {every!r}")
         if until is not None and (not isinstance(until, int) or until < 0):
             raise ValueError(f"until must be a number of steps or epochs of at least 0, or None, not {until!r}")
+        if momentum not in ("keep", "reset"):
+            raise ValueError(f"momentum must be 'keep' or 'reset', not {momentum!r}")
+        self.momentum = momentum
         self.fraction = checked("fraction", fraction, 0.0, 1.0)
         self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
         super().__init__(model, optimizer, seed=seed)
@@ -83,6 +88,21 @@ class Rewirer(Method):
         if self.until is not None and time > self.until:
             return
         fraction = within("fraction", at(self.fraction, time), 0.0, 1.0)
+        # What criteria look at, they see as it was before the update.
+        sources = {id(s): s for s in (getattr(c, "source", None) for c in (self.drop, self.grow)) if s is not None}
+        for source in sources.values():
+            source.record(pools, self.seed, time)
+        try:
+            self._exchange_all(pools, fraction, time)
+        finally:
+            for source in sources.values():
+                source.forget()
+        if self.momentum == "reset":
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        self.updates += 1
+
+    def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         for pool in pools:
             slots = self.drop(pool, fraction)
             rows, cols = self.grow(pool, slots, slots.numel(), self.seed, time)
@@ -93,4 +113,3 @@ class Rewirer(Method):
                 )
             new = self.values(pool, slots.numel(), self.seed, time) if self.values else 0.0
             self._exchange(pool, slots, rows, cols, new)
-        self.updates += 1

@@ -30,11 +30,15 @@ class SET(Rewirer):
         drop  floor(zeta n+) smallest of the n+ positive and floor(zeta n-) largest of the n- negative weights
         grow  as many, uniformly over the dormant positions (just-dropped ones included)
 
-    Optimizer state of survivors is kept, that of new connections starts afresh.
+    Optimizer state of new connections starts afresh. The authors' Keras code is ``new_values="zero",
+    momentum="reset"`` (and rewires after the last epoch too: leave ``last`` out in `end_epoch`), their SciPy code
+    ``new_values="normal", momentum="keep"``.
 
     Args:
         fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
-        new_values: "zero" (the authors' Keras code) or "normal", N(0, 0.1^2) (their SciPy code).
+        new_values: "zero", or "normal" for N(0, 0.1^2).
+        momentum: what becomes of the optimizer state of survivors: "keep", or "reset", which clears all state of all
+            parameters at every update, as a new optimizer would.
         every: "epoch", or a number of optimizer steps.
         until: no update after this many epochs (or steps).
 
@@ -48,6 +52,7 @@ class SET(Rewirer):
         *,
         fraction: float | Schedule = 0.3,
         new_values: Literal["zero", "normal"] = "zero",
+        momentum: Literal["keep", "reset"] = "keep",
         every: int | Literal["epoch"] = "epoch",
         until: int | None = None,
         seed: int | None = None,
@@ -63,5 +68,6 @@ class SET(Rewirer):
             every=every,
             until=until,
             values=normal_values(0.1) if new_values == "normal" else None,
+            momentum=momentum,
             seed=seed,
         )
