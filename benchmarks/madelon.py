@@ -3,10 +3,10 @@
     python benchmarks/madelon.py madelon.mat [--method codacorset] [--seeds 5] [--out docs/results/madelon.json]
         [--picture docs/results/madelon.svg]
 
-madelon.mat is that of the scikit-feature repository: 2600 samples, of which the first 2000 (Madelon's training set) are
-trained on and the last 600 (its validation set) tested. Three hidden layers of 1000 units, SReLU, dropout 0.3; the output layer
-is dense. SET's epsilon 20 gives 30,000 + 40,000 + 40,000 connections. SGD of rate 0.1 and momentum 0.9, all of it reset
-at each rewiring, batch 100, 100 epochs, zeta 0.3, inputs standardised (Pieterse & Mocanu 2019, released script).
+madelon.mat is that of the scikit-feature repository: 2600 samples, of which the first 2000 are trained on and the last
+600 tested. Three hidden layers of 1000 units, SReLU, dropout 0.3; the output layer is dense. SET's epsilon 20 gives
+30,000 + 40,000 + 40,000 connections. SGD of rate 0.1 and momentum 0.9, all of it reset at each rewiring, batch 100, 100
+epochs, zeta 0.3, inputs standardised (the script that Pieterse & Mocanu released, arXiv 1903.07138v1).
 
 Then inputs are set to 0 one after the other in the order of their connections, ties by their number, and the test
 set is scored each time. Needs scipy, for the file.
@@ -129,7 +129,8 @@ def picture(runs: list[dict[str, Any]], name: str) -> str:
         return f"{x:.1f},{y:.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{left}" y="22" font-size="14">Madelon, {name}: test accuracy while inputs are set to 0</text>',
     ]
@@ -149,7 +150,8 @@ def picture(runs: list[dict[str, Any]], name: str) -> str:
             points = " ".join(at(i, 100 * score) for i, score in enumerate(each[kind]))
             parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-opacity="0.6"/>')
         y = top + 16 + 18 * row
-        parts.append(f'<line x1="{left + 12}" y1="{y - 4}" x2="{left + 36}" y2="{y - 4}" stroke="{color}" stroke-width="2"/>')
+        line = f'x1="{left + 12}" y1="{y - 4}" x2="{left + 36}" y2="{y - 4}"'
+        parts.append(f'<line {line} stroke="{color}" stroke-width="2"/>')
         parts.append(f'<text x="{left + 42}" y="{y}">{kind}, a line for each of {len(runs)} seeds</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -172,9 +174,9 @@ def main() -> None:
         hits = len(set(one["found"]) & set(INFORMATIVE))
         counts = sorted(one["fan_out"], reverse=True)
         print(
-            f"seed {seed}: {hits} of the 20 most connected inputs are informative, connections {counts[0]} to {counts[19]} "
-            f"against {counts[20]} of the next; accuracy {one['accuracy']['last']:.1%}, with these 20 alone "
-            f"{one['least connected first'][-21]:.1%}; {one['seconds']:.0f} s",
+            f"seed {seed}: {hits} of the 20 most connected inputs are informative, connections {counts[0]} to "
+            f"{counts[19]} against {counts[20]} of the next; accuracy {one['accuracy']['last']:.1%}, with these 20 "
+            f"alone {one['least connected first'][-21]:.1%}; {one['seconds']:.0f} s",
             flush=True,
         )
     if options.out:

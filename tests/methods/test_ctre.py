@@ -142,7 +142,8 @@ def test_what_is_dropped_and_grown_at_once_stays_as_it_was(new_values: Any) -> N
     assert new
     method.end_epoch(lambda _: 1.0)
     rows, cols, values = weight.coo()
-    for key, value, m in zip((rows * 10 + cols).tolist(), values.tolist(), state[weight.active()].tolist(), strict=True):
+    after = state[weight.active()].tolist()
+    for key, value, m in zip((rows * 10 + cols).tolist(), values.tolist(), after, strict=True):
         if key in new:
             assert m == 0
             assert abs(value) <= mean

@@ -152,3 +152,18 @@ def test_start_density(tmp_path: Path) -> None:
     assert [w.connections for w in made.weights.values()] == made.method.final
     with pytest.raises(TrainError, match="--start-density: set has its budget from the start"):
         trainer(tmp_path, method="set", method_options={}, start_density=0.5)
+
+
+def test_methods_that_look_at_activations_get_the_training_part(tmp_path: Path) -> None:
+    changes = {"method": "codacorset", "method_options": {"samples": 500}, "validation": 0.25}
+    made = loop.Trainer(toy.config(**changes), toy.dataset(), RunDir(tmp_path))
+    seen = torch.cat(list(made.method.drop.source.recorder.data))
+    assert torch.equal(seen, made.batches.x)
+    result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))
+    assert result["connections"] == sum(w.connections for w in made.weights.values())
+
+
+def test_a_method_that_needs_a_score_says_so(tmp_path: Path) -> None:
+    changes = {"method": "ctre", "method_options": {"variant": "seq"}, "validation": 0.0}
+    with pytest.raises(TrainError, match=r"--method ctre: .*validation score"):
+        loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))

@@ -56,6 +56,7 @@ def resume_whatever_is_there(folder: Path, **changes) -> None:
 RUNS = {
     "deep-r, momentum": {"momentum": 0.9},
     "deep-r, saving within epochs": {"checkpoint_every": 2},
+    "ctre": {"method": "ctre", "method_options": {"variant": "seq", "patience": 1}, "momentum": 0.9, "epochs": 3},
     "set, adam": {"method": "set", "method_options": {}, "optimizer": "adam", "lr": 0.01, "epochs": 3},
 }
 

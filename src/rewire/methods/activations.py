@@ -4,8 +4,8 @@ For a weight, the *source* is what its columns read and the *target* what its ro
 convolution, all output positions; in a sequence, all steps). ``activations`` says which numbers these are:
 
 "pre" (CosineSET, the output of Keras's Dense layers): the target is the layer's own output, before any activation
-    function. The source is the output of the layer with a weight (sparse or dense, linear or convolution) that ran just
-    before, likewise, where that output has the shape of this layer's input; else (the first layer, pooling or flattening
+    function. The source is, likewise, the output of the layer with a weight (sparse or dense, linear or convolution)
+    that ran just before, where that has the shape of this layer's input; else (the first layer, pooling or flattening
     in between) the layer's input as it is.
 "post" (CTRE): the source is the layer's input as it is. The target is the input of the layer with a weight that ran
     next, where that has the shape of this one's output; of the output layer the softmax (of a single number the
@@ -106,7 +106,7 @@ class Recorder:
         device = next(self.model.parameters()).device
         if self.samples is None:
             for batch in map(_inputs, self.data):
-                yield batch.to(device)
+                yield batch.to(device)  # type: ignore[arg-type]  # packed sequences take devices too
             return
         lengths = [_length(batch) for batch in map(_inputs, self.data)]
         total = sum(lengths)
@@ -124,7 +124,8 @@ def _inputs(batch: Any) -> Batch:
     while isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         batch = batch[0]
     if not isinstance(batch, Tensor | PackedSequence):
-        raise ValueError(f"data must give inputs, or tuples that begin with them, as tensors, not {type(batch).__name__}")
+        kind = type(batch).__name__
+        raise ValueError(f"data must give inputs, or tuples that begin with them, as tensors, not {kind}")
     return batch
 
 

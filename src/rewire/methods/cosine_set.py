@@ -48,9 +48,7 @@ class _CosineSET(Rewirer):
         until: int | None = None,
         seed: int | None = None,
     ) -> None:
-        source = Similarity(
-            model, data, samples=samples, mode=mode, activations=activations, output_layer=output_layer
-        )
+        source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=output_layer)
         super().__init__(
             model,
             optimizer,
@@ -65,9 +63,9 @@ class _CosineSET(Rewirer):
 
 
 _SHARED = """
-    Sim(r, c) = abs(cosine) of the activations of input c and output r over the data, not mean-centred; A(l - 1) and A(l)
-    are outputs before activation functions (`rewire.methods.activations`). At the end of every epoch but the last, in
-    each layer but the output layer (which does as SET does)::
+    Sim(r, c) = abs(cosine) of what input c and output r of a layer do over the data, not mean-centred, both taken
+    before activation functions (`rewire.methods.activations`). At the end of every epoch but the last, in each layer but the
+    output layer (which does as SET does)::
 
         drop  {drop}
         grow  {grow}
@@ -88,8 +86,8 @@ _SHARED = """
         every: "epoch", or a number of optimizer steps.
         until: no update after this many epochs (or steps).
 
-    Cost per update: a forward pass over the rows and O(rows M) time for each layer (with removal alone or ``candidates``:
-    O(rows K)); O(rows x features + K) memory, in tiles, never M.
+    Cost per update: a forward pass over the rows and O(rows M) time for each layer (without addition by similarity, or
+    with ``candidates``, O(rows K)); O(rows x features + K) memory, in tiles, never M.
 """
 _MAGNITUDE = "SET's: floor(zeta n) weakest of the n weights of each sign"
 _WEIGHTED = "the same rule on w Sim: floor(zeta n) weakest of the n of each sign"

@@ -69,9 +69,9 @@ class CTRE(Rewirer):
         grow  as many, the dormant positions of highest abs(cosine) of the activations (behind activation functions)
 
     ``variant="sim"``: positions among these that were just dropped are replaced by uniformly random ones (uniform over
-    what is neither kept nor picked; the authors' code may pick a position twice). ``variant="seq"``: by similarity until
-    the validation score has not risen for ``patience`` epochs, then at random for good; it needs `end_epoch` to be
-    given ``evaluate`` (in `rewire train`, a validation split).
+    what is neither kept nor picked; the authors' code may pick a position twice). ``variant="seq"``: by similarity
+    until the validation score has not risen for ``patience`` epochs, then at random for good; it needs `end_epoch` to
+    be given ``evaluate`` (in `rewire train`, a validation split).
 
     A connection that is dropped and grown at once stays as it was, its optimizer state too.
 

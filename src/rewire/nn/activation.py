@@ -11,7 +11,7 @@ __all__ = ["SReLU"]
 
 
 class SReLU(nn.Module):
-    """S-shaped rectified linear unit (Jin et al., AAAI 2016, arXiv 1512.07030), as SET's and CosineSET's authors use it.
+    """S-shaped rectified linear unit (Jin et al., AAAI 2016, arXiv 1512.07030), which SET's authors use.
 
     With t_r = t_l + abs(t_right), four numbers learned for every unit::
 

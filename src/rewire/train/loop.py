@@ -29,6 +29,7 @@ from .observer import Observer, Progress, Silent
 from .run_dir import MODEL, RunDir
 
 PROGRESS_SECONDS = 0.2
+ROWS = 1000  # samples at a time, where a method looks at activations
 ONE_THREAD = 1_000_000  # products in a step: a millisecond of work, below which threads cost more than they bring
 
 
@@ -56,12 +57,15 @@ class Trainer:
             shapes, connections, config.bias, make_generator(config.seed, "model"), config.init
         )
         self.optimizer = make_optimizer(config, self.model)
+        # Methods that look at activations see the training part, never what is held out.
+        activations = {"data": train_x.split(ROWS)} if methods.info(config.method).takes_data else {}
         try:
             self.method = methods.create(
                 config.method,
                 self.model,
                 self.optimizer,
                 seed=derive_seed(config.seed, "method"),
+                **activations,
                 **config.method_options,
                 **({"connections": budgets} if entry.takes_budget else {}),
             )
@@ -238,7 +242,10 @@ class Trainer:
 
         lr = self._lr()
         last = self.epoch + 1 == config.epochs
-        self.method.end_epoch(accuracy if scores else None, last=last)
+        try:
+            self.method.end_epoch(accuracy if scores else None, last=last)
+        except ValueError as error:  # a method that decides by a score, without a validation split
+            raise TrainError(f"--method {config.method}: {error}") from None
         counts = self._counts()
         change = {kind: [counts[kind][name] - self.before[kind][name] for name in self.weights] for kind in counts}
         connections = list(self.method.connections().values())
