@@ -33,6 +33,31 @@ def test_method_table_is_the_registry() -> None:
     assert rows == {name: methods.info(name).memory for name in methods.available()}
 
 
+def test_madelon_is_as_measured() -> None:
+    report = json.loads((ROOT / "docs" / "results" / "madelon.json").read_text())
+    runs, informative = report["runs"], report["informative"]
+    hits = sum(run["found"] == informative for run in runs)
+    assert hits >= 4
+    assert len(runs) == 5
+    for run in runs:  # what is said to be found is what the counts say
+        order = sorted(range(500), key=lambda i: run["fan_out"][i])
+        assert sorted(order[-20:]) == run["found"]
+        assert sum(run["fan_out"]) == run["connections"][0] == 30_000
+    least = min(sorted(run["fan_out"])[-20] for run in runs)
+    most = max(sorted(run["fan_out"])[-21] for run in runs)
+    text = " ".join(README.split())
+    assert f"in {hits} of {len(runs)} seeds the 20 most connected inputs are exactly those 20" in text
+    assert f"at least {least} connections each against at most {most} of any other" in text
+
+    def mean(kind: str, removed: int) -> str:
+        return f"{sum(100 * run[kind][removed] for run in runs) / len(runs):.1f} %"
+
+    low = [mean("least connected first", n) for n in (0, 400, 480)]
+    assert f"Test accuracy is {low[0]} on average" in text
+    assert f"it rises: {low[1]} without 400, {low[2]} with these 20 alone" in text
+    assert f"it is {mean('most connected first', 20)} after 20" in text
+
+
 def test_results_are_those_that_were_measured() -> None:
     measured = json.loads((ROOT / "docs" / "results" / "mnist_authors.json").read_text())["results"]
     rows = re.findall(r"^\| ([^|]+) \| (\d\d\.\d\d) % \| ([\d., ]+) \|", README, re.MULTILINE)

@@ -64,8 +64,8 @@ class _CosineSET(Rewirer):
 
 _SHARED = """
     Sim(r, c) = abs(cosine) of what input c and output r of a layer do over the data, not mean-centred, both taken
-    before activation functions (`rewire.methods.activations`). At the end of every epoch but the last, in each layer but the
-    output layer (which does as SET does)::
+    before activation functions (`rewire.methods.activations`). At the end of every epoch but the last, in each layer
+    but the output layer (which does as SET does)::
 
         drop  {drop}
         grow  {grow}
