@@ -30,13 +30,13 @@ class _Arrays(pickle.Unpickler):
 
 def _batch(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     packed = folder / f"{name}.xz"
-    raw = lzma.open(packed).read() if packed.exists() else (folder / name).read_bytes()
+    raw = lzma.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
     found = _Arrays(io.BytesIO(raw), encoding="latin1").load()
     return found["data"].reshape(-1, 3, 32, 32), np.asarray(found["labels"])
 
 
 def cifar10(folder: Path, train: int = 50000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train_x, train_y, test_x, test_y): float32 (n, 3, 32, 32) standardised per channel, int64; the first ``train``."""
+    """(train_x, train_y, test_x, test_y): float32 (n, 3, 32, 32) standardised by channel, int64."""
     parts = [_batch(folder, f"data_batch_{i}") for i in range(1, 1 + -(-train // 10000))]
     x = torch.from_numpy(np.concatenate([p[0] for p in parts])[:train]).float() / 255
     y = torch.from_numpy(np.concatenate([p[1] for p in parts])[:train])

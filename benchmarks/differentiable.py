@@ -88,29 +88,6 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[float]]] = {
 }
 
 
-def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Of one sample, in Linear and Conv layers and truly sparse weights (attention's products of queries and keys not counted)."""
-    total = 0
-
-    def count(module: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += module.weight[0].numel() * output[0].numel()
-        elif isinstance(module, nn.Linear):
-            total += module.weight.numel() * (output[0].numel() // output.shape[-1])
-        else:  # attention: its four projections
-            dense = 4 * module.embed_dim**2 if isinstance(module, nn.MultiheadAttention) else 0
-            total += output[0].shape[1] * (dense or sum(w.connections for _, w in rewire.sparse_weights(module)))
-
-    kinds = (nn.Conv2d, nn.Linear, nn.MultiheadAttention, rewire.nn.SparseMultiheadAttention)
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
-    with torch.no_grad():
-        model.eval()(x[:1])
-    for handle in handles:
-        handle.remove()
-    return total
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
@@ -145,18 +122,18 @@ def run(name: str, split: Split, strength: float, epochs: int) -> dict[str, Any]
     gated = accuracy(model, test_x, test_y)
     if method is not None:
         method.finalize()
-    parameters = sum(p.numel() for p in model.parameters())
+    size = rewire.nn.cost(model, test_x[:2])
     result = {
         "strength": strength,
         "components": on,
         "test_accuracy": accuracy(model, test_x, test_y),
         "test_accuracy_before_finalize": gated,
-        "parameters": parameters,
-        "multiply_adds": multiply_adds(model, test_x),
+        "parameters": size.parameters,
+        "bytes": size.bytes,
+        "multiply_adds": size.multiply_adds,
         "seconds": round(seconds, 1),
     }
-    pools = sum(w.connections for _, w in rewire.sparse_weights(model))
-    print(name, json.dumps(result), f"sparse connections {pools}", flush=True)
+    print(name, json.dumps(result), flush=True)
     return result
 
 

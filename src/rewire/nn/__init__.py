@@ -5,6 +5,7 @@ from rewire.nn.activation import SReLU
 from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
+from rewire.nn.cost import Cost, LayerCost, cost
 from rewire.nn.cut import to_sparse
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
@@ -15,8 +16,10 @@ from rewire.nn.weight import SparseWeight
 
 __all__ = [
     "Absent",
+    "Cost",
     "Event",
     "Follower",
+    "LayerCost",
     "OptimizerFollower",
     "SReLU",
     "SparseConv1d",
@@ -30,6 +33,7 @@ __all__ = [
     "SparseWeight",
     "Summary",
     "WeightSummary",
+    "cost",
     "densify",
     "follow_optimizer",
     "param_groups",
