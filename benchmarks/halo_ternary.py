@@ -30,12 +30,11 @@ from rewire.nn import sparse_weights
 
 DENSITIES = (0.05, 0.02, 0.01)
 RATE, MOMENTUM, BATCH = 0.1, 0.9, 100
-_LAMBDA = {"lambda_lr": 100.0}
 PENALTIES: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "L1": {"variant": "l1", "xi": 2e-4},
-    "SWS": {"variant": "sws", "xi": 1e-4, "psi": 0.4},
-    "HALO": {"xi": 4e-5, "psi": 4e-5, **_LAMBDA},
+    "SWS": {"variant": "sws", "xi": 1e-4, "psi": 0.4, "lambda_lr": 1.0},
+    "HALO": {"xi": 4e-5, "psi": 4e-5, "lambda_lr": 100.0},
 }
 QUANTIZED: dict[str, dict[str, Any]] = {
     "sparse ternary, 5 %": {"density": 0.05, "push": 1e-2, "l2": 1e-5},

@@ -73,7 +73,7 @@ def test_a_run_is_joint_descent_by_autograd(variant: Any, shared: Any) -> None:
     options = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3}
     optimizer = torch.optim.SGD(model.parameters(), **options)
     psi = 2e-5 if variant == "squared" else 2e-3
-    method = Halo(model, optimizer, xi=1e-2, psi=psi, variant=variant, shared=shared, seed=0)
+    method = Halo(model, optimizer, xi=1e-2, psi=psi, variant=variant, shared=shared, lambda_lr=1.0, seed=0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1)
 
     weights = [twin[0].weight, twin[2].weight]
@@ -116,7 +116,7 @@ def test_a_run_is_joint_descent_by_autograd(variant: Any, shared: Any) -> None:
 def test_lambda_stays_away_from_the_pole() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    method = Halo(model, optimizer, xi=0.0, psi=0.4, seed=0)
+    method = Halo(model, optimizer, xi=0.0, psi=0.4, lambda_lr=1.0, seed=0)
     for time in range(5):
         step(model, optimizer, method, time)
     for value in method.lambdas().values():
@@ -144,6 +144,7 @@ def test_the_cut_is_global_exact_and_gives_the_outputs_of_the_cut_dense_network(
     moments = optimizer.state[model[0].weight]["exp_avg"].clone()
     kept = dense[0].weight != 0
 
+    assert method.connections() == {"0.weight": 192, "2.weight": 96}
     assert method.finalize() is model
     assert method.finalize() is model
     assert isinstance(model[0], SparseLinear)
@@ -195,7 +196,7 @@ def test_resume_is_bit_exact(variant: Any) -> None:
         model = mlp(seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
         xi = schedules.Linear(1e-2, 0.0, 4)
-        return model, optimizer, Halo(model, optimizer, xi=xi, psi=1e-2, variant=variant, seed=seed)
+        return model, optimizer, Halo(model, optimizer, xi=xi, psi=1e-2, variant=variant, lambda_lr=1.0, seed=seed)
 
     def go(run: tuple[nn.Module, torch.optim.Optimizer, Halo], times: range) -> None:
         for time in times:
@@ -266,7 +267,7 @@ def test_loss_scaling_does_not_reach_lambda() -> None:
     for scale in (1.0, 1024.0):
         model = mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-        method = Halo(model, optimizer, xi=0.01, psi=0.01, seed=0)
+        method = Halo(model, optimizer, xi=0.01, psi=0.01, lambda_lr=1.0, seed=0)
         for _ in range(3):
             optimizer.zero_grad()
             ((model(torch.ones(1, 12).double()).sum() + method.penalty()) * scale).backward()

@@ -90,6 +90,7 @@ def test_forward_uses_ternary_weights_and_leaves_the_parameters(name: str, train
         torch.testing.assert_close(copy.deepcopy(model)(X), twin(X))  # a copy has the hooks too
     assert all(p is before[n] for n, p in model.named_parameters())
     assert model.state_dict().keys() == twin.state_dict().keys()
+    assert method.connections() == {n: int((q != 0).sum()) for n, q in quantized.items()}
     assert all(torch.equal(m, quantized[n] != 0) for n, m in method.masks().items())
     with pytest.raises(RuntimeError):
         model(X[:, :5])

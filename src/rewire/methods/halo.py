@@ -45,7 +45,7 @@ def penalty_of(
     summary="dense training with a learned lasso penalty for every weight, then one global magnitude cut",
     keeps_budget="no",
     memory="O(M)",
-    guarantees=("after finalize() exactly the given share of the weights exists", "no fine-tuning is needed"),
+    guarantees=("after finalize() exactly the given share of the weights in scope exists",),
 )
 class Halo(Method):
     """Train dense with the loss plus `penalty`, and cut once::
@@ -61,7 +61,9 @@ class Halo(Method):
     therefore acts on lambda once (their `adjust_learning_rate` multiplied it a second time). Lambda stays at 1e-3 or
     more. Both sums are over all entries, unnormalised: the authors' xi = psi = 1e-8 is for millions of convolution
     weights. Where the optimizer decays weights, lambda is decayed too, and that soon outweighs a small psi: the penalty
-    is then 2 sqrt(xi decay / 2) |w|^(1/2) at its minimum.
+    is then 2 sqrt(xi decay / 2) |w|^(1/2) at its minimum. Lambda's own slopes are as small as xi and psi, so at the
+    weights' rate (``lambda_lr=1``, the authors') it hardly moves in a short training: the default is what a perceptron
+    on MNIST needs within a few epochs (docs/halo_ternary.md).
 
     `finalize` keeps the ``density`` of the entries in scope that is largest in magnitude, over all weights together, as
     sparse layers (`rewire.to_sparse`; the optimizers follow). A weight may be left with nothing.
@@ -94,15 +96,15 @@ class Halo(Method):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        xi: float | Schedule = 1e-5,
-        psi: float | Schedule = 1e-5,
+        xi: float | Schedule = 4e-5,
+        psi: float | Schedule = 4e-5,
         variant: Variant = "halo",
         shared: Literal["model", "weight"] = "model",
         density: float = 0.05,
         only: Patterns | None = None,
         exclude: Patterns | None = None,
         initial: float = 1.0,
-        lambda_lr: float = 1.0,
+        lambda_lr: float = 100.0,
         momentum: float | None = None,
         decay: float | None = None,
         seed: int | None = None,
@@ -187,6 +189,10 @@ class Halo(Method):
     def masks(self, density: float | None = None) -> dict[str, Tensor]:
         """What the cut would keep now at ``density`` (the method's own by default), by name of the weight."""
         return largest({w.name: w.tensor for w in self.weights}, self.density if density is None else density)
+
+    def connections(self) -> dict[str, int]:
+        """Entries of each weight in scope, by name: all of them until the cut."""
+        return {w.name: w.tensor.numel() for w in self.weights}
 
     def finalize(self) -> nn.Module:
         """Cut, replace the layers in scope by sparse ones, let the optimizers follow, and return the model."""

@@ -121,8 +121,8 @@ class Ternary(Method):
         *,
         threshold: float = 0.05,
         trainable: bool = True,
-        push: float | Schedule = 1e-3,
-        l2: float | Schedule = 1e-6,
+        push: float | Schedule = 1e-2,
+        l2: float | Schedule = 1e-5,
         density: float = 0.05,
         prune: int | Literal["auto"] = "auto",
         scale: Literal["mean", "one"] = "mean",
@@ -173,8 +173,7 @@ class Ternary(Method):
 
     def survivors(self) -> float:
         """Share of the entries in scope that are not zero now. Cost: O(M)."""
-        masks = self.masks().values()
-        return sum(int(m.count_nonzero()) for m in masks) / sum(m.numel() for m in masks)
+        return sum(self.connections().values()) / sum(w.tensor.numel() for w in self.weights)
 
     def _keep(self, number: int, w: Tensor) -> Tensor:
         if self.stage == 3:
@@ -254,6 +253,10 @@ class Ternary(Method):
             w.copy_(self._quantized(i, w))
         self.model = to_sparse(self.model, self.masks(), self.optimizers)
         return self.model
+
+    def connections(self) -> dict[str, int]:
+        """Entries of each weight in scope that are not zero now, by name. Cost: O(M)."""
+        return {name: int(mask.count_nonzero()) for name, mask in self.masks().items()}
 
     def stats(self) -> dict[str, Any]:
         """Counts as every method's, the stage and the thresholds."""
