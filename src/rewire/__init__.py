@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rewire._version import __version__
 
 if TYPE_CHECKING:
-    from rewire import budget, distributed, ema, methods, nn, ops, schedules
+    from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
     from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
     from rewire.nn.cut import to_sparse
     from rewire.nn.summary import summary
@@ -24,6 +24,7 @@ __all__ = [
     "nn",
     "ops",
     "param_groups",
+    "posterior",
     "schedules",
     "sparse_weights",
     "sparsify",

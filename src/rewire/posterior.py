@@ -1,0 +1,381 @@
+"""Averages over sampled networks: DEEP R draws networks from a posterior, so use more than its last one.
+
+    posterior = rewire.posterior.Posterior(model, burn_in=30_000, every=500)
+    for x, y in loader:
+        ...                         # loss, backward, optimizer.step(), method.step()
+        posterior.update()
+    prediction = posterior.predict(test_x)          # .mean: probabilities averaged over the samples; .std, .entropy ...
+    scores(prediction.mean, test_y)                 # accuracy, negative log-likelihood, calibration error, Brier score
+    posterior.inputs()                              # in which share of the samples each input is connected
+
+Works with any model with sparse weights and any method that changes them; with one that does not sample a posterior it
+is an ensemble along the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rewire.nn import SparseWeight, sparse_weights
+
+__all__ = [
+    "Bins",
+    "Inclusion",
+    "Posterior",
+    "Prediction",
+    "accuracy",
+    "brier_score",
+    "entropy",
+    "expected_calibration_error",
+    "negative_log_likelihood",
+    "reliability",
+    "scores",
+]
+
+#: What the model returns -> what is averaged.
+Link = Callable[[Tensor], Tensor]
+
+
+def _softmax(outputs: Tensor) -> Tensor:
+    return torch.softmax(outputs, dim=-1)
+
+
+# --- what predictions are worth: pure functions ----------------------------------------------------------------------
+
+
+def _check(probabilities: Tensor, labels: Tensor) -> None:
+    if probabilities.dim() != 2 or labels.shape != probabilities.shape[:1] or not labels.numel():
+        raise ValueError(
+            "probabilities must be (samples, classes) and labels (samples,), at least one, "
+            f"not {tuple(probabilities.shape)} and {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= probabilities.shape[1]:
+        raise ValueError(f"labels must be integers between 0 and {probabilities.shape[1] - 1}")
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Share of the samples whose most probable class is right. (N, C) and (N,)."""
+    _check(probabilities, labels)
+    return float((probabilities.argmax(1) == labels).double().mean())
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean of -ln p(right class), in nats; infinite where a right class has probability 0. (N, C) and (N,)."""
+    _check(probabilities, labels)
+    return float(-probabilities.double().gather(1, labels.long()[:, None]).log().mean())
+
+
+def brier_score(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of the probabilities to the one-hot label, summed over classes: 0 to 2. (N, C), (N,)."""
+    _check(probabilities, labels)
+    right = nn.functional.one_hot(labels.long(), probabilities.shape[1])
+    return float((probabilities.double() - right).square().sum(1).mean())
+
+
+class Bins(NamedTuple):
+    """A reliability diagram: per bin of confidence the mean confidence, the accuracy and how many samples fell in it.
+
+    Confidence and accuracy of an empty bin are 0.
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    number: Tensor
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Bins:
+    """The samples by confidence (the largest probability), in ``bins`` equally wide bins, each with its upper end."""
+    _check(probabilities, labels)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    confidence, chosen = probabilities.double().max(1)
+    at = (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
+    zero = torch.zeros(bins, dtype=torch.float64, device=at.device)
+    count = zero.index_add(0, at, torch.ones_like(confidence))
+    sums = (zero.index_add(0, at, v) for v in (confidence, (chosen == labels).double()))
+    mean_confidence, right = (s / count.clamp(min=1) for s in sums)
+    return Bins(mean_confidence, right, count.long())
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by their counts.
+
+    Naeini, Cooper, Hauskrecht, AAAI 2015; Guo et al., ICML 2017 (15 bins).
+    """
+    found = reliability(probabilities, labels, bins)
+    return float(((found.confidence - found.accuracy).abs() * found.number).sum() / found.number.sum())
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Entropy over the last dimension, in nats: (..., C) -> (...)."""
+    found: Tensor = torch.special.entr(probabilities).sum(-1)
+    return found
+
+
+def scores(probabilities: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
+    """accuracy, nll, ece and brier of (N, C) probabilities for (N,) labels."""
+    return {
+        "accuracy": accuracy(probabilities, labels),
+        "nll": negative_log_likelihood(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels, bins),
+        "brier": brier_score(probabilities, labels),
+    }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the samples say together.
+
+    mean, std: over samples, of what the model returned after the link (probabilities); the model's output shape.
+    expected_entropy: mean over samples of each one's own entropy (the outputs' shape without the last dimension).
+    count: samples.
+    """
+
+    mean: Tensor
+    std: Tensor
+    expected_entropy: Tensor
+    count: int
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the averaged prediction: all that is uncertain, in nats."""
+        return entropy(self.mean)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """How far the samples disagree: the part of `entropy` that is about which network is right, in nats."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+
+class Inclusion(NamedTuple):
+    """Connections of one weight that any sample has, sorted by (row, col).
+
+    rows, cols: int64. probability: share of the samples that have it. mean, std: of its value where it is there.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    probability: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+# --- the samples -----------------------------------------------------------------------------------------------------
+
+
+class Posterior:
+    """Samples of a model's weights and topology, taken while it trains.
+
+    A sample is everything in the model's ``state_dict``, on the CPU, of each sparse weight the K connections alone.
+    The model itself is never changed: predictions run on a copy.
+
+    Args:
+        model: with at least one sparse weight.
+        burn_in: calls of `update` (optimizer steps) before the first sample.
+        every: calls between samples.
+        limit: the most samples to keep, at least 2; when there are more, every second one goes and ``every`` doubles,
+            so that what is kept stays evenly spread. None for no limit.
+
+    Raises ValueError for a model without sparse weights or numbers out of range.
+
+    Cost: O(parameters) memory per sample, nothing per step in between.
+    """
+
+    def __init__(self, model: nn.Module, *, burn_in: int = 0, every: int = 1, limit: int | None = None) -> None:
+        for name, number, low in (("burn_in", burn_in, 0), ("every", every, 1), ("limit", limit, 2)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < low):
+                raise ValueError(f"{name} must be a whole number of at least {low}, not {number!r}")
+        if not any(True for _ in sparse_weights(model)):
+            raise ValueError(
+                "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
+            )
+        self.model = model
+        self.burn_in, self.every, self.limit = burn_in, every, limit
+        self.steps = 0
+        self.samples: list[dict[str, Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def update(self) -> bool:
+        """Count one step (call it after the method's); take a sample if one is due, and say so."""
+        self.steps += 1
+        past = self.steps - self.burn_in
+        if past <= 0 or past % self.every:
+            return False
+        self.collect()
+        return True
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take a sample of the model as it is now."""
+        pools = _pools(self.model)
+        inside = tuple(f"{name}." if name else "" for name in pools)
+        sample = {
+            key: value.detach().to("cpu", copy=True)
+            for key, value in self.model.state_dict().items()
+            if not any(key == prefix + part for prefix in inside for part in _PARTS)
+        }
+        for name, weight in pools.items():
+            prefix = f"{name}." if name else ""
+            rows, cols, values = weight.coo()
+            kind = weight.rows.dtype
+            for part, tensor in (("values", values), ("rows", rows.to(kind)), ("cols", cols.to(kind))):
+                sample[prefix + part] = tensor.detach().to("cpu", copy=True)
+        self.samples.append(sample)
+        if self.limit is not None and len(self.samples) > self.limit:
+            self.samples = self.samples[1::2]
+            self.every *= 2
+
+    # --- predicting -------------------------------------------------------------------------------------------------
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Each sample as a model in eval mode: one object, given one sample after the other, so use it at once."""
+        self._check_any()
+        network = copy.deepcopy(self.model).eval()
+        for sample in self.samples:
+            network.load_state_dict(sample)
+            yield network
+
+    @torch.no_grad()
+    def predict(self, x: Tensor | Iterable[Tensor], *, link: Link = _softmax) -> Prediction:
+        """Predict with the average over the samples.
+
+        Args:
+            x: one batch of inputs, or several in a list (or another iterable that can be gone through once per
+                sample); their predictions are put together.
+            link: from the model's output to what is averaged: softmax over the last dimension. For regression give
+                ``lambda y: y`` (the entropies then mean nothing).
+
+        Memory: four times one prediction, however many samples. Raises ValueError before the first sample.
+        """
+        mean = square = own = torch.empty(0)
+        for n, network in enumerate(self.networks(), start=1):
+            batches = [x] if isinstance(x, Tensor) else x
+            out = torch.cat([link(network(batch)) for batch in batches]).double()
+            certain = entropy(out)
+            if n == 1:
+                mean, square, own = out, torch.zeros_like(out), certain
+                continue
+            before = out - mean  # Welford, so that a small spread around a large mean is not lost
+            mean = mean + before / n
+            square = square + before * (out - mean)
+            own = own + (certain - own) / n
+        std = (square / max(len(self.samples) - 1, 1)).clamp(min=0).sqrt()
+        return Prediction(mean, std, own, len(self.samples))
+
+    # --- what the samples have in common ----------------------------------------------------------------------------
+
+    def inclusion(self, name: str | None = None) -> Inclusion:
+        """The connections of the weight ``name`` (the model's first by default) that any sample has, and how often."""
+        rows, cols, values, (_, width) = self._stacked(name)
+        key, at = torch.unique(rows * width + cols, return_inverse=True)
+        zero = torch.zeros(key.numel(), dtype=torch.float64)
+        count = zero.index_add(0, at, torch.ones_like(values))
+        mean = zero.index_add(0, at, values) / count
+        spread = zero.index_add(0, at, (values - mean[at]).square()) / (count - 1).clamp(min=1)
+        return Inclusion(key // width, key % width, count / len(self.samples), mean, spread.sqrt())
+
+    def inputs(self, name: str | None = None) -> Tensor:
+        """Share of the samples in which each column (input) of the weight has at least one connection; float64."""
+        return self._share(name, 1)
+
+    def outputs(self, name: str | None = None) -> Tensor:
+        """Share of the samples in which each row (output) of the weight has at least one connection; float64."""
+        return self._share(name, 0)
+
+    def _share(self, name: str | None, axis: int) -> Tensor:
+        key, size = self._name(name), self._weights()[self._name(name)].matrix_shape[axis]
+        found = torch.zeros(size, dtype=torch.float64)
+        for sample in self.samples:
+            found[sample[_key(key, ("rows", "cols")[axis])].long().unique()] += 1
+        return found / len(self.samples)
+
+    def _stacked(self, name: str | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        key = self._name(name)
+        rows, cols, values = (
+            torch.cat([s[_key(key, part)] for s in self.samples]) for part in ("rows", "cols", "values")
+        )
+        return rows.long(), cols.long(), values.double(), self._weights()[key].matrix_shape
+
+    def _name(self, name: str | None) -> str:
+        self._check_any()
+        known = list(self._weights())
+        if name is None:
+            return known[0]
+        if name not in known:
+            raise ValueError(f"the model has no sparse weight called {name!r}: it has {', '.join(known)}")
+        return name
+
+    def _weights(self) -> dict[str, SparseWeight]:
+        return dict(sparse_weights(self.model))
+
+    def _check_any(self) -> None:
+        if not self.samples:
+            raise ValueError(
+                f"there is no sample yet, after {self.steps} of {self.burn_in} steps of burn-in: train on, with "
+                "update() after every step, or call collect()"
+            )
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write samples and counters to a safetensors file."""
+        tensors = {f"{i}/{k}": v.contiguous().clone() for i, s in enumerate(self.samples) for k, v in s.items()}
+        numbers = {"burn_in": self.burn_in, "every": self.every, "limit": self.limit, "steps": self.steps}
+        about = {"rewire.posterior": json.dumps(numbers | {"samples": len(self.samples)})}
+        safetensors.torch.save_file(tensors, str(path), metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Posterior:
+        """Read what `save` wrote, for the model the samples are of; collecting can go on.
+
+        Raises ValueError for a file that is something else, is damaged, or belongs to another model.
+        """
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                about = json.loads((file.metadata() or {})["rewire.posterior"])
+                flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            self = cls(model, burn_in=about["burn_in"], every=about["every"], limit=about["limit"])
+            self.steps, count = int(about["steps"]), int(about["samples"])
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} holds no samples that rewire.posterior can read: {error!r}") from None
+        self.samples = [{} for _ in range(count)]
+        for key, tensor in flat.items():
+            number, _, name = key.partition("/")
+            if not number.isdigit() or int(number) >= count:
+                raise ValueError(f"{path} is damaged: it says {count} samples and has {key!r}")
+            self.samples[int(number)][name] = tensor
+        self._check_fit(path)
+        return self
+
+    @torch.no_grad()
+    def _check_fit(self, path: str | Path) -> None:
+        network = copy.deepcopy(self.model)
+        try:
+            for sample in self.samples:
+                network.load_state_dict(sample)
+        except RuntimeError as error:
+            raise ValueError(f"samples of {path} do not fit this model: {' '.join(str(error).split())}") from None
+
+
+_PARTS = ("values", "rows", "cols")
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _pools(model: nn.Module) -> Mapping[str, SparseWeight]:
+    """All pools by every name they have (a shared one has several), as ``state_dict`` lists them."""
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseWeight)}
