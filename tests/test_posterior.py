@@ -35,7 +35,7 @@ def test_scores_equal_scikit_learn_and_a_loop() -> None:
         [int(row.argmax()) == int(label) for row, label in zip(p, y, strict=True)]
     )
     brier = np.mean(
-        [sum((row[c] - (c == label)) ** 2 for c in range(4)) for row, label in zip(p.numpy(), y, strict=True)]
+        [sum((row[c] - (c == label)) ** 2 for c in range(4)) for row, label in zip(p.tolist(), y.tolist(), strict=True)]
     )
     assert posterior.brier_score(p, y) == pytest.approx(float(brier), rel=1e-5)
     found = posterior.scores(p, y)
