@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 
-__all__ = ["DISTRIBUTIONS", "allowed", "connections_of", "distribute", "er", "erk", "uniform"]
+__all__ = ["DISTRIBUTIONS", "Limits", "allowed", "connections_of", "distribute", "er", "erk", "uniform"]
 
 Shapes = Sequence[Sequence[int]]
 
@@ -121,3 +123,93 @@ def _settle(counts: list[int], sizes: Sequence[int], total: int) -> list[int]:
             i = max(range(len(sizes)), key=lambda i: counts[i])
             counts[i] -= min(-off, counts[i] - 1)
     return counts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What hardware allows a weight besides K: most connections of a row, of a column, and of a block of the matrix.
+
+    fan_in: most connections of one row (output neuron). fan_out: of one column (input). block: (rows, cols, count):
+    the matrix is cut into blocks of rows x cols, those at its ends smaller, and each may have ``count`` (the core of a
+    neuromorphic chip). None is no limit. Raises ValueError for numbers below 1.
+    """
+
+    fan_in: int | None = None
+    fan_out: int | None = None
+    block: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.block is not None:
+            if len(self.block) != 3:
+                raise ValueError(f"block must be three numbers, (rows, cols, count), not {self.block}")
+            object.__setattr__(self, "block", tuple(self.block))
+        numbers = {"fan_in": self.fan_in, "fan_out": self.fan_out} | dict(
+            zip(("rows of a block", "cols of a block", "count of a block"), self.block or (), strict=False)
+        )
+        for name, number in numbers.items():
+            if number is None and name in ("fan_in", "fan_out"):
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {number}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The limits that are set: of "fan-in", "fan-out" and "block"."""
+        given = {"fan-in": self.fan_in, "fan-out": self.fan_out, "block": self.block}
+        return tuple(name for name, limit in given.items() if limit is not None)
+
+    def as_numbers(self) -> list[int]:
+        """Five numbers for a file: fan-in, fan-out, block; -1 is no limit."""
+        return [-1 if n is None else n for n in (self.fan_in, self.fan_out, *(self.block or (None, None, None)))]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> Limits:
+        """The inverse of `as_numbers`; ValueError for what it would not give."""
+        if len(numbers) != 5:
+            raise ValueError(f"limits are five numbers, not {len(numbers)}")
+        fan_in, fan_out, *block = (None if n == -1 else int(n) for n in numbers)
+        return cls(fan_in, fan_out, None if block == [None] * 3 else tuple(block))  # type: ignore[arg-type]
+
+    def maximum(self, rows: int, cols: int) -> int:
+        """The most connections that a rows x cols matrix can have within the limits; exact, O(1).
+
+        It is a maximum flow from bands of rows to bands of columns through the blocks: within a block, and over the
+        rows of a band, connections can always be spread evenly. All bands but the last are alike and a cut's
+        capacity is bilinear in how many of them are on its side, so the least cut has all or none of them: 16 cuts.
+        """
+        height, width, count = self.block or (rows, cols, rows * cols)
+        fan_in, fan_out = min(self.fan_in or cols, cols), min(self.fan_out or rows, rows)
+        row_bands = ((rows // height, height), (1, rows % height))
+        col_bands = ((cols // width, width), (1, cols % width))
+
+        def capacity(near: tuple[bool, ...]) -> int:
+            sides = near[:2], near[2:]
+            out = sum(n * h * fan_in for (n, h), s in zip(row_bands, sides[0], strict=True) if not s)
+            out += sum(n * w * fan_out for (n, w), s in zip(col_bands, sides[1], strict=True) if s)
+            for ((n, h), a), ((m, w), b) in product(
+                zip(row_bands, sides[0], strict=True), zip(col_bands, sides[1], strict=True)
+            ):
+                if a and not b:
+                    out += n * m * min(count, h * w)
+            return out
+
+        return min(capacity(near) for near in product((False, True), repeat=4))
+
+    def check(self, rows: int, cols: int, connections: int) -> None:
+        """Raise ValueError if a rows x cols matrix cannot have so many connections within the limits."""
+        most = self.maximum(rows, cols)
+        if connections > most:
+            raise ValueError(
+                f"{connections} connections do not fit a {rows} x {cols} matrix within {self}: at most {most} do; "
+                "allow fewer connections or raise the limits"
+            )
+
+    def __str__(self) -> str:
+        given = []
+        if self.fan_in is not None:
+            given.append(f"fan-in {self.fan_in}")
+        if self.fan_out is not None:
+            given.append(f"fan-out {self.fan_out}")
+        if self.block is not None:
+            given.append("{2} per block of {0} x {1}".format(*self.block))
+        return ", ".join(given) or "no limits"

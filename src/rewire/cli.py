@@ -134,6 +134,12 @@ def train(
         str | None,
         _option(NETWORK, "SHARE", "Where methods that come down to their budget start.", default="1, mostly"),
     ] = None,
+    fan_in: Annotated[str | None, _option(NETWORK, "NUMBER", "Most connections of one output of a layer.")] = None,
+    fan_out: Annotated[str | None, _option(NETWORK, "NUMBER", "Most connections of one input of a layer.")] = None,
+    block: Annotated[
+        str | None,
+        _option(NETWORK, "NUMBERS", "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs."),
+    ] = None,
     init: Annotated[
         str | None,
         _option(NETWORK, "FAN-IN", "First values are U(-b, b), b = 1/sqrt(fan-in): dense or sparse.", field="init"),
@@ -189,6 +195,9 @@ def train(
         "density": read_numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
         "connections": read_number("--connections", connections, int),
         "distribution": distribution,
+        "fan_in": read_number("--fan-in", fan_in, int),
+        "fan_out": read_number("--fan-out", fan_out, int),
+        "block": read_numbers("--block", block, int, "three numbers such as 64,64,128"),
         "start_density": read_number("--start-density", start_density, float),
         "init": init,
         "method": method,
@@ -278,6 +287,7 @@ def methods(
                 "guarantees": list(entry.guarantees),
                 "memory": entry.memory,
                 "start_density": entry.start_density,
+                "limits": list(entry.limits),
                 "parameters": {
                     name: {"default": _plain(parameter.default), "help": parameter.help}
                     for name, parameter in entry.parameters().items()
@@ -292,6 +302,8 @@ def methods(
         print(f"{entry.name}: {entry.summary}\n{entry.paper}\nguarantees: {'; '.join(entry.guarantees)}")
         if entry.start_density is not None:
             print(f"starts: at density {entry.start_density:g}, and comes down to its budget")
+        if entry.limits:
+            print(f"keeps limits on: {', '.join(entry.limits)}")
         print(f"memory: {entry.memory}\nparameters (--set name=value):")
         for parameter in entry.parameters().values():
             print(f"  {parameter.name} = {_plain(parameter.default)}\n      {parameter.help}")

@@ -167,3 +167,18 @@ def test_a_method_that_needs_a_score_says_so(tmp_path: Path) -> None:
     changes = {"method": "ctre", "method_options": {"variant": "seq"}, "validation": 0.0}
     with pytest.raises(TrainError, match=r"--method ctre: .*validation score"):
         loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))
+
+
+def test_limits_of_hardware_hold_to_the_end(tmp_path: Path) -> None:
+    changes = {"connections": 200, "density": None, "fan_in": 15, "fan_out": 8, "block": (6, 16, 20)}
+    result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "deep-r"))
+    assert result["connections"] == 200
+    for layer in read_run(tmp_path / "deep-r").layers:
+        assert layer.fan_in.max() <= 15
+        assert layer.fan_out.max() <= 8
+    made = trainer(tmp_path, method="snip", method_options={}, **changes)  # a dense start: what the limits allow
+    assert [w.connections for w in made.weights.values()] == [160, 40, 40]
+    with pytest.raises(TrainError, match=r"--block: layer 1 \(64 inputs, 12 outputs\).* at most 12 fit"):
+        trainer(tmp_path, fan_in=1)
+    with pytest.raises(TrainError, match="does not keep a limit on fan-in"):
+        trainer(tmp_path, fan_in=64, method_options={"scope": "network"})

@@ -190,6 +190,8 @@ class Method(ABC):
     #: Set by methods that end with fewer connections than they start with (`rewire.methods.shrink`): the density to
     #: build the pools with, 1 for all potential connections. None: the pools are built at their budget.
     start_density: ClassVar[float | None] = None
+    #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at construction.
+    keeps_limits: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
@@ -210,6 +212,7 @@ class Method(ABC):
         self._dropped = {pool.name: 0 for pool in self.pools}
         self._grown = {pool.name: 0 for pool in self.pools}
         self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
+        self._refuse_limits()
         if self.forbids_weight_decay:
             self._refuse_weight_decay()
         self._request_capture()
@@ -406,6 +409,20 @@ class Method(ABC):
             for pool in self.pools:
                 if pool.weight.capture is None:
                     pool.weight.capture = []
+
+    def _limits_kept(self) -> tuple[str, ...]:
+        """The kinds of limits kept under this method's settings."""
+        return self.keeps_limits
+
+    def _refuse_limits(self) -> None:
+        for pool in self.pools:
+            kinds = pool.weight.limits.kinds if pool.weight.limits is not None else ()
+            broken = [kind for kind in kinds if kind not in self._limits_kept()]
+            if broken:
+                raise ValueError(
+                    f"{pool.name} is limited to {pool.weight.limits}, and {type(self).__name__} with these settings "
+                    f"does not keep a limit on {' and '.join(broken)}: `rewire methods` says which methods do"
+                )
 
     def _refuse_weight_decay(self) -> None:
         for pool in self.pools:

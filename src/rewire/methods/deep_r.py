@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ class DeepR(Method):
     """
 
     forbids_weight_decay = True
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(
         self,
@@ -194,6 +195,10 @@ class DeepR(Method):
             if event.source is not None:
                 waiting = torch.isin(event.source, waiting).nonzero().flatten()
             self._waiting[number] = waiting[~torch.isin(waiting, event.slots)]
+
+    def _limits_kept(self) -> tuple[str, ...]:
+        # What grows within its row knows no other row, and what wanders between layers may find no room there.
+        return {"layer": self.keeps_limits, "neuron": ("fan-in",), "network": ()}[self.scope]
 
     def _settings(self) -> dict[str, Any]:
         return {"scope": self.scope, "signs": self.signs, "allotment": self.allotment, "every": self.every}

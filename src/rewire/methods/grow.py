@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rewire import random, topology
+from rewire import limited, random, topology
 from rewire.methods.base import Pool, Purpose
 from rewire.methods.similarity import Similarity, exponentials, exponentials_at
 from rewire.methods.topk import top
 
-__all__ = ["Cosine", "Grow", "Random", "Scope", "allot", "random_dormant", "random_in_rows"]
+__all__ = ["Cosine", "Grow", "Random", "Scope", "allot", "fitting", "random_dormant", "random_in_rows"]
 
 #: Over what the budget is kept.
 Scope: TypeAlias = Literal["layer", "network", "neuron"]
@@ -40,7 +40,10 @@ class Grow(Protocol):
 
 @dataclass(frozen=True)
 class Random:
-    """Uniformly random dormant connections of the pool (SET, DEEP R)."""
+    """Uniformly random dormant connections of the pool (SET, DEEP R); under limits, of those that fit."""
+
+    #: Kinds of limits (`rewire.budget.Limits`) that the criterion keeps.
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         return random_dormant(pool, dropped, count, seed, step)
@@ -99,8 +102,13 @@ class Cosine:
 
 
 def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """``count`` connections, uniform over those dormant once ``dropped`` are gone. O(count log) time."""
+    """``count`` connections, uniform over those dormant once ``dropped`` are gone. O(count log) time.
+
+    Under limits of the weight each is uniform over those that fit beside the ones before (`rewire.limited.grow`), O(K).
+    """
     weight = pool.weight
+    if weight.limits is not None:
+        return fitting(pool, dropped, None, count, seed, step)
     return topology.sample_dormant(
         weight.index,
         *weight.matrix_shape,
@@ -110,6 +118,28 @@ def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int
         seed,
         step,
         pool.stream(Purpose.GROW),
+    )
+
+
+def fitting(
+    pool: Pool, dropped: Tensor, ranked: tuple[Tensor, Tensor] | None, count: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """``count`` connections within the limits of a weight that has some: the first of ``ranked`` that fit, then random
+    ones. ``ranked`` has dormant or dropped positions, best first, more than ``count`` if they are to suffice. O(K).
+    """
+    weight = pool.weight
+    assert weight.limits is not None
+    return limited.grow(
+        weight.index,
+        *weight.matrix_shape,
+        count,
+        weight.rows[dropped],
+        weight.cols[dropped],
+        weight.limits,
+        seed,
+        step,
+        pool.stream(Purpose.GROW),
+        ranked,
     )
 
 

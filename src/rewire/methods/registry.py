@@ -19,7 +19,9 @@ __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
 Memory = Literal["O(K)", "O(M)"]
 
 #: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
-_SERVICES = ("seed", "data", "connections", "density", "distribution")
+_SERVICES = ("seed", "data")
+#: The final budget, likewise, of methods that come down to it (`rewire.methods.shrink`).
+_BUDGET = ("connections", "density", "distribution")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class MethodInfo:
         return {
             p.name: Parameter(p.name, hints.get(p.name, Any), p.default, _help(text, p.name))
             for p in inspect.signature(self.cls.__init__).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in _SERVICES
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in self.services
         }
 
     @property
@@ -69,12 +71,18 @@ class MethodInfo:
     @property
     def services(self) -> tuple[str, ...]:
         """Keyword arguments of the constructor that are no hyper-parameters ("seed", "data", "connections", ...)."""
-        return tuple(name for name in inspect.signature(self.cls.__init__).parameters if name in _SERVICES)
+        known = _SERVICES if self.start_density is None else (*_SERVICES, *_BUDGET)
+        return tuple(name for name in inspect.signature(self.cls.__init__).parameters if name in known)
 
     @property
     def start_density(self) -> float | None:
         """The density that pools are to be built with, for methods that come down to their budget; None: at it."""
         return self.cls.start_density
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """The kinds of `rewire.budget.Limits` that the method keeps at every step: "fan-in", "fan-out", "block"."""
+        return self.cls.keeps_limits
 
     @property
     def takes_budget(self) -> bool:

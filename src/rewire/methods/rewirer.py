@@ -39,7 +39,8 @@ class Rewirer(Method):
 
     Args:
         drop: criterion, see `rewire.methods.drop`.
-        grow: criterion, see `rewire.methods.grow`; it must return as many connections as were dropped.
+        grow: criterion, see `rewire.methods.grow`; it must return as many connections as were dropped. Limits
+            (`rewire.budget.Limits`) are accepted if its attribute ``keeps_limits`` has their kinds.
         fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over optimizer steps, or
             over epochs where ``every`` is "epoch".
         every: number of optimizer steps between updates, or "epoch".
@@ -72,6 +73,9 @@ class Rewirer(Method):
         self.fraction = checked("fraction", fraction, 0.0, 1.0)
         self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
         super().__init__(model, optimizer, seed=seed)
+
+    def _limits_kept(self) -> tuple[str, ...]:
+        return tuple(getattr(self.grow, "keeps_limits", ()))
 
     def _settings(self) -> dict[str, Any]:
         return {"every": self.every, "until": self.until}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -44,6 +44,8 @@ class SET(Rewirer):
 
     Cost: O(K log K) per update.
     """
+
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(
         self,

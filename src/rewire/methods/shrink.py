@@ -103,6 +103,8 @@ class Shrinking(Method):
 
     #: The density that `rewire train` builds the pools with.
     start_density: ClassVar[float | None] = 1.0
+    #: What only drops stays within any limits.
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(
         self,

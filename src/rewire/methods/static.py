@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rewire.methods.base import Method
 from rewire.methods.registry import register
 
@@ -20,3 +22,5 @@ class Static(Method):
 
     Cost: nothing.
     """
+
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewire import ops
+from rewire.budget import Limits
 from rewire.nn.layer import SparseLayer
 from rewire.nn.weight import SparseWeight
 
@@ -28,6 +29,8 @@ class _SparseConv(SparseLayer):
         connections, density: the budget, exactly one of them; a connection is one number of the dense weight
             (out_channels, in_channels / groups, *kernel_size), of which there are M.
         capacity: slots of the pool (K by default), see `SparseWeight`.
+        limits: most connections of an output channel, of an input (a channel at one place of the kernel) and of a block
+            of the matrix of output channels by those, see `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
 
     Shapes: input (batch, in_channels, ...) or (in_channels, ...) with any strides, output (batch, out_channels, ...)
@@ -59,6 +62,7 @@ class _SparseConv(SparseLayer):
         connections: int | None = None,
         density: float | None = None,
         capacity: int | None = None,
+        limits: Limits | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -72,6 +76,7 @@ class _SparseConv(SparseLayer):
             connections,
             density=density,
             capacity=capacity,
+            limits=limits,
             generator=generator,
             device=device,
             dtype=dtype,

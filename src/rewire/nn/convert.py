@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire import budget
+from rewire.budget import Limits
 from rewire.nn.kinds import KINDS, Kind, kind_of, sparse_kind_of
 from rewire.nn.weight import SparseWeight
 
@@ -34,6 +35,7 @@ def sparsify(
     only: Patterns | None = None,
     exclude: Patterns | None = None,
     select: Literal["random", "magnitude"] = "random",
+    limits: Limits | Mapping[str, Limits] | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Replace dense layers by sparse ones that keep within a budget, in place; returns the model.
@@ -48,6 +50,8 @@ def sparsify(
         only, exclude: glob patterns over layer names (``"encoder.*"``), one or several.
         select: "random" draws a random topology with fresh values, for training from scratch; "magnitude" keeps the
             largest weights and their values, for a trained model. Biases are kept in both.
+        limits: on fan-in, fan-out and blocks of each weight (`rewire.budget.Limits`), or a dict from glob pattern to
+            the limits of the layers or weights it matches. With select="random" only.
         generator: for the random draws.
 
     Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, `RNN`, `LSTM`, `GRU` and `MultiheadAttention`
@@ -60,6 +64,8 @@ def sparsify(
         raise ValueError("give exactly one of density= and connections=")
     if select not in ("random", "magnitude"):
         raise ValueError(f"select must be 'random' or 'magnitude', not {select!r}")
+    if limits is not None and select != "random":
+        raise ValueError("limits= are for select='random': the largest weights need not fit them")
     found = {
         name: (module, kind)
         for name, module, kind in layers_of(model, kind_of)
@@ -68,12 +74,17 @@ def sparsify(
     weights = {name: kind.weights(module) for name, (module, kind) in found.items()}
     counts = _counts(weights, density, connections, distribution)
     if not counts:
-        names = ", ".join(kind.dense.__name__ for kind in KINDS)
+        kinds = ", ".join(kind.dense.__name__ for kind in KINDS)
         raise ValueError(
-            f"no layer to convert: sparsify converts layers of torch.nn ({names}), and only=, exclude= or the patterns "
+            f"no layer to convert: sparsify converts layers of torch.nn ({kinds}), and only=, exclude= or the patterns "
             "of the budget leave none of them"
         )
     refuse_shared(model, {name: found[name][0] for name in counts})
+    if isinstance(limits, Mapping):
+        names = {name for layer in counts for path in weights[layer] for name in (layer, join(layer, path))}
+        for pattern in limits:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"pattern {pattern!r} of limits= matches no layer; there are {', '.join(counts)}")
 
     def sparse(name: str) -> nn.Module:
         layer, kind = found[name]
@@ -83,6 +94,7 @@ def sparsify(
                 parent, _, leaf = path.rpartition(".")
                 pool = SparseWeight.from_dense(dense, connections=counts[name][path])
                 setattr(made.get_submodule(parent), leaf, pool)
+        _restrict(made, name, weights[name], limits, generator)
         keep_frozen(made, layer)
         for path, dense in weights[name].items():
             made.get_parameter(f"{path}.values").requires_grad_(dense.requires_grad)
@@ -138,6 +150,28 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_sparse: bool = 
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+
+
+def _restrict(
+    made: nn.Module,
+    layer: str,
+    paths: Iterable[str],
+    limits: Limits | Mapping[str, Limits] | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Give the pools of a layer that was just made the limits that are meant for them."""
+    for path in paths:
+        both = layer, join(layer, path)
+        if isinstance(limits, Mapping):
+            own = next((w for pattern, w in limits.items() if any(fnmatchcase(name, pattern) for name in both)), None)
+        else:
+            own = limits
+        pool = made.get_submodule(path)
+        if own is not None and isinstance(pool, SparseWeight):
+            try:
+                pool.restrict(own, generator)
+            except ValueError as error:
+                raise ValueError(f"{both[1]}: {error}") from None
 
 
 def keep_frozen(made: nn.Module, layer: nn.Module) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire import ops
+from rewire.budget import Limits
 from rewire.nn.layer import SparseLayer, autocast_dtype
 from rewire.nn.weight import SparseWeight
 
@@ -30,6 +31,7 @@ class SparseLinear(SparseLayer):
     Arguments are those of `torch.nn.Linear`, plus:
         connections, density: the budget, exactly one of them; K of the M = in_features * out_features.
         capacity: slots of the pool (K by default), see `SparseWeight`.
+        limits: most connections of an output, of an input and of a block of the matrix, see `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
         contiguous_output: return row-major memory. By default the result is a (..., out_features) tensor laid out
             feature-major, which a following sparse layer, ReLU, dropout or residual sum keeps, so chains of layers
@@ -54,6 +56,7 @@ class SparseLinear(SparseLayer):
         connections: int | None = None,
         density: float | None = None,
         capacity: int | None = None,
+        limits: Limits | None = None,
         generator: torch.Generator | None = None,
         contiguous_output: bool = False,
     ) -> None:
@@ -63,6 +66,7 @@ class SparseLinear(SparseLayer):
             connections,
             density=density,
             capacity=capacity,
+            limits=limits,
             generator=generator,
             device=device,
             dtype=dtype,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
-from rewire import budget, random, topology
+from rewire import budget, limited, random, topology
+from rewire.budget import Limits
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
 from rewire.ops import Capture
@@ -37,15 +38,17 @@ class SparseWeight(nn.Module):
         capture: None, or a list to which the layer's next backward passes append a
             `rewire.ops.Pair` of input and gradient of the output, one per call.
         shared_seed: None, or the seed that all ranks agreed on (`rewire.distributed.prepare`).
+        limits: None, or limits on fan-in, fan-out and blocks, which every topology of this weight keeps.
 
     Args:
         shape: of the dense weight this stands for, at least two dimensions.
         connections, density: the budget, exactly one of them; 1 <= K <= M.
         capacity: slots, at least K (the default). More is for methods that move budget between layers.
+        limits: see `rewire.budget.Limits`; of the weight as a matrix.
         generator: draws the topology; torch's default generator otherwise.
 
     Raises:
-        ValueError: a budget or capacity outside its limits.
+        ValueError: a budget or capacity outside its limits, or limits within which K connections do not fit.
 
     Cost: construction O(K log K) time and O(K + rows + cols) memory; nothing here allocates rows x cols but `to_dense`.
     """
@@ -53,7 +56,9 @@ class SparseWeight(nn.Module):
     values: nn.Parameter
     rows: Tensor
     cols: Tensor
+    limits: Limits | None
     _owner: weakref.ref[object] | None
+    _drawn: bool
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class SparseWeight(nn.Module):
         *,
         density: float | None = None,
         capacity: int | None = None,
+        limits: Limits | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -69,10 +75,11 @@ class SparseWeight(nn.Module):
         super().__init__()
         size = topology.matrix_size(shape)
         connections = budget.allowed(size[0] * size[1], connections, density)
-        self._allocate(torch.Size(shape), capacity, connections, device, dtype)
+        if limits is not None:
+            limits.check(*size, connections)
+        self._allocate(torch.Size(shape), capacity, connections, device, dtype, limits)
         if self.values.device.type != "meta":
-            drawn = topology.sample(*size, connections, random.seed_from(generator))
-            self._fill(*drawn)
+            self._fill(*self._drawn_topology(generator))
 
     @classmethod
     def from_coo(
@@ -195,8 +202,9 @@ class SparseWeight(nn.Module):
         return topology.fingerprint(self.rows, self.cols)
 
     def extra_repr(self) -> str:
+        limits = f", {self.limits}" if self.limits is not None else ""
         spare = f", capacity={self.capacity}" if self.capacity != self._connections else ""
-        return f"{tuple(self._shape)}, connections={self._connections}, density={self.density:.4g}{spare}"
+        return f"{tuple(self._shape)}, connections={self._connections}, density={self.density:.4g}{spare}{limits}"
 
     # --- changing it ------------------------------------------------------------------------------------------------
 
@@ -210,8 +218,8 @@ class SparseWeight(nn.Module):
 
         The slots' gradient starts afresh, and so does the state of every optimizer that follows the pool (a method's
         does; otherwise `rewire.nn.follow_optimizer`); every follower is told. A graph recorded
-        before raises on backward. Raises `TopologyError` (nothing changed) on a bad slot or position or a duplicate.
-        Cost: one pass over the index lists; see `rewire.topology.replace_`.
+        before raises on backward. Raises `TopologyError` (nothing changed) on a bad slot or position, a duplicate, or
+        more connections than `limits` allow. Cost: one pass over the index lists; see `rewire.topology.replace_`.
         """
         if isinstance(values, Tensor) and values.shape != slots.shape:
             raise TopologyError(f"values must be as many as slots, not {tuple(values.shape)} for {tuple(slots.shape)}")
@@ -219,7 +227,15 @@ class SparseWeight(nn.Module):
             return
         topology.check_integers(slots=slots)
         slots = slots.long()
-        self._connections = topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols)
+        before = None if self.limits is None else (self.rows.clone(), self.cols.clone())
+        connections = topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols)
+        if before is not None and self.limits is not None:
+            broken = limited.violation(self.index, *self.matrix_shape, self.limits)
+            if broken:
+                old = before[0][slots], before[1][slots]
+                topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, *old)
+                raise TopologyError(broken)
+        self._connections = connections
         if isinstance(values, Tensor):
             values = values.to(self.values)
             self.values[slots] = torch.where(rows >= 0, values, torch.zeros_like(values))
@@ -300,8 +316,30 @@ class SparseWeight(nn.Module):
         self.rows.fill_(-1)
         self.cols.fill_(-1)
         self.values.zero_()
-        self._fill(*topology.sample(*self.matrix_shape, self._connections, random.seed_from(generator)))
+        self._fill(*self._drawn_topology(generator))
         self._changed(Event(self, torch.arange(self.capacity, device=self.device)))
+
+    def _drawn_topology(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        size, seed = self.matrix_shape, random.seed_from(generator)
+        if self.limits is not None:
+            return limited.sample(*size, self._connections, self.limits, seed)
+        return topology.sample(*size, self._connections, seed)
+
+    @torch.no_grad()
+    def restrict(self, limits: Limits | None, generator: torch.Generator | None = None) -> None:
+        """Keep within ``limits`` from now on (None: no longer).
+
+        Where the topology there is does not, a new one is drawn and its connections take the values there were, in
+        (row, col) order: for layers that have not been trained. Raises ValueError if K connections do not fit.
+        """
+        if limits is not None:
+            limits.check(*self.matrix_shape, self._connections)
+        self.limits = limits
+        if limits is None or not self._drawn or not limited.violation(self.index, *self.matrix_shape, limits):
+            return
+        values = self.values.detach()[self.active()]
+        self.draw(generator)
+        self.values[: values.numel()] = values
 
     @property
     def drawn(self) -> bool:
@@ -354,12 +392,14 @@ class SparseWeight(nn.Module):
         connections: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        limits: Limits | None = None,
     ) -> None:
         self._shape = shape
         self._connections = connections
         self._followers: OrderedDict[int, Follower] = OrderedDict()  # a plain dict takes no weak references
         self.capture: Capture | None = None
         self.shared_seed: int | None = None
+        self.limits = limits
         self._owner = None
         self._drawn = False
         rows, cols = self.matrix_shape
@@ -417,6 +457,8 @@ class SparseWeight(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "shape"] = torch.tensor(self._shape, dtype=torch.int64)
+        if self.limits is not None:
+            destination[prefix + "limits"] = torch.tensor(self.limits.as_numbers(), dtype=torch.int64)
 
     def _load_from_state_dict(
         self,
@@ -431,7 +473,7 @@ class SparseWeight(nn.Module):
         """Check everything, then replace values and topology together; a file of another K goes through `resize`."""
         names = ("values", "rows", "cols")
         if strict:
-            known = {prefix + name for name in (*names, "shape")}
+            known = {prefix + name for name in (*names, "shape", "limits")}
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
         found = [name for name in names if prefix + name in state_dict]
         if not found:
@@ -449,12 +491,18 @@ class SparseWeight(nn.Module):
                     f"the topology is incomplete, {lacking} is missing: values, rows and cols belong together"
                 )
             values, rows, cols = (state_dict[prefix + name] for name in names)
-            self._load(values, rows, cols, state_dict.get(prefix + "shape"))
-        except (TopologyError, RuntimeError) as error:
+            limits = state_dict.get(prefix + "limits")
+            if self.limits is None and limits is not None:
+                saved = Limits.from_numbers(limits.tolist())
+                self._load(values, rows, cols, state_dict.get(prefix + "shape"), saved)
+                self.limits = saved
+            else:
+                self._load(values, rows, cols, state_dict.get(prefix + "shape"), self.limits)
+        except (ValueError, RuntimeError) as error:  # TopologyError is a ValueError
             error_msgs.append(f"{prefix[:-1]}: {error}")
 
     @torch.no_grad()
-    def _load(self, values: Tensor, rows: Tensor, cols: Tensor, shape: Tensor | None) -> None:
+    def _load(self, values: Tensor, rows: Tensor, cols: Tensor, shape: Tensor | None, limits: Limits | None) -> None:
         if shape is not None and tuple(shape.tolist()) != tuple(self._shape):
             raise TopologyError(f"saved with shape {tuple(shape.tolist())}, but this weight is {tuple(self._shape)}")
         if not values.shape == rows.shape == cols.shape or values.dim() != 1:
@@ -467,6 +515,9 @@ class SparseWeight(nn.Module):
         device, capacity = self.device, values.numel()
         rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
         checked = topology.build_index(rows, cols, *self.matrix_shape)
+        broken = limited.violation(checked, *self.matrix_shape, limits) if limits is not None else None
+        if broken:
+            raise TopologyError(broken)
         if capacity != self.capacity:
             if self.shared_seed is not None:
                 raise TopologyError(

@@ -40,6 +40,9 @@ class TrainConfig(BaseModel):
     connections: Size | None = None
     distribution: str | None = None
     start_density: Share | None = None
+    fan_in: Size | None = None
+    fan_out: Size | None = None
+    block: tuple[Size, Size, Size] | None = None
     init: Literal["dense", "sparse"] = "dense"
     optimizer: str = "sgd"
     lr: Positive | None = None

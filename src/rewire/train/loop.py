@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig, check_name
 from .errors import StoppedError, TrainError
 from .metrics import EpochRecord, evaluate
-from .model import build, layer_connections, layer_shapes, make_optimizer, start_connections
+from .model import build, check_limits, layer_connections, layer_shapes, limits_of, make_optimizer, start_connections
 from .observer import Observer, Progress, Silent
 from .run_dir import MODEL, RunDir
 
@@ -49,12 +49,13 @@ class Trainer:
         budgets = layer_connections(config, shapes)
         check_name("--method", config.method, methods.available())
         entry = methods.info(config.method)
+        check_limits(config, shapes, budgets)
         connections = start_connections(config, entry, shapes, budgets)
         threads = config.threads or _threads(sum(connections) * config.batch_size)
         torch.set_num_threads(threads)
         self.config = config = config.model_copy(update={"threads": threads})
         self.model: nn.Module = build(
-            shapes, connections, config.bias, make_generator(config.seed, "model"), config.init
+            shapes, connections, config.bias, make_generator(config.seed, "model"), config.init, limits_of(config)
         )
         self.optimizer = make_optimizer(config, self.model)
         # Methods that look at activations see the training part, never what is held out.

@@ -11,6 +11,7 @@ from torch import nn
 
 import rewire
 from rewire import budget, methods
+from rewire.budget import Limits
 
 from .config import TrainConfig, check_name
 from .errors import TrainError
@@ -73,7 +74,32 @@ def start_connections(
             )
         return list(budgets)
     density = entry.start_density if config.start_density is None else config.start_density
-    return [max(k, round(density * rows * cols)) for k, (rows, cols) in zip(budgets, shapes, strict=True)]
+    limits = limits_of(config)
+    return [
+        max(k, min(round(density * rows * cols), limits.maximum(rows, cols) if limits else rows * cols))
+        for k, (rows, cols) in zip(budgets, shapes, strict=True)
+    ]
+
+
+def limits_of(config: TrainConfig) -> Limits | None:
+    """The limits that the options set for every layer."""
+    if config.fan_in is None and config.fan_out is None and config.block is None:
+        return None
+    return Limits(config.fan_in, config.fan_out, config.block)
+
+
+def check_limits(config: TrainConfig, shapes: Sequence[Shape], connections: Sequence[int]) -> None:
+    """Refuse limits within which a layer's connections do not fit."""
+    limits = limits_of(config)
+    if limits is None:
+        return
+    for number, (shape, count) in enumerate(zip(shapes, connections, strict=True), start=1):
+        most = limits.maximum(*shape)
+        if count > most:
+            raise TrainError(
+                f"--fan-in, --fan-out, --block: layer {number} ({_shown(shape)}) gets {count} connections, and at most "
+                f"{most} fit within {limits}"
+            )
 
 
 def _shown(shape: Shape) -> str:
@@ -86,6 +112,7 @@ def build(
     bias: bool,
     generator: torch.Generator,
     init: Literal["dense", "sparse"] = "dense",
+    limits: Limits | None = None,
 ) -> nn.Sequential:
     """Sparse layers with ReLU between them; topology and weights come from `generator` alone.
 
@@ -95,7 +122,9 @@ def build(
     for (outputs, inputs), count in zip(shapes, connections, strict=True):
         if modules:
             modules.append(nn.ReLU())
-        layer = rewire.nn.SparseLinear(inputs, outputs, bias=bias, connections=count, generator=generator)
+        layer = rewire.nn.SparseLinear(
+            inputs, outputs, bias=bias, connections=count, limits=limits, generator=generator
+        )
         if init != "dense":
             layer.reset_parameters(generator, fan_in=init)
         modules.append(layer)
