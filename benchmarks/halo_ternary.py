@@ -6,7 +6,8 @@
 All 60,000 images train; the test set is scored at the end of a run. A run of the first kind is trained once and cut,
 without fine-tuning, at several densities of all weights together; each cut is scored as the sparse layers it leaves. A
 run of the second kind ends in sparse layers of one magnitude, packed by `rewire.export.pack_ternary`. The settings were
-chosen on the last 6,000 training images (8 epochs of the others, seed 0). Writes every run as JSON, after each of them.
+chosen on the last 6,000 training images (8 epochs of the others, seed 0). Writes every run as JSON, after each of them;
+runs that the file has already are not made again.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "HALO": {"xi": 4e-5, "psi": 4e-5, "lambda_lr": 100.0},
 }
 QUANTIZED: dict[str, dict[str, Any]] = {
-    "sparse ternary, 5 %": {"density": 0.05, "push": 1e-2, "l2": 1e-5},
-    "sparse ternary, 2 %": {"density": 0.02, "push": 1e-2, "l2": 1e-5},
+    "sparse ternary, 5 %": {"density": 0.05, "push": 1e-2, "l2": 1e-5, "prune": 4},
+    "sparse ternary, 2 %": {"density": 0.02, "push": 1e-2, "l2": 1e-5, "prune": 4},
     "dense ternary": {"threshold": 0.05, "trainable": False, "prune": 1000, "l2": 0.0},
     "binary": {"threshold": 0.0, "trainable": False, "prune": 1000, "l2": 0.0},
 }
@@ -125,10 +126,14 @@ def main() -> None:
     torch.set_num_threads(1)
     dataset = data.load("mnist", data_dir=options.data_dir)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in [*PENALTIES, *QUANTIZED]}
+    if options.out and options.out.exists():
+        results |= json.loads(options.out.read_text())["results"]
     report = {"epochs": options.epochs, "rate": RATE, "momentum": MOMENTUM, "batch": BATCH}
     report["machine"] = platform.processor() or platform.machine()
     for seed in range(options.seeds):
         for name, runs in results.items():
+            if any(r["seed"] == seed for r in runs):
+                continue
             runs.append(run(dataset, name, options.epochs, seed))
             shown = {k: v for k, v in runs[-1].items() if k not in ("settings", "codes")}
             print(name, json.dumps(shown), flush=True)

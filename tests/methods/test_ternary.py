@@ -154,16 +154,17 @@ def test_thresholds_are_pushed_up_to_the_density_and_then_frozen() -> None:
     shares = [method.survivors()]
     for time in range(60):
         step(model, optimizer, method, time)
+        shares.append(method.survivors())
         if time % 10 == 9:
-            shares.append(method.survivors())
-            before = method.stage
             method.end_epoch()
-            assert method.stage == (3 if before == 3 or shares[-1] <= 0.3 else 1)
+            # A share is what the step's forward pass used, so the last one is not known to the method yet.
+            assert method.stage == (3 if min(shares[:-1]) <= 0.3 else 1)
+            if method.stage == 1:
+                assert shares[-1] < shares[-10]
     assert shares[0] > 0.8
     assert method.stage == 3
-    first = next(s for s in shares if s <= 0.3)
-    assert first > 0.1, "the push stops there"
-    assert shares[-1] == first, "the mask is frozen"
+    assert 0.15 < min(shares) <= 0.3, "the push stops there"
+    assert len(set(shares[-10:])) == 1, "the mask is frozen"
     assert float(method.penalty().detach()) == 0.0
     frozen, thresholds = method.masks(), method.thresholds()
     signs = {w.name: w.tensor.detach().clone() for w in method.weights}
@@ -332,3 +333,16 @@ def test_scope() -> None:
     method.finalize()
     assert isinstance(model[0], SparseLinear)  # type: ignore[index]
     assert type(model[2]) is nn.Linear  # type: ignore[index]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
+def test_compiled_models_use_the_quantized_weights_of_the_moment() -> None:
+    model = made()
+    optimizer = sgd(model)
+    method = Ternary(model, optimizer, threshold=0.4)
+    compiled = torch.compile(model, backend="eager")
+    for time in range(3):
+        torch.testing.assert_close(compiled(X), model(X))
+        step(model, optimizer, method, time)
+    method.freeze()
+    torch.testing.assert_close(compiled(X), model(X))

@@ -44,8 +44,7 @@ def quantize(w: Tensor, keep: Tensor, *, scaled: bool, clip: float, frozen: bool
     ``keep``. The sign of a zero is its sign bit, so that every survivor has one. Cost: O(M).
     """
     size = w.detach().abs()
-    count = int(keep.count_nonzero())
-    scale = (size * keep).sum() / count if scaled and count else size.new_ones(())
+    scale = (size * keep).sum() / keep.sum().clamp(min=1) if scaled else size.new_ones(())
     passes = size <= clip
     found: Tensor = _Quantize.apply(w, keep, scale, passes & keep if frozen else passes)  # type: ignore[no-untyped-call]
     return found
@@ -100,8 +99,8 @@ class Ternary(Method):
         push: strength of the regularizer that raises thresholds; a float or a schedule over epochs.
         l2: strength of the L2 term of stage 1; a float or a schedule over epochs.
         density: what the push aims at, a share of the entries in scope.
-        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the first epoch whose share of
-            survivors is at most ``density``.
+        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in which the share of
+            survivors has first come down to ``density`` (it hovers there from then on).
         scale: "mean", the mean magnitude of a weight's survivors, or "one".
         clip: no gradient goes to dense weights of a larger magnitude.
         threshold_lr: learning rate of the thresholds, in multiples of their weight's.
@@ -154,7 +153,7 @@ class Ternary(Method):
         self.stage = 1
         self._thresholds = [float(threshold)] * len(self.weights)
         self._masks: list[Tensor] = []
-        self._penalised = False
+        self._penalised = self._reached = False
         self._slopes: dict[int, tuple[float, int]] = {}
         here = weakref.ref(self)
         self._attachment.before_step(lambda stepping: _tell(here, stepping))
@@ -220,14 +219,15 @@ class Ternary(Method):
             share = sum(count for _, count in slopes.values()) / sum(w.tensor.numel() for w in self.weights)
         else:
             share = self.survivors()
-        push = push if share > self.density else 0.0
+        if share <= self.density:
+            self._reached, push = True, 0.0
         for i, (slope, _) in slopes.items():
             rate = float(self.weights[i].group["lr"]) * self.threshold_lr
             self._thresholds[i] = min(max(self._thresholds[i] - rate * (slope - push), 0.0), HIGHEST)
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.stage == 1:
-            due = self.survivors() <= self.density if self.prune == "auto" else self.epochs >= self.prune
+            due = self._reached if self.prune == "auto" else self.epochs >= self.prune
             if due:
                 self.freeze()
 
@@ -269,16 +269,19 @@ class Ternary(Method):
         return {"trainable": self.trainable, "prune": self.prune, "scale": self.scale, "weights": names}
 
     def _state(self) -> dict[str, Any]:
-        return {"stage": self.stage, "thresholds": list(self._thresholds), "masks": [m.clone() for m in self._masks]}
+        masks = [m.clone() for m in self._masks]
+        thresholds = list(self._thresholds)
+        return {"stage": self.stage, "reached": self._reached, "thresholds": thresholds, "masks": masks}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        stage, thresholds = int(state["stage"]), [float(t) for t in state["thresholds"]]
+        stage, reached, thresholds = int(state["stage"]), bool(state["reached"]), [*map(float, state["thresholds"])]
         masks = [m.to(w.tensor.device, torch.bool) for m, w in zip(state["masks"], self.weights, strict=stage == 3)]
         if stage not in (1, 3) or len(thresholds) != len(self.weights):
             raise ValueError(f"this state is damaged: stage {stage}, {len(thresholds)} thresholds")
         if any(m.shape != w.tensor.shape for m, w in zip(masks, self.weights, strict=False)):
             raise ValueError("this is the state of weights of other shapes")
-        self.stage, self._thresholds, self._masks = stage, thresholds, [m.clone() for m in masks]
+        self.stage, self._reached = stage, reached
+        self._thresholds, self._masks = thresholds, [m.clone() for m in masks]
 
 
 @torch.no_grad()
