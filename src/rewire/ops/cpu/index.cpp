@@ -1,38 +1,13 @@
 // Building and changing the index of a pool; see rewire/topology.py for the definition.
-//
-// Every function validates before it writes. Errors are returned as (code, a, b) and worded in Python.
-#include <array>
-#include <cstring>
-#include <limits>
+#include "index.h"
+
 #include <memory>
 #include <new>
 
-#include "runtime.h"
+#include "merge.h"
 
 namespace rewire {
 namespace {
-
-using Problem = std::tuple<int64_t, int64_t, int64_t>;
-constexpr int64_t kOk = 0, kSlot = 1, kRange = 2, kDuplicate = 3;
-const Problem kNoProblem{kOk, 0, 0};
-
-// One of the two lists: by row (major = row, minor = column) or by column.
-template <class I>
-struct Side {
-  I *ptr, *minor, *slots;
-  int64_t majors;
-};
-
-template <class I>
-struct Pool {
-  I *rows, *cols;
-  int64_t capacity, n_rows, n_cols;
-  Side<I> by_row, by_col;
-
-  bool valid(int64_t row, int64_t col) const {
-    return (row == -1 && col == -1) || (row >= 0 && row < n_rows && col >= 0 && col < n_cols);
-  }
-};
 
 template <class I>
 std::unique_ptr<I[]> uninitialized(int64_t n) {
@@ -44,6 +19,8 @@ template <class I>
 void accumulate(std::vector<I>& counts) {
   for (size_t m = 1; m < counts.size(); ++m) counts[m] += counts[m - 1];
 }
+
+}  // namespace
 
 // Three counting sorts: slots by column, those by row (so columns ascend within a row), those by column again.
 template <class I>
@@ -88,177 +65,29 @@ Problem build(const Pool<I>& p) {
   return kNoProblem;
 }
 
-// A connection that leaves or enters a list, and where: at or before which of the old entries.
-template <class I>
-struct Move {
-  I major, minor, slot, at;
-  bool operator<(const Move& o) const { return major != o.major ? major < o.major : minor < o.minor; }
-};
+template Problem build(const Pool<int32_t>&);
+template Problem build(const Pool<int64_t>&);
 
-template <class I>
-struct Plan {
-  std::vector<Move<I>> removed, added;
-  bool broken = false;  // the list is not what the pool says: derive it anew
-  Problem problem = kNoProblem;
-};
-
-// By (major, minor): a radix sort, digit by digit of 11 bits, unless there are few or they are in order.
-template <class I>
-void sort_moves(std::vector<Move<I>>& moves) {
-  if (std::is_sorted(moves.begin(), moves.end())) return;
-  if (moves.size() < 500) {
-    std::sort(moves.begin(), moves.end());
-    return;
-  }
-  constexpr int kBits = 11;
-  std::vector<Move<I>> other(moves.size());
-  for (I Move<I>::*key : {&Move<I>::minor, &Move<I>::major}) {
-    I most = 0;
-    for (const Move<I>& m : moves) most = std::max(most, m.*key);
-    for (int shift = 0; shift < std::numeric_limits<I>::digits && most >> shift > 0; shift += kBits) {
-      size_t start[(1 << kBits) + 1] = {};
-      const auto digit = [&](const Move<I>& m) { return static_cast<size_t>(m.*key >> shift) & ((1 << kBits) - 1); };
-      for (const Move<I>& m : moves) ++start[digit(m) + 1];
-      for (int d = 0; d < 1 << kBits; ++d) start[d + 1] += start[d];
-      for (const Move<I>& m : moves) other[start[digit(m)]++] = m;
-      moves.swap(other);
-    }
-  }
-}
-
-// Sets `at` of every move to the first entry of its row that is not before it. The searches are far apart in memory:
-// the entries of a row are asked for some searches ahead, and no step of a search is a branch to be guessed.
-template <class I>
-void search(const Side<I>& side, int64_t capacity, Plan<I>& plan, std::vector<Move<I>>& moves) {
-  constexpr size_t kAhead = 8;
-  constexpr int64_t kLine = 64 / sizeof(I), kMost = 16;
-  for (size_t i = 0; i < moves.size(); ++i) {
-    if (i + kAhead < moves.size()) {
-      const int64_t major = moves[i + kAhead].major;
-      const int64_t begin = std::clamp<int64_t>(side.ptr[major], 0, capacity);
-      const int64_t end = std::clamp<int64_t>(side.ptr[major + 1], begin, capacity);
-      const int64_t stride = std::max(kLine, (end - begin) / kMost);
-      for (int64_t e = begin; e < end; e += stride) __builtin_prefetch(side.minor + e);
-    }
-    Move<I>& m = moves[i];
-    const int64_t begin = side.ptr[m.major], end = side.ptr[m.major + 1];
-    if (begin < 0 || begin > end || end > capacity) {
-      plan.broken = true;
-      return;
-    }
-    const I* base = side.minor + begin;
-    int64_t length = end - begin;
-    while (length > 1) {
-      const int64_t half = length / 2;
-      base += static_cast<int64_t>(base[half - 1] < m.minor) * half;
-      length -= half;
-    }
-    if (length == 1) base += *base < m.minor;
-    m.at = static_cast<I>(base - side.minor);
-  }
-}
-
-// Finds the places of all moves in one list and looks for connections that would occur twice.
-template <class I>
-void locate(const Side<I>& side, int64_t capacity, Plan<I>& plan) {
-  const int64_t count = side.ptr[side.majors];
-  const int64_t after = count - static_cast<int64_t>(plan.removed.size()) + static_cast<int64_t>(plan.added.size());
-  if (count < 0 || count > capacity || after < 0 || after > capacity) {
-    plan.broken = true;
-    return;
-  }
-  for (auto* moves : {&plan.removed, &plan.added}) {
-    sort_moves(*moves);
-    search(side, capacity, plan, *moves);
-    if (plan.broken) return;
-  }
-  int64_t before = -1;
-  for (const Move<I>& m : plan.removed) {
-    if (m.at <= before || m.at >= count || side.slots[m.at] != m.slot) {
-      plan.broken = true;
-      return;
-    }
-    before = m.at;
-  }
-  size_t gone = 0;
-  before = 0;
-  for (size_t i = 0; i < plan.added.size(); ++i) {
-    const Move<I>& m = plan.added[i];
-    if (m.at < before || m.at > count) {
-      plan.broken = true;
-      return;
-    }
-    before = m.at;
-    while (gone < plan.removed.size() && plan.removed[gone].at < m.at) ++gone;
-    const bool there = m.at < side.ptr[m.major + 1] && side.minor[m.at] == m.minor;
-    const bool leaves = gone < plan.removed.size() && plan.removed[gone].at == m.at;
-    if ((there && !leaves) || (i + 1 < plan.added.size() && !(m < plan.added[i + 1]))) {
-      plan.problem = {kDuplicate, m.major, m.minor};
-      return;
-    }
-  }
-}
-
-// Carries a plan out, in place. The entries between two changes keep their order and move by the number of entries
-// that came less those that left before them. Those that move left go first, from the left; those that move right
-// after, from the right: so none is written over before it has moved.
-template <class I>
-void apply(const Side<I>& side, const Plan<I>& plan, std::vector<std::array<int64_t, 3>>& segments,
-           std::vector<int64_t>& places) {
-  const std::vector<Move<I>>&removed = plan.removed, &added = plan.added;
-  const int64_t count = side.ptr[side.majors];
-  int64_t begin = 0, shift = 0;
-  for (size_t r = 0, a = 0; r < removed.size() || a < added.size();) {
-    const bool adds = a < added.size() && (r == removed.size() || added[a].at <= removed[r].at);
-    const int64_t at = adds ? added[a].at : removed[r].at;
-    if (at > begin && shift != 0) segments.push_back({begin, at, shift});
-    if (adds) {
-      places.push_back(at + shift++);
-      begin = at;
-      ++a;
-    } else {
-      --shift;
-      begin = at + 1;
-      ++r;
-    }
-  }
-  if (count > begin && shift != 0) segments.push_back({begin, count, shift});
-  const auto move = [](I* list, const std::array<int64_t, 3>& s) {
-    std::memmove(list + s[0] + s[2], list + s[0], static_cast<size_t>(s[1] - s[0]) * sizeof(I));
-  };
-  for (I* list : {side.minor, side.slots}) {
-    for (auto s = segments.begin(); s != segments.end(); ++s)
-      if ((*s)[2] < 0) move(list, *s);
-    for (auto s = segments.rbegin(); s != segments.rend(); ++s)
-      if ((*s)[2] > 0) move(list, *s);
-    if (shift < 0) std::memset(list + count + shift, 0, static_cast<size_t>(-shift) * sizeof(I));
-  }
-  for (size_t a = 0; a < added.size(); ++a) {
-    side.minor[places[a]] = static_cast<I>(added[a].minor);
-    side.slots[places[a]] = static_cast<I>(added[a].slot);
-  }
-  int64_t change = 0;
-  size_t r = 0, a = 0;
-  for (int64_t m = 0; m < side.majors; ++m) {
-    for (; r < removed.size() && removed[r].major == m; ++r) --change;
-    for (; a < added.size() && added[a].major == m; ++a) ++change;
-    side.ptr[m + 1] = static_cast<I>(side.ptr[m + 1] + change);
-  }
-}
+namespace {
 
 template <class I>
 Problem check_changes(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
-  std::vector<uint64_t> seen(static_cast<size_t>(p.capacity / 64 + 1));
-  for (int64_t i = 0; i < n; ++i)
-    if (slots[i] < 0 || slots[i] >= p.capacity) return {kSlot, slots[i], 0};
-  int64_t twice = p.capacity;
+  bool ascend = true;
   for (int64_t i = 0; i < n; ++i) {
-    uint64_t& word = seen[static_cast<size_t>(slots[i] / 64)];
-    const uint64_t bit = uint64_t{1} << (slots[i] % 64);
-    if ((word & bit) != 0) twice = std::min(twice, slots[i]);
-    word |= bit;
+    if (slots[i] < 0 || slots[i] >= p.capacity) return {kSlot, slots[i], 0};
+    ascend &= i == 0 || slots[i - 1] < slots[i];
   }
-  if (twice < p.capacity) return {kSlot, twice, 0};
+  if (!ascend) {
+    std::vector<uint64_t> seen(static_cast<size_t>(p.capacity / 64 + 1));
+    int64_t twice = p.capacity;
+    for (int64_t i = 0; i < n; ++i) {
+      uint64_t& word = seen[static_cast<size_t>(slots[i] / 64)];
+      const uint64_t bit = uint64_t{1} << (slots[i] % 64);
+      if ((word & bit) != 0) twice = std::min(twice, slots[i]);
+      word |= bit;
+    }
+    if (twice < p.capacity) return {kSlot, twice, 0};
+  }
   for (int64_t i = 0; i < n; ++i)
     if (!p.valid(rows[i], cols[i])) return {kRange, i, 0};
   return kNoProblem;
@@ -293,6 +122,8 @@ Problem rebuild(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
   return problem;
 }
 
+}  // namespace
+
 template <class I>
 Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
   Problem problem = check_changes(p, slots, rows, cols, n);
@@ -305,6 +136,10 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
     plan.added.reserve(static_cast<size_t>(n));
   }
   for (int64_t i = 0; i < n; ++i) {
+    if (const int64_t ahead = i + kAhead; ahead < n) {
+      prefetch_from(p.rows, slots[ahead - 1], slots[ahead]);
+      prefetch_from(p.cols, slots[ahead - 1], slots[ahead]);
+    }
     const I slot = static_cast<I>(slots[i]), row = p.rows[slot], col = p.cols[slot];
     if (!p.valid(row, col)) return rebuild(p, slots, rows, cols, n);
     if (row >= 0) {
@@ -336,44 +171,10 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
   return kNoProblem;
 }
 
-template <class I>
-I* data_of(const Tensor& t) {
-  return static_cast<I*>(t.mutable_data_ptr());
-}
+template Problem replace(const Pool<int32_t>&, const int64_t*, const int64_t*, const int64_t*, int64_t);
+template Problem replace(const Pool<int64_t>&, const int64_t*, const int64_t*, const int64_t*, int64_t);
 
-struct PoolTensors {
-  const Tensor &rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots;
-  int64_t n_rows, n_cols;
-
-  template <class I>
-  Pool<I> pool() const {
-    return {data_of<I>(rows),
-            data_of<I>(cols),
-            rows.numel(),
-            n_rows,
-            n_cols,
-            {data_of<I>(row_ptr), data_of<I>(row_cols), data_of<I>(row_slots), n_rows},
-            {data_of<I>(col_ptr), data_of<I>(col_rows), data_of<I>(col_slots), n_cols}};
-  }
-
-  // The index type; every tensor must fit it and the dimensions.
-  int check(const char* op) const {
-    const int type = index_type(rows, op);
-    for (const Tensor* t : {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}) {
-      require_cpu(*t, op);
-      require(index_type(*t, op) == type, op, "rows, cols and the index must have one dtype");
-      require(t->dim() == 1 && t->is_contiguous(), op, "rows, cols and the index must be contiguous lists");
-    }
-    const int64_t bound = type == kInt32 ? int64_t{1} << 31 : std::numeric_limits<int64_t>::max();
-    require(n_rows >= 0 && n_cols >= 0 && n_rows < bound && n_cols < bound && rows.numel() < bound, op,
-            "the dimensions do not fit the dtype of the index");
-    require(row_ptr.numel() == n_rows + 1 && col_ptr.numel() == n_cols + 1, op,
-            "row_ptr and col_ptr must have one entry more than there are rows and columns");
-    for (const Tensor* t : {&cols, &row_cols, &row_slots, &col_rows, &col_slots})
-      require(t->numel() == rows.numel(), op, "cols and the lists must be as long as rows");
-    return type;
-  }
-};
+namespace {
 
 bool share_memory(const Tensor& a, const Tensor& b) {
   const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
@@ -383,7 +184,8 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   return a.numel() > 0 && b.numel() > 0 && begin(a) < begin(b) + bytes(b) && begin(b) < begin(a) + bytes(a);
 }
 
-// What is validated and then written must not change by being written.
+}  // namespace
+
 void require_apart(const char* op, std::initializer_list<const Tensor*> written,
                    std::initializer_list<const Tensor*> read) {
   for (auto a = written.begin(); a != written.end(); ++a) {
@@ -401,6 +203,8 @@ Integers own_integers(const Tensor& t, const char* op) {
   result.data = result.converted.data();
   return result;
 }
+
+namespace {
 
 Problem build_index_(const Tensor& rows_, const Tensor& cols_, int64_t n_rows, int64_t n_cols, const Tensor& row_ptr,
                      const Tensor& row_cols, const Tensor& row_slots, const Tensor& col_ptr, const Tensor& col_rows,

@@ -1,0 +1,124 @@
+// Random subsets, random dormant connections and signs of positions; see rewire/random.py and rewire/topology.py, whose
+// definitions these follow to the letter.
+#pragma once
+
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "runtime.h"
+#include "search.h"
+
+namespace rewire {
+
+struct Coordinates {
+  uint64_t seed;
+  uint32_t step, stream;
+  int64_t below(int64_t index, int64_t bound) const { return philox_below(seed, step, stream, index, bound); }
+};
+
+// random.distinct into out[0 ... n).
+void distinct_into(int64_t n, int64_t bound, const Coordinates& at, int64_t offset, int64_t* out);
+
+// topology.position_signs of one position.
+inline int8_t position_sign(int64_t row, int64_t col, uint64_t seed, uint32_t stream) {
+  const uint64_t r = static_cast<uint64_t>(row), c = static_cast<uint64_t>(col);
+  const uint32_t tag = 0x80000000u | (stream & 0x7FFFu) << 16 | (static_cast<uint32_t>(c >> 32) & 0xFFFFu);
+  const Words w = philox(seed, static_cast<uint32_t>(r), static_cast<uint32_t>(c), static_cast<uint32_t>(r >> 32), tag);
+  return (w.w[0] & 1) != 0 ? -1 : 1;
+}
+
+// The list by row, and what is not in it.
+template <class I>
+struct Complement {
+  const char* op;
+  const I *ptr, *cols;
+  int64_t rows, length, n_cols;
+
+  Complement(const Tensor& ptr_, const Tensor& cols_, int64_t n_cols_, const char* op_)
+      : op(op_),
+        ptr(static_cast<const I*>(ptr_.const_data_ptr())),
+        cols(static_cast<const I*>(cols_.const_data_ptr())),
+        rows(ptr_.numel() - 1),
+        length(cols_.numel()),
+        n_cols(n_cols_) {
+    require(ptr[0] == 0 && ptr[rows] >= 0 && ptr[rows] <= length, op,
+            "row_ptr must start at 0 and end at the number of connections, at most the length of row_cols");
+  }
+
+  int64_t dormant_before(int64_t row) const { return row * n_cols - ptr[row]; }
+  int64_t dormant() const { return dormant_before(rows); }
+
+  // The row of a dormant position: the last one with dormant_before(row) <= rank. Ranks mostly come in ascending
+  // order, so the rows behind `guess` (0, or the row of the rank before) are tried first. Only with rank < dormant(),
+  // so there is a row.
+  int64_t row_of(int64_t rank, int64_t guess) const {
+    int64_t low = dormant_before(guess) <= rank ? guess : 0, high = rows - 1;
+    for (int tries = 0; tries < 8; ++tries, ++low)
+      if (low == high || dormant_before(low + 1) > rank) return low;
+    while (low < high) {
+      const int64_t middle = high - (high - low) / 2;
+      if (dormant_before(middle) <= rank)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    return low;
+  }
+
+  void require_range(int64_t row) const {
+    const int64_t begin = ptr[row], end = ptr[row + 1];
+    require(begin >= 0 && begin <= end && end <= length, op, "row_ptr must never fall and stay within row_cols");
+  }
+
+  inline REWIRE_ALWAYS void prefetch(int64_t row) const {
+    const int64_t begin = std::clamp<int64_t>(ptr[row], 0, length);
+    prefetch_range(cols, begin, std::clamp<int64_t>(ptr[row + 1], begin, length));
+  }
+
+  // The nth dormant column of a row: nth + j, where j of its active columns c_i have c_i - i <= nth.
+  int64_t col_of(int64_t row, int64_t nth) const {
+    require_range(row);
+    const I* active = cols + ptr[row];
+    return nth + count_first(ptr[row + 1] - ptr[row], [&](int64_t i) { return active[i] - i <= nth; });
+  }
+};
+
+// work(Complement<I>) for the index type of the lists.
+template <class Work>
+auto with_complement(const Tensor& ptr_, const Tensor& cols_, int64_t n_cols, const char* op, const Work& work) {
+  const int type = index_type(ptr_, op);
+  require(ptr_.is_cpu() && cols_.is_cpu(), op, "every tensor must be on the CPU");
+  require(index_type(cols_, op) == type, op, "row_ptr and row_cols must have one dtype");
+  require(ptr_.dim() == 1 && cols_.dim() == 1 && ptr_.numel() >= 1, op, "row_ptr and row_cols must be lists");
+  require(n_cols >= 0, op, "n_cols must not be negative");
+  require(ptr_.numel() - 1 <= std::numeric_limits<int64_t>::max() / std::max<int64_t>(n_cols, 1), op,
+          "the matrix has too many positions");
+  const Tensor ptr = packed(ptr_), cols = packed(cols_);
+  return type == kInt32 ? work(Complement<int32_t>(ptr, cols, n_cols, op))
+                        : work(Complement<int64_t>(ptr, cols, n_cols, op));
+}
+
+// topology.candidates: row[i] and col[i] of ranks[i]; dropped(i) is the i-th dropped connection, or an exception.
+template <class I, class Dropped>
+void map_ranks(const Complement<I>& list, const int64_t* ranks, int64_t n, int64_t* row, int64_t* col,
+               const Dropped& dropped) {
+  const int64_t dormant = list.dormant();
+  const auto place = [&](int64_t i) {
+    if (ranks[i] < dormant) col[i] = list.col_of(row[i], ranks[i] - list.dormant_before(row[i]));
+  };
+  for (int64_t i = 0, guess = 0; i < n; ++i) {
+    require(ranks[i] >= 0, list.op, "a rank is out of range");
+    if (ranks[i] < dormant) {
+      row[i] = list.row_of(ranks[i], guess);
+      if (row[i] != guess || i == 0) list.prefetch(row[i]);
+      guess = row[i];
+    } else {
+      std::tie(row[i], col[i]) = dropped(ranks[i] - dormant);
+    }
+    if (i >= kAhead) place(i - kAhead);
+  }
+  for (int64_t i = std::max<int64_t>(n - kAhead, 0); i < n; ++i) place(i);
+}
+
+}  // namespace rewire
