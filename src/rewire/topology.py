@@ -38,6 +38,7 @@ __all__ = [
     "index_dtype",
     "matrix_size",
     "position_signs",
+    "raise_problem",
     "replace_",
     "sample",
     "sample_dormant",
@@ -116,7 +117,7 @@ def build_index(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, out: Index
         out = empty_index(n_rows, n_cols, rows.numel(), rows.dtype, rows.device)
     if _native.available() and rows.device.type == "cpu":
         problem = torch.ops.rewire.build_index_(rows, cols, n_rows, n_cols, *out)
-        _raise(problem, rows, cols, n_rows, n_cols)
+        raise_problem(problem, rows, cols, n_rows, n_cols, rows.numel())
         return out
     _check_apart(out, (rows, cols))
     _check_range(rows, cols, n_rows, n_cols)
@@ -168,9 +169,7 @@ def replace_(
         problem = torch.ops.rewire.replace_(
             rows, cols, *index, n_rows, n_cols, slots, new_rows.to(torch.int64), new_cols.to(torch.int64)
         )
-        if problem[0] == SLOT:
-            raise TopologyError(_bad_slot(int(problem[1]), rows.numel()))
-        _raise(problem, new_rows, new_cols, n_rows, n_cols)
+        raise_problem(problem, new_rows, new_cols, n_rows, n_cols, rows.numel())
     else:
         _check_apart((rows, cols, *index))
         _check_slots(slots, rows.numel())
@@ -189,8 +188,15 @@ def replace_(
 OK, SLOT, RANGE, DUPLICATE = 0, 1, 2, 3
 
 
-def _raise(problem: tuple[int, int, int], rows: Tensor, cols: Tensor, n_rows: int, n_cols: int) -> None:
+def raise_problem(
+    problem: tuple[int, int, int], rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, capacity: int
+) -> None:
+    """Raise `TopologyError` unless a native function's ``problem`` is OK; rows and cols are what it was given."""
+    if problem[0] == OK:
+        return
     code, a, b = (int(p) for p in problem)
+    if code == SLOT:
+        raise TopologyError(_bad_slot(a, capacity))
     if code == RANGE:  # a is the place in rows / cols
         raise TopologyError(_out_of_range(int(rows[a]), int(cols[a]), n_rows, n_cols))
     if code == DUPLICATE:  # a, b are the row and column

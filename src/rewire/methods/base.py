@@ -238,7 +238,8 @@ class Method(ABC):
         self._after_step(pools)
         self._tidy()
         for pool in pools:
-            pool.weight.capture = None
+            if pool.weight.capture is not None:  # setting an attribute of a module takes longer than looking
+                pool.weight.capture = None
         self._request_capture()
 
     @final

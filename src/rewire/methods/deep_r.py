@@ -95,6 +95,7 @@ class DeepR(Method):
         super().__init__(model, optimizer, seed=seed)
         if scope == "network":
             self._refuse_fixed_pools()
+        self._own = False  # whether the event under way is `_regrow`'s, which sees to the signs itself
         self._shares = [float(pool.weight.connections) for pool in self.pools]
         self._signs = [self._current_signs(pool) for pool in self.pools]
         self._waiting: list[Tensor] = [
@@ -161,6 +162,9 @@ class DeepR(Method):
         self.updates += 1
 
     def _replace(self, pool: Pool, slots: Tensor, count: int) -> None:
+        if self.scope == "layer":
+            self._regrow(pool, slots)
+            return
         if self.scope == "neuron":
             slots, rows, cols = random_in_rows(pool, slots, self.seed, self.steps)
         else:
@@ -174,6 +178,25 @@ class DeepR(Method):
         value = torch.copysign(torch.zeros((), device=rows.device), sign).to(pool.weight.dtype)
         self._exchange(pool, slots, rows, cols, value)
 
+    def _regrow(self, pool: Pool, slots: Tensor) -> None:
+        """As `_replace` where every pool keeps its budget; in one pass."""
+        fixed = self.signs == "fixed"
+        self._own = True
+        try:
+            pool.weight.regrow(
+                slots,
+                self._signs[pool.number],
+                seed=self.seed,
+                step=self.steps,
+                grow_stream=pool.stream(Purpose.GROW),
+                sign_stream=pool.stream(Purpose.SIGN if fixed else Purpose.REDRAW),
+                fixed=fixed,
+            )
+        finally:
+            self._own = False
+        self._dropped[pool.name] += slots.numel()
+        self._grown[pool.name] += slots.numel()
+
     # --- signs ------------------------------------------------------------------------------------------------------
 
     def _current_signs(self, pool: Pool, slots: Tensor | None = None) -> Tensor:
@@ -182,6 +205,8 @@ class DeepR(Method):
         return 1 - 2 * torch.signbit(values if slots is None else values[slots]).to(torch.int8)
 
     def _changed(self, number: int, event: Event) -> None:
+        if self._own:
+            return
         pool = self.pools[number]
         waiting = self._waiting[number]
         if event.loaded:

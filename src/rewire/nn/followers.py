@@ -116,11 +116,13 @@ class OptimizerFollower:
         optimizer = self._optimizer()
         if optimizer is None:
             return
+        parameter = event.weight.values
+        if not optimizer.state.get(parameter):  # plain SGD, or no step yet
+            return
         done = _DONE.get(optimizer)
         if done is not None and done() is event:
             return
         _DONE[optimizer] = weakref.ref(event)
-        parameter = event.weight.values
         if event.loaded:
             # Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of another length
             # belongs to the pool that was there before, and is created anew.

@@ -17,7 +17,7 @@ from rewire import budget, limited, random, topology
 from rewire.budget import Limits
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
-from rewire.ops import Capture
+from rewire.ops import Capture, regrow_
 from rewire.topology import Index, TopologyError
 
 __all__ = ["SparseWeight"]
@@ -246,6 +246,21 @@ class SparseWeight(nn.Module):
         self._changed(Event(self, slots))
 
     @torch.no_grad()
+    def regrow(self, slots: Tensor, signs: Tensor, **drawn: Any) -> None:
+        """Drop ``slots`` and grow as many random dormant connections there, at zeros whose signs go into ``signs``.
+
+        What `rewire` would do with connections from `rewire.topology.sample_dormant`, in one pass; ``drawn`` and errors
+        as in `rewire.ops.regrow_`. signs: int8, length capacity.
+        """
+        if not slots.numel():
+            return
+        values, buffers = self.values, self._buffers
+        k = regrow_(values.detach(), signs, buffers["rows"], buffers["cols"], self.index, slots, **drawn)
+        if k != self._connections:
+            self._connections = k
+        self._changed(Event(self, slots))
+
+    @torch.no_grad()
     def resize(self, capacity: int, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         """Change the number of slots; the only call that does.
 
@@ -352,14 +367,15 @@ class SparseWeight(nn.Module):
 
     def _changed(self, event: Event) -> None:
         """The one place through which changes of a pool go: version counters, gradient, followers."""
-        increment_version([self.values, self.rows, self.cols, *self.index])
-        gradient = self.values.grad
+        values, buffers = self.values, self._buffers
+        increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
+        gradient = values.grad
         if gradient is not None and not event.loaded:
             if event.source is not None:
                 moved = event.source.clamp(min=0)
                 gradient.copy_(torch.where(event.source >= 0, gradient[moved], torch.zeros_like(gradient)))
             gradient.index_fill_(0, event.slots, 0.0)
-        for follower in list(self._followers.values()):
+        for follower in tuple(self._followers.values()):
             follower(event)
 
     def _move(self, source: Tensor) -> None:

@@ -13,6 +13,7 @@ from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
 from rewire.ops.langevin import langevin_step_
 from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import sparse_linear
+from rewire.ops.regrow import regrow_
 from rewire.ops.pairs import Capture, Pair
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "in_rows",
     "in_runs",
     "langevin_step_",
+    "regrow_",
     "sddmm",
     "sparse_conv",
     "sparse_linear",

@@ -38,8 +38,7 @@ def regrow_(
         result = torch.ops.rewire.regrow_(
             values, signs, rows, cols, *index, slots, seed, step, grow_stream, sign_stream, fixed
         )
-        if result[0] != topology.OK:
-            topology.raise_problem(result, rows, cols, n_rows, n_cols)
+        topology.raise_problem(result, rows, cols, n_rows, n_cols, rows.numel())
         return int(result[1])
     new_rows, new_cols = topology.sample_dormant(
         index, n_rows, n_cols, slots.numel(), rows[slots].long(), cols[slots].long(), seed, step, grow_stream
