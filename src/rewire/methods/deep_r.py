@@ -117,23 +117,26 @@ class DeepR(Method):
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
+        l1 = within("l1", at(self.l1, self.steps), 0.0)
+        if self.temperature is None:
+            noise, temperature = within("noise", at(self.noise, self.steps), 0.0), None
+        else:
+            noise, temperature = 0.0, within("temperature", at(self.temperature, self.steps), 0.0)
         for pool in pools:
-            self._diffuse(pool)
+            std = pool.lr * noise if temperature is None else math.sqrt(2 * pool.lr * temperature)
+            self._diffuse(pool, pool.lr * l1, std)
         if self.steps % self.every == 0:
             self._rewire()
 
-    def _diffuse(self, pool: Pool) -> None:
+    def _diffuse(self, pool: Pool, shrink: float, std: float) -> None:
         """Noise, L1 and the sign test; what crossed zero waits."""
-        weight, l1 = pool.weight, within("l1", at(self.l1, self.steps), 0.0)
-        if self.temperature is None:
-            std = pool.lr * within("noise", at(self.noise, self.steps), 0.0)
-        else:
-            std = math.sqrt(2 * pool.lr * within("temperature", at(self.temperature, self.steps), 0.0))
+        weight = pool.weight
+        values = weight.values
         crossed = langevin_step_(
-            weight.values,
+            values,
             weight.rows,
             self._signs[pool.number],
-            pool.lr * l1,
+            shrink,
             std,
             self.seed,
             self.steps,
@@ -142,7 +145,7 @@ class DeepR(Method):
         weight.touched()
         if self.every > 1:
             waiting = self._waiting[pool.number]
-            weight.values.index_fill_(0, waiting, 0.0)
+            values.index_fill_(0, waiting, 0.0)
             crossed = torch.unique(torch.cat([waiting, crossed]))
         self._waiting[pool.number] = crossed
 

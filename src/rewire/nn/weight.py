@@ -245,12 +245,11 @@ class SparseWeight(nn.Module):
             self.values.index_fill_(0, slots, 0.0)
         self._changed(Event(self, slots))
 
-    @torch.no_grad()
     def regrow(self, slots: Tensor, signs: Tensor, **drawn: Any) -> None:
         """Drop ``slots`` and grow as many random dormant connections there, at zeros whose signs go into ``signs``.
 
         What `rewire` would do with connections from `rewire.topology.sample_dormant`, in one pass; ``drawn`` and errors
-        as in `rewire.ops.regrow_`. signs: int8, length capacity.
+        as in `rewire.ops.regrow_`. signs: int8, length capacity. For use in every step: call it under `torch.no_grad`.
         """
         if not slots.numel():
             return
