@@ -33,6 +33,7 @@ __all__ = [
     "build_index",
     "candidates",
     "check_integers",
+    "check_slots",
     "empty_index",
     "fingerprint",
     "index_dtype",
@@ -172,7 +173,7 @@ def replace_(
         raise_problem(problem, new_rows, new_cols, n_rows, n_cols, rows.numel())
     else:
         _check_apart((rows, cols, *index))
-        _check_slots(slots, rows.numel())
+        check_slots(slots, rows.numel())
         _check_range(new_rows, new_cols, n_rows, n_cols)
         changed_rows, changed_cols = rows.clone(), cols.clone()
         changed_rows[slots] = new_rows.to(rows.dtype)
@@ -246,7 +247,8 @@ def _check_range(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int) -> None:
         raise TopologyError(_out_of_range(int(rows[k].item()), int(cols[k].item()), n_rows, n_cols))
 
 
-def _check_slots(slots: Tensor, capacity: int) -> None:
+def check_slots(slots: Tensor, capacity: int) -> None:
+    """Raise `TopologyError` for a slot that is not there or given twice."""
     bad = ((slots < 0) | (slots >= capacity)).nonzero().flatten()
     if bad.numel():
         raise TopologyError(_bad_slot(int(slots[bad[0]].item()), capacity))

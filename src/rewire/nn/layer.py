@@ -17,7 +17,7 @@ __all__ = ["SparseLayer", "autocast_dtype"]
 def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
     """What autocast narrows a product to; None where it is off and, as in torch.nn, for float64."""
     kind = x.device.type
-    if kind == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -20,15 +20,24 @@ _NATIVE = _native.available("spmm")
 _DTYPES = (torch.float32, torch.float64)
 
 
+def _operator(name: str) -> Callable[..., Tensor] | None:
+    """The native operator, looked up once: a look-up takes as long as a small product."""
+    found: Callable[..., Tensor] | None = getattr(torch.ops.rewire, name).default if _NATIVE else None
+    return found
+
+
+_SPMM, _SDDMM = _operator("spmm"), _operator("sddmm")
+_FEATURE_MAJOR, _BATCH_MAJOR = _operator("feature_major"), _operator("batch_major")
+
+
 def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row r.
 
     ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises RuntimeError
     on a bad index. O(K batch) time.
     """
-    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
-        y: Tensor = torch.ops.rewire.spmm(ptr, idx, slots, values, x, bias)
-        return y
+    if _SPMM is not None and x.is_cpu and x.dtype in _DTYPES:
+        return _SPMM(ptr, idx, slots, values, x, bias)
     return reference.spmm(ptr, idx, slots, values, x, bias)
 
 
@@ -37,25 +46,22 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
 
     ``g`` is (batch, rows), out is (capacity,). Raises RuntimeError on a bad index. O(K batch) time.
     """
-    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
-        out: Tensor = torch.ops.rewire.sddmm(ptr, idx, slots, capacity, g, x)
-        return out
+    if _SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
+        return _SDDMM(ptr, idx, slots, capacity, g, x)
     return reference.sddmm(ptr, idx, slots, capacity, g, x)
 
 
 def feature_major(x: Tensor) -> Tensor:
     """A copy of ``x`` (batch, features) with strides (1, batch)."""
-    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
-        out: Tensor = torch.ops.rewire.feature_major(x)
-        return out
+    if _FEATURE_MAJOR is not None and x.is_cpu and x.dtype in _DTYPES:
+        return _FEATURE_MAJOR(x)
     return reference.feature_major(x)
 
 
 def batch_major(x: Tensor) -> Tensor:
     """A row-major contiguous copy of ``x`` (batch, features)."""
-    if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
-        out: Tensor = torch.ops.rewire.batch_major(x)
-        return out
+    if _BATCH_MAJOR is not None and x.is_cpu and x.dtype in _DTYPES:
+        return _BATCH_MAJOR(x)
     return reference.batch_major(x)
 
 

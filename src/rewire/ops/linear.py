@@ -19,9 +19,17 @@ __all__ = ["sparse_linear"]
 _NO_GRADIENTS = (None,) * 8
 
 
+#: Inputs up to this many numbers are saved as they come: the kernels' own copies cost less than calls that make them.
+_SMALL = 4096
+
+
 def _in_runs(x: Tensor) -> Tensor:
     """``x`` with the batch contiguous (strides (1, batch) or alike), copied only if it is not."""
     return x if x.stride(0) == 1 or x.shape[0] == 1 else feature_major(x)
+
+
+def _small(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.numel() <= _SMALL
 
 
 def _apply(
@@ -63,7 +71,7 @@ class _Linear(torch.autograd.Function):
         capture: Capture | None,
         contiguous_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        runs = _in_runs(x)
+        runs = x if _small(x) else _in_runs(x)
         y = spmm(row_ptr, row_cols, row_slots, values, runs, bias)
         ctx.set_materialize_grads(False)
         ctx.capture = capture
@@ -84,10 +92,10 @@ class _Linear(torch.autograd.Function):
             g = g.t().contiguous().t()
         elif torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or values.requires_grad):
             return _differentiable_backward(ctx, g, grad_runs)
-        else:
+        elif not _small(g):
             g = _in_runs(g)
         if ctx.capture is not None:
-            ctx.capture.append(Pair(x.detach(), g.detach()))
+            ctx.capture.append(Pair(_in_runs(x.detach()), _in_runs(g.detach())))
         grad_x = _plus(spmm(col_ptr, col_rows, col_slots, values, g), grad_runs) if need_x else None
         grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x) if need_values else None
         grad_bias = g.sum(0) if need_bias else None

@@ -40,6 +40,7 @@ def regrow_(
         )
         topology.raise_problem(result, rows, cols, n_rows, n_cols, rows.numel())
         return int(result[1])
+    topology.check_slots(slots, rows.numel())
     new_rows, new_cols = topology.sample_dormant(
         index, n_rows, n_cols, slots.numel(), rows[slots].long(), cols[slots].long(), seed, step, grow_stream
     )

@@ -16,8 +16,16 @@ def remember_versions(ctx: Any, *tensors: Tensor) -> None:
     Autograd checks what it saves itself, but not what hooks unpack: activation checkpointing computes saved tensors
     again, with whatever topology there is by then. Nothing is noted while a compiler traces, or in inference mode.
     """
-    quiet = torch.compiler.is_compiling() or any(t.is_inference() for t in tensors)
-    ctx.versions = () if quiet else tuple((t, t._version) for t in tensors)
+    if torch.compiler.is_compiling():
+        ctx.versions = ()
+        return
+    versions = []  # plain loops: this is part of every forward pass
+    for t in tensors:
+        if t.is_inference():
+            ctx.versions = ()
+            return
+        versions.append((t, t._version))
+    ctx.versions = versions
 
 
 def check_versions(ctx: Any) -> None:
