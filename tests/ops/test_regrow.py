@@ -133,7 +133,10 @@ def test_a_pool_regrows_as_it_rewires() -> None:
     sign = topology.position_signs(rows, cols, 6, STREAMS["sign_stream"])
     two.rewire(slots, rows, cols, torch.zeros(()).copysign(sign))
     assert all(t._version > v for t, v in zip((one.values, one.rows, *one.index), versions, strict=True))
-    assert same(one.values.detach(), two.values.detach()) and torch.equal(one.values.grad, two.values.grad)
+    assert same(one.values.detach(), two.values.detach())
+    assert torch.equal(one.values.grad, two.values.grad)
     assert all(torch.equal(a, b) for a, b in zip((one.rows, *one.index), (two.rows, *two.index), strict=True))
-    assert torch.equal(signs[slots], sign) and one.connections == two.connections == 200
-    assert [event.weight for event in seen] == [one, two] and torch.equal(seen[0].slots, seen[1].slots)
+    assert torch.equal(signs[slots], sign)
+    assert one.connections == two.connections == 200
+    assert [event.weight for event in seen] == [one, two]
+    assert torch.equal(seen[0].slots, seen[1].slots)

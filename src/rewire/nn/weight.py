@@ -253,8 +253,7 @@ class SparseWeight(nn.Module):
         """
         if not slots.numel():
             return
-        values, buffers = self.values, self._buffers
-        k = regrow_(values.detach(), signs, buffers["rows"], buffers["cols"], self.index, slots, **drawn)
+        k = regrow_(self.values.detach(), signs, self.rows, self.cols, self.index, slots, **drawn)
         if k != self._connections:
             self._connections = k
         self._changed(Event(self, slots))

@@ -13,8 +13,8 @@ from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
 from rewire.ops.langevin import langevin_step_
 from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import sparse_linear
-from rewire.ops.regrow import regrow_
 from rewire.ops.pairs import Capture, Pair
+from rewire.ops.regrow import regrow_
 
 __all__ = [
     "Capture",
