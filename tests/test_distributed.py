@@ -127,6 +127,24 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def similarities_are_those_of_all_ranks_data() -> None:
+    torch.manual_seed(3)
+    whole = torch.randn(30, 20)
+    plain = prepare(nn.Sequential(SparseLinear(20, 30, connections=150), nn.ReLU(), SparseLinear(30, 4, density=0.5)))
+    optimizer = optim.SGD(plain.parameters(), lr=0.2)
+    mine = whole[:12] if dist.get_rank() else whole[12:]
+    method = rewire.methods.CoPACoRSET(plain, optimizer, data=[mine], output_layer=True)
+    source = method.drop.source
+    source.record(method.pools, 0, 1)
+    for pool, x, y in zip(method.pools, (whole, plain[0](whole)), (plain[0](whole), plain(whole)), strict=True):
+        expected = nn.functional.cosine_similarity(y.t()[:, None], x.t()[None], dim=2).abs()
+        torch.testing.assert_close(source.of(pool).block(0, y.shape[1]), expected.detach())
+    train(DistributedDataParallel(plain), optimizer, method, 3)
+    method.end_epoch()
+    assert method.stats()["updates"] == 1
+    assert same_everywhere([w.fingerprint() for _, w in sparse_weights(plain)])
+
+
 def every_layer_type_trains() -> None:
     """The gradient is the mean over ranks: two processes of 8 samples each equal one that sees all 16."""
     for name, build in LAYERS.items():
@@ -222,6 +240,7 @@ SCENES: list[Callable[[], None]] = [
     every_layer_type_trains,
     a_seed_can_be_given,
     a_one_sided_rewire_is_found,
+    similarities_are_those_of_all_ranks_data,
     another_rewire_on_each_rank_is_found,
     a_one_sided_load_is_found,
     the_same_rewire_everywhere_is_fine,

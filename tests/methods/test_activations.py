@@ -240,3 +240,23 @@ def test_packed_sequences() -> None:
     pair = record(Reader(), [(packed, torch.zeros(2))])[0][0][0]
     assert isinstance(pair, ops.Pair)
     assert torch.equal(pair.x, packed.data)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, in dynamo
+@torch.no_grad()
+def test_a_compiled_model_is_looked_at_too() -> None:
+    """Without being compiled again: neither for the hooks nor after them."""
+    compilations = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    model, x = mlp().eval(), data()
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    before, expected = compilations, sides(model, [x])
+    close(sides(compiled, [x]), expected)
+    compiled(x)
+    assert compilations == before

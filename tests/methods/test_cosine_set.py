@@ -51,10 +51,11 @@ def test_similarities_are_sklearns(dtype: torch.dtype, close: float) -> None:
     x, y = torch.randn(40, 7, dtype=dtype), torch.randn(40, 5, dtype=dtype)
     x[:, 2], y[:, 3] = 0, 0
     x[:, 4] = -3 * y[:, 1]
-    cosine, expected = Cosines([Pair(x[:25], y[:25]), Pair(x[25:], y[25:])]), sklearn(x, y).to(dtype)
+    layer = SparseLinear(7, 5, connections=1, dtype=dtype)
+    cosine, expected = Cosines([Pair(x[:25], y[:25]), Pair(x[25:], y[25:])], layer.weight), sklearn(x, y).to(dtype)
     assert float(expected[1, 4]) == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(torch.cat([cosine.block(0, 2), cosine.block(2, 5)]), expected, atol=close, rtol=0)
-    found = everywhere(cosine, SparseLinear(7, 5, connections=1, dtype=dtype))
+    found = everywhere(cosine, layer)
     torch.testing.assert_close(found, expected, atol=close, rtol=0)
     assert not found[:, 2].any()
     assert not found[3].any()
@@ -66,7 +67,7 @@ def test_similarities_of_a_convolution_are_sklearns_on_unfolded_input() -> None:
     x = torch.randn(5, 4, 6, 5, dtype=torch.float64)
     x[:, 1] = 0
     y = layer(x).detach()
-    cosine = Cosines([Pair(x, y, layer._geometry)])
+    cosine = Cosines([Pair(x, y, layer._geometry)], layer.weight)
     columns = F.unfold(x, (2, 3), padding=1).movedim(1, 2).reshape(-1, 24)
     outputs = y.movedim(1, -1).reshape(-1, 6)
     expected = torch.cat([sklearn(columns[:, :12], outputs[:, :3]), sklearn(columns[:, 12:], outputs[:, 3:])])

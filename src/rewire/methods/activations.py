@@ -97,7 +97,9 @@ class Recorder:
         layer did not run is missing.
         """
         run = _Run(self.model, pools, self.activations)
-        with _untouched(self.model, self.mode == "train", seed, step), run.hooks():
+        # Compiled code would be compiled anew for the hooks, twice an update.
+        eager = torch.compiler.set_stance("force_eager")
+        with _untouched(self.model, self.mode == "train", seed, step), run.hooks(), eager:
             for batch in self._rows(seed, step):
                 run.batch(batch)
         return run.pairs(), run.output

@@ -73,7 +73,7 @@ _SHARED = """
     New connections start at 0, just-dropped positions are candidates, other connections keep their values.
 
     Args:
-        data: the training data, the same on every rank, see `rewire.methods.base.Data`.
+        data: the training data (of several ranks, each its own part), see `rewire.methods.base.Data`.
         fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
         samples: rows of data to look at, drawn anew for each update; None for all of them, as the authors do.
         mode: "eval", or "train" for dropout on while looking, as in the authors' code.

@@ -76,7 +76,7 @@ class CTRE(Rewirer):
     A connection that is dropped and grown at once stays as it was, its optimizer state too.
 
     Args:
-        data: the training data, the same on every rank, see `rewire.methods.base.Data`.
+        data: the training data (of several ranks, each its own part), see `rewire.methods.base.Data`.
         variant: "sim" (CTRE_sim) or "seq" (CTRE_seq).
         fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
         patience: epochs without a better score after which "seq" turns to random growth.

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from rewire import random
+from rewire.distributed import sum_over_ranks
 from rewire.methods.activations import Mode, Recorder, Which
 from rewire.methods.base import Data, Pool, Purpose
+from rewire.nn import SparseWeight
 from rewire.ops.pairs import Pair
 from rewire.topology import Index
 
@@ -19,16 +21,17 @@ __all__ = ["Cosine", "Similarity"]
 class Cosine:
     """Absolute cosines of one weight: ``abs(sum of x[c] y[r]) / (norm of x[c] norm of y[r])``, not mean-centred.
 
-    pairs: (source, target) of the calls of its layer; sums run over all of them. The cosine with a column or row of
-        zeros is 0, as in scikit-learn. Of a convolution, x[c] is the column of the unfolded input.
+    pairs: (source, target) of the calls of its layer; sums run over all of them, and over the ranks that share
+        ``weight``, each of which may have data of its own. The cosine with a column or row of zeros is 0, as in
+        scikit-learn. Of a convolution, x[c] is the column of the unfolded input.
 
     Cost: O(samples) per cosine, O(samples x features) memory once.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.rows = pairs[0].matrix_shape[0]
-        by_row = _inverse(_total([pair.row_norms() for pair in pairs]))
-        by_col = _inverse(_total([pair.col_norms() for pair in pairs]))
+    def __init__(self, pairs: Sequence[Pair], weight: SparseWeight) -> None:
+        self.weight, self.rows = weight, pairs[0].matrix_shape[0]
+        by_row = _inverse(self._total([pair.row_norms() for pair in pairs]))
+        by_col = _inverse(self._total([pair.col_norms() for pair in pairs]))
         # Norms go into the sides where they can, so that a tile is a product and nothing else.
         self._by_col = None if all(pair.geometry is None for pair in pairs) else by_col
         self.pairs = [self._scaled(pair, by_row, by_col) for pair in pairs]
@@ -40,7 +43,7 @@ class Cosine:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Of all columns of the rows from start to stop: (stop - start, cols)."""
-        out = _total([pair.block(start, stop) for pair in self.pairs])
+        out = self._total([pair.block(start, stop) for pair in self.pairs])
         if self._by_col is not None:
             out *= self._by_col[self._group(torch.arange(start, stop, device=out.device))]
         return out.abs_()
@@ -50,21 +53,20 @@ class Cosine:
 
         0 in empty slots.
         """
-        out = _total([pair.at(index, capacity) for pair in self.pairs])
+        out = self._total([pair.at(index, capacity) for pair in self.pairs])
         if self._by_col is not None:
             out *= self._by_col[self._group(rows.long().clamp(min=0)), cols.long().clamp(min=0)]
         return out.abs_()
 
+    def _total(self, parts: Sequence[Tensor]) -> Tensor:
+        out = parts[0]
+        for part in parts[1:]:
+            out = out + part
+        return sum_over_ranks(self.weight, out)
+
     def _group(self, rows: Tensor) -> Tensor:
         assert self._by_col is not None
         return rows // (self.rows // self._by_col.shape[0])
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    out = parts[0]
-    for part in parts[1:]:
-        out = out + part
-    return out
 
 
 def _inverse(squares: Tensor) -> Tensor:
@@ -101,7 +103,8 @@ class Similarity:
         pairs, output = self.recorder.record(pools, seed, step)
         if not self.output_layer and output is not None:
             pairs.pop(output, None)
-        self._cosines = {number: Cosine(each) for number, each in pairs.items()}
+        weights = {pool.number: pool.weight for pool in pools}
+        self._cosines = {number: Cosine(pairs[number], weights[number]) for number in sorted(pairs)}
 
     def forget(self) -> None:
         """Give the memory back."""

@@ -27,7 +27,7 @@ LENET, LENET_DENSITIES = (784, 300, 100, 10), (0.01, 0.03, 0.3)
 #: CosineSET's methods that P6 measures: without and with a draw.
 COSINE = ("codacorset", "copacorset")
 #: Rows of data that similarities come from in P6, which allows 1,000.
-SIMILARITY_ROWS = 256
+SIMILARITY_ROWS = 128
 
 
 def _layer(size: int, connections: int, batch: int) -> tuple[SparseLinear, Tensor, Tensor]:
