@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewire import methods
+from rewire.budget import Limits
 from rewire.methods import Pool, Rewirer
 from rewire.methods.drop import MagnitudeBySign
 from rewire.methods.grow import Cosine
@@ -311,3 +312,37 @@ def test_bad_parameters_are_refused(options: dict[str, Any], message: str) -> No
         methods.CoDACoRSET(
             layer, torch.optim.SGD(layer.parameters(), lr=0.1), **({"data": [torch.randn(3, 4)]} | options)
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("draw", "candidates"), [("top", None), ("proportional", None), ("top", 1000)])
+def test_under_limits_the_best_that_fit_are_grown(draw: Any, candidates: int | None) -> None:
+    """Exactly what a loop over all dormant positions, best first, would take."""
+    torch.manual_seed(0)
+    layer = SparseLinear(9, 8, connections=40, limits=Limits(fan_in=6))
+    pool = pool_of(layer)
+    source = Similarity(layer, [torch.randn(12, 9)])
+    source.record([pool], 0, 1)
+    dropped = layer.weight.active()[::5]
+    stays = torch.zeros(8, 9, dtype=torch.bool)
+    rows, cols, _ = layer.weight.coo()
+    stays[rows, cols] = True
+    stays[layer.weight.rows[dropped].long(), layer.weight.cols[dropped].long()] = False
+    cosine = source.of(pool)
+    assert cosine is not None
+    scores = cosine.block(0, 8)
+    if draw == "proportional":
+        scores = scores / exponentials(5, 1, pool, 0, 72).view(8, 9)
+    expected = stays.clone()
+    for place in scores.flatten().argsort(descending=True).tolist():
+        r, c = divmod(place, 9)
+        if expected.sum() < 40 and not expected[r, c] and expected[r].sum() < 6:
+            expected[r, c] = True
+    grown = Cosine(source, draw, candidates)(pool, dropped, dropped.numel(), 5, 1)
+    stays[grown] = True
+    assert torch.equal(stays, expected)
+
+
+def test_ctre_refuses_limits() -> None:
+    layer = SparseLinear(9, 8, connections=40, limits=Limits(fan_in=6))
+    with pytest.raises(ValueError, match=r"CTRE .*does not keep a limit on fan-in"):
+        methods.CTRE(layer, torch.optim.SGD(layer.parameters(), lr=0.1), data=[torch.randn(3, 9)])

@@ -43,7 +43,8 @@ def run(method: str, limits: Limits, k: tuple[int, int], steps: int, seed: int =
         SparseLinear(16, 6, connections=k[1], limits=limits, generator=g),
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.3)
-    made = methods.create(method, model, optimizer, seed=seed, **options)
+    data = {"data": [torch.randn(20, 12, generator=g)]} if methods.info(method).takes_data else {}
+    made = methods.create(method, model, optimizer, seed=seed, **data, **options)
     keeps = methods.info(method).keeps_budget == "every step"
     for step in range(steps):
         x, y = torch.randn(8, 12, generator=g), torch.randint(0, 6, (8,), generator=g)

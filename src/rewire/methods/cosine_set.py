@@ -30,6 +30,7 @@ class _CosineSET(Rewirer):
     #: Whether removal ranks weight times similarity, and how addition uses similarity, if it does.
     removal: ClassVar[bool]
     addition: ClassVar[Literal["top", "proportional"] | None]
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(
         self,

@@ -128,6 +128,9 @@ class CTRE(Rewirer):
         self._best: float | None = None
         self._since = 0
 
+    def _limits_kept(self) -> tuple[str, ...]:
+        return self.keeps_limits  # none: what replaces a pick is not looked at
+
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"variant": self.variant, "patience": self.patience}
 

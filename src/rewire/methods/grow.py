@@ -28,6 +28,8 @@ Scope: TypeAlias = Literal["layer", "network", "neuron"]
 EXACT_POSITIONS = 1 << 28
 #: What similarity 0 counts as in a draw: less than any other, but drawn at random when nothing else is left.
 _LEAST = 1e-30
+#: Positions ranked per connection to grow where limits may refuse some.
+_RANKED = 4
 
 
 class Grow(Protocol):
@@ -53,7 +55,8 @@ class Random:
 class Cosine:
     """Dormant connections by the absolute cosine similarity of the activations at their ends.
 
-    Where a pool has no similarities, uniformly random ones.
+    Where a pool has no similarities, uniformly random ones. Under limits (`rewire.budget.Limits`) the first that fit of
+    4 times as many, best first; should they not suffice, random ones that fit.
 
     Args:
         source: the similarities, see `rewire.methods.similarity.Similarity`.
@@ -71,6 +74,7 @@ class Cosine:
     source: Similarity
     draw: Literal["top", "proportional"] = "top"
     candidates: int | None = None
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __post_init__(self) -> None:
         if self.candidates is not None and (not isinstance(self.candidates, int) or self.candidates < 1):
@@ -81,7 +85,9 @@ class Cosine:
         if cosine is None:
             return random_dormant(pool, dropped, count, seed, step)
         each = self.candidates or (4 if weight.size > EXACT_POSITIONS else None)
-        cols = weight.matrix_shape[1]
+        cols, room = weight.matrix_shape[1], weight.size - weight.connections + dropped.numel()
+        # Of those ranked best not all may fit.
+        many = count if weight.limits is None else _RANKED * count
         if each is None:
 
             def block(start: int, stop: int) -> Tensor:
@@ -91,14 +97,28 @@ class Cosine:
                 e = exponentials(seed, step, pool, start * cols, scores.numel()).view_as(scores)
                 return scores.clamp_(min=_LEAST).div_(e)
 
-            return top(block, pool, dropped, count)[:2]
-        room = weight.size - weight.connections + dropped.numel()
-        at = random_dormant(pool, dropped, min(each * count, room), seed, step)
-        scores = cosine.at(topology.build_index(*at, *weight.matrix_shape), at[0].numel(), *at)
-        if self.draw == "proportional":
-            scores = scores.clamp_(min=_LEAST).div_(exponentials_at(seed, step, pool, at[0] * cols + at[1]))
-        best = torch.sort(scores, descending=True, stable=True).indices[:count]
-        return at[0][best], at[1][best]
+            rows, columns, scores = top(block, pool, dropped, min(many, room))
+        else:
+            # Of a stream of their own under limits, where random ones may have to follow.
+            purpose = Purpose.GROW if weight.limits is None else Purpose.REDRAW
+            rows, columns = _uniform(pool, dropped, min(max(each * count, many), room), seed, step, purpose)
+            scores = cosine.at(topology.build_index(rows, columns, *weight.matrix_shape), rows.numel(), rows, columns)
+            if self.draw == "proportional":
+                scores = scores.clamp_(min=_LEAST).div_(exponentials_at(seed, step, pool, rows * cols + columns))
+        if weight.limits is None and rows.numel() == count:
+            return rows, columns
+        best = torch.sort(scores, descending=True, stable=True).indices[:many]
+        ranked = rows[best], columns[best]
+        return ranked if weight.limits is None else fitting(pool, dropped, ranked, count, seed, step)
+
+
+def _uniform(
+    pool: Pool, dropped: Tensor, count: int, seed: int, step: int, purpose: int = Purpose.GROW
+) -> tuple[Tensor, Tensor]:
+    """``count`` connections, uniform over those dormant once ``dropped`` are gone, whatever the limits."""
+    weight = pool.weight
+    gone = weight.rows[dropped].long(), weight.cols[dropped].long()
+    return topology.sample_dormant(weight.index, *weight.matrix_shape, count, *gone, seed, step, pool.stream(purpose))
 
 
 def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -109,16 +129,7 @@ def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int
     weight = pool.weight
     if weight.limits is not None:
         return fitting(pool, dropped, None, count, seed, step)
-    return topology.sample_dormant(
-        weight.index,
-        *weight.matrix_shape,
-        count,
-        weight.rows[dropped].long(),
-        weight.cols[dropped].long(),
-        seed,
-        step,
-        pool.stream(Purpose.GROW),
-    )
+    return _uniform(pool, dropped, count, seed, step)
 
 
 def fitting(
