@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,42 @@ def every_layer_type_trains() -> None:
         assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
 
 
+def growth_by_gradients_is_that_of_one_process() -> None:
+    """Each rank captures its own samples; the sum over ranks decides, so all choose as one process with all samples."""
+    make: dict[str, Callable[..., Any]] = {
+        "exact": partial(rewire.methods.RigL, every=2, candidates=None),
+        "sampled": partial(rewire.methods.RigL, every=2, candidates=40),
+        "momentum": partial(rewire.methods.SNFS, every=3, window=2),
+        "all momentum": partial(rewire.methods.SNFS, every=3, window=2, exact=True),
+        "fan-in": partial(rewire.methods.SRigL, every=2, fraction=0.5),
+    }
+    for name, build in make.items():
+        torch.manual_seed(100 + dist.get_rank())
+        first, last = (
+            SparseLinear(20, 30, connections=150, capacity=320),
+            SparseLinear(30, 4, density=0.5, capacity=120),
+        )
+        plain = prepare(nn.Sequential(first, nn.ReLU(), last)).double()
+        ddp = DistributedDataParallel(plain)
+        alone = copy.deepcopy(plain)
+        networks = []
+        for own, network in ((plain, ddp), (alone, alone)):
+            optimizer = optim.SGD(own.parameters(), lr=0.2)
+            networks.append((network, optimizer, build(own, optimizer, seed=5)))
+        for step in range(8):
+            x = torch.randn(16, 20, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            mine = x[8 * dist.get_rank() :][:8]
+            for (network, opt, m), batch in zip(networks, (mine, x), strict=True):
+                opt.zero_grad()
+                nn.functional.cross_entropy(network(batch), batch[:, :4].argmax(1)).backward()
+                opt.step()
+                m.step()
+        assert sum(networks[0][2].stats()["grown"].values()) > 0, name
+        found = [[w.fingerprint() for _, w in sparse_weights(n)] for n in (plain, alone)]
+        assert found[0] == found[1], name
+        assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
+
+
 def a_seed_can_be_given() -> None:
     *_, method = start(seed=41 if dist.get_rank() == 0 else 42)
     assert method.seed == 41
@@ -242,6 +279,7 @@ SCENES: list[Callable[[], None]] = [
     a_one_sided_rewire_is_found,
     similarities_are_those_of_all_ranks_data,
     another_rewire_on_each_rank_is_found,
+    growth_by_gradients_is_that_of_one_process,
     a_one_sided_load_is_found,
     the_same_rewire_everywhere_is_fine,
     resizing_is_refused,

@@ -57,7 +57,11 @@ class Sequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(-1, 3, 4)
-        y = self.body(x, x, x) if isinstance(self.body, SparseMultiheadAttention) else self.body(x)
+        y = (
+            self.body(x, x, x)
+            if isinstance(self.body, (SparseMultiheadAttention, nn.MultiheadAttention))
+            else self.body(x)
+        )
         out: Tensor = self.head(y[0].sum(1))
         return out
 
@@ -121,6 +125,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.1, "distribution": "uniform", "after": 1},
         {"density": 0.1, "after": 5, "unit": "step", "scope": "network"},
     ],
+    "dsr": [{"every": 2, "threshold": 0.05, "fraction": 0.2}],
+    "itop": [{"every": 2}, {"every": 3, "grow": "random"}],
+    "mest": [{"every": 1}, {"every": 1, "soft": True, "milestones": (1, 2)}],
+    "rigl": [{"every": 2}, {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7}],
+    "snfs": [{"window": 2}, {"window": 2, "every": 3, "candidates": 6}, {"exact": True, "until": 2}],
+    "srigl": [{"every": 2, "fraction": 0.5}],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
     "snip": [{"density": 0.1}, {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"}],
     "soft-deep-r": [
@@ -133,6 +143,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "copacorset": [{"candidates": 3, "output_layer": True}],
     "ctre": [{}, {"variant": "seq", "patience": 1, "fraction": 0.5, "samples": 9}],
 }
+
+#: Methods that move budget between layers: it is exact in total.
+SHARING = {"dsr", "snfs"}
 
 #: Methods that start from a dense model have models and a conformance suite of their own.
 CASES = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, final
 
 import torch
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from rewire import random
 from rewire.nn import Follower, SparseWeight, follow_optimizer, sparse_weights
 
-__all__ = ["Attachment", "Data", "Evaluate", "Method", "Pool", "Purpose"]
+__all__ = ["Attachment", "Data", "Evaluate", "Method", "Pool", "Purpose", "only"]
 
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
@@ -27,10 +29,24 @@ Data = Iterable[Any]
 _CLAIMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
+#: Names of the weights that a method made now may have; None for all.
+_ONLY: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("only", default=None)
+
+
+@contextlib.contextmanager
+def only(names: Iterable[str]) -> Iterator[None]:
+    """Within it, methods are made for the weights called ``names`` alone; the others are left to other methods."""
+    token = _ONLY.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
+
+
 class Purpose:
     """What random numbers are for. Each (pool, purpose) has a stream of its own, so none are ever used twice."""
 
-    NOISE, GROW, SIGN, REDRAW, VALUE, TIES, ALLOT = range(1, 8)
+    CANDIDATES, NOISE, GROW, SIGN, REDRAW, VALUE, TIES, ALLOT = range(8)
     COUNT: ClassVar[int] = 8
 
 
@@ -69,11 +85,15 @@ class Attachment:
         known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         # A frozen pool that no optimizer has is none of ours; a trainable one that was forgotten is found below.
         weights = [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
+        numbers = {name: number for number, (name, _) in enumerate(weights)}
+        names = _ONLY.get()
+        if names is not None:
+            weights = [(name, w) for name, w in weights if name in names]
         if not weights and not dense:
             raise ValueError(
                 "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
             )
-        self.pools = [self._pool(i, name, weight) for i, (name, weight) in enumerate(weights)]
+        self.pools = [self._pool(numbers[name], name, weight) for name, weight in weights]
         self._handles: list[Any] = []
         self.attached = True
         for optimizer in self.optimizers:
@@ -88,6 +108,7 @@ class Attachment:
 
         self._handles += [o.register_step_post_hook(stepped) for o in self.optimizers]
         self._fresh: set[int] = set()
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
         self._moved = False
         self.seen = False
         for pool in self.pools:
@@ -117,7 +138,27 @@ class Attachment:
             )
         return Pool(number, name, weight, *homes[0])
 
+    def skip_steps(self, when: Callable[[], bool]) -> None:
+        """Before an optimizer step with ``when()``, take the gradients away, so that it moves nothing (neither values
+        nor optimizer state, of any parameter); they are back when the step is done, and it counts as one.
+
+        ``when`` shall hold its method weakly.
+        """
+        kept = self._kept
+
+        def hide(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if when():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        kept.append((parameter, parameter.grad))
+                        parameter.grad = None
+
+        self._handles += [o.register_step_pre_hook(hide) for o in self.optimizers]
+
     def _stepped(self, optimizer: Optimizer) -> None:
+        while self._kept:
+            parameter, gradient = self._kept.pop()
+            parameter.grad = gradient
         self.seen = self._moved = True
         for pool in self.pools:
             values = pool.weight.values
@@ -230,16 +271,13 @@ class Method(ABC):
         self._check_attached()
         pools = self._attachment.take()
         if not (pools or (self.starts_dense and self._attachment.moved())):
-            for pool in self.pools:  # what was captured belongs to no step
-                pool.weight.capture = None
+            self._release(self.pools)  # what was captured belongs to no step
             self._request_capture()
             return
         self.steps += 1
         self._after_step(pools)
         self._tidy()
-        for pool in pools:
-            if pool.weight.capture is not None:  # setting an attribute of a module takes longer than looking
-                pool.weight.capture = None
+        self._release(pools)
         self._request_capture()
 
     @final
@@ -263,8 +301,7 @@ class Method(ABC):
     def finalize(self) -> nn.Module:
         """Take the method's hooks and followers off and return the model, ready for use or further training."""
         self._attachment.detach()
-        for pool in self.pools:
-            pool.weight.capture = None
+        self._release(self.pools)
         return self.model
 
     def connections(self) -> dict[str, int]:
@@ -321,6 +358,7 @@ class Method(ABC):
             raise ValueError(f"this state is incomplete or damaged: {error!r}") from None
         self.seed, self.steps, self.epochs, self.updates = numbers
         self._dropped, self._grown, self._sorted = counts
+        self._release(self.pools)
         self._request_capture()
 
     # --- what methods override --------------------------------------------------------------------------------------
@@ -332,8 +370,12 @@ class Method(ABC):
         """Act on the end of an epoch; ``self.epochs`` counts this epoch already."""
 
     def _wants_capture(self, step: int) -> bool:
-        """Whether layers shall keep (input, grad_output) of optimizer step ``step`` (from 1) for `_after_step`."""
+        """Whether optimizer step ``step`` (from 1) shall be captured for `_after_step`, as `_prepare` says how."""
         return False
+
+    def _prepare(self, pool: Pool) -> None:
+        """Ask the pool's layer to keep what `_after_step` needs of the next step: its calls (`rewire.ops.Pair`)."""
+        pool.weight.capture = []
 
     def _settings(self) -> dict[str, Any]:
         """Hyper-parameters without which the saved state means something else; loading refuses other ones."""
@@ -407,9 +449,16 @@ class Method(ABC):
 
     def _request_capture(self) -> None:
         if self._wants_capture(self.steps + 1):
-            for pool in self.pools:
-                if pool.weight.capture is None:
-                    pool.weight.capture = []
+            for pool in self._trained():
+                if pool.weight.capture is None and pool.weight.candidates is None:
+                    self._prepare(pool)
+
+    def _release(self, pools: Iterable[Pool]) -> None:
+        for pool in pools:  # setting an attribute of a module takes longer than looking
+            if pool.weight.capture is not None:
+                pool.weight.capture = None
+            if pool.weight.candidates is not None:
+                pool.weight.candidates = None
 
     def _limits_kept(self) -> tuple[str, ...]:
         """The kinds of limits kept under this method's settings."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from rewire.methods.base import Pool
 from rewire.methods.similarity import Similarity
 
-__all__ = ["Drop", "Magnitude", "MagnitudeBySign", "smallest"]
+__all__ = ["Drop", "Magnitude", "MagnitudeAndGradient", "MagnitudeBySign", "smallest"]
 
 
 class Drop(Protocol):
@@ -63,3 +63,19 @@ class MagnitudeBySign:
             own = slots[side]
             chosen.append(smallest(own, values[side].abs(), int(fraction * own.numel())))
         return torch.cat(chosen)
+
+
+@dataclass(frozen=True)
+class MagnitudeAndGradient:
+    """The ``floor(fraction * K)`` connections of smallest ``|w| + weight |g|`` (MEST), g as the last step had it."""
+
+    weight: float = 1.0
+
+    def __call__(self, pool: Pool, fraction: float) -> Tensor:
+        values, slots = pool.weight.values, pool.weight.active()
+        if values.grad is None:
+            raise RuntimeError(
+                f"{pool.name} has no gradient any more: call zero_grad after method.step() and end_epoch(), not before"
+            )
+        score = values[slots].abs() + self.weight * values.grad[slots].abs()
+        return smallest(slots, score, int(fraction * slots.numel()))

@@ -13,12 +13,14 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from rewire import limited, random, topology
+from rewire import random, topology
+from rewire.methods import gradients
 from rewire.methods.base import Pool, Purpose
+from rewire.methods.sampling import fitting, random_dormant, uniform
 from rewire.methods.similarity import Similarity, exponentials, exponentials_at
 from rewire.methods.topk import top
 
-__all__ = ["Cosine", "Grow", "Random", "Scope", "allot", "fitting", "random_dormant", "random_in_rows"]
+__all__ = ["Cosine", "Gradient", "Grow", "Random", "Scope", "allot", "fitting", "random_dormant", "random_in_rows"]
 
 #: Over what the budget is kept.
 Scope: TypeAlias = Literal["layer", "network", "neuron"]
@@ -101,7 +103,7 @@ class Cosine:
         else:
             # Of a stream of their own under limits, where random ones may have to follow.
             purpose = Purpose.GROW if weight.limits is None else Purpose.REDRAW
-            rows, columns = _uniform(pool, dropped, min(max(each * count, many), room), seed, step, purpose)
+            rows, columns = uniform(pool, dropped, min(max(each * count, many), room), seed, step, purpose)
             scores = cosine.at(topology.build_index(rows, columns, *weight.matrix_shape), rows.numel(), rows, columns)
             if self.draw == "proportional":
                 scores = scores.clamp_(min=_LEAST).div_(exponentials_at(seed, step, pool, rows * cols + columns))
@@ -112,46 +114,27 @@ class Cosine:
         return ranked if weight.limits is None else fitting(pool, dropped, ranked, count, seed, step)
 
 
-def _uniform(
-    pool: Pool, dropped: Tensor, count: int, seed: int, step: int, purpose: int = Purpose.GROW
-) -> tuple[Tensor, Tensor]:
-    """``count`` connections, uniform over those dormant once ``dropped`` are gone, whatever the limits."""
-    weight = pool.weight
-    gone = weight.rows[dropped].long(), weight.cols[dropped].long()
-    return topology.sample_dormant(weight.index, *weight.matrix_shape, count, *gone, seed, step, pool.stream(purpose))
+@dataclass(frozen=True)
+class Gradient:
+    """Grow the dormant connections with the largest gradient magnitudes (RigL).
 
-
-def random_dormant(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """``count`` connections, uniform over those dormant once ``dropped`` are gone. O(count log) time.
-
-    Under limits of the weight each is uniform over those that fit beside the ones before (`rewire.limited.grow`), O(K).
+    Args:
+        candidates: None: of all positions, exactly. A number: of so many uniformly random ones, and of what is dropped.
+            "auto": exact where it is affordable, see `rewire.methods.gradients.sampled`.
     """
-    weight = pool.weight
-    if weight.limits is not None:
-        return fitting(pool, dropped, None, count, seed, step)
-    return _uniform(pool, dropped, count, seed, step)
 
+    candidates: gradients.CandidateCount = "auto"
+    needs: ClassVar[str] = "gradients"
 
-def fitting(
-    pool: Pool, dropped: Tensor, ranked: tuple[Tensor, Tensor] | None, count: int, seed: int, step: int
-) -> tuple[Tensor, Tensor]:
-    """``count`` connections within the limits of a weight that has some: the first of ``ranked`` that fit, then random
-    ones. ``ranked`` has dormant or dropped positions, best first, more than ``count`` if they are to suffice. O(K).
-    """
-    weight = pool.weight
-    assert weight.limits is not None
-    return limited.grow(
-        weight.index,
-        *weight.matrix_shape,
-        count,
-        weight.rows[dropped],
-        weight.cols[dropped],
-        weight.limits,
-        seed,
-        step,
-        pool.stream(Purpose.GROW),
-        ranked,
-    )
+    def __post_init__(self) -> None:
+        gradients.checked_candidates(self.candidates)
+
+    def request(self, pool: Pool, seed: int, step: int) -> None:
+        """Ask for the gradients of step ``step``, the next one."""
+        gradients.request(pool, self.candidates, seed, step)
+
+    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        return gradients.best(pool, dropped, count, seed, step)
 
 
 def random_in_rows(pool: Pool, dropped: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:

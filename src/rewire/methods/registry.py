@@ -19,7 +19,7 @@ __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
 Memory = Literal["O(K)", "O(M)"]
 
 #: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
-_SERVICES = ("seed", "data")
+_SERVICES = ("seed", "data", "steps", "epochs")
 #: The final budget, likewise, of methods that come down to it (`rewire.methods.shrink`).
 _BUDGET = ("connections", "density", "distribution")
 
@@ -38,7 +38,8 @@ class Parameter:
 class MethodInfo:
     """What is known of a method.
 
-    keeps_budget: how K is kept: "every step" (exactly, after every step), "every update", or "no".
+    keeps_budget: how K is kept: "every step" (exactly, after every step), "every update", "at most" (never more,
+        perhaps fewer), or "no".
     memory: "O(K)" (truly sparse) or "O(M)" (needs dense state).
     needs: "" or what the method must be given ("gradients", "activations", a trained model, ...). "activations" means
         that its constructor takes ``data=`` (`rewire.methods.base.Data`).

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import random
+from rewire.methods import gradients
 from rewire.methods.base import Evaluate, Method, Pool, Purpose
 from rewire.methods.drop import Drop
 from rewire.methods.grow import Grow
+from rewire.methods.redistribute import Share, spread
+from rewire.nn import Event
 from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["NewValues", "Rewirer", "normal_values"]
@@ -31,15 +36,20 @@ def normal_values(std: float) -> NewValues:
 
 
 class Rewirer(Method):
-    """Drop, then grow as many: the budget of every layer is exact at every moment.
+    """Drop, then grow as many: the budget is exact at every moment, of every layer or (with ``share``) in total.
 
     Every ``every`` optimizer steps, or at the end of every epoch (but not after the last), each pool drops the
     connections that ``drop`` chooses and grows as many that ``grow`` chooses; what was just dropped may come back.
     Grown connections start at 0 (or at ``values``), their gradient and optimizer state afresh.
 
+    A criterion with ``needs = "gradients"`` (such as `rewire.methods.grow.Gradient`) is asked before the step whose
+    gradients an update uses: ``criterion.request(pool, seed, step)``. An update due at the end of an epoch has no such
+    step: it is then made after the first step of the next epoch. A drop criterion with a method ``over(pools,
+    fraction)`` that returns one tensor of slots per pool decides over all layers at once.
+
     Args:
         drop: criterion, see `rewire.methods.drop`.
-        grow: criterion, see `rewire.methods.grow`; it must return as many connections as were dropped. Limits
+        grow: criterion, see `rewire.methods.grow`; it must return as many connections as it is asked for. Limits
             (`rewire.budget.Limits`) are accepted if its attribute ``keeps_limits`` has their kinds.
         fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over optimizer steps, or
             over epochs where ``every`` is "epoch".
@@ -47,6 +57,10 @@ class Rewirer(Method):
         until: no update after this many steps (or epochs); None for never stopping.
         values: of new connections, ``(pool, count, seed, step) -> tensor``; None for 0.
         momentum: "keep" the optimizer state of survivors, or "reset" all state of all parameters at every update.
+        share: None: each layer grows what it dropped. Else how the total is spread over layers, see
+            `rewire.methods.redistribute`; pools are enlarged as needed (under DDP choose ``capacity=`` beforehand).
+        regrown: connections that are dropped and grow again in the same update start afresh ("new"), or have never
+            gone ("keep": value and optimizer state stay).
     """
 
     def __init__(
@@ -61,6 +75,8 @@ class Rewirer(Method):
         until: int | None = None,
         values: NewValues | None = None,
         momentum: Literal["keep", "reset"] = "keep",
+        share: Share | None = None,
+        regrown: Literal["new", "keep"] = "new",
         seed: int | None = None,
     ) -> None:
         if every != "epoch" and (not isinstance(every, int) or every < 1):
@@ -70,9 +86,16 @@ class Rewirer(Method):
         if momentum not in ("keep", "reset"):
             raise ValueError(f"momentum must be 'keep' or 'reset', not {momentum!r}")
         self.momentum = momentum
+        if regrown not in ("new", "keep"):
+            raise ValueError(f"regrown must be 'new' or 'keep', not {regrown!r}")
         self.fraction = checked("fraction", fraction, 0.0, 1.0)
         self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
+        self.share, self.regrown = share, regrown
+        self._asking: list[Any] = [c for c in (drop, grow) if getattr(c, "needs", "") == "gradients"]
+        self._due = 0  # the epoch whose update waits for the gradients of the next step; 0 for none
         super().__init__(model, optimizer, seed=seed)
+        if self._asking:
+            self._ask_again_after_changes()
 
     def _limits_kept(self) -> tuple[str, ...]:
         return tuple(getattr(self.grow, "keeps_limits", ()))
@@ -80,18 +103,72 @@ class Rewirer(Method):
     def _settings(self) -> dict[str, Any]:
         return {"every": self.every, "until": self.until}
 
+    def _state(self) -> dict[str, Any]:
+        compiled = [pool.name for pool in self.pools if pool.weight.traced]
+        return {"due": self._due, "compiled": compiled} if self._asking else {}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        if self._asking:
+            due, compiled = int(state["due"]), list(state["compiled"])
+            self._due = due
+            for pool in self.pools:
+                pool.weight.traced = pool.weight.traced or pool.name in compiled
+
+    # --- when -------------------------------------------------------------------------------------------------------
+
+    def _stopped(self, time: int) -> bool:
+        return self.until is not None and time > self.until
+
+    def _updates_at(self, step: int) -> bool:
+        """Whether an update is made after optimizer step ``step``."""
+        if self.every == "epoch":
+            return self._due > 0
+        return step % self.every == 0 and not self._stopped(step)
+
     def _after_step(self, pools: list[Pool]) -> None:
-        if self.every != "epoch" and self.steps % self.every == 0:
-            self._update(pools, self.steps)
+        if self._updates_at(self.steps):
+            time, self._due = self._due or self.steps, 0
+            self._update(pools, time)
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if self.every == "epoch" and not last:
-            self._update(self._trained(), self.epochs)
+        if self._epoch_ends_with_update(last):
+            if self._asking:
+                self._due = self.epochs
+                self._request_capture()
+            else:
+                self._update(self._trained(), self.epochs)
+
+    def _epoch_ends_with_update(self, last: bool) -> bool:
+        return self.every == "epoch" and not last and not self._stopped(self.epochs)
+
+    # --- gradients --------------------------------------------------------------------------------------------------
+
+    def _wants_capture(self, step: int) -> bool:
+        return bool(self._asking) and self._updates_at(step)
+
+    def _prepare(self, pool: Pool) -> None:
+        for criterion in self._asking:
+            criterion.request(pool, self.seed, self.steps + 1)
+
+    def _ask_again_after_changes(self) -> None:
+        """A change of a pool discards what was asked for (candidates might not be dormant any more)."""
+        here = weakref.ref(self)
+
+        def changed(event: Event) -> None:
+            method = here()
+            if method is not None:
+                method._request_capture()
+
+        for pool in self.pools:
+            self._attachment.follow(pool, changed)
+
+    # --- the update -------------------------------------------------------------------------------------------------
 
     def _update(self, pools: list[Pool], time: int) -> None:
-        if self.until is not None and time > self.until:
-            return
         fraction = within("fraction", at(self.fraction, time), 0.0, 1.0)
+        if any(getattr(c, "candidates", None) == "auto" for c in self._asking):
+            # A graph compiled since the request was made cannot be captured: those weights wait for the next update.
+            pools = [pool for pool in pools if gradients.found(pool) or not pool.weight.traced]
         # What criteria look at, they see as it was before the update.
         sources = {id(s): s for s in (getattr(c, "source", None) for c in (self.drop, self.grow)) if s is not None}
         for source in sources.values():
@@ -107,13 +184,33 @@ class Rewirer(Method):
         self.updates += 1
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
-        for pool in pools:
-            slots = self.drop(pool, fraction)
-            rows, cols = self.grow(pool, slots, slots.numel(), self.seed, time)
-            if not rows.numel() == cols.numel() == slots.numel():
-                raise ValueError(
-                    f"grow returned {rows.numel()} rows and {cols.numel()} columns for {pool.name}, but "
-                    f"{slots.numel()} connections were dropped: the budget is kept only if as many grow"
-                )
-            new = self.values(pool, slots.numel(), self.seed, time) if self.values else 0.0
-            self._exchange(pool, slots, rows, cols, new)
+        over = getattr(self.drop, "over", None)
+        dropped = over(pools, fraction) if over else [self.drop(pool, fraction) for pool in pools]
+        counts = [slots.numel() for slots in dropped]
+        if self.share is not None:
+            room = [p.weight.size - p.weight.connections + n for p, n in zip(pools, counts, strict=True)]
+            shares = [self.share(pool, slots) for pool, slots in zip(pools, dropped, strict=True)]
+            counts = spread(sum(counts), shares, room)
+        for pool, slots, count in zip(pools, dropped, counts, strict=True):
+            self._exchange_one(pool, slots, count, time)
+
+    def _exchange_one(self, pool: Pool, slots: Tensor, count: int, time: int) -> None:
+        rows, cols = self.grow(pool, slots, count, self.seed, time)
+        if not rows.numel() == cols.numel() == count:
+            raise ValueError(
+                f"grow returned {rows.numel()} rows and {cols.numel()} columns for {pool.name}, but "
+                f"{count} connections were dropped: the budget is kept only if as many grow"
+            )
+        if self.regrown == "keep":
+            slots, rows, cols = without_regrown(pool, slots, rows, cols)
+        new = self.values(pool, rows.numel(), self.seed, time) if self.values else 0.0
+        self._exchange(pool, slots, rows, cols, new)
+
+
+def without_regrown(pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots to drop and positions to grow, without those that are both."""
+    n_cols = pool.weight.matrix_shape[1]
+    old = pool.weight.rows[slots].long() * n_cols + pool.weight.cols[slots].long()
+    new = rows * n_cols + cols
+    grows = ~torch.isin(new, old)
+    return slots[~torch.isin(old, new)], rows[grows], cols[grows]

@@ -3,6 +3,7 @@
 from rewire.nn.absent import Absent
 from rewire.nn.activation import SReLU
 from rewire.nn.attention import SparseMultiheadAttention
+from rewire.nn.candidates import Candidates
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
 from rewire.nn.cost import Cost, LayerCost, cost
@@ -16,6 +17,7 @@ from rewire.nn.weight import SparseWeight
 
 __all__ = [
     "Absent",
+    "Candidates",
     "Cost",
     "Event",
     "Follower",

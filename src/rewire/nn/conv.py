@@ -168,7 +168,8 @@ class _SparseConv(SparseLayer):
         if self._pad is not None:
             x = F.pad(x, self._pad, mode=self.padding_mode)
         weight = self.weight
-        return ops.sparse_conv(x, weight.values, self.bias, weight.index, self._geometry, weight.capture)
+        values, index = weight.operand()
+        return ops.sparse_conv(x, values, self.bias, index, self._geometry, weight.capture)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]

@@ -22,7 +22,8 @@ def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_out
     if narrow is not None:
         with torch.autocast(x.device.type, enabled=False):
             return product(x.to(weight.dtype), weight, bias, contiguous_output).to(narrow)
-    return ops.sparse_linear(x, weight.values, bias, weight.index, weight.capture, contiguous_output)
+    values, index = weight.operand()
+    return ops.sparse_linear(x, values, bias, index, weight.capture, contiguous_output)
 
 
 class SparseLinear(SparseLayer):
@@ -93,7 +94,8 @@ class SparseLinear(SparseLayer):
 
     def _product(self, x: Tensor) -> Tensor:
         weight = self.weight
-        return ops.sparse_linear(x, weight.values, self.bias, weight.index, weight.capture, self.contiguous_output)
+        values, index = weight.operand()
+        return ops.sparse_linear(x, values, self.bias, index, weight.capture, self.contiguous_output)
 
     def extra_repr(self) -> str:
         return (

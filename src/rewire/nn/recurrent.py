@@ -213,7 +213,8 @@ class _Recurrent(nn.Module):
     def _weight(self, name: str, bias: Tensor | None) -> Weight:
         weight = self._modules[name]
         assert isinstance(weight, SparseWeight)
-        return Weight(weight.values, bias, weight.index, weight.capture)
+        values, index = weight.operand()
+        return Weight(values, bias, index, weight.capture)
 
     def _direction(self, x: Tensor, sizes: list[int], initial: State, suffix: str) -> tuple[Tensor, State]:
         """One direction of one layer: (positions, features) -> (output_size, positions), and the final state."""

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rewire import budget, limited, random, topology
 from rewire.budget import Limits
+from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
 from rewire.ops import Capture, regrow_
@@ -37,6 +38,9 @@ class SparseWeight(nn.Module):
         rows, cols: integer buffers of length ``capacity`` (int32 while everything fits, else int64).
         capture: None, or a list to which the layer's next backward passes append a
             `rewire.ops.Pair` of input and gradient of the output, one per call.
+        candidates: None, or dormant connections on trial (`rewire.nn.Candidates`), whose gradients the next backward
+            passes find; None again after any change of the pool.
+        traced: whether a compiled graph has used the weight; compiled layers cannot be captured.
         shared_seed: None, or the seed that all ranks agreed on (`rewire.distributed.prepare`).
         limits: None, or limits on fan-in, fan-out and blocks, which every topology of this weight keeps.
 
@@ -57,6 +61,7 @@ class SparseWeight(nn.Module):
     rows: Tensor
     cols: Tensor
     limits: Limits | None
+    candidates: Candidates | None
     _owner: weakref.ref[object] | None
     _drawn: bool
 
@@ -172,6 +177,13 @@ class SparseWeight(nn.Module):
         """The derived lists that kernels read (docs/architecture.md); treat as read-only."""
         b: dict[str, Any] = self._buffers  # asked for at every product: no generator, no attribute look-ups
         return Index(b["row_ptr"], b["row_cols"], b["row_slots"], b["col_ptr"], b["col_rows"], b["col_slots"])
+
+    def operand(self) -> tuple[Tensor, Index]:
+        """What layers multiply by: `values` and `index`, or those of candidates as well while there are any."""
+        if torch.compiler.is_dynamo_compiling():
+            self.traced = True
+        extra = self.candidates
+        return (self.values, self.index) if extra is None else (extra.values(self.values), extra.index)
 
     def active(self) -> Tensor:
         """The active slots in (row, col) order; int64, length K."""
@@ -367,6 +379,9 @@ class SparseWeight(nn.Module):
         """The one place through which changes of a pool go: version counters, gradient, followers."""
         values, buffers = self.values, self._buffers
         increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
+        if self.candidates is not None:
+            self.candidates.spoil()
+            self.candidates = None
         gradient = values.grad
         if gradient is not None and not event.loaded:
             if event.source is not None:
@@ -412,6 +427,8 @@ class SparseWeight(nn.Module):
         self._connections = connections
         self._followers: OrderedDict[int, Follower] = OrderedDict()  # a plain dict takes no weak references
         self.capture: Capture | None = None
+        self.candidates = None
+        self.traced = False
         self.shared_seed: int | None = None
         self.limits = limits
         self._owner = None
@@ -466,7 +483,8 @@ class SparseWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Followers (an optimizer, a method) and a place among DDP's ranks are not part of the weight: a copy has none.
-        return self.__dict__ | {"_followers": OrderedDict(), "capture": None, "shared_seed": None, "_owner": None}
+        own: dict[str, Any] = dict.fromkeys(("capture", "candidates", "shared_seed", "_owner"))
+        return self.__dict__ | own | {"_followers": OrderedDict()}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -37,7 +37,8 @@ class _Conv(torch.autograd.Function):
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, row_cols: Tensor, row_slots: Tensor,
         col_ptr: Tensor, col_rows: Tensor, col_slots: Tensor, geometry: Geometry, capture: Capture | None,
     ) -> Tensor:  # fmt: skip
-        ctx.geometry, ctx.capture = geometry, capture
+        # A compiled graph cannot fill a list.
+        ctx.geometry, ctx.capture = geometry, None if torch.compiler.is_compiling() else capture
         # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
         ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
         remember_versions(ctx, values, row_ptr)

@@ -74,7 +74,8 @@ class _Linear(torch.autograd.Function):
         runs = x if _small(x) else _in_runs(x)
         y = spmm(row_ptr, row_cols, row_slots, values, runs, bias)
         ctx.set_materialize_grads(False)
-        ctx.capture = capture
+        # A compiled graph cannot fill a list.
+        ctx.capture = None if torch.compiler.is_compiling() else capture
         # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
         ctx.save_for_backward(runs, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
         remember_versions(ctx, values, row_ptr)

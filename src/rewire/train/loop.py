@@ -59,16 +59,20 @@ class Trainer:
         )
         self.optimizer = make_optimizer(config, self.model)
         # Methods that look at activations see the training part, never what is held out.
-        activations = {"data": train_x.split(ROWS)} if methods.info(config.method).takes_data else {}
+        provided = {
+            "data": train_x.split(ROWS),
+            "connections": budgets,
+            "steps": config.epochs * len(self.batches),
+            "epochs": config.epochs,
+        }
         try:
             self.method = methods.create(
                 config.method,
                 self.model,
                 self.optimizer,
                 seed=derive_seed(config.seed, "method"),
-                **activations,
                 **config.method_options,
-                **({"connections": budgets} if entry.takes_budget else {}),
+                **{name: value for name, value in provided.items() if name in entry.services},
             )
         except (ValueError, TypeError) as error:
             raise TrainError(f"--method {config.method}: {error}") from None

@@ -1,0 +1,261 @@
+"""What is special about SNFS, ITOP, MEST, DSR and SRigL, and budgets that move between layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import LAYERS, Run
+from hypothesis import given
+from hypothesis import strategies as st
+from test_rigl import batches, dense_gradients, keys
+from torch import nn
+
+from rewire import methods, schedules
+from rewire.methods import DSR, MEST, SNFS, SRigL
+from rewire.methods.mest import Margin
+from rewire.methods.redistribute import spread
+from rewire.nn import SparseLinear, SparseWeight, sparse_weights
+
+
+@given(
+    total=st.integers(0, 60),
+    shares=st.lists(st.floats(0, 1e6) | st.sampled_from([0.0, float("nan"), float("inf")]), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_spread_is_exact_bounded_and_in_proportion(total: int, shares: list[float], data: st.DataObject) -> None:
+    room = data.draw(st.lists(st.integers(0, 60), min_size=len(shares), max_size=len(shares)))
+    if total > sum(room):
+        with pytest.raises(ValueError, match="do not fit"):
+            spread(total, shares, room)
+        return
+    counts = spread(total, shares, room)
+    assert sum(counts) == total
+    assert all(0 <= c <= r for c, r in zip(counts, room, strict=True))
+    good = all(s < float("inf") for s in shares) and sum(shares) > 0
+    if good and all(total * s / sum(shares) <= r - 1 for s, r in zip(shares, room, strict=True)):
+        assert all(abs(c - total * s / sum(shares)) < 1 for c, s in zip(counts, shares, strict=True))
+
+
+# --- SNFS -------------------------------------------------------------------------------------------------------------
+
+
+def test_exact_sparse_momentum_is_that_of_dense_gradients() -> None:
+    model = LAYERS["conv"](torch.float64, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    method = SNFS(model, optimizer, exact=True, every=4, window=4, fraction=0.5, beta=0.8, seed=1)
+    mean: dict[str, torch.Tensor] = {}
+    for step in range(1, 5):
+        data = batches(1, step)
+        for name, g in dense_gradients(model, data).items():
+            mean[name] = 0.8 * mean.get(name, torch.zeros_like(g)) + 0.2 * g
+        before = {n: (keys(w), w.values.detach().abs(), w.active(), w.connections) for n, w in sparse_weights(model)}
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0][0]), data[0][1]).backward()
+        optimizer.step()
+        values = {n: w.coo()[2].detach().abs() for n, w in sparse_weights(model)}
+        shares = {n: mean[n][w.coo()[:2]].abs().mean().item() for n, w in sparse_weights(model)}
+        method.step()
+    for name in mean:
+        torch.testing.assert_close(method.averaging.averages[name], mean[name])
+    total = sum(int(0.5 * k) for *_, k in before.values())
+    room = [w.size - before[n][3] + int(0.5 * before[n][3]) for n, w in sparse_weights(model)]
+    counts = spread(total, list(shares.values()), room)
+    for (name, weight), count in zip(sparse_weights(model), counts, strict=True):
+        k = before[name][3]
+        assert weight.connections == k - int(0.5 * k) + count
+        order = torch.sort(values[name], stable=True).indices
+        kept = {sorted(before[name][0])[i] for i in order[int(0.5 * k) :].tolist()}
+        grown = keys(weight) - kept
+        free = sorted(set(range(weight.size)) - kept)
+        score = mean[name].abs().flatten()
+        best = sorted(free, key=lambda i: -score[i].item())[:count]
+        assert grown == set(best)
+
+
+def test_candidates_stay_through_a_window_and_their_average_is_that_of_their_gradients() -> None:
+    model = LAYERS["linear"](torch.float64, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    method = SNFS(model, optimizer, every=5, window=3, beta=0.5, candidates=20, seed=1)
+    weight = dict(sparse_weights(model))["0.weight"]
+    mean = torch.zeros(weight.matrix_shape, dtype=torch.float64)
+    seen = []
+    for step in range(1, 5):
+        data = batches(1, step)
+        if step >= 3:
+            assert weight.candidates is not None
+            seen.append(weight.candidates.rows * 12 + weight.candidates.cols)
+            mean = 0.5 * mean + 0.5 * dense_gradients(model, data)["0.weight"]
+        else:
+            assert weight.candidates is None
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0][0]), data[0][1]).backward()
+        optimizer.step()
+        method.step()
+    assert torch.equal(seen[0], seen[1])
+    average = method.averaging.averages["0.weight"]
+    torch.testing.assert_close(average[weight.capacity :], mean.flatten()[seen[0]])
+    torch.testing.assert_close(average[weight.active()], mean[weight.coo()[:2]])
+
+
+def test_an_update_due_at_the_end_of_an_epoch_is_made_a_window_later() -> None:
+    run = Run(("snfs", {"window": 3}))
+    updates = []
+    for _ in range(12):
+        run.step()
+        updates.append(run.method.updates)
+    assert updates == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]  # epochs end after steps 4, 8 and 12
+
+
+# --- ITOP -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_explored_counts_what_was_ever_active(grow: str) -> None:
+    run = Run(("itop", {"every": 2, "grow": grow}))
+    ever = {name: keys(w) for name, w in run.weights().items()}
+    shares = []
+    for _ in range(12):
+        run.step()
+        for name, weight in run.weights().items():
+            ever[name] |= keys(weight)
+        total = sum(w.size for w in run.weights().values())
+        assert run.method.stats()["explored"] == sum(len(e) for e in ever.values()) / total
+        shares.append(run.method.stats()["explored"])
+    assert shares[-1] > shares[0]
+
+
+# --- MEST -------------------------------------------------------------------------------------------------------------
+
+
+def test_em_drops_by_magnitude_and_gradient_every_few_epochs() -> None:
+    run = Run(("mest", {"every": 2, "weight": 3.0}))
+    weight = run.weights()["0.weight"]
+    for _ in range(7):
+        run.step()
+    assert run.method.updates == 0
+    run.backward()
+    run.optimizer.step()
+    run.method.step()
+    score = (weight.values.detach().abs() + 3 * weight.values.grad.abs())[weight.active()]
+    order = torch.sort(score, stable=True).indices
+    lowest = sorted(keys(weight))
+    survivors = {lowest[i] for i in order[int(0.2 * 40) :].tolist()}
+    run.method.end_epoch()
+    assert run.method.updates == 1
+    assert survivors <= keys(weight)
+    assert weight.connections == 40
+
+
+def test_the_soft_bound_is_kept_and_left_at_the_end() -> None:
+    margin = schedules.Linear(0.5, 0.0, 3)
+    run = Run(("mest", {"every": 1, "soft": True, "margin": margin}))
+    weight, seen = run.weights()["0.weight"], []
+    for _ in range(16):
+        run.step()
+        seen.append(weight.connections)
+    assert seen[3::4] == [40 + int(margin(e) * 40) for e in (1, 2, 3, 4)]
+    assert seen[-1] == 40
+    other = Run(("mest", {"every": 1, "soft": True}))
+    for _ in range(4):
+        other.step()
+    assert other.weights()["0.weight"].connections == 48
+    other.method.finalize()
+    assert other.weights()["0.weight"].connections == 40
+
+
+def test_margins_are_the_authors() -> None:
+    assert [Margin(0.2)(e) for e in (0, 89, 90, 119, 120, 200)] == [0.2, 0.2, 0.1, 0.1, 0.0, 0.0]
+
+
+# --- DSR --------------------------------------------------------------------------------------------------------------
+
+
+def test_dsr_moves_budget_to_where_more_survives_and_adapts_its_threshold() -> None:
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        SparseLinear(20, 20, connections=100, generator=g), nn.ReLU(), SparseLinear(20, 6, connections=60, generator=g)
+    )
+    with torch.no_grad():
+        model[2].weight.values.mul_(1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    method = DSR(model, optimizer, every=1, threshold=1e-3, fraction=0.1, seed=3)
+    below = [int((w.values.abs() < 1e-3).sum()) for _, w in sparse_weights(model)]
+    assert below[1] == 60
+    model(torch.randn(4, 20, generator=g)).square().sum().backward()
+    optimizer.step()
+    method.step()
+    dropped = method.stats()["dropped"]
+    assert dropped["2.weight"] == 59  # one stays
+    left = [100 - dropped["0.weight"], 1]
+    grown = spread(sum(dropped.values()), left, [400, 120])
+    assert list(method.stats()["grown"].values()) == grown
+    assert sum(w.connections for _, w in sparse_weights(model)) == 160
+    assert method.threshold.magnitude == 5e-4  # too many went
+    for _ in range(3):
+        model(torch.randn(4, 20, generator=g)).square().sum().backward()
+        optimizer.step()
+        method.step()
+    assert method.threshold.magnitude != 5e-4
+
+
+# --- SRigL ------------------------------------------------------------------------------------------------------------
+
+
+def live_fan_in(weight: SparseWeight) -> set[int]:
+    return set(weight.fan_in().tolist()) - {0}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.9])
+def test_fan_in_is_constant_at_every_moment(layer: str, gamma: float) -> None:
+    run = Run(("srigl", {"every": 1, "fraction": 0.5, "gamma": gamma}), layer, "momentum")
+    for _ in range(20):
+        assert all(len(live_fan_in(w)) == 1 for w in run.weights().values())
+        run.step()
+        for handle in run.weights().values():
+            assert len(live_fan_in(handle)) == 1
+    assert run.method.updates == 20
+    assert sum(run.method.stats()["grown"].values()) > 0
+
+
+def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_the_others() -> None:
+    g = torch.Generator().manual_seed(0)
+    layer = SparseLinear(30, 8, connections=40, generator=g, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-12)
+    method = SRigL(layer, optimizer, every=1, fraction=0.25, gamma=0.5, seed=1)
+    assert live_fan_in(layer.weight) == {5}
+    rows = layer.weight.rows.long()
+    with torch.no_grad():  # the weights of rows 2 and 5 are the 10 smallest; no gradient asks for them
+        layer.weight.values.copy_(torch.where((rows == 2) | (rows == 5), 1e-6, 1.0))
+    y = layer(torch.randn(16, 30, generator=g))
+    factor = torch.ones(8)
+    factor[[2, 5]] = 0.0
+    (y * factor).square().sum().backward()
+    optimizer.step()
+    method.step()
+    fan_in = layer.weight.fan_in()
+    assert fan_in[[2, 5]].tolist() == [0, 0]
+    assert live_fan_in(layer.weight) == {40 // 6}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m, o: SNFS(m, o, beta=1.5), "beta must be"),
+        (lambda m, o: SNFS(m, o, every=3, window=5), "window must be"),
+        (lambda m, o: MEST(m, o, margin=-0.1), "margin must be"),
+        (lambda m, o: MEST(m, o, every=0), "every must be"),
+        (lambda m, o: DSR(m, o, threshold=0.0), "threshold must be"),
+        (lambda m, o: DSR(m, o, tolerance=-1), "tolerance must be"),
+        (lambda m, o: SRigL(m, o, gamma=2.0), "gamma must be"),
+        (lambda m, o: methods.RigL(m, o, steps=0), "steps must be"),
+        (lambda m, o: methods.RigL(m, o, regrown="old"), "regrown must be"),
+        (lambda m, o: methods.ITOP(m, o, grow="all"), "grow must be"),
+    ],
+)
+def test_bad_parameters_are_refused(make: Any, message: str) -> None:
+    model = LAYERS["linear"](torch.float32, 1)
+    with pytest.raises(ValueError, match=message):
+        make(model, torch.optim.SGD(model.parameters(), lr=0.1))
