@@ -180,7 +180,7 @@ class SparseWeight(nn.Module):
 
     def operand(self) -> tuple[Tensor, Index]:
         """What layers multiply by: `values` and `index`, or those of candidates as well while there are any."""
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             self.traced = True
         extra = self.candidates
         return (self.values, self.index) if extra is None else (extra.values(self.values), extra.index)
