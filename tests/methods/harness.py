@@ -132,6 +132,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "snfs": [{"window": 2}, {"window": 2, "every": 3, "candidates": 6}, {"exact": True, "until": 2}],
     "srigl": [{"every": 2, "fraction": 0.5}],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
+    "top-kast": [{"every": 3, "explore": 0.5}, {"every": 2, "l2": 0.01, "until": 6}],
     "snip": [{"density": 0.1}, {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"}],
     "soft-deep-r": [
         {},

@@ -23,6 +23,7 @@ from rewire.methods.soft_deep_r import SoftDeepR
 from rewire.methods.srigl import SRigL
 from rewire.methods.static import Static
 from rewire.methods.ternary import Ternary
+from rewire.methods.top_kast import TopKAST
 
 __all__ = [
     "CTRE",
@@ -54,6 +55,7 @@ __all__ = [
     "SoftDeepR",
     "Static",
     "Ternary",
+    "TopKAST",
     "available",
     "create",
     "info",
