@@ -148,7 +148,9 @@ def grow(
     rows, cols = _positions(index)
     keys = rows * n_cols + cols
     gone = dropped_rows.long() * n_cols + dropped_cols.long()
-    kept = keys[~torch.isin(keys, gone)]
+    stays = torch.ones(keys.numel(), dtype=torch.bool, device=device)
+    stays[torch.searchsorted(keys, gone)] = False
+    kept = keys[stays]
     room = grid.room(kept // n_cols, kept % n_cols)
     chosen = kept.new_empty(0)
     if preferred is not None and count:
@@ -181,8 +183,14 @@ def grow(
 
 
 def _take(grid: _Grid, keys: Tensor, kept: Tensor, chosen: Tensor, room: list[Tensor], count: int) -> Tensor:
-    """``chosen`` and the first of ``keys`` that are free and fit, ``count`` at most; ``room`` is brought up to date."""
-    keys = keys[~(torch.isin(keys, kept) | torch.isin(keys, chosen))]
+    """``chosen`` and the first of ``keys`` that are free and fit, ``count`` at most; ``room`` is brought up to date.
+
+    ``kept`` is sorted.
+    """
+    if kept.numel():
+        keys = keys[kept[torch.searchsorted(kept, keys).clamp_(max=kept.numel() - 1)] != keys]
+    if chosen.numel():
+        keys = keys[~torch.isin(keys, chosen)]
     groups = grid.groups(keys // grid.cols, keys % grid.cols)
     taken = first_fitting(groups, room, count - chosen.numel())
     for group, free in zip(groups, room, strict=True):

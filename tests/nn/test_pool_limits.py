@@ -95,3 +95,10 @@ def test_sparsify_within_limits() -> None:
         rewire.sparsify(nn.Sequential(nn.Linear(20, 16)), density=0.5, limits={"1": Limits(fan_in=1)})
     with pytest.raises(ValueError, match="select='random'"):
         rewire.sparsify(nn.Sequential(nn.Linear(20, 16)), density=0.5, limits=Limits(fan_in=1), select="magnitude")
+
+
+def test_regrowing_blindly_is_refused() -> None:
+    weight = SparseWeight((8, 10), 20, limits=LIMITS)
+    signs = torch.ones(20, dtype=torch.int8)
+    with pytest.raises(ValueError, match="limited to fan-in 3"), torch.no_grad():
+        weight.regrow(torch.tensor([0]), signs, seed=0, step=0, grow_stream=1, sign_stream=2, fixed=True)

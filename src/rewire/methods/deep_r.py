@@ -165,7 +165,7 @@ class DeepR(Method):
         self.updates += 1
 
     def _replace(self, pool: Pool, slots: Tensor, count: int) -> None:
-        if self.scope == "layer":
+        if self.scope == "layer" and pool.weight.limits is None:
             self._regrow(pool, slots)
             return
         if self.scope == "neuron":

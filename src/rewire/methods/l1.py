@@ -53,7 +53,7 @@ class L1(Shrinking):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        l1: float | Schedule = 1e-4,
+        l1: float | Schedule = 1e-3,
         threshold: float = 0.0,
         drop: Literal["end", "epoch"] = "end",
         connections: Connections | None = None,

@@ -265,6 +265,8 @@ class SparseWeight(nn.Module):
         """
         if not slots.numel():
             return
+        if self.limits is not None:
+            raise ValueError(f"regrow draws from all dormant connections, and this weight is limited to {self.limits}")
         k = regrow_(self.values.detach(), signs, self.rows, self.cols, self.index, slots, **drawn)
         if k != self._connections:
             self._connections = k
