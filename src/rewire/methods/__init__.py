@@ -6,6 +6,7 @@ from rewire.methods.ctre import CTRE
 from rewire.methods.deep_r import DeepR
 from rewire.methods.differentiable import Differentiable
 from rewire.methods.dsr import DSR
+from rewire.methods.group import Group
 from rewire.methods.halo import Halo
 from rewire.methods.itop import ITOP
 from rewire.methods.l1 import L1
@@ -41,6 +42,7 @@ __all__ = [
     "CoRSET",
     "DeepR",
     "Differentiable",
+    "Group",
     "Halo",
     "Magnitude",
     "Method",

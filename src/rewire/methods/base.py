@@ -53,8 +53,17 @@ class Purpose:
 class Pool:
     """A sparse weight as a method sees it: with its name, number in the model, optimizer and parameter group."""
 
-    def __init__(self, number: int, name: str, weight: SparseWeight, optimizer: Optimizer, group_number: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        weight: SparseWeight,
+        optimizer: Optimizer,
+        group_number: int,
+        place: int | None = None,
+    ) -> None:
         self.number = number
+        self._place = number if place is None else place  # among all pools of the model, other methods' too
         self.name = name
         self.weight = weight
         self.optimizer = optimizer
@@ -69,7 +78,7 @@ class Pool:
 
     def stream(self, purpose: int) -> int:
         """The random stream of this pool for ``purpose``."""
-        return (self.number + 1) * Purpose.COUNT + purpose
+        return (self._place + 1) * Purpose.COUNT + purpose
 
 
 class Attachment:
@@ -87,13 +96,14 @@ class Attachment:
         weights = [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
         numbers = {name: number for number, (name, _) in enumerate(weights)}
         names = _ONLY.get()
+        self._alone = names is None
         if names is not None:
             weights = [(name, w) for name, w in weights if name in names]
         if not weights and not dense:
             raise ValueError(
                 "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
             )
-        self.pools = [self._pool(numbers[name], name, weight) for name, weight in weights]
+        self.pools = [self._pool(i, name, weight, numbers[name]) for i, (name, weight) in enumerate(weights)]
         self._handles: list[Any] = []
         self.attached = True
         for optimizer in self.optimizers:
@@ -122,7 +132,7 @@ class Attachment:
                 before.detach()
             _CLAIMS[model] = here
 
-    def _pool(self, number: int, name: str, weight: SparseWeight) -> Pool:
+    def _pool(self, number: int, name: str, weight: SparseWeight, place: int) -> Pool:
         homes = [
             (optimizer, i)
             for optimizer in self.optimizers
@@ -136,22 +146,25 @@ class Attachment:
                 f"{name}.values is {where}, and must be there exactly once: make the optimizer after "
                 "rewire.sparsify or loading, from model.parameters(), and pass all optimizers to the method"
             )
-        return Pool(number, name, weight, *homes[0])
+        return Pool(number, name, weight, *homes[0], place)
 
     def skip_steps(self, when: Callable[[], bool]) -> None:
-        """Before an optimizer step with ``when()``, take the gradients away, so that it moves nothing (neither values
-        nor optimizer state, of any parameter); they are back when the step is done, and it counts as one.
+        """Before an optimizer step with ``when()``, take the gradients away: it then moves neither values nor optimizer
+        state of any parameter (in a group of methods: of any pool of this one). They are back when the step is done,
+        and it counts as one.
 
         ``when`` shall hold its method weakly.
         """
         kept = self._kept
+        own = None if self._alone else {id(pool.weight.values) for pool in self.pools}
 
         def hide(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if when():
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
-                        kept.append((parameter, parameter.grad))
-                        parameter.grad = None
+                        if own is None or id(parameter) in own:
+                            kept.append((parameter, parameter.grad))
+                            parameter.grad = None
 
         self._handles += [o.register_step_pre_hook(hide) for o in self.optimizers]
 

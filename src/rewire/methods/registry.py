@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -122,13 +124,38 @@ def register(
     return enter
 
 
+#: Packages offer methods of their own in this group of entry points, by the name they are registered under.
+ENTRY_POINTS = "rewire.methods"
+_LOADED: set[str] = set()
+
+
+def _load_entry_points() -> None:
+    """Import what other packages offer, once. One that fails is left out, with a warning that names it."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if entry.value in _LOADED:
+            continue
+        _LOADED.add(entry.value)
+        try:
+            cls = entry.load()
+            if entry.name not in _METHODS or _METHODS[entry.name].cls is not cls:
+                raise ValueError(f"it is not registered as {entry.name!r}: put @rewire.methods.register on it")
+        except Exception as error:  # another package's code: it must not take ours down
+            package = entry.dist.name if entry.dist else "a package"
+            warnings.warn(
+                f"the method {entry.name!r} of {package} ({entry.value}) cannot be used: {error}", stacklevel=3
+            )
+
+
 def available() -> list[str]:
-    """Names of all methods, sorted."""
+    """Names of all methods, sorted; also of those that other packages offer by entry points."""
+    _load_entry_points()
     return sorted(_METHODS)
 
 
 def info(name: str) -> MethodInfo:
     """The registry's entry for ``name``; ValueError with the names there are, and the nearest, otherwise."""
+    if name not in _METHODS:
+        _load_entry_points()
     if name in _METHODS:
         return _METHODS[name]
     near = get_close_matches(name, _METHODS, 1)
