@@ -52,7 +52,7 @@ def test_lambda_finds_that_minimum_by_its_own_descent() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[-2.0, 0.5, 0.01]]))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    method = Halo(layer, optimizer, xi=0.1, psi=0.05, lambda_lr=0.3, seed=0)
+    method = Halo(layer, optimizer, xi=0.1, psi=0.05, lambda_lr=0.3, density=1.0, seed=0)
     start = layer.weight.detach().clone()
     for _ in range(3000):
         optimizer.zero_grad()
@@ -248,6 +248,7 @@ def test_shared_weights_and_missing_penalties_are_refused() -> None:
         ({"shared": "layer"}, "shared must be"),
         ({"density": 0}, "density must be"),
         ({"density": 1.5}, "density must be"),
+        ({"density": 1e-3}, "gives a weight of 288 potential connections none"),
         ({"initial": 0.0}, "initial must be"),
         ({"lambda_lr": -1.0}, "lambda_lr must be"),
         ({"momentum": 1.0}, "momentum must be"),

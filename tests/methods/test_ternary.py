@@ -103,7 +103,7 @@ def test_gradients_go_straight_through(name: str, frozen: bool) -> None:
     model = made(name)
     with torch.no_grad():
         next(iter(dense_weights(model)))[3].mul_(4)  # some beyond the clip
-    method = Ternary(model, sgd(model), threshold=0.4, clip=0.9, prune=1)
+    method = Ternary(model, sgd(model), threshold=0.4, clip=0.9, prune=1, density=1.0)
     if frozen:
         method.freeze()
     masks = method.masks()
@@ -210,12 +210,31 @@ def test_the_l2_term_and_the_gradient_that_moves_thresholds() -> None:
     assert all(t != 0.2 for t in runs[0].values())
 
 
+def test_stage_2_cuts_to_the_density_in_multiples_of_the_thresholds() -> None:
+    model = made()
+    method = Ternary(model, sgd(model), threshold=0.1, density=0.25)
+    method._thresholds = [0.1, 0.3]
+    tensors = [w.tensor.detach() for w in method.weights]
+    ratios = [w.abs() / (t * w.abs().max()) for w, t in zip(tensors, (0.1, 0.3), strict=True)]
+    every = torch.cat([r.flatten() for r in ratios]).sort(descending=True).values
+    assert int((every > 1).sum()) > 72
+    method.freeze()
+    for mask, ratio in zip(method.masks().values(), ratios, strict=True):
+        assert torch.equal(mask, ratio >= every[71])
+    assert method.survivors() == 0.25
+    other = made()
+    kept = Ternary(other, sgd(other), threshold=0.1, density=0.25, trainable=False, prune=1)
+    before = kept.connections()
+    kept.freeze()
+    assert kept.connections() == before
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("scale", ["mean", "one"])
 def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any) -> None:
     model = made(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    method = Ternary(model, optimizer, threshold=0.4, scale=scale, prune=1)
+    method = Ternary(model, optimizer, threshold=0.4, scale=scale, prune=1, density=1.0)
     for time in range(6):
         step(model, optimizer, method, time)
         if time % 3 == 2:
@@ -308,6 +327,7 @@ def test_resume_is_bit_exact(stop: int) -> None:
         ({"push": -1.0}, "push must be"),
         ({"l2": float("inf")}, "l2 must be"),
         ({"density": 0.0}, "density must be"),
+        ({"density": 1e-3}, "gives a weight of 288 potential connections none"),
         ({"prune": 0}, "prune must be"),
         ({"prune": "soon"}, "prune must be"),
         ({"prune": True}, "prune must be"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rewire import budget
 from rewire.methods.base import Method, Pool
 from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
@@ -126,6 +127,7 @@ class Halo(Method):
         self.variant, self.shared, self.density = variant, shared, density
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.weights = in_scope(model, optimizers, only, exclude)
+        budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
         super().__init__(model, optimizers, seed=seed)
         self._lambda = self._start()
         self._buffers = [torch.zeros_like(a) for a in self._lambda]

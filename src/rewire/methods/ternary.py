@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rewire import budget
 from rewire.methods.base import Evaluate, Method, Pool
-from rewire.methods.dense import Patterns, in_scope, refuse_patterns
+from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
 from rewire.nn.cut import to_sparse
 from rewire.schedules import Schedule, at, checked, within
@@ -74,14 +75,17 @@ def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bo
     summary="learned quantization thresholds make weights 0 or plus or minus one scale; then the mask is frozen",
     keeps_budget="no",
     memory="O(M)",
-    guarantees=("after finalize() every weight tensor in scope has one magnitude",),
+    guarantees=(
+        "after finalize() every weight in scope has one magnitude",
+        "at most the given share of trained thresholds' weights exists then",
+    ),
 )
 class Ternary(Method):
     """Sparse ternary weights in three stages. The paper's body could not be had: this is a RECONSTRUCTION of what its
     abstract says (L2 and a regularizer on quantization thresholds; quantization pruning; retraining)::
 
         1  min loss(Q(W)) + l2 sum ||W||^2 - push sum_l t_l      Q = scale sign(w) where |w| > t_l max |W_l|, else 0
-        2  the mask Q != 0 is frozen
+        2  the mask Q != 0 is frozen (if more than ``density`` is left, the smallest |w| / (t_l max |W_l|) go as well)
         3  the survivors are trained on, plus or minus scale; no regularizers
 
     Forward passes use Q, the optimizer moves the dense weights, and gradients go straight through (`quantize`). The
@@ -98,7 +102,8 @@ class Ternary(Method):
         trainable: whether thresholds are trained; otherwise they stay.
         push: strength of the regularizer that raises thresholds; a float or a schedule over epochs.
         l2: strength of the L2 term of stage 1; a float or a schedule over epochs.
-        density: what the push aims at, a share of the entries in scope.
+        density: what the push aims at, and the most that stage 2 leaves, a share of the entries in scope. Not for
+            thresholds that are not trained.
         prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in which the share of
             survivors has first come down to ``density`` (it hovers there from then on).
         scale: "mean", the mean magnitude of a weight's survivors, or "one".
@@ -148,6 +153,7 @@ class Ternary(Method):
         self.trainable, self.density, self.prune, self.scale = bool(trainable), density, prune, scale
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.weights = in_scope(model, optimizers, only, exclude)
+        budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
         super().__init__(model, optimizers, seed=seed)
         #: 1 while thresholds are trained, 3 once the masks are frozen (stage 2 is that moment).
         self.stage = 1
@@ -233,11 +239,21 @@ class Ternary(Method):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Stage 2: freeze the masks as they are now; stage 3 begins. `end_epoch` does this by itself."""
-        if self.stage == 1:
-            self._masks = list(self.masks().values())
-            self.stage = 3
-            self.updates += 1
+        """Stage 2: freeze the masks; stage 3 begins. `end_epoch` does this by itself. Cost: O(M log M) if it cuts."""
+        if self.stage == 3:
+            return
+        masks = self.masks()
+        if self.trainable and self.survivors() > self.density:
+            # As if all thresholds were raised by one factor: what stays is largest in multiples of its threshold.
+            floor = torch.finfo(torch.float32).tiny
+            tops = [
+                max(float(w.tensor.abs().max()) * t, floor) for w, t in zip(self.weights, self._thresholds, strict=True)
+            ]
+            ratios = {w.name: w.tensor / top for w, top in zip(self.weights, tops, strict=True)}
+            masks = {name: masks[name] & mask for name, mask in largest(ratios, self.density).items()}
+        self._masks = list(masks.values())
+        self.stage = 3
+        self.updates += 1
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
