@@ -126,6 +126,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"density": 0.1, "after": 5, "unit": "step", "scope": "network"},
     ],
     "dsr": [{"every": 2, "threshold": 0.05, "fraction": 0.2}],
+    "gmp": [{"density": 0.1, "distribution": "uniform", "every": 2, "until": 7}],
+    "granet": [
+        {"density": 0.1, "every": 2, "begin": 1, "until": 7},
+        {"density": 0.1, "distribution": "uniform", "every": 2, "until": 7, "candidates": 5, "scope": "layer"},
+    ],
     "itop": [{"every": 2}, {"every": 3, "grow": "random"}],
     "mest": [{"every": 1}, {"every": 1, "soft": True, "milestones": (1, 2)}],
     "rigl": [{"every": 2}, {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7}],

@@ -6,6 +6,8 @@ from rewire.methods.ctre import CTRE
 from rewire.methods.deep_r import DeepR
 from rewire.methods.differentiable import Differentiable
 from rewire.methods.dsr import DSR
+from rewire.methods.gmp import GMP
+from rewire.methods.granet import GraNet
 from rewire.methods.group import Group
 from rewire.methods.halo import Halo
 from rewire.methods.itop import ITOP
@@ -29,6 +31,7 @@ from rewire.methods.top_kast import TopKAST
 __all__ = [
     "CTRE",
     "DSR",
+    "GMP",
     "ITOP",
     "L1",
     "MEST",
@@ -42,6 +45,7 @@ __all__ = [
     "CoRSET",
     "DeepR",
     "Differentiable",
+    "GraNet",
     "Group",
     "Halo",
     "Magnitude",
