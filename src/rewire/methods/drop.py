@@ -27,8 +27,12 @@ class Drop(Protocol):
 
 
 def smallest(slots: Tensor, score: Tensor, count: int) -> Tensor:
-    """The ``count`` slots of lowest score; among equals the first of ``slots``."""
-    return slots[torch.sort(score, stable=True).indices[:count]]
+    """The ``count`` slots of lowest score, in the order of ``slots``; among equals the first. O(slots) time."""
+    if count <= 0 or count >= slots.numel():
+        return slots[: max(count, 0)]
+    bar = score.kthvalue(count).values
+    below, level = score < bar, score == bar
+    return slots[below | (level & (level.cumsum(0) <= count - below.sum()))]
 
 
 @dataclass(frozen=True)

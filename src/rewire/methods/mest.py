@@ -104,7 +104,7 @@ class MEST(Rewirer):
         budget, now = self._budgets[pool.name], pool.weight.connections
         extra = min(int(fraction * budget), pool.weight.size - budget)
         gone = max(now - budget, 0)
-        slots = self.drop(pool, 1.0)[:gone] if gone else pool.weight.active()[:0]
+        slots = self.drop(pool, (gone + 0.5) / now) if gone else pool.weight.active()[:0]
         rows, cols = self.grow(pool, slots, extra, self.seed, self.epochs)
         self._exchange(pool, slots, rows, cols)
 
