@@ -5,9 +5,9 @@
 784-300-100-10 with biases and ReLU, batch 100, SGD of rate 0.1 falling to 0 along a line, momentum 0.9, one thread.
 All 60,000 images train; the test set is scored at the end of a run. A run of the first kind is trained once and cut,
 without fine-tuning, at several densities of all weights together; each cut is scored as the sparse layers it leaves. A
-run of the second kind ends in sparse layers of one magnitude, packed by `rewire.export.pack_ternary`. The settings were
-chosen on the last 6,000 training images (8 epochs of the others, seed 0). Writes every run as JSON, after each of them;
-runs that the file has already are not made again.
+run of the second kind ends in sparse layers of one magnitude, packed by `rewire.export.pack_ternary`. How the settings
+were chosen is said in docs/halo_ternary.md. Writes every run as JSON, after each of them; runs that the file has
+already are not made again.
 """
 
 from __future__ import annotations
