@@ -50,6 +50,11 @@ class Group:
     alive: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
+    def least(self) -> int:
+        """How many units must stay: with one, a depthwise convolution would be no longer known as such."""
+        return 2 if any(depthwise(site.module) for site in self.followers) else 1
+
+    @property
     def sites(self) -> list[Site]:
         return [*self.producers, *self.followers, *self.consumers]
 
@@ -167,7 +172,7 @@ class UnitGraph:
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
             raise ValueError(f"{group.name} has units 0 to {n - 1}, not {index.tolist()}")
         index = index.unique()
-        least = 2 if any(depthwise(site.module) for site in group.followers) else 1
+        least = group.least
         if n - index.numel() < least:
             raise ValueError(f"{group.name} has {n} units and cannot lose {index.numel()}: at least {least} must stay")
         return group.alive[index]
@@ -276,7 +281,7 @@ class UnitGraph:
     def _try(self, group: Group) -> None:
         """Cut every second unit of a copy with random weights, and compare with zeroed columns."""
         what = f"the units of {group.name} cannot be cut: "
-        least = 2 if any(depthwise(site.module) for site in group.followers) else 1
+        least = group.least
         lost = group.alive[1::2] if group.alive.numel() > 2 * least else group.alive[least:]
         if not lost.numel():
             return  # a single unit: nothing can be removed anyway

@@ -1,0 +1,150 @@
+"""NoiseOut's extra outputs: a linear head on the input of the last layer that must predict noise."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Optimizer
+
+from rewire import random
+from rewire.nn.surgery.resize import apply_cuts, fit_shapes
+
+__all__ = ["NoiseOutputs", "Targets", "noise_targets"]
+
+Targets = Literal["gaussian", "binomial", "constant", "none"]
+
+
+def noise_targets(
+    kind: Targets, rows: int, cols: int, mean: float, deviation: float, *, seed: int, step: int, stream: int
+) -> Tensor:
+    """Targets of a batch, (rows, cols), float32: N(mean, deviation^2), B(1, mean), or mean everywhere."""
+    if kind == "constant":
+        return torch.full((rows, cols), mean)
+    if kind == "gaussian":
+        return (random.normal(seed, step, stream, rows * cols) * deviation + mean).view(rows, cols)
+    bound = 2**24
+    drawn = random.below(seed, step, stream, torch.arange(rows * cols), bound)
+    return (drawn < math.floor(mean * bound)).float().view(rows, cols)
+
+
+class NoiseOutputs:
+    """Noise outputs beside the outputs of ``head``, of which the task's loss knows nothing.
+
+    ``loss`` reaches the network through the head's input only; the outputs' own weights are trained by `update`, from
+    the same batches, by an optimizer of the same class and options as the head's (SGD with its rate for classes that
+    cannot be made so). So the user's optimizer keeps its groups, and a GradScaler's factor stays out of the weights.
+    """
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        optimizer: Optimizer,
+        *,
+        kind: Targets,
+        outputs: int,
+        mean: float,
+        deviation: float,
+        seed: int,
+        stream: int,
+    ) -> None:
+        self.head, self.kind, self.mean, self.deviation = head, kind, mean, deviation
+        self._seed, self._stream, self._optimizer = seed, stream, optimizer
+        weight = head.weight
+        self.layer = nn.Linear(head.in_features, outputs, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():  # nn.Linear's own distribution, from the method's numbers
+            bound = 1 / math.sqrt(head.in_features)
+            uniform = random.below(seed, 0, stream, torch.arange(outputs * (head.in_features + 1)), 2**24)
+            flat = (uniform.to(torch.float64) / 2**23 - 1) * bound
+            self.layer.weight.copy_(flat[: -outputs or None].view(outputs, -1)[:, : head.in_features])
+            self.layer.bias.copy_(flat[-outputs:])
+        self.own = self._make_optimizer()
+        self._waiting: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._handle: Any = head.register_forward_pre_hook(self._capture)
+
+    def _group(self) -> dict[str, Any]:
+        for group in self._optimizer.param_groups:
+            if any(p is self.head.weight for p in group["params"]):
+                return group
+        return self._optimizer.param_groups[0]
+
+    def _make_optimizer(self) -> Optimizer:
+        kind, parameters = type(self._optimizer), list(self.layer.parameters())
+        known = inspect.signature(kind.__init__).parameters
+        if not isinstance(self._optimizer, LBFGS):
+            try:
+                return kind(parameters, **{k: v for k, v in self._optimizer.defaults.items() if k in known})  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                pass
+        return SGD(parameters, lr=float(self._group().get("lr", 0.01)))
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self.head and torch.is_grad_enabled() and args[0].requires_grad:  # not in copies of the model
+            self._waiting.append(args[0])
+
+    def loss(self, step: int) -> Tensor:
+        """Mean over the batch of the summed squared errors of the noise outputs, for the forward passes since last."""
+        total = torch.zeros((), device=self.layer.weight.device)
+        for x in self._waiting:
+            h = x.reshape(-1, x.shape[-1]).to(self.layer.weight.dtype)
+            # A stream of its own for each call of a step; targets are drawn anew for every batch.
+            stream = self._stream + 2**16 * (len(self._pairs) + 1)
+            y = noise_targets(
+                self.kind, len(h), self.layer.out_features, self.mean, self.deviation,
+                seed=self._seed, step=step, stream=stream,
+            ).to(h)  # fmt: skip
+            self._pairs.append((h.detach(), y))
+            out = nn.functional.linear(h, self.layer.weight.detach(), self.layer.bias.detach())
+            total = total + (out - y).square().sum(1).mean()
+        self._waiting.clear()
+        return total
+
+    @torch.enable_grad()
+    def update(self, strength: float) -> None:
+        """One step of the outputs' own weights, on what `loss` saw since the last one."""
+        if not self._pairs:
+            return
+        options = {k: v for k, v in self._group().items() if k != "params" and k in self.own.param_groups[0]}
+        self.own.param_groups[0].update(options)
+        self.own.zero_grad()
+        losses = [(self.layer(h) - y).square().sum(1).mean() for h, y in self._pairs]
+        (strength * torch.stack(losses).sum()).backward()
+        self.own.step()
+        self._pairs.clear()
+        self._waiting.clear()
+
+    @torch.no_grad()
+    def merge(self, at: Tensor, into: Tensor | None, alpha: float, beta: float) -> None:
+        """Do without the inputs ``at``, which are alpha times those ``into`` plus beta (positions, as they are now)."""
+        columns = self.layer.weight[:, at]
+        if into is not None:
+            self.layer.weight.index_add_(1, into, columns * alpha)
+        self.layer.bias += beta * columns.sum(1)
+        keep = torch.ones(self.layer.in_features, dtype=torch.bool)
+        keep[at] = False
+        apply_cuts(self.layer, {"weight": {1: keep.nonzero().flatten()}}, [self.layer], [self.own])
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimizer, tensors and numbers."""
+        weight, bias = self.layer.weight.detach().clone(), self.layer.bias.detach().clone()
+        return {"weight": weight, "bias": bias, "optimizer": [self.own.state_dict()["state"].get(i) for i in range(2)]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`'s result, whatever the number of inputs was."""
+        fit_shapes(self.layer, {"weight": state["weight"].shape, "bias": state["bias"].shape})
+        with torch.no_grad():
+            self.layer.weight.copy_(state["weight"])
+            self.layer.bias.copy_(state["bias"])
+        kept = {i: dict(s) for i, s in enumerate(state["optimizer"]) if s}
+        self.own.load_state_dict({**self.own.state_dict(), "state": kept})
+        self._pairs.clear()
+        self._waiting.clear()
+
+    def remove(self) -> None:
+        """Take the outputs off."""
+        self._handle.remove()

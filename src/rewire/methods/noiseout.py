@@ -1,0 +1,358 @@
+"""NoiseOut: noise outputs make units correlate, and correlated units are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire.methods.base import Data, Evaluate, Method, Pool, Purpose
+from rewire.methods.correlation import Merge, UnitMoments, evaluating, measure
+from rewire.methods.noise_outputs import NoiseOutputs, Targets
+from rewire.methods.registry import register
+from rewire.methods.snapshot import Snapshot
+from rewire.nn.surgery import UnitGraph, fit_shapes, load_resized
+from rewire.schedules import checked
+
+__all__ = ["NoiseOut"]
+
+
+@register(
+    name="noiseout",
+    paper="Babaeizadeh, Smaragdis, Campbell, 2016 (arXiv 1611.06211)",
+    summary="merge correlated neurons, channels or states of a dense network, helped by outputs that predict noise",
+    keeps_budget="no",
+    guarantees=(
+        "units that are affinely dependent merge without a trace",
+        "the network returned is the last one that met the threshold",
+        "every parameter stays in its optimizer, with its state cut along",
+    ),
+    memory="O(M)",
+    needs="activations, evaluate",
+)
+class NoiseOut(Method):
+    """At every check, while the task's score meets the threshold::
+
+        remove  units that are constant: their outputs go into the biases of what reads them
+        merge   the pair of one layer with the largest |rho|: w_v += alpha w_u, b += beta w_u, unit u removed
+        score   the network again, and remember it if it meets the threshold
+
+    A merge that breaks the threshold stays: training has to bring the score back before the next one. `finalize`
+    returns the last network that met it, whatever became of later ones. rho is the correlation of post-activation
+    outputs where they are read (behind BatchNorm, activation and pooling), alpha and beta the least-squares fit, and
+    u the member of the pair whose loss hurts less, |w_u|^2 Var(h_u). In between, `penalty` trains noise outputs, extra
+    outputs of the last layer with random targets: where these can only be met by a constant, units become dependent.
+
+    Layers: nn.Linear, convolutions, and nn.LSTM, nn.GRU, nn.RNN of one layer and direction. A convolution that pads
+    with zeros, a layer without bias (or BatchNorm behind it) and a recurrent layer's first state take no constant, so
+    there the fit is through the origin and exact for proportional units. Layers that cannot be cut are left alone
+    (``stats()["refused"]`` says why); named without wildcards they are an error.
+
+    Args:
+        noise: targets of the noise outputs: "gaussian", "binomial", "constant" or "none" (no noise outputs).
+        outputs: number of noise outputs. One is too weak: on the toy of two units mean |rho| is 0.85 with one, as without,
+            and 1.00 with eight, because a single output can be met by any one line in the space of units.
+        strength: factor of the noise loss (summed over outputs, mean over the batch).
+        mean: of the targets: of the normal distribution, probability of a one, or the constant.
+        deviation: standard deviation of the gaussian targets.
+        threshold: score that a network must meet; none takes the score at the first check, less ``slack``.
+        slack: how much worse than at the first check the score may be; only without ``threshold``.
+        mode: "max" if a larger score is better (accuracy), "min" for a cost.
+        layers: comma-separated names (with wildcards) of the layers to merge units of; none takes all that can be.
+        criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers least in mean
+            square, |w_u|^2 Var(h_u) (1 - rho^2).
+        every: "epoch" checks at the end of each epoch; a number, after so many steps (needs ``evaluate=``).
+        warmup: checks (epochs, or ``every`` steps) that only train.
+        at_once: merges per check at most; none is as many as the threshold allows.
+        samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
+
+    ``data`` is what correlations are taken over; it must give the same batches each time. ``evaluate`` (model -> score)
+    is asked at checks between epochs, and at the end of epochs where `end_epoch` is not given one.
+
+    Cost: a check passes over the samples once, O(units^2) per position, and one evaluation and a copy of the model
+    and its optimizer state per merge; layers between checks cost nothing beyond the noise outputs.
+    """
+
+    starts_dense: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        data: Data | None = None,
+        evaluate: Evaluate | None = None,
+        noise: Targets = "gaussian",
+        outputs: int = 8,
+        strength: float = 1.0,
+        mean: float = 0.1,
+        deviation: float = 0.4,
+        threshold: float | None = None,
+        slack: float = 0.0,
+        mode: Literal["max", "min"] = "max",
+        layers: str | None = None,
+        criterion: Literal["correlation", "damage"] = "correlation",
+        every: int | Literal["epoch"] = "epoch",
+        warmup: int = 0,
+        at_once: int | None = None,
+        samples: int | None = 2000,
+        seed: int | None = None,
+    ) -> None:
+        for name, given, allowed in [
+            ("noise", noise, get_args(Targets)),
+            ("mode", mode, ("max", "min")),
+            ("criterion", criterion, ("correlation", "damage")),
+        ]:
+            if given not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")
+        for name, count in [("outputs", outputs), ("at_once", at_once), ("samples", samples)]:
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
+        if every != "epoch" and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be 'epoch' or a number of steps of at least 1, not {every!r}")
+        if not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"warmup must be a number of checks of at least 0, not {warmup!r}")
+        for name, number in [("strength", strength), ("deviation", deviation), ("slack", slack)]:
+            checked(number, name, 0.0)
+        checked(mean, "mean", 0.0 if noise == "binomial" else -float("inf"), 1.0 if noise == "binomial" else float("inf"))
+        if data is None:
+            raise ValueError("NoiseOut looks at activations: give it data=, batches of training inputs")
+        if every != "epoch" and evaluate is None:
+            raise ValueError(f"every={every} checks between epochs: give evaluate=, a function from model to score")
+        self._data, self._samples, self._evaluate = data, samples, evaluate
+        self._kept = _first(data, samples) if samples is not None else None
+        example = next(iter(self._batches()), None)
+        if example is None:
+            raise ValueError("data has no batch: give at least one, of training inputs")
+        self._example = _head(example, 2)
+        self._layers = layers
+        graph = UnitGraph(model, self._example)
+        chosen, refused = _choose(graph, layers)
+        super().__init__(model, optimizer, seed=seed)
+        self.noise, self.strength, self.mode, self.criterion = noise, strength, mode, criterion
+        self.threshold, self.slack, self.every, self.warmup, self.at_once = threshold, slack, every, warmup, at_once
+        self._graph, self._names, self._refused = graph, chosen, refused
+        self._shape_options = {"outputs": outputs, "mean": mean, "deviation": deviation}
+        self._merged = dict.fromkeys(chosen, 0)
+        self._checks = 0
+        self._score: float | None = None
+        self._best: Snapshot | None = None
+        self._outputs = None if noise == "none" else self._noise_outputs(outputs, mean, deviation)
+
+    def _noise_outputs(self, outputs: int, mean: float, deviation: float) -> NoiseOutputs:
+        head = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"noise outputs stand beside the outputs of a last nn.Linear, and this network ends with {self._graph.last} "
+                f"({type(head).__name__}): use noise='none'"
+            )
+        trains = next(
+            (o for o in self.optimizers for g in o.param_groups for p in g["params"] if p is head.weight),
+            self.optimizers[0],
+        )
+        return NoiseOutputs(
+            head, trains, kind=self.noise, outputs=outputs, mean=mean, deviation=deviation,
+            seed=self.seed, stream=Purpose.NOISE,
+        )  # fmt: skip
+
+    # --- the protocol -----------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """The noise outputs' loss times ``strength``, for the forward passes since the last call."""
+        if self._outputs is None:
+            return super().penalty()
+        return self.strength * self._outputs.loss(self.steps + 1)
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        if self._outputs is not None:
+            self._outputs.update(self.strength)
+        if self.every != "epoch" and self.steps % self.every == 0:
+            self._check(self._evaluate)
+
+    def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
+        if self.every == "epoch" or last:
+            self._check(evaluate if evaluate is not None else self._evaluate)
+
+    def finalize(self) -> nn.Module:
+        """Go back to the last network that met the threshold, if there was one, take the noise outputs off, return it."""
+        if self._attachment.attached and self._best is not None:
+            self._best.restore(self.model, self.optimizers)
+        if self._outputs is not None:
+            self._outputs.remove()
+        return super().finalize()
+
+    def stats(self) -> dict[str, Any]:
+        """Also: units left and merged per layer, parameters, last score, the threshold, layers refused and why."""
+        best = None if self._best is None else self._best.parameters
+        return super().stats() | {
+            "units": {name: self._graph.count(name) for name in self._names},
+            "merged": dict(self._merged),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters_met": best,
+            "score": self._score,
+            "threshold": self.threshold,
+            "refused": dict(self._refused),
+        }
+
+    # --- checks and merges ------------------------------------------------------------------------------------------
+
+    def _meets(self, score: float) -> bool:
+        assert self.threshold is not None
+        return score >= self.threshold if self.mode == "max" else score <= self.threshold
+
+    def _scored(self, evaluate: Evaluate) -> float:
+        with evaluating(self.model):
+            self._score = float(evaluate(self.model))
+        return self._score
+
+    def _check(self, evaluate: Evaluate | None) -> None:
+        """Algorithm 1's inner loop: while the score meets the threshold, merge."""
+        if evaluate is None:
+            raise RuntimeError(
+                "NoiseOut decides by the task's score: give end_epoch(evaluate) a function from model to score "
+                "(rewire train needs --validation for it)"
+            )
+        self._checks += 1
+        if self._checks <= self.warmup:
+            return
+        score = self._scored(evaluate)
+        if self.threshold is None:
+            self.threshold = score - self.slack if self.mode == "max" else score + self.slack
+        if not self._meets(score):
+            return
+        self._best = Snapshot.of(self.model, self.optimizers)
+        moments = self._measure()
+        merges = 0
+        while self.at_once is None or merges < self.at_once:
+            if not self._merge(moments):
+                return
+            merges += 1
+            if not self._meets(self._scored(evaluate)):
+                return
+            self._best = Snapshot.of(self.model, self.optimizers)
+
+    def _measure(self) -> dict[str, UnitMoments]:
+        return measure(self._graph, self._names, self._batches())
+
+    def _merge(self, moments: Mapping[str, UnitMoments]) -> bool:
+        """The next merge over all layers; False if no pair is left."""
+        found = [m.best(self.criterion) for m in moments.values() if len(m.units) > m.group.least]
+        found = [merge for merge in found if merge is not None]
+        if not found:
+            return False
+        if self.criterion == "damage":
+            best = min(found, key=lambda merge: merge.damage)
+        else:
+            best = max(found, key=lambda merge: merge.correlation)
+        self._carry_out(moments[best.name], best)
+        return True
+
+    def _carry_out(self, moments: UnitMoments, merge: Merge) -> None:
+        graph, group = self._graph, moments.group
+        moments.fold(merge)
+        if self._outputs is not None:
+            for site, (alpha, beta) in zip(moments.readers, moments.coefficients(merge), strict=True):
+                if site.module is self._outputs.head:
+                    at = graph.positions(site, torch.tensor([merge.unit]))[0]
+                    into = None if merge.into is None else graph.positions(site, torch.tensor([merge.into]))[0]
+                    self._outputs.merge(at, into, alpha, beta)
+        graph.remove({merge.name: [int(torch.searchsorted(group.alive, merge.unit))]}, self.optimizers)
+        moments.forget(merge.unit)
+        self._merged[merge.name] += 1
+        self.updates += 1
+
+    def _batches(self) -> Iterable[Any]:
+        return self._kept if self._kept is not None else map(_input, self._data)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "noise": self.noise, "strength": self.strength, **self._shape_options, "mode": self.mode,
+            "slack": self.slack, "layers": self._layers, "criterion": self.criterion, "every": self.every,
+            "warmup": self.warmup, "at_once": self.at_once, "samples": self._samples,
+        }  # fmt: skip
+
+    def _state(self) -> dict[str, Any]:
+        tensors: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {
+            "shapes": {name: list(t.shape) for name, t in tensors.items()},
+            "outputs": None if self._outputs is None else self._outputs.state(),
+            "merged": dict(self._merged),
+            "checks": self._checks,
+            "score": self._score,
+            "threshold": self.threshold,
+            "best": None if self._best is None else self._best.state(),
+        }
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `_state`'s result; a model that was not cut gets the shapes, for its own state to be loaded."""
+        shapes, merged, checks = dict(state["shapes"]), dict(state["merged"]), int(state["checks"])
+        score, threshold, outputs = state["score"], state["threshold"], state["outputs"]
+        best = None if state["best"] is None else Snapshot.from_state(state["best"])
+        for parameter in fit_shapes(self.model, shapes):
+            for optimizer in self.optimizers:
+                if any(t.dim() and t.shape != parameter.shape for t in _tensors(optimizer.state.get(parameter, {}))):
+                    del optimizer.state[parameter]
+        self._graph = UnitGraph(self.model, self._example)
+        if self._outputs is not None:
+            self._outputs.load(outputs)
+        self._merged, self._checks, self._score, self.threshold = merged, checks, score, threshold
+        self._best = best
+
+
+def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
+
+
+def _input(batch: Any) -> Any:
+    """A batch is the input, or a tuple or list that begins with it."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def _head(batch: Any, n: int) -> Any:
+    return batch[:n] if isinstance(batch, Tensor) else batch
+
+
+def _first(data: Data, samples: int) -> list[Any]:
+    """Batches that hold the first so many inputs."""
+    kept: list[Any] = []
+    left = samples
+    for batch in map(_input, data):
+        part = batch[:left] if isinstance(batch, Tensor) else batch
+        kept.append(part.clone() if isinstance(part, Tensor) else part)
+        left -= len(part)
+        if left <= 0:
+            break
+    return kept
+
+
+def _choose(graph: UnitGraph, layers: str | None) -> tuple[list[str], dict[str, str]]:
+    """The layers whose units are merged, each set of coupled ones once, and why others are not."""
+    patterns = ["*"] if layers is None else [p.strip() for p in layers.split(",") if p.strip()]
+    chosen: list[str] = []
+    refused: dict[str, str] = {}
+    coupled: set[str] = set()
+    for pattern in patterns:
+        names = [name for name in graph.names if fnmatchcase(name, pattern)] or [pattern]
+        for name in names:
+            try:
+                group = graph.group(name)
+                if not group.consumers:
+                    raise ValueError(f"nothing reads the units of {name}")
+            except ValueError as error:
+                if name == pattern:
+                    raise
+                refused[name] = str(error)
+                continue
+            if name not in coupled:
+                chosen.append(name)
+                coupled |= {site.name for site in group.producers}
+    if not chosen:
+        raise ValueError(f"no layer has units that can be merged: {'; '.join(refused.values()) or 'there is none'}")
+    return chosen, refused

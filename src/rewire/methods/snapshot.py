@@ -1,0 +1,64 @@
+"""A network and its optimizers' state at one moment, to go back to, whatever shapes it has by then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from rewire.nn.surgery import load_resized
+
+__all__ = ["Snapshot"]
+
+
+def _copy(value: Any) -> Any:
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
+
+
+class Snapshot:
+    """Values of a model's state_dict and, by parameter name, optimizer state; not the groups' options (rates move on)."""
+
+    def __init__(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all that is saved of the model (parameters and floating-point buffers)."""
+        return sum(t.numel() for t in self._model.values() if isinstance(t, Tensor))
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizers: Iterable[Optimizer]) -> Snapshot:
+        """Copy what there is now."""
+        state: dict[str, Any] = {}
+        for optimizer in optimizers:
+            for name, parameter in model.named_parameters():
+                if optimizer.state.get(parameter):
+                    state[name] = _copy(dict(optimizer.state[parameter]))
+        return cls(_copy(dict(model.state_dict())), state)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        """Put model and optimizer state back; parameters stay the same objects and gradients of other shapes go."""
+        load_resized(model, self._model)
+        for optimizer in optimizers:
+            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in model.named_parameters():
+                if id(parameter) in trained:
+                    optimizer.state.pop(parameter, None)
+                    if name in self._optimizer:
+                        optimizer.state[parameter] = _copy(self._optimizer[name])
+            if hasattr(optimizer, "_numel_cache"):  # LBFGS counts once
+                optimizer._numel_cache = None
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts, for a method's state_dict."""
+        return {"model": _copy(self._model), "optimizer": _copy(self._optimizer)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
+        """The inverse of `state`."""
+        return cls(_copy(dict(state["model"])), _copy(dict(state["optimizer"])))
