@@ -15,6 +15,7 @@ from rewire.methods.l1 import L1
 from rewire.methods.magnitude import Magnitude
 from rewire.methods.mest import MEST
 from rewire.methods.one_shot import OneShot
+from rewire.methods.noiseout import NoiseOut
 from rewire.methods.registry import MethodInfo, Parameter, available, create, info, register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.rigl import RigL
@@ -52,6 +53,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "OneShot",
+    "NoiseOut",
     "Parameter",
     "Pool",
     "Rewirer",

@@ -78,7 +78,7 @@ class NoiseOutputs:
         known = inspect.signature(kind.__init__).parameters
         if not isinstance(self._optimizer, LBFGS):
             try:
-                return kind(parameters, **{k: v for k, v in self._optimizer.defaults.items() if k in known})  # type: ignore[arg-type]
+                return kind(parameters, **{k: v for k, v in self._optimizer.defaults.items() if k in known})
             except (TypeError, ValueError):
                 pass
         return SGD(parameters, lr=float(self._group().get("lr", 0.01)))
@@ -124,7 +124,7 @@ class NoiseOutputs:
         columns = self.layer.weight[:, at]
         if into is not None:
             self.layer.weight.index_add_(1, into, columns * alpha)
-        self.layer.bias += beta * columns.sum(1)
+        self.layer.bias.add_(columns.sum(1), alpha=beta)
         keep = torch.ones(self.layer.in_features, dtype=torch.bool)
         keep[at] = False
         apply_cuts(self.layer, {"weight": {1: keep.nonzero().flatten()}}, [self.layer], [self.own])

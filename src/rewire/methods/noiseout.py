@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -16,8 +15,8 @@ from rewire.methods.correlation import Merge, UnitMoments, evaluating, measure
 from rewire.methods.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.registry import register
 from rewire.methods.snapshot import Snapshot
-from rewire.nn.surgery import UnitGraph, fit_shapes, load_resized
-from rewire.schedules import checked
+from rewire.nn.surgery import UnitGraph, fit_shapes
+from rewire.schedules import within
 
 __all__ = ["NoiseOut"]
 
@@ -33,7 +32,7 @@ __all__ = ["NoiseOut"]
         "every parameter stays in its optimizer, with its state cut along",
     ),
     memory="O(M)",
-    needs="activations, evaluate",
+    needs="activations",
 )
 class NoiseOut(Method):
     """At every check, while the task's score meets the threshold::
@@ -55,8 +54,8 @@ class NoiseOut(Method):
 
     Args:
         noise: targets of the noise outputs: "gaussian", "binomial", "constant" or "none" (no noise outputs).
-        outputs: number of noise outputs. One is too weak: on the toy of two units mean |rho| is 0.85 with one, as without,
-            and 1.00 with eight, because a single output can be met by any one line in the space of units.
+        outputs: number of noise outputs. One is too weak: on a toy of two hidden units mean |rho| is 0.8 with one, as
+            with none, and 1.00 with eight, each of which asks for another direction to be constant.
         strength: factor of the noise loss (summed over outputs, mean over the batch).
         mean: of the targets: of the normal distribution, probability of a one, or the constant.
         deviation: standard deviation of the gaussian targets.
@@ -118,8 +117,8 @@ class NoiseOut(Method):
         if not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup must be a number of checks of at least 0, not {warmup!r}")
         for name, number in [("strength", strength), ("deviation", deviation), ("slack", slack)]:
-            checked(number, name, 0.0)
-        checked(mean, "mean", 0.0 if noise == "binomial" else -float("inf"), 1.0 if noise == "binomial" else float("inf"))
+            within(name, number, 0.0)
+        within("mean", mean, *((0.0, 1.0) if noise == "binomial" else (-1e6, 1e6)))
         if data is None:
             raise ValueError("NoiseOut looks at activations: give it data=, batches of training inputs")
         if every != "epoch" and evaluate is None:
@@ -148,8 +147,8 @@ class NoiseOut(Method):
         head = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
         if not isinstance(head, nn.Linear):
             raise ValueError(
-                f"noise outputs stand beside the outputs of a last nn.Linear, and this network ends with {self._graph.last} "
-                f"({type(head).__name__}): use noise='none'"
+                f"noise outputs stand beside the outputs of a last nn.Linear, and this network ends with "
+                f"{self._graph.last} ({type(head).__name__}): use noise='none'"
             )
         trains = next(
             (o for o in self.optimizers for g in o.param_groups for p in g["params"] if p is head.weight),
@@ -179,7 +178,7 @@ class NoiseOut(Method):
             self._check(evaluate if evaluate is not None else self._evaluate)
 
     def finalize(self) -> nn.Module:
-        """Go back to the last network that met the threshold, if there was one, take the noise outputs off, return it."""
+        """Go back to the last network that met the threshold, if one did, take the noise outputs off, return it."""
         if self._attachment.attached and self._best is not None:
             self._best.restore(self.model, self.optimizers)
         if self._outputs is not None:
@@ -241,8 +240,8 @@ class NoiseOut(Method):
 
     def _merge(self, moments: Mapping[str, UnitMoments]) -> bool:
         """The next merge over all layers; False if no pair is left."""
-        found = [m.best(self.criterion) for m in moments.values() if len(m.units) > m.group.least]
-        found = [merge for merge in found if merge is not None]
+        best_of = (m.best(self.criterion) for m in moments.values() if len(m.units) > m.group.least)
+        found = [merge for merge in best_of if merge is not None]
         if not found:
             return False
         if self.criterion == "damage":

@@ -21,7 +21,7 @@ __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
 Memory = Literal["O(K)", "O(M)"]
 
 #: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
-_SERVICES = ("seed", "data", "steps", "epochs")
+_SERVICES = ("seed", "data", "evaluate", "steps", "epochs")
 #: The final budget, likewise, of methods that come down to it (`rewire.methods.shrink`).
 _BUDGET = ("connections", "density", "distribution")
 
@@ -57,7 +57,7 @@ class MethodInfo:
     needs: str = ""
 
     def parameters(self) -> dict[str, Parameter]:
-        """The method's own hyper-parameters by name: keyword-only, without seed, data and final budget."""
+        """The method's own hyper-parameters by name: keyword-only, without seed, data, evaluate and final budget."""
         hints = get_type_hints(self.cls.__init__)
         text = inspect.getdoc(self.cls) or ""
         return {

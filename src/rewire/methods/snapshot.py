@@ -20,15 +20,12 @@ def _copy(value: Any) -> Any:
 
 
 class Snapshot:
-    """Values of a model's state_dict and, by parameter name, optimizer state; not the groups' options (rates move on)."""
+    """Values of a model's state_dict and, optimizer state by parameter name; the groups' options are not part of it."""
 
-    def __init__(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    def __init__(self, model: dict[str, Any], optimizer: dict[str, Any], parameters: int) -> None:
         self._model, self._optimizer = model, optimizer
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all that is saved of the model (parameters and floating-point buffers)."""
-        return sum(t.numel() for t in self._model.values() if isinstance(t, Tensor))
+        #: How many numbers the network's parameters have.
+        self.parameters = parameters
 
     @classmethod
     def of(cls, model: nn.Module, optimizers: Iterable[Optimizer]) -> Snapshot:
@@ -38,7 +35,7 @@ class Snapshot:
             for name, parameter in model.named_parameters():
                 if optimizer.state.get(parameter):
                     state[name] = _copy(dict(optimizer.state[parameter]))
-        return cls(_copy(dict(model.state_dict())), state)
+        return cls(_copy(dict(model.state_dict())), state, sum(p.numel() for p in model.parameters()))
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -56,9 +53,9 @@ class Snapshot:
 
     def state(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, for a method's state_dict."""
-        return {"model": _copy(self._model), "optimizer": _copy(self._optimizer)}
+        return {"model": _copy(self._model), "optimizer": _copy(self._optimizer), "parameters": self.parameters}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
         """The inverse of `state`."""
-        return cls(_copy(dict(state["model"])), _copy(dict(state["optimizer"])))
+        return cls(_copy(dict(state["model"])), _copy(dict(state["optimizer"])), int(state["parameters"]))
