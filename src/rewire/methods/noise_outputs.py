@@ -53,7 +53,7 @@ class NoiseOutputs:
         stream: int,
     ) -> None:
         self.head, self.kind, self.mean, self.deviation = head, kind, mean, deviation
-        self._seed, self._stream, self._optimizer = seed, stream, optimizer
+        self._stream, self._optimizer = stream, optimizer
         weight = head.weight
         self.layer = nn.Linear(head.in_features, outputs, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():  # nn.Linear's own distribution, from the method's numbers
@@ -65,7 +65,8 @@ class NoiseOutputs:
         self.own = self._make_optimizer()
         self._waiting: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._handle: Any = head.register_forward_pre_hook(self._capture)
+        #: The hook on the head.
+        self.handle: Any = head.register_forward_pre_hook(self._capture)
 
     def _group(self) -> dict[str, Any]:
         for group in self._optimizer.param_groups:
@@ -87,8 +88,8 @@ class NoiseOutputs:
         if module is self.head and torch.is_grad_enabled() and args[0].requires_grad:  # not in copies of the model
             self._waiting.append(args[0])
 
-    def loss(self, step: int) -> Tensor:
-        """Mean over the batch of the summed squared errors of the noise outputs, for the forward passes since last."""
+    def loss(self, seed: int, step: int) -> Tensor:
+        """Mean over the batch of the summed squared errors of the noise outputs, for the forward passes since last; targets by (seed, step)."""
         total = torch.zeros((), device=self.layer.weight.device)
         for x in self._waiting:
             h = x.reshape(-1, x.shape[-1]).to(self.layer.weight.dtype)
@@ -96,7 +97,7 @@ class NoiseOutputs:
             stream = self._stream + 2**16 * (len(self._pairs) + 1)
             y = noise_targets(
                 self.kind, len(h), self.layer.out_features, self.mean, self.deviation,
-                seed=self._seed, step=step, stream=stream,
+                seed=seed, step=step, stream=stream,
             ).to(h)  # fmt: skip
             self._pairs.append((h.detach(), y))
             out = nn.functional.linear(h, self.layer.weight.detach(), self.layer.bias.detach())
@@ -144,7 +145,3 @@ class NoiseOutputs:
         self.own.load_state_dict({**self.own.state_dict(), "state": kept})
         self._pairs.clear()
         self._waiting.clear()
-
-    def remove(self) -> None:
-        """Take the outputs off."""
-        self._handle.remove()

@@ -142,6 +142,8 @@ class NoiseOut(Method):
         self._score: float | None = None
         self._best: Snapshot | None = None
         self._outputs = None if noise == "none" else self._noise_outputs(outputs, mean, deviation)
+        if self._outputs is not None:
+            self._attachment.hold(self._outputs.handle)
 
     def _noise_outputs(self, outputs: int, mean: float, deviation: float) -> NoiseOutputs:
         head = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
@@ -165,7 +167,7 @@ class NoiseOut(Method):
         """The noise outputs' loss times ``strength``, for the forward passes since the last call."""
         if self._outputs is None:
             return super().penalty()
-        return self.strength * self._outputs.loss(self.steps + 1)
+        return self.strength * self._outputs.loss(self.seed, self.steps + 1)
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self._outputs is not None:
@@ -181,8 +183,6 @@ class NoiseOut(Method):
         """Go back to the last network that met the threshold, if one did, take the noise outputs off, return it."""
         if self._attachment.attached and self._best is not None:
             self._best.restore(self.model, self.optimizers)
-        if self._outputs is not None:
-            self._outputs.remove()
         return super().finalize()
 
     def stats(self) -> dict[str, Any]:

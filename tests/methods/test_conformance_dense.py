@@ -1,0 +1,165 @@
+"""What every registered method that starts dense owes; a new one gets these tests by being registered."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from dense_harness import CASES, MODELS, OPTIMIZERS, DenseRun, case_id
+from harness import assert_identical
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rewire import methods
+from rewire.nn.surgery import load_resized
+
+pytest.importorskip("torch_pruning")
+
+Case = tuple[str, dict[str, Any]]
+all_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
+all_models = pytest.mark.parametrize("model", MODELS)
+all_optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+@all_cases
+@all_models
+@all_optimizers
+def test_same_seed_same_run(case: Case, model: str, optimizer: str) -> None:
+    runs = [DenseRun(case, model, optimizer) for _ in range(2)]
+    for run in runs:
+        torch.manual_seed(torch.seed() % 1000)  # global randomness must not matter
+        for _ in range(2 * run.steps_per_epoch + 1):
+            run.step()
+    assert_identical(runs[0].snapshot(), runs[1].snapshot())
+    assert runs[0].method.stats() == runs[1].method.stats()
+
+
+@all_cases
+@all_models
+@all_optimizers
+@pytest.mark.parametrize("model_first", [True, False], ids=["model-first", "method-first"])
+@pytest.mark.parametrize("stop", [3, 4, 9])
+def test_resume_is_bit_exact(case: Case, model: str, optimizer: str, model_first: bool, stop: int) -> None:
+    whole, first = DenseRun(case, model, optimizer), DenseRun(case, model, optimizer)
+    for _ in range(13):
+        whole.step()
+    for _ in range(stop):
+        first.step()
+    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
+    second = DenseRun(case, model, optimizer, seed=99, method_seed=1234)  # other weights and seed, to be replaced
+    if model_first:
+        load_resized(second.model, saved[0])
+        second.optimizer.load_state_dict(saved[1])
+        second.method.load_state_dict(saved[2])
+    else:
+        second.method.load_state_dict(saved[2])
+        second.optimizer.load_state_dict(saved[1])
+        second.model.load_state_dict(saved[0])
+    second.time = stop
+    for _ in range(13 - stop):
+        second.step()
+    assert_identical(whole.snapshot(), second.snapshot())
+    assert whole.method.stats() == second.method.stats()
+    x = whole.batch()[0]
+    assert torch.equal(whole.method.finalize().eval()(x), second.method.finalize().eval()(x))
+    assert_identical(whole.snapshot(), second.snapshot())
+
+
+@all_cases
+@all_models
+@all_optimizers
+def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimizer: str) -> None:
+    run = DenseRun(case, model, optimizer)
+    for _ in range(3 * run.steps_per_epoch):
+        run.step()
+    x, y = run.batch()
+    before = run.model.eval()(x).detach()
+    final = run.method.finalize()
+    assert final is run.model
+    torch.testing.assert_close(final(x), before, rtol=1e-5, atol=1e-5)
+    for name, module in final.named_modules():
+        assert not parametrize.is_parametrized(module), name
+        assert not module._forward_hooks, name
+        assert not module._forward_pre_hooks, name
+    live = list(final.parameters())
+    assert sorted(id(p) for g in run.optimizer.param_groups for p in g["params"]) == sorted(map(id, live))
+    exported = torch.export.export(final, (x,)).module()
+    torch.testing.assert_close(exported(x), before, rtol=1e-5, atol=1e-5)
+    old = [p.detach().clone() for p in live]
+    final.train()
+    for _ in range(2):
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(final(x), y).backward()
+        run.optimizer.step()
+    assert all(p.grad is not None for p in live)
+    for p in live:
+        assert p.grad is not None
+        assert all(v.shape == p.shape for v in run.optimizer.state[p].values() if v.dim()), "state was cut along"
+    assert any(not torch.equal(a, b) for a, b in zip(old, live, strict=True))
+
+
+@all_cases
+@all_models
+def test_copies_are_refused_and_a_second_method_takes_over(case: Case, model: str) -> None:
+    run = DenseRun(case, model)
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(run.method)
+    copy.deepcopy(run.model)  # the model can be copied: it is the user's
+    first, run.method = run.method, run.make(8)
+    for _ in range(run.steps_per_epoch):
+        run.step()
+    with pytest.raises(RuntimeError, match="another was made"):
+        first.step()
+
+
+@all_cases
+def test_an_optimizer_that_does_not_train_the_model_is_noticed(case: Case) -> None:
+    with pytest.raises(RuntimeError, match="no step of the method's optimizer"):
+        DenseRun(case).method.end_epoch()
+
+
+@all_cases
+@all_models
+def test_a_skipped_optimizer_step_changes_nothing(case: Case, model: str) -> None:
+    run = DenseRun(case, model)
+    for _ in range(5):
+        run.step()
+    before, stats = run.snapshot(), run.method.stats()
+    run.method.step()  # no optimizer.step(), as after a GradScaler that found infinities
+    assert_identical(before, run.snapshot())
+    assert run.method.stats() == stats
+
+
+@all_cases
+@all_models
+def test_state_dict_is_plain(case: Case, model: str) -> None:
+    run = DenseRun(case, model)
+    for _ in range(5):
+        run.step()
+
+    def check(value: object) -> None:
+        if isinstance(value, dict):
+            assert all(isinstance(k, str) for k in value)
+            for v in value.values():
+                check(v)
+        elif isinstance(value, list):
+            for v in value:
+                check(v)
+        else:
+            assert isinstance(value, (torch.Tensor, int, float, str, bool, type(None))), value
+
+    check(run.method.state_dict())
+
+
+@all_cases
+def test_state_of_another_method_is_refused(case: Case) -> None:
+    run = DenseRun(case)
+    run.step()
+    state = run.method.state_dict()
+    with pytest.raises(ValueError, match="state of Nothing"):
+        run.method.load_state_dict(state | {"method": "Nothing"})
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        run.method.load_state_dict({k: v for k, v in state.items() if k != "epochs"})
+    assert methods.info(case[0]).takes_data or run.method.stats()["steps"] == 1
