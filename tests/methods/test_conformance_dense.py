@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_harness import CASES, MODELS, OPTIMIZERS, DenseRun, case_id
+from dense_harness import CASES, CUTS_AT_THE_END, MODELS, OPTIMIZERS, DenseRun, case_id
 from harness import assert_identical
 from torch import nn
 from torch.nn.utils import parametrize
@@ -40,7 +40,7 @@ def test_same_seed_same_run(case: Case, model: str, optimizer: str) -> None:
 @all_models
 @all_optimizers
 @pytest.mark.parametrize("model_first", [True, False], ids=["model-first", "method-first"])
-@pytest.mark.parametrize("stop", [3, 4, 9])
+@pytest.mark.parametrize("stop", [4, 9])
 def test_resume_is_bit_exact(case: Case, model: str, optimizer: str, model_first: bool, stop: int) -> None:
     whole, first = DenseRun(case, model, optimizer), DenseRun(case, model, optimizer)
     for _ in range(13):
@@ -70,6 +70,7 @@ def test_resume_is_bit_exact(case: Case, model: str, optimizer: str, model_first
 @all_cases
 @all_models
 @all_optimizers
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.body._flat_weights")  # torch's own, of any nn.LSTM
 def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimizer: str) -> None:
     run = DenseRun(case, model, optimizer)
     for _ in range(3 * run.steps_per_epoch):
@@ -78,7 +79,9 @@ def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimize
     before = run.model.eval()(x).detach()
     final = run.method.finalize()
     assert final is run.model
-    torch.testing.assert_close(final(x), before, rtol=1e-5, atol=1e-5)
+    after = final(x).detach()
+    if case[0] not in CUTS_AT_THE_END or case[1].get("density") == 1.0:
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     for name, module in final.named_modules():
         assert not parametrize.is_parametrized(module), name
         assert not module._forward_hooks, name
@@ -86,7 +89,7 @@ def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimize
     live = list(final.parameters())
     assert sorted(id(p) for g in run.optimizer.param_groups for p in g["params"]) == sorted(map(id, live))
     exported = torch.export.export(final, (x,)).module()
-    torch.testing.assert_close(exported(x), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exported(x), after, rtol=1e-5, atol=1e-5)
     old = [p.detach().clone() for p in live]
     final.train()
     for _ in range(2):

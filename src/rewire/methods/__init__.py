@@ -14,8 +14,8 @@ from rewire.methods.itop import ITOP
 from rewire.methods.l1 import L1
 from rewire.methods.magnitude import Magnitude
 from rewire.methods.mest import MEST
-from rewire.methods.one_shot import OneShot
 from rewire.methods.noiseout import NoiseOut
+from rewire.methods.one_shot import OneShot
 from rewire.methods.registry import MethodInfo, Parameter, available, create, info, register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.rigl import RigL
@@ -52,8 +52,8 @@ __all__ = [
     "Magnitude",
     "Method",
     "MethodInfo",
-    "OneShot",
     "NoiseOut",
+    "OneShot",
     "Parameter",
     "Pool",
     "Rewirer",

@@ -89,7 +89,10 @@ class NoiseOutputs:
             self._waiting.append(args[0])
 
     def loss(self, seed: int, step: int) -> Tensor:
-        """Mean over the batch of the summed squared errors of the noise outputs, for the forward passes since last; targets by (seed, step)."""
+        """Mean over the batch of the summed squared errors, for the forward passes since the last call.
+
+        Targets are those of (seed, step).
+        """
         total = torch.zeros((), device=self.layer.weight.device)
         for x in self._waiting:
             h = x.reshape(-1, x.shape[-1]).to(self.layer.weight.dtype)
