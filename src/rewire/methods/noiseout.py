@@ -64,9 +64,10 @@ class NoiseOut(Method):
         mode: "max" if a larger score is better (accuracy), "min" for a cost.
         layers: comma-separated names (with wildcards) of the layers to merge units of; none takes all that can be.
         criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers least in mean
-            square, |w_u|^2 Var(h_u) (1 - rho^2).
+            square, |w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with the unit.
         every: "epoch" checks at the end of each epoch; a number, after so many steps (needs ``evaluate=``).
         warmup: checks (epochs, or ``every`` steps) that only train.
+        pace: share of the remaining units that is merged between two scores; 0 scores after every merge.
         at_once: merges per check at most; none is as many as the threshold allows.
         samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
 
@@ -98,6 +99,7 @@ class NoiseOut(Method):
         criterion: Literal["correlation", "damage"] = "correlation",
         every: int | Literal["epoch"] = "epoch",
         warmup: int = 0,
+        pace: float = 0.0,
         at_once: int | None = None,
         samples: int | None = 2000,
         seed: int | None = None,
@@ -118,6 +120,7 @@ class NoiseOut(Method):
             raise ValueError(f"warmup must be a number of checks of at least 0, not {warmup!r}")
         for name, number in [("strength", strength), ("deviation", deviation), ("slack", slack)]:
             within(name, number, 0.0)
+        within("pace", pace, 0.0, 1.0)
         within("mean", mean, *((0.0, 1.0) if noise == "binomial" else (-1e6, 1e6)))
         if data is None:
             raise ValueError("NoiseOut looks at activations: give it data=, batches of training inputs")
@@ -134,7 +137,8 @@ class NoiseOut(Method):
         chosen, refused = _choose(graph, layers)
         super().__init__(model, optimizer, seed=seed)
         self.noise, self.strength, self.mode, self.criterion = noise, strength, mode, criterion
-        self.threshold, self.slack, self.every, self.warmup, self.at_once = threshold, slack, every, warmup, at_once
+        self.threshold, self.slack, self.every, self.warmup = threshold, slack, every, warmup
+        self.pace, self.at_once = pace, at_once
         self._graph, self._names, self._refused = graph, chosen, refused
         self._shape_options = {"outputs": outputs, "mean": mean, "deviation": deviation}
         self._merged = dict.fromkeys(chosen, 0)
@@ -226,14 +230,16 @@ class NoiseOut(Method):
             return
         self._best = Snapshot.of(self.model, self.optimizers)
         moments = self._measure()
-        merges = 0
-        while self.at_once is None or merges < self.at_once:
-            if not self._merge(moments):
-                return
-            merges += 1
-            if not self._meets(self._scored(evaluate)):
+        left = sum(len(m.units) for m in moments.values()) if self.at_once is None else self.at_once
+        while left > 0:
+            wanted = min(left, max(1, int(self.pace * sum(len(m.units) for m in moments.values()))))
+            done = 0
+            while done < wanted and self._merge(moments):
+                done += 1
+            if not done or not self._meets(self._scored(evaluate)):
                 return
             self._best = Snapshot.of(self.model, self.optimizers)
+            left -= done
 
     def _measure(self) -> dict[str, UnitMoments]:
         return measure(self._graph, self._names, self._batches())
@@ -245,7 +251,7 @@ class NoiseOut(Method):
         if not found:
             return False
         if self.criterion == "damage":
-            best = min(found, key=lambda merge: merge.damage)
+            best = min(found, key=lambda merge: merge.damage / self._graph.parameters(moments[merge.name].group))
         else:
             best = max(found, key=lambda merge: merge.correlation)
         self._carry_out(moments[best.name], best)
@@ -274,7 +280,7 @@ class NoiseOut(Method):
         return {
             "noise": self.noise, "strength": self.strength, **self._shape_options, "mode": self.mode,
             "slack": self.slack, "layers": self._layers, "criterion": self.criterion, "every": self.every,
-            "warmup": self.warmup, "at_once": self.at_once, "samples": self._samples,
+            "warmup": self.warmup, "pace": self.pace, "at_once": self.at_once, "samples": self._samples,
         }  # fmt: skip
 
     def _state(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rewire import methods
+
 from .errors import TrainError
 
 INITS = ("dense", "sparse")
@@ -112,6 +114,9 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         raise TrainError(_explain(error)) from None
     check_name("--optimizer", config.optimizer, OPTIMIZERS)
     layers = len(config.hidden) + 1
+    if starts_dense(config.method):
+        _refuse_budget(config)
+        return _with_rate(config)
     densities = config.density
     if densities is not None and config.connections is not None:
         raise TrainError("--density and --connections both say how many connections: give one of them")
@@ -131,6 +136,32 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
             )
     elif config.distribution is None:
         config = config.model_copy(update={"distribution": "erk"})
+    return _with_rate(config)
+
+
+def starts_dense(method: str) -> bool:
+    """Whether the method begins with an ordinary dense network; unknown names are refused elsewhere."""
+    return method in methods.available() and methods.info(method).cls.starts_dense
+
+
+def _refuse_budget(config: TrainConfig) -> None:
+    """Methods that start dense find out how much is left, or have a parameter for it."""
+    given = {
+        "--density": config.density is not None,
+        "--connections": config.connections is not None,
+        "--distribution": config.distribution is not None,
+        "--start-density": config.start_density is not None,
+        "--init": config.init != "dense",
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise TrainError(
+                f"{option}: {config.method} starts from a dense network and has no such budget; leave it out"
+            )
+
+
+def _with_rate(config: TrainConfig) -> TrainConfig:
+    """Momentum checked and the learning rate filled in."""
     if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
         raise TrainError(f"--momentum: {config.optimizer} has none; it is for sgd and rmsprop")
     if config.lr is None:

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import rewire
 from rewire import _native, methods
 from rewire._version import __version__
 from rewire.data import Dataset, files
+from rewire.nn.surgery import load_resized
 
 from . import checkpoint
 from .batches import Batches, derive_seed, make_generator, split
@@ -24,7 +24,17 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig, check_name
 from .errors import StoppedError, TrainError
 from .metrics import EpochRecord, evaluate
-from .model import build, check_limits, layer_connections, layer_shapes, limits_of, make_optimizer, start_connections
+from .model import (
+    build,
+    build_dense,
+    check_limits,
+    layer_connections,
+    layer_counts,
+    layer_shapes,
+    limits_of,
+    make_optimizer,
+    start_connections,
+)
 from .observer import Observer, Progress, Silent
 from .run_dir import MODEL, RunDir
 
@@ -46,16 +56,22 @@ class Trainer:
             raise TrainError(f"--validation: {config.validation} of {len(train_y)} samples is none; 0 turns it off")
         self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
         shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
-        budgets = layer_connections(config, shapes)
         check_name("--method", config.method, methods.available())
         entry = methods.info(config.method)
-        check_limits(config, shapes, budgets)
-        connections = start_connections(config, entry, shapes, budgets)
+        self.dense = entry.cls.starts_dense
+        self.possible = [rows * cols for rows, cols in shapes]
+        budgets = self.possible if self.dense else layer_connections(config, shapes)
+        if not self.dense:
+            check_limits(config, shapes, budgets)
+        connections = budgets if self.dense else start_connections(config, entry, shapes, budgets)
         threads = config.threads or _threads(sum(connections) * config.batch_size)
         torch.set_num_threads(threads)
         self.config = config = config.model_copy(update={"threads": threads})
-        self.model: nn.Module = build(
-            shapes, connections, config.bias, make_generator(config.seed, "model"), config.init, limits_of(config)
+        generator = make_generator(config.seed, "model")
+        self.model: nn.Module = (
+            build_dense(shapes, config.bias, generator)
+            if self.dense
+            else build(shapes, connections, config.bias, generator, config.init, limits_of(config))
         )
         self.optimizer = make_optimizer(config, self.model)
         # Methods that look at activations see the training part, never what is held out.
@@ -73,12 +89,13 @@ class Trainer:
                 seed=derive_seed(config.seed, "method"),
                 **config.method_options,
                 **{name: value for name, value in provided.items() if name in entry.services},
+                **self._services(entry),
             )
         except (ValueError, TypeError) as error:
             raise TrainError(f"--method {config.method}: {error}") from None
         # The base class's penalty is 0: adding it would cost two operations a step for nothing.
         self.has_penalty = type(self.method).penalty is not methods.Method.penalty
-        self.weights = dict(rewire.sparse_weights(self.model))
+        self.weights = list(self._connections())
         self.info = {
             "layers": [
                 {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count, "budget": budget}
@@ -102,7 +119,21 @@ class Trainer:
 
     # --- state --------------------------------------------------------------------------------------------
 
+    def _services(self, entry: methods.MethodInfo) -> dict[str, Any]:
+        """The score on held-out data, for methods that ask for it between epochs."""
+        if "evaluate" not in entry.services:
+            return {}
+        if not len(self.held_out[1]):
+            raise TrainError(f"--validation: {entry.name} decides by the validation accuracy, so it must not be 0")
+        return {"evaluate": lambda model: evaluate(model, *self.held_out)[1]}
+
+    def _connections(self) -> dict[str, int]:
+        return layer_counts(self.model) if self.dense else self.method.connections()
+
     def _counts(self) -> dict[str, dict[str, int]]:
+        if self.dense:
+            gone = {n: m - k for (n, k), m in zip(self._connections().items(), self.possible, strict=True)}
+            return {"dropped": gone, "grown": dict.fromkeys(gone, 0)}
         stats = self.method.stats()
         return {"dropped": dict(stats["dropped"]), "grown": dict(stats["grown"])}
 
@@ -157,7 +188,10 @@ class Trainer:
         checkpoint.remove_orphans(self.run_dir.path, keep=checkpoint.committed_file(self.run_dir.path))
         state = saved.state
         try:
-            self.model.load_state_dict(state["model"])
+            if self.dense:  # it may have fewer units by now
+                load_resized(self.model, state["model"])
+            else:
+                self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
             self.batch, self.before = int(state["batch"]), state["before"]
@@ -219,7 +253,7 @@ class Trainer:
         return min(self.batch * self.config.batch_size, len(self.batches.y))
 
     def _progress(self) -> Progress:
-        connections = sum(self.method.connections().values())
+        connections = sum(self._connections().values())
         grown = sum(self._counts()["grown"].values()) - sum(self.before["grown"].values())
         return Progress(
             epoch=self.epoch + 1,
@@ -227,7 +261,7 @@ class Trainer:
             loss=float(self.loss_sum) / self._samples_seen(),
             accuracy=int(self.correct) / self._samples_seen(),
             connections=connections,
-            turnover=grown / connections,
+            turnover=grown / max(connections, 1),
         )
 
     def _end_epoch(self, observer: Observer) -> None:
@@ -252,8 +286,9 @@ class Trainer:
         except ValueError as error:  # a method that decides by a score, without a validation split
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self._counts()
-        change = {kind: [counts[kind][name] - self.before[kind][name] for name in self.weights] for kind in counts}
-        connections = list(self.method.connections().values())
+        # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
+        change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.weights] for k in counts}
+        connections = list(self._connections().values())
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
             epoch=self.epoch,
@@ -287,9 +322,7 @@ class Trainer:
         }
         files.write_atomic(self.run_dir.path / MODEL, safetensors.torch.save(tensors))
         loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
-        weights = dict(rewire.sparse_weights(model))
-        connections = sum(weight.connections for weight in weights.values())
-        possible = sum(math.prod(weight.shape) for weight in weights.values())
+        connections, possible = sum(layer_counts(model).values()), sum(self.possible)
         result = {
             "test_accuracy": accuracy,
             "test_loss": loss,

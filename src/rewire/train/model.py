@@ -131,6 +131,29 @@ def build(
     return nn.Sequential(*modules)
 
 
+def build_dense(shapes: Sequence[Shape], bias: bool, generator: torch.Generator) -> nn.Sequential:
+    """`nn.Linear` layers with ReLU between them, with the initial distribution of PyTorch; numbers from `generator`."""
+    modules: list[nn.Module] = []
+    for outputs, inputs in shapes:
+        if modules:
+            modules.append(nn.ReLU())
+        layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+        modules.append(layer)
+    return nn.Sequential(*modules)
+
+
+@torch.no_grad()
+def layer_counts(model: nn.Module) -> dict[str, int]:
+    """Connections of each weight by name: those of sparse weights, and the nonzero entries of dense layers."""
+    counts = {
+        f"{n}.weight": int(m.weight.count_nonzero()) for n, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
+    return counts | {name: weight.connections for name, weight in rewire.sparse_weights(model)}
+
+
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the options ask for."""
     parameters = list(model.parameters())

@@ -102,6 +102,19 @@ class UnitGraph:
         tensor: Tensor = getattr(module, axis.name)
         return tensor.shape[axis.dim] // axis.blocks
 
+    def parameters(self, group: Group) -> int:
+        """How many numbers go with one unit of the group now."""
+        names = {id(p) for p in self.model.parameters()}
+        total = 0
+        for site in group.sites:
+            length = _length(site.module, site.side)
+            places = site.positions.numel() // group.size
+            for axis in axes(site.module, site.side):
+                tensor = getattr(site.module, axis.name)
+                if tensor is not None and id(tensor) in names:
+                    total += tensor.numel() // length * places
+        return max(total, 1)
+
     def group(self, name: str) -> Group:
         """What is coupled to the units of layer ``name``. ValueError if they cannot be cut, with the layer to blame."""
         if name not in self._groups:
