@@ -1,0 +1,441 @@
+"""NoiseOut: exact merges, correlations, noise outputs, and the threshold."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rewire.methods import NoiseOut
+from rewire.methods.correlation import measure
+from rewire.methods.noise_outputs import noise_targets
+from rewire.nn.surgery import UnitGraph
+
+pytest.importorskip("torch_pruning")
+
+ALWAYS: dict[str, Any] = {"threshold": -1.0, "at_once": 1}
+
+
+def method(model: nn.Module, x: Tensor, **options: Any) -> NoiseOut:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    made = NoiseOut(model, optimizer, data=[x], seed=1, **({"noise": "none"} | options))
+    model(x).sum().backward()
+    optimizer.step()
+    made.step()
+    return made
+
+
+def dependent(layer: Any, u: int, v: int, alpha: float, beta: float) -> None:
+    """Unit u of the layer is alpha times unit v plus beta, before any activation."""
+    with torch.no_grad():
+        layer.weight[u] = alpha * layer.weight[v]
+        layer.bias[u] = alpha * layer.bias[v] + beta
+
+
+def dependent_norm(norm: Any, u: int, v: int, scale: float, shift: float) -> None:
+    """What a BatchNorm makes of two dependent channels is dependent: h_u = +-scale h_v + shift."""
+    with torch.no_grad():
+        norm.weight[u] = scale * norm.weight[v]
+        norm.bias[u] = scale * norm.bias[v] + shift
+
+
+def linear(alpha: float, beta: float) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Identity(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    dependent(model[0], 1, 3, alpha, beta)
+    return model
+
+
+def relu(alpha: float, beta: float) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    dependent(model[0], 1, 3, abs(alpha), 0)  # ReLU keeps proportionality by a positive factor
+    return model
+
+
+def norm(alpha: float, beta: float) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    model(torch.randn(64, 6))
+    dependent(model[0], 1, 3, alpha, beta)
+    model[1].running_mean[1] = alpha * model[1].running_mean[3] + beta
+    model[1].running_var[1] = alpha**2 * model[1].running_var[3]
+    model[1].eps = 0.0
+    dependent_norm(model[1], 1, 3, 0.7, beta)
+    return model
+
+
+def conv(alpha: float, beta: float) -> nn.Module:
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 3)
+    )
+    dependent(model[1], 1, 3, alpha, beta)
+    return model
+
+
+def conv_norm_relu_pool_padded(alpha: float, beta: float) -> nn.Module:
+    """A padded reader sees zeros at its borders, so dependence must be through the origin: it is, behind the ReLU."""
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 6)),
+        nn.Conv2d(1, 4, 3, bias=True), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 2, 3, padding=1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    model(torch.randn(64, 36))
+    dependent(model[1], 1, 3, abs(alpha), beta)
+    model[2].running_mean[1] = abs(alpha) * model[2].running_mean[3] + beta
+    model[2].running_var[1] = alpha**2 * model[2].running_var[3]
+    model[2].eps = 0.0
+    dependent_norm(model[2], 1, 3, 0.7, 0.0)
+    return model
+
+
+def conv_flatten_biasless(alpha: float, beta: float) -> nn.Module:
+    """Channels read by a Linear layer without bias behind a BatchNorm: the constant goes into its running mean."""
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.Flatten(),
+        nn.Linear(64, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3),
+    )  # fmt: skip
+    dependent(model[1], 1, 3, alpha, beta)
+    return model
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.body, self.head = kind(2, 5, batch_first=True), nn.Linear(5, 3)
+        gates = self.body.weight_hh_l0.shape[0] // 5
+        with torch.no_grad():  # unit 1 does what unit 3 does
+            for p in (self.body.weight_ih_l0, self.body.weight_hh_l0, self.body.bias_ih_l0, self.body.bias_hh_l0):
+                p.view(gates, 5, -1)[:, 1] = p.view(gates, 5, -1)[:, 3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x.view(len(x), 3, 2))[0][:, -1])
+        return out
+
+
+class Residual(nn.Module):
+    """A stream with several producers and readers: every reader has coefficients of its own."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.head = nn.Linear(6, 4), nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+        for layer in (self.stem, self.down):
+            dependent(layer, 1, 3, alpha, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out: Tensor = self.head(x + self.down(self.up(x).relu()))
+        return out
+
+
+EXACT: dict[str, tuple[Any, int, str]] = {
+    "linear": (linear, 6, "0"),
+    "relu": (relu, 6, "0"),
+    "BatchNorm between": (norm, 6, "0"),
+    "conv": (conv, 36, "1"),
+    "conv, BatchNorm, ReLU, pool, padded conv": (conv_norm_relu_pool_padded, 36, "1"),
+    "conv, flatten, no bias, BatchNorm behind": (conv_flatten_biasless, 36, "1"),
+    "lstm": (lambda a, b: Recurrent(nn.LSTM), 6, "body"),
+    "gru": (lambda a, b: Recurrent(nn.GRU), 6, "body"),
+    "rnn": (lambda a, b: Recurrent(nn.RNN), 6, "body"),
+    "residual": (lambda a, b: Residual(a), 6, "stem"),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.3), (-2.0, 1.0)])
+def test_dependent_units_merge_without_a_trace(name: str, dtype: torch.dtype, alpha: float, beta: float) -> None:
+    build, features, layer = EXACT[name]
+    torch.set_default_dtype(dtype)
+    try:
+        model = build(alpha, beta).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, new = torch.randn(200, features, dtype=dtype), torch.randn(50, features, dtype=dtype)
+    merging = method(model, x, layers=layer, **ALWAYS)
+    expected = model(new)
+    moments = measure(merging._graph, [layer], [x])[layer]
+    found = moments.best("correlation")
+    assert found is not None
+    assert {found.unit, found.into} == {1, 3}
+    assert found.correlation > 1 - 1e-6
+    merging.end_epoch(lambda m: 0.0)
+    assert merging.stats()["units"][layer] == UnitGraph(copy.deepcopy(model), x).count(layer)
+    assert merging.stats()["merged"][layer] == 1
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(model(new), expected, rtol=tolerance, atol=tolerance)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6), st.floats(0.1, 4.0), st.floats(-2, 2), st.booleans(), st.booleans())
+def test_any_dependent_pair_is_found_and_folded(
+    seed: int, width: int, alpha: float, beta: float, negative: bool, damage: bool
+) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    u, v = torch.randperm(width)[:2].tolist()
+    dependent(model[0], u, v, -alpha if negative else alpha, beta)
+    x = torch.randn(40, 4, dtype=torch.float64)
+    expected = model(x)
+    made = method(model, x, layers="0", criterion="damage" if damage else "correlation", **ALWAYS)
+    made.end_epoch(lambda m: 0.0)
+    assert model[0].out_features == width - 1
+    torch.testing.assert_close(made.finalize()(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3))
+def test_constant_units_go_first(seed: int, dead: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    with torch.no_grad():
+        for unit in range(dead):
+            model[0].weight[unit] = 0
+            model[0].bias[unit] = unit - 1.0  # dead, zero, and constant at 1
+    x = torch.randn(40, 4, dtype=torch.float64)
+    expected = model(x)
+    made = method(model, x, threshold=-1.0, at_once=dead)
+    made.end_epoch(lambda m: 0.0)
+    assert model[0].out_features == 6 - dead
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_moments_are_those_of_numpy() -> None:
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.Tanh(), nn.Flatten(),
+        nn.Linear(27, 5), nn.ReLU(), nn.Linear(5, 2),
+    ).double()  # fmt: skip
+    batches = list(torch.randn(30, 36, dtype=torch.float64).split(7))
+    graph = UnitGraph(model, batches[0])
+    found = measure(graph, ["1", "3", "6"], batches)
+    x = torch.cat(batches)
+    seen = {"1": model[:3](x), "3": model[:5](x), "6": model[:8](x)}
+    for name, h in seen.items():
+        flat = h.detach().movedim(1, 0).flatten(1).numpy()
+        mean, covariance = flat.mean(1), np.cov(flat, bias=True)
+        np.testing.assert_allclose(found[name]._means[0], mean, atol=1e-12)
+        np.testing.assert_allclose(found[name]._second[0], covariance, atol=1e-12)
+        rho = np.abs(np.corrcoef(flat))
+        np.fill_diagonal(rho, -1)
+        u, v = np.unravel_index(rho.argmax(), rho.shape)
+        best = found[name].best("correlation")
+        assert best is not None
+        assert {best.unit, best.into} == {u, v}
+        assert best.into is not None
+        alpha, beta = np.polyfit(flat[best.into], flat[best.unit], 1)
+        np.testing.assert_allclose(found[name].coefficients(best)[0], (alpha, beta), atol=1e-10)
+        residual = np.mean((flat[best.unit] - alpha * flat[best.into] - beta) ** 2)
+        columns = {"1": model[3].weight, "3": model[6].weight.view(5, 3, 9).transpose(1, 2), "6": model[8].weight}[name]
+        squares = columns.detach().square().movedim(-1 if name == "3" else 1, 0).flatten(1).sum(1)
+        assert best.damage == pytest.approx(float(squares[best.unit]) * residual, rel=1e-9)
+        assert best.damage <= float(squares[best.into]) * np.mean(
+            (flat[best.into] - np.polyval(np.polyfit(flat[best.unit], flat[best.into], 1), flat[best.unit])) ** 2
+        ) * (1 + 1e-9)
+
+
+def test_between_merges_rows_are_deleted_and_nothing_else() -> None:
+    """Incremental moments after exact merges are those measured anew."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    dependent(model[0], 1, 3, 2.0, 1.0)
+    dependent(model[0], 4, 5, -1.0, 0.5)
+    x = torch.randn(50, 4, dtype=torch.float64)
+    made = method(model, x, layers="0,1")
+    moments = made._measure()
+    assert made._merge(moments)
+    assert made._merge(moments)
+    for name, fresh in made._measure().items():
+        assert torch.equal(fresh.units, moments[name].units)
+        torch.testing.assert_close(fresh._second[0], moments[name]._second[0], rtol=1e-9, atol=1e-9)
+
+
+def toy(noise: str, outputs: int, seed: int) -> float:
+    """|rho| of two linear hidden units after training on two Gaussian blobs (methods of the paper, section 3)."""
+    torch.manual_seed(seed)
+    x = torch.cat([torch.randn(50, 2) - 1, torch.randn(50, 2) + 1])
+    y = torch.cat([torch.zeros(50, 1), torch.ones(50, 1)])
+    model = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = NoiseOut(model, optimizer, data=[x], noise=noise, outputs=outputs, seed=seed)  # type: ignore[arg-type]
+    for _ in range(1500):
+        loss = nn.functional.mse_loss(model(x), y) + made.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        made.step()
+    return float(torch.corrcoef(model[0](x).detach().T)[0, 1].abs())
+
+
+def test_eight_noise_outputs_make_units_correlate_and_none_do_not() -> None:
+    with_noise = [toy(noise, 8, seed) for noise, seed in [("constant", 0), ("gaussian", 1), ("binomial", 2)]]
+    assert min(with_noise) > 0.99
+    assert np.mean([toy("none", 8, seed) for seed in range(3)]) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "variance"), [("gaussian", 0.1, 0.16), ("binomial", 0.1, 0.09), ("constant", 0.1, 0)]
+)
+def test_noise_targets(kind: Any, mean: float, variance: float) -> None:
+    y = noise_targets(kind, 5000, 8, 0.1, 0.4, seed=3, step=1, stream=1)
+    assert y.shape == (5000, 8)
+    assert float(y.mean()) == pytest.approx(mean, abs=5 * (variance / 40000) ** 0.5 + 1e-7)
+    assert float(y.var()) == pytest.approx(variance, abs=0.01)
+    again = noise_targets(kind, 5000, 8, 0.1, 0.4, seed=3, step=1, stream=1)
+    other = noise_targets(kind, 5000, 8, 0.1, 0.4, seed=3, step=2, stream=1)
+    assert torch.equal(y, again)
+    assert kind == "constant" or not torch.equal(y, other)
+
+
+def test_noise_outputs_leave_the_task_alone() -> None:
+    """The penalty's gradient reaches what is before the head, not the head; the network's output does not change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    x = torch.randn(9, 6)
+    expected = model(x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+    groups = len(optimizer.param_groups)
+    made = NoiseOut(model, optimizer, data=[x], seed=1, strength=2.0)
+    assert torch.equal(model(x), expected)
+    made.penalty()
+    model(x)
+    loss = made.penalty()
+    assert float(made.penalty()) == 0  # nothing was computed since
+    h = model[:2](x)
+    assert made._outputs is not None
+    y = noise_targets("gaussian", 9, 8, 0.1, 0.4, seed=1, step=1, stream=1 + 2**16 * 3)
+    assert made._outputs._pairs[1][1].shape == y.shape
+    by_hand = 2.0 * (made._outputs.layer(h) - made._outputs._pairs[1][1]).square().sum(1).mean()
+    assert float(loss.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-6)
+    loss.backward()
+    assert model[2].weight.grad is None
+    assert model[0].weight.grad is not None
+    assert float(model[0].weight.grad.abs().max()) > 0
+    before = made._outputs.layer.weight.detach().clone()
+    optimizer.step()
+    made.step()
+    assert not torch.equal(before, made._outputs.layer.weight)
+    assert isinstance(made._outputs.own, torch.optim.Adam)
+    assert made._outputs.own.param_groups[0]["weight_decay"] == 0.1
+    assert len(optimizer.param_groups) == groups
+
+
+def test_noise_outputs_survive_merges() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
+    dependent(model[0], 1, 3, -2.0, 0.7)
+    x = torch.randn(40, 6, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    made = NoiseOut(model, optimizer, data=[x], seed=1, threshold=-1.0, at_once=1)
+    assert made._outputs is not None
+    (model(x).sum() + made.penalty()).backward()
+    optimizer.step()
+    made.step()
+    dependent(model[0], 1, 3, -2.0, 0.7)
+    expected = made._outputs.layer(model[0](x))
+    made.end_epoch(lambda m: 0.0)
+    torch.testing.assert_close(made._outputs.layer(model[0](x)), expected, rtol=1e-9, atol=1e-9)
+    for p in made._outputs.layer.parameters():
+        assert made._outputs.own.state[p]["exp_avg"].shape == p.shape
+
+
+def test_the_last_network_that_met_the_threshold_comes_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(40, 6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    made = NoiseOut(model, optimizer, data=[x], noise="none", threshold=3.0, mode="min", seed=1)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        made.step()
+
+    def cost(m: nn.Module) -> float:
+        assert not m.training
+        assert not torch.is_grad_enabled()
+        return 8.0 - m[0].out_features  # 0 at 8 units; 3 merges may be
+
+    train()
+    made.end_epoch(cost)
+    assert model[0].out_features == 4  # the fourth broke the threshold and stays
+    assert made.stats()["parameters_met"] == 6 * 5 + 5 + 5 * 3 + 3
+    train()
+    made.end_epoch(cost)  # not met: nothing is merged
+    assert model[0].out_features == 4
+    assert made.stats()["score"] == 4.0
+    optimizer.param_groups[0]["lr"] = 0.5
+    parameters = list(model.parameters())
+    final = made.finalize()
+    assert final[0].out_features == 5
+    assert all(a is b for a, b in zip(parameters, final.parameters(), strict=True))
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in parameters)
+    assert float(optimizer.state[parameters[0]]["step"]) == 1
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    with torch.no_grad():
+        assert final(x).shape == (40, 3)
+    assert made.finalize() is final  # and again: nothing more happens
+
+
+def test_without_a_threshold_the_first_score_less_the_slack_is_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    made = method(model, torch.randn(40, 6), slack=0.25, at_once=2)
+    made.end_epoch(lambda m: 0.75)
+    assert made.stats()["threshold"] == 0.5
+    assert model[0].out_features == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise": "uniform"}, "noise must be one of 'gaussian'"),
+        ({"outputs": 0}, "outputs must be a whole number of at least 1"),
+        ({"strength": -1.0}, "strength must be a finite number of at least 0|strength must be"),
+        ({"noise": "binomial", "mean": 1.5}, "mean must be a finite number between 0 and 1"),
+        ({"mode": "least"}, "mode must be one of 'max', 'min'"),
+        ({"criterion": "l1"}, "criterion must be"),
+        ({"every": 0}, "every must be"),
+        ({"every": 5}, "give evaluate="),
+        ({"samples": 0}, "samples must be"),
+        ({"pace": 2.0}, "pace must be"),
+        ({"warmup": -1}, "warmup must be"),
+        ({"layers": "2"}, "the units of 2"),
+        ({"layers": "nothing*"}, "no layer 'nothing"),
+        ({"data": None}, "give it data="),
+        ({"data": []}, "data has no batch"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        NoiseOut(model, optimizer, **({"data": [torch.randn(3, 6)]} | options))
+
+
+def test_what_cannot_be_merged_is_left_alone_or_refused_by_name() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normed, self.norm, self.free, self.head = (
+                nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Linear(4, 3),
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.free(self.norm(self.normed(x))).relu())
+            return out
+
+    x = torch.randn(20, 6)
+    made = method(Mixed(), x, **ALWAYS)
+    assert list(made.stats()["units"]) == ["free"]
+    assert "norm is a LayerNorm" in made.stats()["refused"]["normed"]
+    with pytest.raises(ValueError, match="norm is a LayerNorm"):
+        method(Mixed(), x, layers="normed")
+    convolutional = nn.Sequential(nn.Conv1d(1, 4, 1), nn.ReLU(), nn.Conv1d(4, 2, 1))
+    with pytest.raises(ValueError, match=r"this network ends with 2 \(Conv1d\)"):
+        method(convolutional, torch.randn(4, 1, 5), noise="gaussian")
+
+
+def test_a_check_without_a_score_is_an_error() -> None:
+    made = method(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(20, 6))
+    with pytest.raises(RuntimeError, match="give end_epoch"):
+        made.end_epoch()

@@ -1,0 +1,75 @@
+"""Methods that start from a dense network, behind the command line."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import toy
+
+from rewire.train import loop
+from rewire.train.config import make_config
+from rewire.train.errors import StoppedError, TrainError
+from rewire.train.run_dir import RunDir
+
+pytest.importorskip("torch_pruning")
+
+DENSE: dict[str, Any] = {
+    "method": "noiseout", "hidden": [12, 9], "epochs": 4, "batch_size": 250, "lr": 0.01, "optimizer": "adam",
+    "threads": 1, "method_options": {"threshold": 0.0, "at_once": 2, "every": 4},
+}  # fmt: skip
+
+
+def run(folder: Path, *, resume: bool = False, stop: Any = lambda: 0, **changes: Any) -> dict[str, Any]:
+    return loop.run(make_config(DENSE | changes), toy.dataset(), RunDir(folder), resume=resume, stop=stop)
+
+
+def test_a_dense_network_gets_smaller(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    _, metrics, _ = toy.outcome(tmp_path)
+    first, last = metrics[0]["connections"], metrics[-1]["connections"]
+    assert sum(last) < sum(first) < 64 * 12 + 12 * 9 + 9 * 10
+    assert sum(metrics[1]["dropped"]) == sum(first) - sum(metrics[1]["connections"])
+    assert result["connections"] == sum(last)
+    assert result["possible_connections"] == 64 * 12 + 12 * 9 + 9 * 10
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert sum(tensors[f"{i}.weight"].numel() for i in (0, 2, 4)) == sum(last)
+
+
+@pytest.mark.parametrize("at", [3, 6, 9])
+def test_stopped_and_resumed_it_is_the_same_run(tmp_path: Path, at: int) -> None:
+    run(tmp_path / "whole")
+    calls = iter(range(10**6))
+    with contextlib.suppress(StoppedError):
+        run(tmp_path / "parts", stop=lambda: 15 if next(calls) == at else 0)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    run(tmp_path / "parts", resume=True)
+    assert toy.outcome(tmp_path / "parts") == toy.outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"density": [0.2]}, "--density: noiseout starts from a dense network"),
+        ({"connections": 100}, "--connections: noiseout starts"),
+        ({"distribution": "erk"}, "--distribution: noiseout starts"),
+        ({"init": "sparse"}, "--init: noiseout starts"),
+        ({"validation": 0}, "--validation: noiseout decides by the validation accuracy"),
+        ({"method_options": {"noise": "pink"}}, "--method noiseout: noise must be"),
+        ({"method_options": {"layers": "7"}}, "--method noiseout: the model has no layer '7'"),
+        ({"method": "halo", "density": [0.2, 0.2, 0.2]}, "--density: halo takes one number"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["differentiable", "halo", "ternary"])
+def test_the_other_dense_methods_run(tmp_path: Path, method: str) -> None:
+    result = run(tmp_path, method=method, method_options={}, epochs=1)
+    assert 0 < result["connections"] <= result["possible_connections"]
