@@ -60,7 +60,6 @@ def test_stopped_and_resumed_it_is_the_same_run(tmp_path: Path, at: int) -> None
         ({"validation": 0}, "--validation: noiseout decides by the validation accuracy"),
         ({"method_options": {"noise": "pink"}}, "--method noiseout: noise must be"),
         ({"method_options": {"layers": "7"}}, "--method noiseout: the model has no layer '7'"),
-        ({"method": "halo", "density": [0.2, 0.2, 0.2]}, "--density: halo takes one number"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

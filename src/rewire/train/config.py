@@ -151,6 +151,9 @@ def _refuse_budget(config: TrainConfig) -> None:
         "--connections": config.connections is not None,
         "--distribution": config.distribution is not None,
         "--start-density": config.start_density is not None,
+        "--fan-in": config.fan_in is not None,
+        "--fan-out": config.fan_out is not None,
+        "--block": config.block is not None,
         "--init": config.init != "dense",
     }
     for option, is_given in given.items():

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import rewire
 from rewire import _native, methods
 from rewire._version import __version__
 from rewire.data import Dataset, files
@@ -95,11 +96,12 @@ class Trainer:
             raise TrainError(f"--method {config.method}: {error}") from None
         # The base class's penalty is 0: adding it would cost two operations a step for nothing.
         self.has_penalty = type(self.method).penalty is not methods.Method.penalty
-        self.weights = list(self._connections())
+        self.weights = dict(rewire.sparse_weights(self.model))
+        self.names = list(self._connections())
         self.info = {
             "layers": [
                 {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count, "budget": budget}
-                for name, shape, count, budget in zip(self.weights, shapes, connections, budgets, strict=True)
+                for name, shape, count, budget in zip(self.names, shapes, connections, budgets, strict=True)
             ],
             "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
             "classes": list(dataset.classes),
@@ -287,7 +289,7 @@ class Trainer:
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self._counts()
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
-        change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.weights] for k in counts}
+        change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}
         connections = list(self._connections().values())
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
