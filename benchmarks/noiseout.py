@@ -49,8 +49,8 @@ class Plan:
     before: int
     after: int
     shift: int
-    lr: float = 2e-3
-    lr_end: float = 1.5e-4
+    lr: float = 4e-3
+    lr_end: float = 1e-4
     batch: int = 200
     every: int = 125
     strength: float = 0.1
@@ -59,8 +59,8 @@ class Plan:
 
 
 PLANS = {
-    "lenet-300-100": Plan(bar=3.05, before=4, after=45, shift=1),
-    "lenet-5": Plan(bar=0.95, before=0, after=40, shift=0),
+    "lenet-300-100": Plan(bar=3.05, before=3, after=60, shift=1),
+    "lenet-5": Plan(bar=0.95, before=0, after=30, shift=0, lr=2e-3),
 }
 BASE_EPOCHS = 7
 
