@@ -37,7 +37,15 @@ class Best:
 
     def add(self, scores: Tensor, keys: Tensor | None = None, first: int = 0) -> None:
         """1-D ``scores`` of ``keys`` (int64; else first, first + 1, ...). -inf is never taken."""
-        worthy = scores > (-torch.inf if self._bar is None else self._bar)
+        if self._bar is not None:
+            worthy = scores > self._bar
+        elif 0 < self.count < scores.numel() and not self._held:
+            # So many of these are at the bar or above, so whatever comes later must be above it.
+            bar = scores.kthvalue(scores.numel() - self.count + 1).values
+            worthy = (scores >= bar) & (scores > -torch.inf)
+            self._bar = bar if bool(bar > -torch.inf) else None
+        else:
+            worthy = scores > -torch.inf
         at = worthy.nonzero().flatten()
         if self.count and at.numel():
             self._scores.append(scores[at])
@@ -50,8 +58,10 @@ class Best:
         scores, keys = torch.cat(self._scores), torch.cat(self._keys)
         if scores.numel() > self.count:
             bar = scores.kthvalue(scores.numel() - self.count + 1).values
-            above, level = scores > bar, scores == bar
-            keep = above | (level & (level.cumsum(0) <= self.count - above.sum()))
+            keep = scores >= bar
+            if int(keep.sum()) > self.count:  # ties at the bar: the first stay
+                above, level = scores > bar, scores == bar
+                keep = above | (level & (level.cumsum(0) <= self.count - above.sum()))
             # Later scores have higher keys, so they must be above the bar; at the bar they come too late.
             scores, keys, self._bar = scores[keep], keys[keep], bar
         self._scores, self._keys, self._held = [scores], [keys], scores.numel()
