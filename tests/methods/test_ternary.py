@@ -222,6 +222,14 @@ def test_stage_2_cuts_to_the_density_in_multiples_of_the_thresholds() -> None:
     for mask, ratio in zip(method.masks().values(), ratios, strict=True):
         assert torch.equal(mask, ratio >= every[71])
     assert method.survivors() == 0.25
+    late = made()
+    optimizer = sgd(late)
+    last = Ternary(late, optimizer, density=0.25, push=0.0)
+    step(late, optimizer, last, 0)
+    last.end_epoch()
+    assert last.stage == 1
+    last.end_epoch(last=True)
+    assert (last.stage, last.survivors()) == (3, 0.25)
     other = made()
     kept = Ternary(other, sgd(other), threshold=0.1, density=0.25, trainable=False, prune=1)
     before = kept.connections()
@@ -231,10 +239,11 @@ def test_stage_2_cuts_to_the_density_in_multiples_of_the_thresholds() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("scale", ["mean", "one"])
-def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any) -> None:
+@pytest.mark.parametrize("prune", [1, 9])
+def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any, prune: int) -> None:
     model = made(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    method = Ternary(model, optimizer, threshold=0.4, scale=scale, prune=1, density=1.0)
+    method = Ternary(model, optimizer, threshold=0.4, scale=scale, prune=prune, density=1.0 if prune == 1 else 0.05)
     for time in range(6):
         step(model, optimizer, method, time)
         if time % 3 == 2:

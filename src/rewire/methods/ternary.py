@@ -77,7 +77,8 @@ def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bo
     memory="O(M)",
     guarantees=(
         "after finalize() every weight in scope has one magnitude",
-        "at most the given share of trained thresholds' weights exists then",
+        "at most the given share of the weights with trained thresholds is left by stage 2",
+        "finalize() changes no output",
     ),
 )
 class Ternary(Method):
@@ -105,7 +106,7 @@ class Ternary(Method):
         density: what the push aims at, and the most that stage 2 leaves, a share of the entries in scope. Not for
             thresholds that are not trained.
         prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in which the share of
-            survivors has first come down to ``density`` (it hovers there from then on).
+            survivors has first come down to ``density`` (it hovers there from then on); at the last epoch's end anyway.
         scale: "mean", the mean magnitude of a weight's survivors, or "one".
         clip: no gradient goes to dense weights of a larger magnitude.
         threshold_lr: learning rate of the thresholds, in multiples of their weight's.
@@ -234,16 +235,19 @@ class Ternary(Method):
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.stage == 1:
             due = self._reached if self.prune == "auto" else self.epochs >= self.prune
-            if due:
+            if due or last:
                 self.freeze()
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Stage 2: freeze the masks; stage 3 begins. `end_epoch` does this by itself. Cost: O(M log M) if it cuts."""
+    def freeze(self, *, cut: bool = True) -> None:
+        """Stage 2: freeze the masks, cut to ``density`` or as they are; stage 3 begins. `end_epoch` does it by itself.
+
+        Cost: O(M log M) if it cuts.
+        """
         if self.stage == 3:
             return
         masks = self.masks()
-        if self.trainable and self.survivors() > self.density:
+        if cut and self.trainable and self.survivors() > self.density:
             # As if all thresholds were raised by one factor: what stays is largest in multiples of its threshold.
             floor = torch.finfo(torch.float32).tiny
             tops = [
@@ -259,10 +263,13 @@ class Ternary(Method):
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
-        """Make the layers in scope sparse ones of plus or minus scale, let the optimizers follow, return the model."""
+        """Make the layers in scope sparse ones of plus or minus scale, let the optimizers follow, return the model.
+
+        No output changes. Where stage 2 has not been reached, what is above the thresholds stays, however much it is.
+        """
         if not self._attachment.attached:
             return self.model
-        self.freeze()
+        self.freeze(cut=False)
         super().finalize()
         for i, weight in enumerate(self.weights):
             w = weight.tensor
