@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rewire
 from rewire import data, posterior
@@ -89,12 +89,18 @@ def run(dataset: Dataset, seed: int) -> dict[str, Any]:
             name: [part.tolist() for part in posterior.reliability(p, y, 10)]
             for name, p in (("single", single), ("average", prediction.mean))
         },
-        "inputs": samples.inputs().tolist(),
+        "connections_by_input": expected_fan_out(samples).tolist(),
     }
 
 
+def expected_fan_out(samples: posterior.Posterior) -> Tensor:
+    """Connections of each input, averaged over the samples."""
+    found = samples.inclusion("0.weight")
+    return torch.zeros(LAYERS[0][0], dtype=torch.float64).index_add(0, found.cols, found.probability)
+
+
 def picture(result: dict[str, Any]) -> str:
-    """Left: accuracy against confidence, single and average. Right: in which share of the samples a pixel is used."""
+    """Left: accuracy against confidence, single and average. Right: connections of each pixel."""
     size, gap, top = 300, 90, 44
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * size + 2 * gap + 60} {size + top + 56}" '
@@ -133,13 +139,15 @@ def picture(result: dict[str, Any]) -> str:
     text(gap + size / 2, top + size + 42, "confidence")
     text(26, top + size / 2, "accuracy", more=f'transform="rotate(-90 26 {top + size / 2})"')
     left, cell = 2 * gap + size - 20, size / 28
-    for i, share in enumerate(result["inputs"]):
+    most = max(result["connections_by_input"])
+    for i, connections in enumerate(result["connections_by_input"]):
+        share = connections / most
         x, y = left + i % 28 * cell, top + i // 28 * cell
         shade = ",".join(str(round(255 + share * (dark - 255))) for dark in (16, 60, 120))
         parts.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" height="{cell:.2f}" fill="rgb({shade})"/>')
     parts.append(f'<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#888"/>')
-    text(left + size / 2, top - 16, "How often a pixel is connected", more='font-size="15"')
-    text(left + size / 2, top + size + 42, "white: in no sample; dark: in all of them")
+    text(left + size / 2, top - 16, "Connections of each pixel, averaged", more='font-size="15"')
+    text(left + size / 2, top + size + 42, f"white: 0; darkest: {most:.1f}")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -114,6 +114,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"l1": 1e-2, "noise": 0.1, "scope": "network", "allotment": "authors", "signs": "redrawn"},
         {"l1": 1e-3, "temperature": 1e-3, "scope": "neuron"},
         {"l1": 1e-3, "noise": 0.05, "every": 3},
+        {"l1": {"*": 1e-2}, "temperature": "tied", "signs": "neuron"},
+        {"l1": 1e-3, "noise": 0.05, "moments": "dense"},
     ],
     "l1": [{"l1": 0.1}, {"l1": 0.05, "drop": "epoch"}],
     "magnitude": [

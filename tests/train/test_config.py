@@ -168,6 +168,13 @@ def test_method_options_are_typed_by_the_registry() -> None:
     assert parsed == {"l1": 1e-5, "scope": "network", "every": 2}
     assert type(parsed["every"]) is int
     assert parse_method_options("static", []) == {}
+    assert parse_method_options("deep-r", ["l1=1e-5, 2e-5,0", "temperature=tied"]) == {
+        "l1": [1e-5, 2e-5, 0],
+        "temperature": "tied",
+    }
+    assert parse_method_options("deep-r", ["l1=0.*:1e-5,*:0.5"]) == {"l1": {"0.*": 1e-5, "*": 0.5}}
+    config = make_config({"method_options": {"l1": {"0.*": 1e-5, "*": 1}}})
+    assert parse_config(config.to_json(), "config.json") == config
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,8 @@ def test_method_options_are_typed_by_the_registry() -> None:
         ("=1", "write it as name=value"),
         ("nois=1", r"deep-r has no such parameter \(did you mean 'noise'\?\); allowed are .*l1"),
         ("l1=much", "--set l1=much: allowed is a number"),
+        ("l1=1e-5,much", "--set l1=1e-5,much: allowed is a number or numbers, one per layer"),
+        ("l1=*:1,2", "--set l1=\\*:1,2: allowed is a number or numbers, one per layer"),
         ("every=1.5", "--set every=1.5: allowed is a whole number"),
         ("seed=1", "--set seed: the whole run has one seed"),
     ],

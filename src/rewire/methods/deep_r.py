@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
@@ -11,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire import random, topology
+from rewire import random
 from rewire.methods.base import Method, Pool, Purpose
+from rewire.methods.dense_moments import DenseMoments
 from rewire.methods.grow import Scope, allot, random_dormant, random_in_rows
+from rewire.methods.heat import Heat
 from rewire.methods.registry import register
+from rewire.methods.settings import PerLayer, choice, per_layer
+from rewire.methods.signs import SlotSigns, neuron_signs, position_signs, signed
 from rewire.nn import Event
 from rewire.ops import langevin_step_
-from rewire.schedules import Schedule, at, checked, within
+from rewire.schedules import Schedule, at, within
 
 __all__ = ["DeepR"]
 
@@ -30,7 +33,7 @@ __all__ = ["DeepR"]
     guarantees=(
         "K exact after every step, per layer, per network or per neuron",
         "samples the posterior over networks (plain SGD, constant rate, every=1)",
-        "a position grows with one sign only (signs='fixed')",
+        "a position (signs='fixed') or the neuron it leaves (signs='neuron') has one sign",
     ),
 )
 class DeepR(Method):
@@ -47,20 +50,28 @@ class DeepR(Method):
     afresh, as in RigL and SET. Weight decay on sparse values is refused.
 
     Args:
-        l1: the prior's coefficient alpha; a float or a schedule over steps.
+        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in the model's order, or
+            a dict from glob pattern (``"conv*"``) to them.
         noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 / 2. Default 1e-5.
-        temperature: T itself instead, as in the paper. A float or a schedule over steps.
+        temperature: T itself instead, as in the paper; a float or a schedule over steps. Or "tied", T = eta l1^2 / 18
+            as in the paper's experiments: it anneals with the rate, and the noise of a step is a third of its L1.
         scope: over what the budget is kept: "layer", "network" (connections wander between layers) or "neuron" (every
             row keeps its fan-in).
         signs: which sign a grown connection gets: "fixed" (its position's, a hash of seed, row and column, as in the
-            authors' dense code) or "redrawn" (a new one each time, as in their sparse code). The connections there are
-            at construction start with the signs of their values, so a trained network keeps its function.
+            authors' dense code), "redrawn" (a new one each time, as in their sparse code) or "neuron" (Dale's law, as
+            in their spiking networks: all connections that leave a neuron, so a column of the weight or an input
+            channel of a convolution, have one sign, a hash of its number). The connections there are at construction
+            start with the signs of their values, so a trained network keeps its function; but not with "neuron", where
+            the first step gives each value the sign of its neuron.
         allotment: how scope "network" shares out new connections: "uniform" over all dormant ones of the network, or
             "authors", by the layers' initial budgets as in their code (which adds a prior on layers).
         every: optimizer steps between rewirings. The paper's 1 keeps the law; with more, connections that crossed zero
             wait at 0, without effect, for the next rewiring.
+        moments: what momentum or Adam start from on a grown connection: "cleared", or "dense", what they would be had
+            the optimizer seen the position's gradient all along, as in LSNN's code. That takes O(M) memory and the
+            dense gradient of every step (unscaled and unclipped), for SGD, Adam and AdamW.
 
-    Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot.
+    Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot (and see ``moments``).
     Guarantee: exactly K active slots after every step.
     """
 
@@ -72,32 +83,36 @@ class DeepR(Method):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        l1: float | Schedule = 1e-5,
+        l1: PerLayer = 1e-5,
         noise: float | Schedule | None = None,
-        temperature: float | Schedule | None = None,
+        temperature: float | Schedule | Literal["tied"] | None = None,
         scope: Scope = "layer",
-        signs: Literal["fixed", "redrawn"] = "fixed",
+        signs: Literal["fixed", "redrawn", "neuron"] = "fixed",
         allotment: Literal["uniform", "authors"] = "uniform",
         every: int = 1,
+        moments: Literal["cleared", "dense"] = "cleared",
         seed: int | None = None,
     ) -> None:
-        if noise is not None and temperature is not None:
-            raise ValueError("give noise= or temperature=, not both: T = lr * noise**2 / 2")
-        _one_of("scope", scope, ("layer", "network", "neuron"))
-        _one_of("signs", signs, ("fixed", "redrawn"))
-        _one_of("allotment", allotment, ("uniform", "authors"))
+        choice("scope", scope, ("layer", "network", "neuron"))
+        choice("signs", signs, ("fixed", "redrawn", "neuron"))
+        choice("allotment", allotment, ("uniform", "authors"))
+        choice("moments", moments, ("cleared", "dense"))
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of steps of at least 1, not {every}")
-        self.l1 = checked("l1", l1, 0.0)
-        self.noise = checked("noise", 1e-5 if noise is None else noise, 0.0)
-        self.temperature = None if temperature is None else checked("temperature", temperature, 0.0)
-        self.scope, self.signs, self.allotment, self.every = scope, signs, allotment, every
+        self.heat = Heat(noise, temperature)
+        self.scope, self.signs, self.allotment, self.every, self.moments = scope, signs, allotment, every, moments
+        self._dense: list[DenseMoments] = []
         super().__init__(model, optimizer, seed=seed)
+        self.l1 = per_layer("l1", l1, self.pools, 0.0)
+        if moments == "dense":
+            self._dense = [DenseMoments(pool) for pool in self.pools]
+            self._request_capture()
         if scope == "network":
             self._refuse_fixed_pools()
         self._own = False  # whether the event under way is `_regrow`'s, which sees to the signs itself
         self._shares = [float(pool.weight.connections) for pool in self.pools]
-        self._signs = [self._current_signs(pool) for pool in self.pools]
+        self._signs = SlotSigns(self.pools)
+        self._begun = [signs != "neuron"] * len(self.pools)
         self._waiting: list[Tensor] = [
             torch.empty(0, dtype=torch.int64, device=pool.weight.device) for pool in self.pools
         ]
@@ -117,16 +132,26 @@ class DeepR(Method):
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
-        l1 = within("l1", at(self.l1, self.steps), 0.0)
-        if self.temperature is None:
-            noise, temperature = within("noise", at(self.noise, self.steps), 0.0), None
-        else:
-            noise, temperature = 0.0, within("temperature", at(self.temperature, self.steps), 0.0)
         for pool in pools:
-            std = pool.lr * noise if temperature is None else math.sqrt(2 * pool.lr * temperature)
-            self._diffuse(pool, pool.lr * l1, std)
+            if self._dense and self._dense[pool.number].wanted:
+                self._dense[pool.number].update()
+            if not self._begun[pool.number]:
+                self._obey(pool)
+            l1 = within("l1", at(self.l1[pool.number], self.steps), 0.0)
+            self._diffuse(pool, pool.lr * l1, self.heat.std(pool.lr, l1, self.steps))
         if self.steps % self.every == 0:
             self._rewire()
+
+    def _wants_capture(self, step: int) -> bool:
+        return any(dense.wanted for dense in self._dense)
+
+    def _obey(self, pool: Pool) -> None:
+        """Give every connection the sign of the neuron it leaves; its magnitude stays."""
+        weight = pool.weight
+        signs = neuron_signs(pool, weight.cols.clamp(min=0), self.seed)
+        weight.values.copy_(signed(weight.values.abs(), signs))
+        self._signs[pool.number] = signs
+        self._begun[pool.number] = True
 
     def _diffuse(self, pool: Pool, shrink: float, std: float) -> None:
         """Noise, L1 and the sign test; what crossed zero waits."""
@@ -165,7 +190,7 @@ class DeepR(Method):
         self.updates += 1
 
     def _replace(self, pool: Pool, slots: Tensor, count: int) -> None:
-        if self.scope == "layer" and pool.weight.limits is None:
+        if self.scope == "layer" and self.signs != "neuron" and pool.weight.limits is None:
             self._regrow(pool, slots)
             return
         if self.scope == "neuron":
@@ -173,13 +198,15 @@ class DeepR(Method):
         else:
             rows, cols = random_dormant(pool, slots, count, self.seed, self.steps)
         if self.signs == "fixed":
-            sign = topology.position_signs(rows, cols, self.seed, pool.stream(Purpose.SIGN))
+            sign = position_signs(pool, rows, cols, self.seed)
+        elif self.signs == "neuron":
+            sign = neuron_signs(pool, cols, self.seed)
         else:
             counter = torch.arange(count, device=rows.device)
             sign = 1 - 2 * (random.bits(self.seed, self.steps, pool.stream(Purpose.REDRAW), counter) & 1)
         # The sign of a connection at zero is the sign bit of its zero, so that it is saved with the value.
-        value = torch.copysign(torch.zeros((), device=rows.device), sign).to(pool.weight.dtype)
-        self._exchange(pool, slots, rows, cols, value)
+        value = signed(torch.zeros((), device=rows.device), sign).to(pool.weight.dtype)
+        self._began(pool, self._exchange(pool, slots, rows, cols, value))
 
     def _regrow(self, pool: Pool, slots: Tensor) -> None:
         """As `_replace` where every pool keeps its budget; in one pass."""
@@ -199,26 +226,22 @@ class DeepR(Method):
             self._own = False
         self._dropped[pool.name] += slots.numel()
         self._grown[pool.name] += slots.numel()
+        self._began(pool, slots)
+
+    def _began(self, pool: Pool, slots: Tensor) -> None:
+        """New connections are in ``slots``."""
+        if self._dense:
+            self._dense[pool.number].give(slots)
 
     # --- signs ------------------------------------------------------------------------------------------------------
-
-    def _current_signs(self, pool: Pool, slots: Tensor | None = None) -> Tensor:
-        """Signs (int8) of all slots, or of ``slots``: the sign bits of their values."""
-        values = pool.weight.values.detach()
-        return 1 - 2 * torch.signbit(values if slots is None else values[slots]).to(torch.int8)
 
     def _changed(self, number: int, event: Event) -> None:
         if self._own:
             return
-        pool = self.pools[number]
-        waiting = self._waiting[number]
+        self._signs.changed(number, event)
         if event.loaded:
-            self._signs[number] = self._current_signs(pool)
             return
-        if event.source is not None:  # between optimizer and method a value may be across zero: carry, do not derive
-            moved = self._signs[number][event.source.clamp(min=0)]
-            self._signs[number] = torch.where(event.source >= 0, moved, torch.ones_like(moved))
-        self._signs[number][event.slots] = self._current_signs(pool, event.slots)
+        waiting = self._waiting[number]
         if waiting.numel():
             if event.source is not None:
                 waiting = torch.isin(event.source, waiting).nonzero().flatten()
@@ -229,27 +252,34 @@ class DeepR(Method):
         return {"layer": self.keeps_limits, "neuron": ("fan-in",), "network": ()}[self.scope]
 
     def _settings(self) -> dict[str, Any]:
-        return {"scope": self.scope, "signs": self.signs, "allotment": self.allotment, "every": self.every}
+        names = ("scope", "signs", "allotment", "every", "moments")
+        return {name: getattr(self, name) for name in names}
 
     def _state(self) -> dict[str, Any]:
         return {
             "shares": list(self._shares),
             "waiting": {p.name: w.clone() for p, w in zip(self.pools, self._waiting, strict=True)},
+            "begun": list(self._begun),
+            "moments": {
+                p.name: {k: v.clone() for k, v in dense.kept.items()}
+                for p, dense in zip(self.pools, self._dense, strict=False)
+            },
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         shares = [float(s) for s in state["shares"]]
         waiting = [state["waiting"][p.name].to(p.weight.device, copy=True) for p in self.pools]
-        self._shares, self._waiting = shares, waiting
-        self._signs = [self._current_signs(pool) for pool in self.pools]
+        begun = [bool(b) for b in state["begun"]]
+        kept = [
+            {k: state["moments"][d.name][k].to(v, copy=True).view_as(v) for k, v in d.kept.items()} for d in self._dense
+        ]
+        self._shares, self._waiting, self._begun = shares, waiting, begun
+        for dense, theirs in zip(self._dense, kept, strict=True):
+            dense.kept = theirs
+        self._signs.read()
 
 
 def _tell(method: weakref.ref[DeepR], number: int, event: Event) -> None:
     here = method()
     if here is not None:
         here._changed(number, event)
-
-
-def _one_of(name: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")

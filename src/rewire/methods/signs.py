@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from rewire import topology
 from rewire.methods.base import Pool, Purpose
 from rewire.nn import Event
 
-__all__ = ["SlotSigns", "current_signs", "position_signs", "signed"]
+__all__ = ["SlotSigns", "current_signs", "neuron_signs", "position_signs", "signed"]
 
 
 def current_signs(pool: Pool, slots: Tensor | None = None) -> Tensor:
@@ -24,6 +25,15 @@ def current_signs(pool: Pool, slots: Tensor | None = None) -> Tensor:
 def position_signs(pool: Pool, rows: Tensor, cols: Tensor, seed: int) -> Tensor:
     """The sign (int8) that each position of the pool has for good under ``seed``."""
     return topology.position_signs(rows, cols, seed, pool.stream(Purpose.SIGN))
+
+
+def neuron_signs(pool: Pool, cols: Tensor, seed: int) -> Tensor:
+    """The sign (int8) of the neuron that each connection of these columns leaves, under ``seed``.
+
+    A neuron is a column; of a convolution an input channel, whose kernel has many columns.
+    """
+    neuron = cols.long() // math.prod(pool.weight.shape[2:])
+    return topology.position_signs(torch.zeros_like(neuron), neuron, seed, pool.stream(Purpose.SIGN))
 
 
 def signed(theta: Tensor, sign: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 # What may differ when a run is resumed: where the data lie and how often to save decide no number.
 FREE_ON_RESUME = frozenset({"data_dir", "mirror", "checkpoint_every"})
 
-MethodOption = bool | int | float | str | None
+MethodOption = bool | int | float | str | list[int | float] | dict[str, int | float] | None
 Size = Annotated[int, Field(gt=0, lt=2**40)]  # beyond that torch cannot count the elements of a weight
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

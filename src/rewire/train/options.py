@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from rewire import methods
@@ -61,12 +61,41 @@ def _convert(name: str, text: str, annotation: Any) -> MethodOption:
     for kind in kinds:
         if get_origin(kind) is Literal and text in get_args(kind):
             return text
+    several = _several(text, {get_origin(kind) for kind in kinds})
+    if several is not None:
+        return several
     if str in kinds or typing.Any in kinds:
         return text
-    raise TrainError(f"--set {name}={text}: allowed is {' or '.join(dict.fromkeys(map(_shown, kinds)))}")
+    typed = [kind for kind in kinds if get_origin(kind) is not Callable]  # a schedule cannot be typed
+    raise TrainError(f"--set {name}={text}: allowed is {' or '.join(dict.fromkeys(map(_shown, typed)))}")
+
+
+def _several(text: str, kinds: set[Any]) -> list[int | float] | dict[str, int | float] | None:
+    """Numbers per layer: "1e-5,1e-6" where a sequence is taken, "conv*:1e-5,fc*:1e-6" where a mapping is."""
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if Sequence in kinds and len(parts) > 1 and ":" not in text:
+            return [_number(part) for part in parts]
+        if Mapping in kinds and all(":" in part for part in parts):
+            pairs = (part.rpartition(":") for part in parts)
+            return {pattern.strip(): _number(number) for pattern, _, number in pairs}
+    except ValueError:
+        pass
+    return None
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def _shown(kind: Any) -> str:
+    if get_origin(kind) is Sequence:
+        return "numbers, one per layer (1e-5,1e-6)"
+    if get_origin(kind) is Mapping:
+        return "numbers by pattern of names (conv*:1e-5,fc*:1e-6)"
     names = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
