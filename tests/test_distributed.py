@@ -207,6 +207,28 @@ def growth_by_gradients_is_that_of_one_process() -> None:
         assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
 
 
+def methods_by_gradient_and_magnitude_agree() -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "top-kast": {"every": 5},
+        "snip": {"connections": [60, 30], "batches": 2},
+        "one-shot": {"connections": [60, 30], "after": 7, "unit": "step"},
+    }
+    for name, options in settings.items():
+        torch.manual_seed(100 + dist.get_rank())
+        plain = prepare(model())
+        ddp = DistributedDataParallel(plain)
+        optimizer = optim.SGD(plain.parameters(), lr=0.2, momentum=0.5)
+        method = rewire.methods.create(name, plain, optimizer, **options)
+        before = [w.fingerprint() for _, w in sparse_weights(plain)]
+        train(ddp, optimizer, method, 20)
+        assert [w.fingerprint() for _, w in sparse_weights(plain)] != before
+        assert [w.capacity for _, w in sparse_weights(plain)] == [150, 60]  # DDP's buckets stay as they are
+        state = {k: v.tolist() for k, v in plain.state_dict().items() if "running" not in k and "num_batches" not in k}
+        assert same_everywhere(state), name
+        own = method.state_dict()["own"]
+        assert name != "top-kast" or same_everywhere({k: v.tolist() for k, v in own["theta"].items()})
+
+
 def a_seed_can_be_given() -> None:
     *_, method = start(seed=41 if dist.get_rank() == 0 else 42)
     assert method.seed == 41
@@ -275,6 +297,7 @@ SCENES: list[Callable[[], None]] = [
     agree_where_budget_moves_between_layers,
     agree_where_fan_in_is_kept,
     every_layer_type_trains,
+    methods_by_gradient_and_magnitude_agree,
     a_seed_can_be_given,
     a_one_sided_rewire_is_found,
     similarities_are_those_of_all_ranks_data,

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import random, topology
+from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Method, Pool, Purpose
 from rewire.methods.registry import register
 from rewire.nn import Event
@@ -196,10 +196,7 @@ class _Exploring:
             )
         index, probes = self._planned()
         n = self.at.numel() + probes.numel()
-        found = torch.stack([pair.at(index, n) for pair in weight.capture]).sum(0)
-        if weight.shared_seed is not None and dist.is_initialized():
-            dist.all_reduce(found)
-            found /= dist.get_world_size()
+        found = sum_over_ranks(weight, torch.stack([pair.at(index, n) for pair in weight.capture]).sum(0))
         gradient, probed = found[: self.at.numel()], found[self.at.numel() :]
         scale, size = 1.0, float(probed @ probed)
         if weight.values.grad is not None and size > 0:
