@@ -19,7 +19,11 @@ from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 BASE = Limits(fan_in=6, fan_out=9, block=(4, 4, 7))
 #: Methods that claim limits and take a model of pools: from the registry, so that a new one is tested too.
 CLAIMING = [n for n in methods.available() if methods.info(n).limits and not methods.info(n).cls.starts_dense]
-STRONG: dict[str, dict[str, Any]] = {"deep-r": {"l1": 0.01, "noise": 0.1}, "set": {"every": 1, "fraction": 0.5}}
+STRONG: dict[str, dict[str, Any]] = {
+    "deep-r": {"l1": 0.01, "noise": 0.1},
+    "set": {"every": 1, "fraction": 0.5},
+    "rigl": {"every": 1, "fraction": 0.5, "candidates": None},
+}
 
 
 def within(weight: SparseWeight, limits: Limits) -> bool:
@@ -68,7 +72,7 @@ def test_every_method_that_claims_limits_keeps_them(name: str) -> None:
 
 
 @given(
-    st.sampled_from(["set", "deep-r"]),
+    st.sampled_from(["set", "deep-r", "rigl"]),
     st.none() | st.integers(1, 12),
     st.none() | st.integers(1, 16),
     st.none() | st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8)),
@@ -99,6 +103,41 @@ def test_limits_hold_after_every_step(
         for (_, weight), n in zip(sparse_weights(model), k, strict=True):
             assert weight.connections == n
             assert within(weight, limits)
+
+
+def test_growth_by_gradient_takes_the_largest_that_fit() -> None:
+    """RigL's exact choice under limits, against a loop over the dense gradient."""
+    g = torch.Generator().manual_seed(0)
+    limits = Limits(fan_in=4, fan_out=8)
+    layer = SparseLinear(12, 8, False, connections=25, limits=limits, generator=g, dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    method = Rewirer(layer, optimizer, drop=drop.Magnitude(), grow=grow.Gradient(None), fraction=0.3, every=1)
+    x, y = torch.randn(16, 12, generator=g, dtype=torch.float64), torch.randn(16, 8, generator=g, dtype=torch.float64)
+    dense = layer.weight.to_dense().detach().requires_grad_()
+    (x @ dense.T - y).square().mean().backward()
+    assert dense.grad is not None
+    optimizer.zero_grad()
+    (layer(x) - y).square().mean().backward()
+    optimizer.step()
+    rows, cols, values = layer.weight.coo()
+    kept = torch.sort(values.detach().abs(), stable=True).indices[int(0.3 * 25) :]
+    chosen = {(int(rows[i]), int(cols[i])) for i in kept}
+    for key in torch.sort(dense.grad.abs().flatten(), descending=True, stable=True).indices.tolist():
+        r, c = divmod(key, 12)
+        fits = sum(a == r for a, _ in chosen) < 4 and sum(b == c for _, b in chosen) < 8
+        if (r, c) not in chosen and fits and len(chosen) < 25:
+            chosen.add((r, c))
+    method.step()
+    rows, cols, _ = layer.weight.coo()
+    assert set(zip(rows.tolist(), cols.tolist(), strict=True)) == chosen
+
+
+def test_a_budget_that_moves_keeps_no_limits() -> None:
+    model = SparseLinear(12, 16, connections=40, limits=BASE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for name in ("dsr", "mest"):
+        with pytest.raises(ValueError, match="does not keep a limit on fan-in and fan-out and block"):
+            methods.create(name, model, optimizer, **SETTINGS.get(name, [{}])[0])
 
 
 def test_what_a_method_does_not_keep_is_refused() -> None:

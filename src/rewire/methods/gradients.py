@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Pool, Purpose
-from rewire.methods.sampling import random_dormant, uniform
+from rewire.methods.sampling import fitting, random_dormant, uniform
 from rewire.methods.topk import Best, gradient_block, top
 from rewire.nn import Candidates
 
@@ -29,6 +29,9 @@ __all__ = ["CandidateCount", "best", "best_candidates", "checked_candidates", "f
 
 #: None: exact. A number: sampled, so many. "auto": see `sampled`.
 CandidateCount: TypeAlias = int | Literal["auto"] | None
+
+#: Positions ranked per connection to grow where limits may refuse some.
+RANKED = 4
 
 #: "auto" is exact for weights of up to so many positions, whatever their density ...
 SMALL = 1 << 20
@@ -96,9 +99,13 @@ def best(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple
     """
     weight = pool.weight
     if weight.candidates is None:
-        block = gradient_block(pool)
-        rows, cols, _ = top(lambda start, stop: block(start, stop).abs_(), pool, dropped, count)
-        return rows, cols
+        block, room = gradient_block(pool), weight.size - weight.connections + dropped.numel()
+        many = count if weight.limits is None else min(RANKED * count, room)
+        rows, cols, scores = top(lambda start, stop: block(start, stop).abs_(), pool, dropped, many)
+        if weight.limits is None:
+            return rows, cols
+        order = torch.sort(scores, descending=True, stable=True).indices.to(rows.device)
+        return fitting(pool, dropped, (rows[order], cols[order]), count, seed, step)
     own, new = weight.candidates.gradients()
     both = sum_over_ranks(weight, torch.cat([own[dropped], new]))
     return best_candidates(pool, dropped, both, count, seed, step)
@@ -118,6 +125,9 @@ def best_candidates(
         ]
     )
     keys, order = torch.sort(keys)
+    if weight.limits is not None:
+        best = torch.sort(torch.nan_to_num(scores[order].abs(), nan=0.0), descending=True, stable=True).indices
+        return fitting(pool, dropped, (keys[best] // n_cols, keys[best] % n_cols), count, seed, step)
     chosen = strongest(keys, scores[order].abs(), count)
     return fill(pool, dropped, chosen, count, seed, step)
 

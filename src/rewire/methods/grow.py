@@ -121,7 +121,11 @@ class Gradient:
     Args:
         candidates: None: of all positions, exactly. A number: of so many uniformly random ones, and of what is dropped.
             "auto": exact where it is affordable, see `rewire.methods.gradients.sampled`.
+
+    Under limits (`rewire.budget.Limits`) the first that fit of the largest few times as many, then random ones.
     """
+
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     candidates: gradients.CandidateCount = "auto"
     needs: ClassVar[str] = "gradients"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class ITOP(Rewirer):
 
     Cost per update: O(M samples) (gradient, exact) or O(K log K), and O(positions ever active).
     """
+
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(
         self,

@@ -98,7 +98,11 @@ class Rewirer(Method):
             self._ask_again_after_changes()
 
     def _limits_kept(self) -> tuple[str, ...]:
-        return tuple(getattr(self.grow, "keeps_limits", ()))
+        # Where a budget moves, a layer may be asked for more than fits; a subclass has to claim what it keeps.
+        if self.share is not None:
+            return ()
+        kept: tuple[str, ...] = tuple(getattr(self.grow, "keeps_limits", ()))
+        return kept if type(self) is Rewirer else tuple(kind for kind in kept if kind in self.keeps_limits)
 
     def _settings(self) -> dict[str, Any]:
         return {"every": self.every, "until": self.until}

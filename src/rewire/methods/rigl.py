@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -68,6 +68,8 @@ class RigL(Rewirer):
 
     Cost: exact O(M samples) time per update and O(K) memory besides the step's activations; sampled O(K samples).
     """
+
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(
         self,
