@@ -7,7 +7,16 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(wildcard src/rewire/ops/cpu/*.cpp src/rewire/ops/cpu/*.h src/rewire/ops/cpu/*.inc)
 
-.PHONY: install demo test lint types layers pytest build clean
+ASAN := build/asan
+# Python and torch are not instrumented: their memory goes through the sanitizer's allocator by preloading it, with the
+# C++ library beside it so that exceptions are found; what they never free at exit is not looked at.
+ASAN_ENVIRONMENT = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/lib
+# The tests of native code, which start the lower instruction sets themselves; none of what the compilers make of it.
+ASAN_TESTS = tests/ops tests/nn/test_conv.py tests/nn/test_pool.py tests/test_topology.py tests/test_random.py \
+  -k 'not compile and not export and not distributed'
+
+.PHONY: install demo test lint types layers pytest asan build clean
 
 install: $(VENV)/installed
 
@@ -37,6 +46,13 @@ layers: install
 
 pytest: install
 	$(BIN)/python -m pytest -n 2
+
+# The native library with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own, and the kernels' tests.
+asan: install
+	mkdir -p $(ASAN)
+	REWIRE_SANITIZE=1 $(BIN)/python setup.py -q build --build-temp $(ASAN)/objects --build-lib $(ASAN)/lib \
+	  >$(ASAN)/log 2>&1 || { cat $(ASAN)/log; exit 1; }
+	$(ASAN_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 $(ASAN_TESTS)
 
 build: install
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -17,6 +17,12 @@ FOLDER = Path("src/rewire/ops/cpu")
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 # Contraction makes fused multiply-adds; vectors are passed between inlined functions only, hence no psabi notes.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
+# What `make asan` builds with (REWIRE_SANITIZE=1): the tests then stop at the first bad access or undefined operation.
+# (Left out is what AddressSanitizer sees by itself; it takes half the time of the build.)
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-recover=undefined"]
+SANITIZE = os.environ.get("REWIRE_SANITIZE", "0") not in ("", "0")
+if SANITIZE:
+    FLAGS += [*SANITIZERS, "-fno-omit-frame-pointer", "-O1", "-g1"]
 
 
 def warn(reason):
@@ -45,6 +51,8 @@ def native():
             try:
                 super().build_extensions()
             except Exception as error:
+                if SANITIZE:
+                    raise
                 warn(f"they could not be compiled ({error})")
 
     extension = CppExtension(
@@ -53,8 +61,9 @@ def native():
         depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in FOLDER.glob(pattern)),
         define_macros=DEFINES,
         extra_compile_args=[] if platform.system() == "Windows" else FLAGS,
+        extra_link_args=SANITIZERS if SANITIZE else [],
         py_limited_api=True,
-        optional=True,
+        optional=not SANITIZE,
     )
     return {
         "ext_modules": [extension],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
+from rewire import ops
 from rewire.nn import SparseLinear, param_groups
 
 DTYPES = [torch.float32, torch.float64]
@@ -318,6 +319,8 @@ def test_autocast(twin: Any) -> None:
         again = layer(y[:, :20])  # narrowed activations come in as well
     assert y.dtype == expected.dtype == again.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+    own = ops.sparse_linear(x.bfloat16(), layer.weight.values, layer.bias, layer.weight.index)
+    assert torch.equal(y, own)  # the activations have 16 bits, not only the result
     y.float().pow(2).sum().backward()
     expected.float().pow(2).sum().backward()
     assert layer.weight.values.grad.dtype == torch.float32

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rewire.topology import Index
@@ -106,3 +111,41 @@ LAYOUTS = (
     "expanded features",
     "expanded both",
 )
+
+BATCHES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 100, 127, 128, 129, 257, 1000)
+
+
+@st.composite
+def problems(draw):
+    n_rows, n_cols = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    share = draw(st.sampled_from((0.0, 0.02, 0.1, 0.5, 1.0)))
+    return problem(
+        n_rows,
+        n_cols,
+        round(share * n_rows * n_cols),
+        spare=draw(st.sampled_from((0, 0, 1, 9))),
+        seed=draw(st.integers(0, 999)),
+        dtype=draw(st.sampled_from((torch.float32, torch.float64))),
+        index_dtype=draw(st.sampled_from((torch.int32, torch.int64))),
+        skewed=draw(st.booleans()),
+    )
+
+
+def close(y, expected, tolerance=1e-2):
+    """Relative error of the whole result, and of each number beside the largest."""
+    assert y.shape == expected.shape
+    error = y.double() - expected
+    assert error.norm() <= tolerance * expected.norm()
+    if expected.numel():
+        assert error.abs().max() <= tolerance * expected.abs().max()
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))  # the rewire of this process, wherever it is
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
 from rewire.nn.layer import autocast_dtype
-from rewire.nn.linear import SparseLinear, product
+from rewire.nn.linear import SparseLinear, input_dtype, product
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["SparseMultiheadAttention"]
@@ -253,8 +253,9 @@ class SparseMultiheadAttention(nn.Module):
 
 
 def _dtype(x: Tensor, weight: SparseWeight) -> torch.dtype:
-    """Of a product's input: under autocast the weight's, else its own (which must then be the same)."""
-    return x.dtype if autocast_dtype(x, weight) is None else weight.dtype
+    """Of a product's input: under autocast what it says, else its own (which must then be the weight's)."""
+    narrow = autocast_dtype(x, weight)
+    return x.dtype if narrow is None else input_dtype(weight, narrow)
 
 
 def _additive(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:

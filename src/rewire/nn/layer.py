@@ -77,7 +77,11 @@ class SparseLayer(nn.Module):
         if narrow is None:
             return self._product(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self._product(x.to(self.weight.dtype)).to(narrow)
+            return self._product(x.to(self._input_dtype(narrow))).to(narrow)
+
+    def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
+        """What x is converted to under autocast, whose dtype is ``narrow``."""
+        return self.weight.dtype
 
     @abstractmethod
     def _product(self, x: Tensor) -> Tensor:

@@ -10,18 +10,23 @@ from rewire.budget import Limits
 from rewire.nn.layer import SparseLayer, autocast_dtype
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["SparseLinear", "product"]
+__all__ = ["SparseLinear", "input_dtype", "product"]
+
+
+def input_dtype(weight: SparseWeight, narrow: torch.dtype) -> torch.dtype:
+    """What autocast, whose dtype is ``narrow``, converts the input of a product with ``weight`` to."""
+    return narrow if weight.dtype == torch.float32 and narrow in ops.NARROW else weight.dtype
 
 
 def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False) -> Tensor:
     """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also under autocast.
 
-    Autocast narrows the result; values and sums stay in the weight's own dtype. See `rewire.ops.sparse_linear`.
+    Autocast narrows x and the result; values and sums stay in the weight's own dtype. See `rewire.ops.sparse_linear`.
     """
     narrow = autocast_dtype(x, weight)
     if narrow is not None:
         with torch.autocast(x.device.type, enabled=False):
-            return product(x.to(weight.dtype), weight, bias, contiguous_output).to(narrow)
+            return product(x.to(input_dtype(weight, narrow)), weight, bias, contiguous_output).to(narrow)
     values, index = weight.operand()
     return ops.sparse_linear(x, values, bias, index, weight.capture, contiguous_output)
 
@@ -41,7 +46,7 @@ class SparseLinear(SparseLayer):
     Shapes: input (..., in_features) with any strides, output (..., out_features). Values start as those of
     `torch.nn.Linear`, U(-b, b) with b = 1 / sqrt(in_features); see `reset_parameters` for larger ones.
 
-    Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
+    Under autocast activations and their gradients have autocast's dtype; values and sums stay in the weight's own.
 
     Cost: O(K batch) time in each of the three products, O(K + in + out) memory besides activations.
     """
@@ -96,6 +101,9 @@ class SparseLinear(SparseLayer):
         weight = self.weight
         values, index = weight.operand()
         return ops.sparse_linear(x, values, self.bias, index, weight.capture, self.contiguous_output)
+
+    def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
+        return input_dtype(self.weight, narrow)
 
     def extra_repr(self) -> str:
         return (

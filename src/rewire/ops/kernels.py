@@ -1,7 +1,8 @@
 """Chooses between the native kernels and the reference, and tells the compiler what the native ones return.
 
 Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W x``, by
-column for the input gradient; ``x`` is (batch, features) with any strides.
+column for the input gradient; ``x`` is (batch, features) with any strides. Where x has 16 bits a number, values and
+bias may be float32 as well; sums are float32 anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rewire.ops import reference
 __all__ = ["batch_major", "feature_major", "sddmm", "spmm"]
 
 _NATIVE = _native.available("spmm")
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _operator(name: str) -> Callable[..., Tensor] | None:
@@ -44,7 +45,8 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
     """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r; else zero.
 
-    ``g`` is (batch, rows), out is (capacity,). Raises RuntimeError on a bad index. O(K batch) time.
+    ``g`` is (batch, rows), out is (capacity,), float32 for g and x of 16 bits. Raises RuntimeError on a
+    bad index. O(K batch) time.
     """
     if _SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SDDMM(ptr, idx, slots, capacity, g, x)
@@ -81,7 +83,7 @@ if _NATIVE:
 
     @_fake("sddmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
-        return x.new_empty((capacity,))
+        return x.new_empty((capacity,), dtype=reference.sum_dtype(x.dtype))
 
     @_fake("feature_major")
     def _(x: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from rewire.ops.pairs import Capture, Pair
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
-__all__ = ["sparse_linear"]
+__all__ = ["NARROW", "sparse_linear"]
+
+#: Dtypes of 16 bits that the products take; they are computed with as float32.
+NARROW = (torch.bfloat16, torch.float16)
 
 #: What backward hands back for the arguments of `_Linear` behind x, values and bias.
 _NO_GRADIENTS = (None,) * 8
@@ -96,10 +99,12 @@ class _Linear(torch.autograd.Function):
         elif not _small(g):
             g = _in_runs(g)
         if ctx.capture is not None:
-            ctx.capture.append(Pair(_in_runs(x.detach()), _in_runs(g.detach())))
+            ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
         grad_x = _plus(spmm(col_ptr, col_rows, col_slots, values, g), grad_runs) if need_x else None
         grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x) if need_values else None
-        grad_bias = g.sum(0) if need_bias else None
+        if grad_values is not None and grad_values.dtype != values.dtype:
+            grad_values = grad_values.to(values.dtype)
+        grad_bias = g.sum(0, dtype=values.dtype) if need_bias else None
         return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
 
 
@@ -125,13 +130,14 @@ def _differentiable_backward(ctx: Any, g: Tensor, grad_runs: Tensor | None) -> t
     x, values, *lists = ctx.saved_tensors
     by_row, by_col = lists[:3], lists[3:]
     if ctx.capture is not None:
-        ctx.capture.append(Pair(_in_runs(x.detach()), _in_runs(g.detach())))
+        ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     grad_x = _plus(_apply(g, values, None, by_col + by_row), grad_runs) if need_x else None
     grad_values = None
     if need_values:
         grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col)  # type: ignore[no-untyped-call]
-    grad_bias = g.sum(0) if need_bias else None
+        grad_values = grad_values.to(values.dtype)
+    grad_bias = g.sum(0, dtype=values.dtype) if need_bias else None
     return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
 
 
@@ -147,11 +153,13 @@ def sparse_linear(
 
     ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its strides are
     (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary ones with
-    ``contiguous_output``. If ``capture`` is a list, backward appends to it a `Pair` of x and the
-    gradient of the output, both (batch, features) with the batch contiguous. Differentiable to any order. O(K batch)
-    time; beyond the result, keeps x for backward, as a copy unless its batch is contiguous already.
+    ``contiguous_output``. Activations of 16 bits (`NARROW`) may go with float32 values: sums are float32, results and
+    gradients of activations of 16 bits, that of the values float32. If ``capture`` is a list, backward appends to it a
+    `Pair` of x and the gradient of the output, both (batch, features) in the values' dtype with the batch contiguous.
+    Differentiable to any order. O(K batch) time; beyond the result, keeps x for backward, as a copy unless its batch
+    is contiguous already.
     """
-    if x.dtype != values.dtype:
+    if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(
             f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both agree"
         )

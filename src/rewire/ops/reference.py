@@ -10,12 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batch_major", "feature_major", "sddmm", "spmm"]
+__all__ = ["batch_major", "feature_major", "sddmm", "spmm", "sum_dtype"]
 
 #: Elements of the largest temporary: connections in a block times the batch size.
 _BLOCK_ELEMENTS = 1 << 22
 #: A block count is part of a compiled graph, so it is kept small.
 _MAX_BLOCKS = 256
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of numbers of ``dtype`` are summed in: float32 for those of 16 bits, else ``dtype``."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def feature_major(x: Tensor) -> Tensor:
@@ -48,8 +53,12 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
     _check_lists(ptr, idx, slots)
     if x.dim() != 2 or values.dim() != 1:
         raise RuntimeError("spmm: x must have two dimensions and values one")
-    if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise RuntimeError("spmm: values, bias and x must have one dtype")
+    sums = sum_dtype(x.dtype)
+    if any(t is not None and t.dtype not in (x.dtype, sums) for t in (values, bias)):
+        raise RuntimeError("spmm: values, bias and x must have one dtype, or float32 and one of 16 bits")
+    if sums != x.dtype:
+        wide = spmm(ptr, idx, slots, values.to(sums), x.to(sums), None if bias is None else bias.to(sums))
+        return wide.to(x.dtype)
     rows = ptr.shape[0] - 1
     if bias is not None and bias.shape != (rows,):
         raise RuntimeError("spmm: bias must have one entry per row")
@@ -76,6 +85,8 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
         raise RuntimeError("sddmm: g must be (batch, rows) and x (batch, features)")
     if g.dtype != x.dtype:
         raise RuntimeError("sddmm: g and x must have one dtype")
+    sums = sum_dtype(x.dtype)
+    g, x = g.to(sums), x.to(sums)
     out = x.new_zeros(capacity)
     length = idx.shape[0]
     if g.shape[1] and length and x.shape[1]:

@@ -21,14 +21,24 @@ struct List {
   int64_t length;
 };
 
+// A part of the product's columns, so that the runs of x it reads stay in the cache. A row goes on where the tile before
+// stopped, up to the first column of the next tile; the last tile takes whatever is left, in order or not.
+struct Tile {
+  int64_t* next;  // by row: the connection to go on with
+  int64_t end;    // first column of the next tile
+  bool first, last;
+};
+
+// Sums, values and bias have the accumulator's type: float32 for x of 16 bits, else that of x.
+
 // y[r, b] = bias[r] + sum of values[slot] * x[c, b]; the batch is contiguous.
 struct SpmmArgs {
   List list;
   const void* values;
   const void* bias;  // may be null
   const void* x;     // (features, batch), features x_step elements apart
-  void* y;           // (rows, batch), rows batch elements apart
-  int64_t capacity, features, x_step, batch;
+  void* y;           // (rows, batch), rows y_step elements apart
+  int64_t capacity, features, x_step, y_step;
 };
 
 // out[slot] (+)= sum over b of g[r, b] * x[c, b].
@@ -38,6 +48,12 @@ struct SddmmArgs {
   const void* x;  // (features, batch), features x_step elements apart
   void* out;      // capacity
   int64_t capacity, features, g_step, x_step;
+};
+
+// Rows [row0, row1) and batch columns [b0, b0 + width) of a product; without a tile all connections of the rows.
+struct Part {
+  int64_t row0, row1, b0, width;
+  const Tile* tile;
 };
 
 // dst[r, c] = src[r * row_step + c * col_step], dst contiguous with `cols` columns.
@@ -79,16 +95,19 @@ struct ConvCopy {
   int64_t rows, batch, step;
 };
 
-constexpr int kFloat32 = 0, kFloat64 = 1, kInt32 = 0, kInt64 = 1;
+constexpr int kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 0, kInt64 = 1;
 constexpr int kVectorsPerBlock = 8;  // accumulators held in registers by one pass over a row
 
 struct Kernels {
   const char* name;
-  int lanes[2];  // of the widest vector, by element type
-  // Rows [row0, row1), batch columns [b0, b0 + width). First index: element type, second: index type.
-  Status (*spmm[2][2])(const SpmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width);
-  Status (*sddmm[2][2])(const SddmmArgs&, int64_t row0, int64_t row1, int64_t b0, int64_t width, bool add);
-  void (*copy[2])(const CopyArgs&, int64_t row0, int64_t row1);
+  int lanes[4];  // accumulators in the widest vector, by element type
+  // First index: element type, second: index type.
+  Status (*spmm[4][2])(const SpmmArgs&, const Part&);
+  Status (*sddmm[4][2])(const SddmmArgs&, const Part&, bool add);
+  // n numbers of bfloat16 or float16 to float32, and back to the nearest (ties to even).
+  void (*widen[2])(const void* src, void* dst, int64_t n);
+  void (*narrow[2])(const void* src, void* dst, int64_t n);
+  void (*copy[4])(const CopyArgs&, int64_t row0, int64_t row1);
   void (*langevin[2][2])(const LangevinArgs&, int64_t begin, int64_t end);
   // Rows [row0, row1), n elements of each: y[r] = bias[r] + sum of value * x[offset]; sums (+)= <y[r], x[offset]>.
   void (*conv_sum[2])(const ConvArgs&, int64_t row0, int64_t row1, int64_t n);

@@ -1,15 +1,18 @@
-// Kernels for x86-64 with avx2, fma, avx512f, avx512dq, avx512bw, avx512vl; only called where the processor has them.
+// Kernels for x86-64 with avx2, fma, f16c, avx512f, avx512dq, avx512bw, avx512vl; only called where the processor has them.
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 #endif
 
 #define REWIRE_ISA avx512
+#define REWIRE_HAS_F16C
 #define REWIRE_VECTOR_BYTES 64
 #include "kernels.inc"
 

@@ -26,7 +26,7 @@ void require_matrix(const Tensor& x, const char* op, const char* name) {
 
 Tensor feature_major(const Tensor& x) {
   require_matrix(x, "feature_major", "x");
-  const int type = element_type(x, "feature_major");
+  const int type = any_element_type(x, "feature_major");
   const int64_t batch = x.size(0), features = x.size(1);
   Tensor y = empty_strided(x, {batch, features}, {1, batch});
   copy_rows(type, x.const_data_ptr(), y.mutable_data_ptr(), features, batch, x.stride(1), x.stride(0));
@@ -35,7 +35,7 @@ Tensor feature_major(const Tensor& x) {
 
 Tensor batch_major(const Tensor& x) {
   require_matrix(x, "batch_major", "x");
-  const int type = element_type(x, "batch_major");
+  const int type = any_element_type(x, "batch_major");
   const int64_t batch = x.size(0), features = x.size(1);
   Tensor y = empty_strided(x, {batch, features}, {features, 1});
   copy_rows(type, x.const_data_ptr(), y.mutable_data_ptr(), batch, features, x.stride(0), x.stride(1));

@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
 namespace rewire {
 namespace {
 
@@ -12,7 +16,8 @@ const Kernels& choose() {
     throw std::runtime_error("REWIRE_CPU_CAPABILITY is '" + cap + "'; allowed are portable, avx2 and avx512");
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && (cap.empty() || cap == "avx512")) return avx512::kernels;
@@ -28,6 +33,18 @@ const Kernels& kernels() {
   return chosen;
 }
 
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    const char* variable = std::getenv("REWIRE_CACHE_BYTES");
+    long found = variable == nullptr ? 0 : std::atol(variable);
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    if (found <= 0) found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? static_cast<int64_t>(found) : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
 Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides) {
   int32_t dtype;
@@ -40,7 +57,10 @@ Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
 }
 
 Tensor empty_1d(int64_t length, ScalarType type) {
-  const int32_t dtype = type == ScalarType::Long ? aoti_torch_dtype_int64() : aoti_torch_dtype_int8();
+  const int32_t dtype = type == ScalarType::Long     ? aoti_torch_dtype_int64()
+                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
+                        : type == ScalarType::Float  ? aoti_torch_dtype_float32()
+                                                     : aoti_torch_dtype_int8();
   const int64_t stride = 1;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(

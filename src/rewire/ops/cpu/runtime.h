@@ -23,6 +23,9 @@ using torch::stable::Tensor;
 // The kernels of the best instruction set that the processor has and REWIRE_CPU_CAPABILITY allows.
 const Kernels& kernels();
 
+// Bytes of the cache that a core has for itself: the second level's, or what REWIRE_CACHE_BYTES says.
+int64_t cache_bytes();
+
 [[noreturn]] inline void fail(const char* op, const std::string& what) {
   throw std::runtime_error(std::string("rewire::") + op + ": " + what);
 }
@@ -60,6 +63,18 @@ inline int element_type(const Tensor& t, const char* op) {
     default: fail(op, "the kernels take float32 or float64 tensors");
   }
 }
+
+// Of the products and copies, which take 16-bit elements too.
+inline int any_element_type(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::Double: return kFloat64;
+    default: fail(op, "the kernels take float32, float64, bfloat16 or float16 tensors");
+  }
+}
+inline bool is_narrow(int type) { return type >= kBFloat16; }
 
 inline int index_type(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
