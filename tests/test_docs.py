@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import rewire
 from rewire import methods
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +70,46 @@ def test_results_are_those_that_were_measured() -> None:
         assert mean == f"{sum(accuracy) / len(accuracy):.2f}"
         assert each == ", ".join(f"{a:.2f}" for a in accuracy)
     assert sum(r["test_accuracy"] for r in measured["DEEP R, fixed signs"]) / 5 >= 0.965
+
+
+POSTERIOR = (ROOT / "docs" / "posterior.md").read_text()
+
+
+def test_posterior_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", POSTERIOR, re.DOTALL)
+    assert code
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(rewire.nn.SparseLinear(8, 16, density=0.3), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    names: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [(torch.randn(4, 8), torch.randint(0, 3, (4,))) for _ in range(200)],
+        "test_x": torch.randn(10, 8),
+        "test_y": torch.randint(0, 3, (10,)),
+    }
+    exec(code[1], names)
+    assert len(names["samples"]) == 7
+    again = rewire.posterior.Posterior.load("samples.safetensors", model)
+    assert torch.equal(again.predict(names["test_x"]).mean, names["prediction"].mean)
+
+
+def test_posterior_is_as_measured() -> None:
+    runs = json.loads((ROOT / "docs" / "results" / "posterior.json").read_text())["results"]
+    assert len(runs) == 3
+
+    def mean(which: str, key: str) -> float:
+        return sum(run[which][key] for run in runs) / len(runs)
+
+    rows = re.findall(
+        r"^\| .*(last|alone,|average) .*\| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", POSTERIOR, re.M
+    )
+    names = {"last": "single", "alone,": "samples_alone_mean", "average": "average"}
+    assert [names[row[0]] for row in rows] == list(names.values())
+    for word, accuracy, *others in rows:
+        which = names[word]
+        assert accuracy == f"{100 * mean(which, 'accuracy'):.2f}"
+        assert others == [f"{mean(which, key):.4f}" for key in ("nll", "ece", "brier")]
+    for run in runs:  # the bar: averaging improves likelihood and calibration
+        assert run["average"]["nll"] < run["single"]["nll"]
+    assert mean("average", "ece") < mean("single", "ece")
