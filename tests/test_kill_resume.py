@@ -99,6 +99,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     for part in (*metrics, result):
         del part["seconds"]
+    result.pop("inference", None)  # milliseconds as well
     (tensors,) = folder.glob("checkpoint-*.safetensors")
     return {
         "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),

@@ -243,6 +243,7 @@ def train(
 def _show_result(place: RunDir, quiet: bool) -> None:
     """Make the report, if a kill prevented it or it is new, and print how the run ended."""
     from rewire import report
+    from rewire.train.display import change_line
     from rewire.train.run_dir import REPORT
 
     result = place.read_result()
@@ -256,6 +257,8 @@ def _show_result(place: RunDir, quiet: bool) -> None:
         f"connections    {result['connections']:,} of {result['possible_connections']:,} "
         f"(density {result['density']:.2%})"
     )
+    if (change := change_line(result)) is not None:
+        print(f"before, after  {change}")
     print(f"seconds        {result['seconds']:.1f}")
     print(f"report         {page}")
 

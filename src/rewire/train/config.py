@@ -156,11 +156,12 @@ def _refuse_budget(config: TrainConfig) -> None:
         "--block": config.block is not None,
         "--init": config.init != "dense",
     }
+    own = methods.info(config.method).parameters()
     for option, is_given in given.items():
         if is_given:
-            raise TrainError(
-                f"{option}: {config.method} starts from a dense network and has no such budget; leave it out"
-            )
+            name = option.strip("-").replace("-", "_")
+            advice = f"say it with --set {name}=..." if name in own else "leave it out"
+            raise TrainError(f"{option}: {config.method} starts from a dense network and has no such budget; {advice}")
 
 
 def _with_rate(config: TrainConfig) -> TrainConfig:

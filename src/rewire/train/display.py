@@ -27,17 +27,34 @@ def heading(info: Mapping[str, Any]) -> str:
     )
 
 
-def epoch_line(record: EpochRecord, epochs: int) -> str:
-    """One epoch, in one line."""
+def epoch_line(record: EpochRecord, epochs: int, *, dense: bool = False) -> str:
+    """One epoch, in one line; of methods that start ``dense`` with units in place of turnover."""
     if record.validation_accuracy is None:
         scores = f"train accuracy {record.train_accuracy:.2%}"
     else:
         scores = f"validation accuracy {record.validation_accuracy:.2%}"
     connections = sum(record.connections)
+    if dense:
+        change = f"units {'-'.join(map(str, record.units))}"
+    else:
+        change = f"turnover {sum(record.grown) / max(connections, 1):,.0%}"
     return (
         f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f}  {scores}  "
-        f"connections {connections:,}  turnover {sum(record.grown) / max(connections, 1):,.0%}  "
-        f"{record.seconds:.1f} s"
+        f"connections {connections:,}  {change}  {record.seconds:.1f} s"
+    )
+
+
+def change_line(result: Mapping[str, Any]) -> str | None:
+    """What became smaller, in one line; None for a run that kept its size."""
+    if not {"before", "after", "inference"} <= result.keys():
+        return None
+    before, after, took = result["before"], result["after"], result["inference"]
+    units = ["-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)]
+    return (
+        f"{before['bytes']:,} -> {after['bytes']:,} bytes, {before['multiply_adds']:,} -> "
+        f"{after['multiply_adds']:,} multiply-adds, units {units[0]} -> {units[1]}, "
+        f"{took['before_ms']:.3g} -> {took['after_ms']:.3g} ms for {took['samples']} samples "
+        f"({took['speedup']:.2f} x as fast)"
     )
 
 
@@ -45,11 +62,11 @@ class Lines:
     """Plain lines, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.epochs = console, 0
+        self.console, self.epochs, self.dense = console, 0, False
 
     def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
         """Print the heading."""
-        self.epochs = epochs
+        self.epochs, self.dense = epochs, bool(info.get("starts_dense"))
         self.console.print(heading(info))
         if done:
             self.console.print(f"resumed after step {done:,} of {epochs * batches:,}")
@@ -59,7 +76,7 @@ class Lines:
 
     def epoch_ended(self, record: EpochRecord) -> None:
         """Print the epoch's line."""
-        self.console.print(epoch_line(record, self.epochs))
+        self.console.print(epoch_line(record, self.epochs, dense=self.dense))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -92,8 +109,10 @@ class LiveBar(Lines):
         """Move the bar."""
         text = (
             f"epoch {progress.epoch}  acc {progress.accuracy:.1%}  loss {progress.loss:.3f}  "
-            f"active {progress.connections:,}  turnover {progress.turnover:,.0%}"
+            f"active {progress.connections:,}"
         )
+        if not self.dense:
+            text += f"  turnover {progress.turnover:,.0%}"
         done = (progress.epoch - 1) * self.batches + progress.batch
         self.bar.update(self.task, description=text, completed=done)
 

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rewire
-from rewire import _native, methods
-from rewire._version import __version__
+from rewire import methods
 from rewire.data import Dataset, files
 from rewire.nn.surgery import load_resized
 
-from . import checkpoint
+from . import checkpoint, comparison
 from .batches import Batches, derive_seed, make_generator, split
 from .checkpoint import Checkpoint
 from .config import TrainConfig, check_name
 from .errors import StoppedError, TrainError
-from .metrics import EpochRecord, evaluate
+from .metrics import EpochRecord, evaluate, versions
 from .model import (
     build,
     build_dense,
     check_limits,
     layer_connections,
-    layer_counts,
     layer_shapes,
     limits_of,
     make_optimizer,
@@ -38,6 +33,7 @@ from .model import (
 )
 from .observer import Observer, Progress, Silent
 from .run_dir import MODEL, RunDir
+from .structure import layer_counts, structure
 
 PROGRESS_SECONDS = 0.2
 ROWS = 1000  # samples at a time, where a method looks at activations
@@ -60,7 +56,7 @@ class Trainer:
         check_name("--method", config.method, methods.available())
         entry = methods.info(config.method)
         self.dense = entry.cls.starts_dense
-        self.possible = [rows * cols for rows, cols in shapes]
+        self.shapes, self.possible = shapes, [rows * cols for rows, cols in shapes]
         budgets = self.possible if self.dense else layer_connections(config, shapes)
         if not self.dense:
             check_limits(config, shapes, budgets)
@@ -68,12 +64,8 @@ class Trainer:
         threads = config.threads or _threads(sum(connections) * config.batch_size)
         torch.set_num_threads(threads)
         self.config = config = config.model_copy(update={"threads": threads})
-        generator = make_generator(config.seed, "model")
-        self.model: nn.Module = (
-            build_dense(shapes, config.bias, generator)
-            if self.dense
-            else build(shapes, connections, config.bias, generator, config.init, limits_of(config))
-        )
+        self.starts_with = connections
+        self.model = self._start_model()
         self.optimizer = make_optimizer(config, self.model)
         # Methods that look at activations see the training part, never what is held out.
         provided = {
@@ -93,12 +85,16 @@ class Trainer:
                 **self._services(entry),
             )
         except (ValueError, TypeError) as error:
+            hint = "; leave out --weight-decay" if config.weight_decay and "weight decay" in str(error) else ""
+            raise TrainError(f"--method {config.method}: {error}{hint}") from None
+        except ImportError as error:  # removing units needs a package of its own
             raise TrainError(f"--method {config.method}: {error}") from None
         # The base class's penalty is 0: adding it would cost two operations a step for nothing.
         self.has_penalty = type(self.method).penalty is not methods.Method.penalty
         self.weights = dict(rewire.sparse_weights(self.model))
         self.names = list(self._connections())
         self.info = {
+            "starts_dense": self.dense,
             "layers": [
                 {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count, "budget": budget}
                 for name, shape, count, budget in zip(self.names, shapes, connections, budgets, strict=True)
@@ -121,6 +117,13 @@ class Trainer:
 
     # --- state --------------------------------------------------------------------------------------------
 
+    def _start_model(self) -> nn.Module:
+        """The network that training begins with."""
+        config, generator = self.config, make_generator(self.config.seed, "model")
+        if self.dense:
+            return build_dense(self.shapes, config.bias, generator)
+        return build(self.shapes, self.starts_with, config.bias, generator, config.init, limits_of(config))
+
     def _services(self, entry: methods.MethodInfo) -> dict[str, Any]:
         """The score on held-out data, for methods that ask for it between epochs."""
         if "evaluate" not in entry.services:
@@ -130,7 +133,7 @@ class Trainer:
         return {"evaluate": lambda model: evaluate(model, *self.held_out)[1]}
 
     def _connections(self) -> dict[str, int]:
-        return layer_counts(self.model) if self.dense else self.method.connections()
+        return structure(self.model, self.method).connections if self.dense else self.method.connections()
 
     def _counts(self) -> dict[str, dict[str, int]]:
         if self.dense:
@@ -305,6 +308,7 @@ class Trainer:
             grown=change["grown"],
             turnover=[grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)],
             seconds=self.seconds,
+            units=list(structure(self.model, self.method).units.values()),
         )
         self.loss_sum.zero_()
         self.correct.zero_()
@@ -318,11 +322,8 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Score the test set, this once, and write model and result. The result is the last to be written."""
         model = self.method.finalize()
-        tensors: dict[str, Tensor] = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in model.state_dict().items()
-        }
-        files.write_atomic(self.run_dir.path / MODEL, safetensors.torch.save(tensors))
+        packed = comparison.packed(model)
+        files.write_atomic(self.run_dir.path / MODEL, packed)
         loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
         connections, possible = sum(layer_counts(model).values()), sum(self.possible)
         result = {
@@ -338,25 +339,31 @@ class Trainer:
             "config_sha256": self.config.sha256(),
             "versions": versions(),
             "info": self.info,
+            **self._comparison(model, len(packed)),
         }
         self.run_dir.write_result(result)
         return result
+
+    def _comparison(self, model: nn.Module, file_bytes: int) -> dict[str, Any]:
+        """Sizes and time of the network before and after; nothing for a method that keeps what it was given.
+
+        Before is the dense network where the start was one, or was so nearly that a dense one is no larger: stored
+        with its positions, a connection takes three times the memory.
+        """
+        left = list(layer_counts(model).values())
+        if not self.dense and left == self.starts_with:
+            return {}
+        dense = self.dense or 3 * sum(self.starts_with) >= sum(self.possible)
+        generator = make_generator(self.config.seed, "model")
+        before = build_dense(self.shapes, self.config.bias, generator) if dense else self._start_model()
+        part = comparison.compare(before, model, self.dataset.test_x, file_bytes)
+        part["before"]["network"] = "dense" if dense else "start"
+        return part
 
 
 def _threads(products: int) -> int:
     """Threads for steps of so many products (connections x batch): one where they would mostly wait."""
     return 1 if products < ONE_THREAD else torch.get_num_threads()
-
-
-def versions() -> dict[str, str]:
-    """What a run was made with."""
-    return {
-        "rewire": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "kernels": _native.describe(),
-    }
 
 
 def run(

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import platform
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from rewire import _native
+from rewire._version import __version__
 
 EVALUATION_BATCH = 1000
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One line of `metrics.jsonl`. Lists have one entry per layer; turnover is grown / connections."""
+    """One line of `metrics.jsonl`. Lists have one entry per layer; turnover is grown / connections.
+
+    units: outputs that take part, see `rewire.train.structure`; runs of older versions have none.
+    """
 
     epoch: int
     step: int
@@ -27,6 +35,7 @@ class EpochRecord:
     grown: list[int]
     turnover: list[float]
     seconds: float
+    units: list[int] = field(default_factory=list)
 
     def to_line(self) -> str:
         """The line, with its line end."""
@@ -47,3 +56,14 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
         correct += (logits.argmax(1) == labels).sum()
     model.train(training)
     return float(loss) / len(y), int(correct) / len(y)
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    return {
+        "rewire": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "kernels": _native.describe(),
+    }

@@ -145,15 +145,6 @@ def build_dense(shapes: Sequence[Shape], bias: bool, generator: torch.Generator)
     return nn.Sequential(*modules)
 
 
-@torch.no_grad()
-def layer_counts(model: nn.Module) -> dict[str, int]:
-    """Connections of each weight by name: those of sparse weights, and the nonzero entries of dense layers."""
-    counts = {
-        f"{n}.weight": int(m.weight.count_nonzero()) for n, m in model.named_modules() if isinstance(m, nn.Linear)
-    }
-    return counts | {name: weight.connections for name, weight in rewire.sparse_weights(model)}
-
-
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the options ask for."""
     parameters = list(model.parameters())
