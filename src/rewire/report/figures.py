@@ -119,24 +119,60 @@ def turnover(run: Run) -> Figure:
     )
 
 
+def _layer_lines(run: Run, key: str, start: Sequence[int], end: Sequence[int] | None) -> list[dict[str, Any]]:
+    """One line a layer from epoch 0 on, and a diamond where the finished network differs from the last epoch."""
+    epochs = [0, *(line["epoch"] for line in run.metrics)]
+    data = []
+    for i, entry in enumerate(run.info["layers"]):
+        colour, label = COLOURS[i % len(COLOURS)], f"layer {i + 1} ({entry['inputs']} → {entry['outputs']})"
+        data.append(_line(label, epochs, [start[i], *(m[key][i] for m in run.metrics)], colour))
+        if end is not None and end[i] != run.metrics[-1][key][i]:
+            star = {"size": 12, "symbol": "diamond", "color": colour}
+            name = f"layer {i + 1} in the end"
+            more = {"mode": "markers", "marker": star, "showlegend": False, "cliponaxis": False}
+            data.append(_line(name, epochs[-1:], [end[i]], colour, **more))
+    return data
+
+
+def _falling_axes(run: Run, y: str, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """From epoch 0; logarithmic where the lines are too far apart to be seen otherwise."""
+    values = [value for line in data for value in line["y"]]
+    if 0 < min(values) < max(values) / 100:
+        exponents = math.floor(math.log10(min(values))), math.log10(max(values)) + 0.1
+        more: dict[str, Any] = {"yaxis_type": "log", "yaxis_range": list(exponents), "yaxis_dtick": 1}
+    else:
+        more = {"yaxis_rangemode": "tozero"}
+    axes = _epoch_axes(run, y, yaxis_tickformat=",", **more)
+    epochs = int(run.metrics[-1]["epoch"])
+    axes["xaxis"]["range"] = [-0.03 * epochs, 1.03 * epochs]
+    return axes
+
+
+def _final(run: Run, key: str) -> list[int] | None:
+    """A number of each layer of the finished network, if the run is that far and lost something."""
+    return None if run.result is None or not run.after else [int(layer[key]) for layer in run.after["layers"]]
+
+
 def active(run: Run) -> Figure:
     """Number of connections over time."""
-    epochs = [line["epoch"] for line in run.metrics]
-    data = [
-        _line(
-            layer_label(i + 1, layer),
-            epochs,
-            [m["connections"][i] for m in run.metrics],
-            COLOURS[i % len(COLOURS)],
-        )
-        for i, layer in enumerate(run.layers)
-    ]
-    return Figure(
-        "Active connections",
-        "A method that keeps its budget per layer shows level lines, one that comes down to it falling ones.",
-        data,
-        _epoch_axes(run, "connections", yaxis_rangemode="tozero", yaxis_tickformat=","),
-    )
+    start = [layer["connections"] for layer in run.info["layers"]]
+    data = _layer_lines(run, "connections", start, _final(run, "connections"))
+    note = "A method that keeps its budget per layer shows level lines, one that comes down to it falling ones."
+    if any(line["mode"] == "markers" for line in data):
+        note += " Diamonds: what the end of training left."
+    return Figure("Active connections", note, data, _falling_axes(run, "connections", data))
+
+
+def units(run: Run) -> Figure | None:
+    """Units of every layer over time; None of runs that have not counted them."""
+    if not all(len(line.get("units") or ()) == len(run.info["layers"]) for line in run.metrics):
+        return None
+    start = [layer["outputs"] for layer in run.info["layers"]]
+    data = _layer_lines(run, "units", start, _final(run, "active_units"))
+    note = "Units of each layer with connections in and, but in the last layer, out: the others take no part."
+    if any(line["mode"] == "markers" for line in data):
+        note += " Diamonds: what the end of training left."
+    return Figure("Active units", note, data, _falling_axes(run, "units", data))
 
 
 def _histogram(title: str, note: str, counts: Counts, x: str, y: str, colour: str) -> Figure:
@@ -165,9 +201,11 @@ def _histogram(title: str, note: str, counts: Counts, x: str, y: str, colour: st
 
 
 def fans(run: Run) -> list[Figure]:
-    """Fan-in and fan-out of every layer."""
+    """Fan-in and fan-out of every sparse layer."""
     figures = []
     for i, layer in enumerate(run.layers):
+        if layer.fan_in is None or layer.fan_out is None:
+            continue
         colour = COLOURS[i % len(COLOURS)]
         label = layer_label(i + 1, layer)
         for kind, counts, unit in (("Fan-in", layer.fan_in, "outputs"), ("Fan-out", layer.fan_out, "inputs")):
@@ -179,24 +217,27 @@ def fans(run: Run) -> list[Figure]:
 
 
 def pixels(run: Run) -> Figure | None:
-    """Connections of every pixel, in the shape of the image; None if the inputs are no image."""
+    """Connections of every pixel, in the shape of the image; None if the inputs are no image, or all are read."""
     shape = run.info.get("image_shape")
     if not shape or len(shape) != 2 or not run.layers or math.prod(shape) != run.layers[0].inputs:
+        return None
+    counts = run.layers[0].fan_out
+    if counts is None:
         return None
     height, width = shape
     data = {
         "type": "heatmap",
-        "z": run.layers[0].fan_out.reshape(height, width).tolist(),
+        "z": counts.reshape(height, width).tolist(),
         "colorscale": "Viridis",
         "zmin": 0,
-        "zmax": max(1, int(run.layers[0].fan_out.max())),
+        "zmax": max(1, int(counts.max())),
         "colorbar": {"title": {"text": "connections", "side": "right"}, "thickness": 14},
         "hovertemplate": "row %{y}, column %{x}: %{z} connections<extra></extra>",
     }
     layout = _axes("column (pixels)", "row (pixels)", yaxis_autorange="reversed", yaxis_scaleanchor="x")
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"constrain": "domain", "showgrid": False, "zeroline": False}
-    none = int((run.layers[0].fan_out == 0).sum())
+    none = int((counts == 0).sum())
     return Figure(
         "Where the network looks",
         f"How many connections lead from each pixel into the first layer; {none} of {height * width} pixels have none.",

@@ -11,7 +11,7 @@ from typing import Any
 
 from rewire.data.files import write_atomic
 
-from . import figures
+from . import comparison, figures
 from .figures import Figure
 from .read import Run, read_run
 
@@ -65,24 +65,46 @@ def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
     if run.metrics:
         parts.append("<h2>Training</h2>")
         parts.append(grid([figures.accuracy(run), figures.loss(run)], drawn))
-        parts.append("<h2>Rewiring</h2>")
-        parts.append(grid([figures.turnover(run), figures.active(run)], drawn))
-    parts.append("<h2>Topology</h2>")
+        parts.append(f"<h2>{'Units and connections' if _shrinks(run) else 'Rewiring'}</h2>")
+        parts.append(grid(_changes(run), drawn))
+    if run.before and run.after and run.inference:
+        parts.append("<h2>Before and after</h2>")
+        parts.append(comparison.table(run))
+        parts.append('<h3 class="gap">Layer by layer</h3>')
+        parts.append(comparison.layer_table(run))
+    sparse = any(layer.fan_in is not None for layer in run.layers)
+    parts.append("<h2>Topology</h2>" if sparse else "<h2>Layers</h2>")
     parts.append(_layer_table(run))
     picture = figures.pixels(run)
     if picture is not None:
         parts.append("<h2>Inputs</h2>" + _card(picture, drawn, "card wide"))
-    parts.append("<h2>Fan-in and fan-out</h2>")
-    parts.append(grid(figures.fans(run), drawn))
+    if fans := figures.fans(run):
+        parts.append("<h2>Fan-in and fan-out</h2>")
+        parts.append(grid(fans, drawn))
     parts.append("<h2>Options</h2>" + _pairs(_options(config)))
     if run.result is not None:
         parts.append("<h2>Versions</h2>" + _pairs(run.result["versions"]))
     return parts
 
 
+def _shrinks(run: Run) -> bool:
+    """Whether the run is of a method that leaves less than it began with."""
+    fewer = any(layer.get("budget", layer["connections"]) < layer["connections"] for layer in run.info["layers"])
+    return bool(run.info.get("starts_dense")) or fewer or bool(run.before)
+
+
+def _changes(run: Run) -> list[Figure]:
+    """How the network changed over time; turnover only where there was any, or nothing else could be seen."""
+    charts = []
+    if not _shrinks(run) or any(any(line["turnover"]) for line in run.metrics):
+        charts.append(figures.turnover(run))
+    units = figures.units(run) if _shrinks(run) else None
+    return [*([units] if units is not None else []), figures.active(run), *charts]
+
+
 def _tiles(run: Run) -> str:
     connections = sum(layer.connections for layer in run.layers)
-    possible = sum(layer.inputs * layer.outputs for layer in run.layers)
+    possible = sum(layer["inputs"] * layer["outputs"] for layer in run.info["layers"])
     tiles = []
     if run.result is not None:
         samples = run.info["samples"]["test"]
@@ -93,6 +115,10 @@ def _tiles(run: Run) -> str:
         tiles.append((f"{run.metrics[-1]['validation_accuracy']:.2%}", "validation accuracy, last epoch"))
     if run.result is not None:
         tiles.append((_duration(run.result["seconds"]), f"for {run.result['steps']:,} steps"))
+    return _boxes(tiles) + (_boxes(comparison.tiles(run)) if run.before and run.after and run.inference else "")
+
+
+def _boxes(tiles: Sequence[tuple[str, str]]) -> str:
     boxes = (f'<div class="tile"><b>{escape(a)}</b><span class="soft">{escape(b)}</span></div>' for a, b in tiles)
     return f'<div class="tiles">{"".join(boxes)}</div>'
 
@@ -121,25 +147,23 @@ def _card(chart: Figure, drawn: dict[str, Figure], kind: str = "card") -> str:
 
 
 def _layer_table(run: Run) -> str:
-    head = ("layer", "connections", "possible", "density", "mean fan-in", "inputs unused", "outputs unused")
-    cells = "".join(f'<th class="number">{name}</th>' if name != "layer" else f"<th>{name}</th>" for name in head)
+    head = ["layer", "connections", "possible", "density", "mean fan-in", "inputs unused", "outputs unused"]
+    if all(layer.fan_in is None for layer in run.layers):
+        head = head[:4]
     rows = []
     for i, layer in enumerate(run.layers, start=1):
         possible = layer.inputs * layer.outputs
-        numbers = (
-            f"{layer.connections:,}",
-            f"{possible:,}",
-            f"{layer.connections / possible:.2%}",
-            f"{layer.fan_in.mean():.1f}",
-            f"{int((layer.fan_out == 0).sum()):,}",
-            f"{int((layer.fan_in == 0).sum()):,}",
-        )
-        rows.append(
-            f"<tr><td>{escape(figures.layer_label(i, layer))}</td>"
-            + "".join(f'<td class="number">{number}</td>' for number in numbers)
-            + "</tr>"
-        )
-    return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
+        numbers = [f"{layer.connections:,}", f"{possible:,}", f"{layer.connections / max(possible, 1):.2%}"]
+        if layer.fan_in is not None and layer.fan_out is not None:
+            numbers += [
+                f"{layer.fan_in.mean():.1f}",
+                f"{int((layer.fan_out == 0).sum()):,}",
+                f"{int((layer.fan_in == 0).sum()):,}",
+            ]
+        elif len(head) > 4:
+            numbers += ["dense", "", ""]
+        rows.append([figures.layer_label(i, layer), *numbers])
+    return comparison.plain_table(head, rows)
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, str]:

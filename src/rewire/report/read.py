@@ -21,18 +21,17 @@ class ReportError(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """One sparse layer: its size, and how many connections each output and each input has."""
+    """One layer as it is in the file: its size, how many connections, and how many each output and each input has.
+
+    Of a dense layer there is only the number of connections, which are its weights that are not 0.
+    """
 
     name: str
     inputs: int
     outputs: int
-    fan_in: Counts
-    fan_out: Counts
-
-    @property
-    def connections(self) -> int:
-        """Number of connections."""
-        return int(self.fan_in.sum())
+    connections: int
+    fan_in: Counts | None = None
+    fan_out: Counts | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,25 @@ class Run:
     result: dict[str, Any] | None
     info: dict[str, Any]
     layers: list[Layer]
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """Size of the network that training began with, or of its dense twin; empty if the run has not compared."""
+        return self._compared("before")
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """Size of the finished network; empty if the run has not compared."""
+        return self._compared("after")
+
+    @property
+    def inference(self) -> dict[str, Any]:
+        """How long inference takes with both; empty if the run has not compared."""
+        return self._compared("inference")
+
+    def _compared(self, part: str) -> dict[str, Any]:
+        found: dict[str, Any] = (self.result or {}).get(part) or {}
+        return found
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -69,22 +87,36 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         raise ReportError(f"{path} is damaged: {error}") from None
 
 
-def _layers(info: dict[str, Any], path: Path, prefix: str) -> list[Layer]:
-    """Fan-in and fan-out from the topology in a safetensors file."""
+def _layers(info: dict[str, Any], path: Path, prefix: str, last: dict[str, Any] | None) -> list[Layer]:
+    """The layers in a safetensors file; ``last`` is the last epoch's line of a run that goes on."""
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, SafetensorError) as error:
         raise ReportError(f"cannot read {path}: {error}") from None
-    layers = []
-    for entry in info["layers"]:
-        try:
-            rows, cols = (tensors[f"{prefix}{entry['name']}.{part}"] for part in ("rows", "cols"))
-        except KeyError as error:
-            raise ReportError(f"{path} has no tensor {error}") from None
-        active = rows >= 0  # an empty slot has row and column -1
-        fan_in = np.bincount(rows[active], minlength=entry["outputs"])
-        fan_out = np.bincount(cols[active], minlength=entry["inputs"])
-        layers.append(Layer(entry["name"], entry["inputs"], entry["outputs"], fan_in, fan_out))
+    layers: list[Layer] = []
+    for number, entry in enumerate(info["layers"]):
+        name = entry["name"]
+        rows, cols = (tensors.get(f"{prefix}{name}.{part}") for part in ("rows", "cols"))
+        weight = tensors.get(prefix + name)
+        if rows is not None and cols is not None:
+            # Layers that were dense may have lost units before they became sparse.
+            outputs, inputs = (
+                int(n) for n in tensors.get(f"{prefix}{name}.shape", (entry["outputs"], entry["inputs"]))
+            )
+            active = rows >= 0  # an empty slot has row and column -1
+            fan_in = np.bincount(rows[active], minlength=outputs)
+            fan_out = np.bincount(cols[active], minlength=inputs)
+            layers.append(Layer(name, inputs, outputs, int(active.sum()), fan_in, fan_out))
+        elif prefix and info.get("starts_dense"):  # what takes part is for the method to say: gates, thresholds
+            inputs = layers[-1].outputs if layers else entry["inputs"]
+            units = (last or {}).get("units") or [layer["outputs"] for layer in info["layers"]]
+            connections = (last or {}).get("connections") or [layer["connections"] for layer in info["layers"]]
+            layers.append(Layer(name, inputs, units[number], connections[number]))
+        elif weight is not None and weight.ndim == 2:
+            layers.append(Layer(name, weight.shape[1], weight.shape[0], int(np.count_nonzero(weight))))
+        else:
+            missing = "cols" if rows is not None else "rows"
+            raise ReportError(f"{path} has no tensor '{prefix}{name}.{missing}'")
     return layers
 
 
@@ -102,5 +134,5 @@ def read_run(folder: Path) -> Run:
             raise ReportError(f"the run in {folder} has neither a result nor a checkpoint yet")
         commit = _object(folder / "checkpoint.json")
         info, path, prefix = commit["info"], folder / commit["file"], "state.model."
-    layers = _layers(info, path, prefix)
+    layers = _layers(info, path, prefix, metrics[-1] if metrics else None)
     return Run(folder.resolve().name, config, metrics, result, info, layers)
