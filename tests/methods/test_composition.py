@@ -17,7 +17,7 @@ from torch import nn
 
 import rewire
 from rewire import methods
-from rewire.methods import SET, DeepR, Group, OneShot, RigL, Static
+from rewire.methods import SET, SNIP, DeepR, Group, OneShot, RigL, Static
 from rewire.methods.registry import _METHODS
 from rewire.nn import SparseConv2d, SparseLinear, sparse_weights
 
@@ -105,6 +105,25 @@ def test_each_method_has_its_layers() -> None:
     assert group.connections() == {"conv1.weight": 20, "conv2.weight": 60, "fc1.weight": 200, "fc2.weight": 10}
     assert group.finalize() is model
     assert not any(w._followers for _, w in sparse_weights(model))
+
+
+def test_what_acts_on_all_parameters_acts_on_its_own_in_a_group() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    patterns = {
+        "conv*": partial(SNIP, batches=3, density=0.3),
+        "fc1": partial(SET, momentum="reset", every=1),
+        "fc2": Static,
+    }
+    group = Group(model, optimizer, patterns, seed=1)
+    before = {name: w.values.detach().clone() for name, w in sparse_weights(model)}
+    train(model, optimizer, group, range(2))  # SNIP measures: its layers rest, the others are trained
+    moved = {name: not torch.equal(before[name], w.values.detach()) for name, w in sparse_weights(model)}
+    assert moved == {"conv1.weight": False, "conv2.weight": False, "fc1.weight": True, "fc2.weight": True}
+    assert group["fc2"].steps == 2
+    assert model.fc1.weight.values not in optimizer.state
+    assert optimizer.state[model.fc2.weight.values]["momentum_buffer"].any()
+    assert optimizer.state[model.fc1.bias]["momentum_buffer"].any()
 
 
 def test_a_group_resumes_bit_exactly() -> None:

@@ -77,6 +77,7 @@ def test_granet_cuts_over_the_network_and_regrows_where_gradients_are_largest() 
         ({}, "until, the step of the last cut"),
         ({"until": 5, "begin": 5}, "until must be"),
         ({"until": 5, "every": 0}, "every must be"),
+        ({"until": 5, "begin": "now"}, "begin must be"),
         ({"until": 5, "density": 2.0}, "density"),
     ],
 )

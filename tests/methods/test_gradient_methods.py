@@ -13,10 +13,16 @@ from test_rigl import batches, dense_gradients, keys
 from torch import nn
 
 from rewire import methods, schedules
-from rewire.methods import DSR, MEST, SNFS, SRigL
+from rewire.methods import DSR, MEST, SNFS, SRigL, itop
 from rewire.methods.mest import Margin
 from rewire.methods.redistribute import spread
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
+
+
+def test_spread_gives_fractions_to_the_largest_remainders() -> None:
+    assert spread(3, [0.5, 0.25, 0.25], [9, 9, 9]) == [1, 1, 1]
+    assert spread(7, [5.0, 3.0, 2.0], [9, 9, 9]) == [4, 2, 1]  # 3.5, 2.1, 1.4
+    assert spread(12, [5.0, 3.0, 2.0], [4, 9, 9]) == [4, 5, 3]  # 6 do not fit; of the others' 8, 4.8 and 3.2
 
 
 @given(
@@ -108,6 +114,31 @@ def test_an_update_due_at_the_end_of_an_epoch_is_made_a_window_later() -> None:
     assert updates == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]  # epochs end after steps 4, 8 and 12
 
 
+def test_a_window_longer_than_an_epoch_keeps_its_candidates() -> None:
+    run = Run(("snfs", {"window": 6, "candidates": 6}))
+    weight = run.weights()["0.weight"]
+    run.step()
+    seen, updates = [], []
+    for _ in range(13):
+        if weight.candidates is not None:
+            seen.append((weight.candidates.rows * 12 + weight.candidates.cols).tolist())
+        run.step()
+        updates.append(run.method.updates)
+    # The first epoch ends after step 4, the second one while its window is open, the third after step 12.
+    assert seen[:6] == [seen[0]] * 6
+    assert updates == [0] * 8 + [1] * 5
+    assert seen[6] == seen[7] != seen[0]
+
+
+def test_a_state_of_sparse_momentum_stays_as_it_was_saved() -> None:
+    run = Run(("snfs", {"exact": True, "every": 9}))  # the window, 10 steps, is for candidates
+    run.step()
+    saved = run.method.state_dict()["own"]["averages"]["0.weight"]
+    before = saved.clone()
+    run.step()
+    assert torch.equal(saved, before)
+
+
 # --- ITOP -------------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +155,16 @@ def test_explored_counts_what_was_ever_active(grow: str) -> None:
         assert run.method.stats()["explored"] == sum(len(e) for e in ever.values()) / total
         shares.append(run.method.stats()["explored"])
     assert shares[-1] > shares[0]
+
+
+def test_steps_without_an_update_do_not_look_at_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    plain = itop._keys
+    monkeypatch.setattr(itop, "_keys", lambda pool, slots: looked.append(pool.name) or plain(pool, slots))
+    run = Run(("itop", {"every": 100}))
+    for _ in range(5):
+        run.step()
+    assert looked == ["0.weight", "2.weight"]
 
 
 # --- MEST -------------------------------------------------------------------------------------------------------------
@@ -146,6 +187,20 @@ def test_em_drops_by_magnitude_and_gradient_every_few_epochs() -> None:
     assert run.method.updates == 1
     assert survivors <= keys(weight)
     assert weight.connections == 40
+
+
+def test_without_the_gradient_in_its_score_mest_needs_none() -> None:
+    for weight in (0.0, 1.0):
+        run = Run(("mest", {"every": 1, "weight": weight}))
+        for _ in range(3):
+            run.step()
+        run.optimizer.zero_grad()
+        if weight:
+            with pytest.raises(RuntimeError, match="call zero_grad after"):
+                run.method.end_epoch()
+        else:
+            run.method.end_epoch()
+            assert run.method.stats()["dropped"] == {"0.weight": 8, "2.weight": 6}
 
 
 def test_the_soft_bound_is_kept_and_left_at_the_end() -> None:
@@ -245,6 +300,12 @@ def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_th
     [
         (lambda m, o: SNFS(m, o, beta=1.5), "beta must be"),
         (lambda m, o: SNFS(m, o, every=3, window=5), "window must be"),
+        (lambda m, o: SNFS(m, o, every="step"), "every must be"),
+        (lambda m, o: SNFS(m, o, every=0), "every must be"),
+        (lambda m, o: SNFS(m, o, candidates=None), "candidates must be"),
+        (lambda m, o: MEST(m, o, milestones=(3,)), "milestones must be"),
+        (lambda m, o: MEST(m, o, milestones=5), "milestones must be"),
+        (lambda m, o: methods.RigL(m, o, until=-5), "until must be"),
         (lambda m, o: MEST(m, o, margin=-0.1), "margin must be"),
         (lambda m, o: MEST(m, o, every=0), "every must be"),
         (lambda m, o: DSR(m, o, threshold=0.0), "threshold must be"),

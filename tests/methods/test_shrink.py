@@ -72,7 +72,7 @@ def test_final_budgets_in_every_form() -> None:
         ({"connections": [7, 31]}, "between 1 and 30"),
         ({"density": [0.5, 1.5]}, "at most 1"),
         ({"connections": 111}, "between 1 and 110"),
-        ({"connections": {"0": 5}}, "nothing about 2.weight"),
+        ({"connections": {"0": 5}}, "nothing of 2.weight"),
         ({"connections": {"*": 5, "head": 5}}, "'head'"),
         ({"connections": 50, "distribution": "er_k"}, "er_k"),
     ],
@@ -329,6 +329,7 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (methods.Magnitude, {"density": 0.1, "every": 1.5}, "every"),
     (methods.Magnitude, {"quality": -0.1}, "quality"),
     (methods.SNIP, {"density": 0.1, "batches": 0}, "batches"),
+    (methods.SNIP, {"density": 0.1, "at_least": 81}, "at_least must be at most 80"),
 ]
 
 

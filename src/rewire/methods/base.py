@@ -148,6 +148,11 @@ class Attachment:
             )
         return Pool(number, name, weight, *homes[0], place)
 
+    def parameters(self, optimizer: Optimizer) -> list[Tensor]:
+        """What a method that acts on all parameters of ``optimizer`` may touch: of one in a group, its own pools."""
+        own = {id(pool.weight.values) for pool in self.pools}
+        return [p for group in optimizer.param_groups for p in group["params"] if self._alone or id(p) in own]
+
     def skip_steps(self, when: Callable[[], bool]) -> None:
         """Before an optimizer step with ``when()``, take the gradients away: it then moves neither values nor optimizer
         state of any parameter (in a group of methods: of any pool of this one). They are back when the step is done,
@@ -155,16 +160,14 @@ class Attachment:
 
         ``when`` shall hold its method weakly.
         """
-        kept = self._kept
-        own = None if self._alone else {id(pool.weight.values) for pool in self.pools}
+        here = weakref.ref(self)
 
         def hide(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if when():
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        if own is None or id(parameter) in own:
-                            kept.append((parameter, parameter.grad))
-                            parameter.grad = None
+            attachment = here()
+            if attachment is not None and when():
+                for parameter in attachment.parameters(optimizer):
+                    attachment._kept.append((parameter, parameter.grad))
+                    parameter.grad = None
 
         self._handles += [o.register_step_pre_hook(hide) for o in self.optimizers]
 

@@ -122,6 +122,7 @@ class CTRE(Rewirer):
             grow=self._cosine,
             fraction=fraction,
             values=_uniform_values if new_values == "uniform" else None,
+            regrown="keep",
             seed=seed,
         )
         self.variant, self.patience = variant, patience
@@ -146,12 +147,6 @@ class CTRE(Rewirer):
             self._best, self._since = (score, 0) if better else (self._best, self._since + 1)
         self.grow = Random() if self._since >= self.patience else self._cosine
         super()._after_epoch(evaluate, last)
-
-    def _exchange(self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0) -> Tensor:
-        old, new = _keys(pool, pool.weight.rows[slots], pool.weight.cols[slots]), _keys(pool, rows, cols)
-        goes, comes = ~torch.isin(old, new), ~torch.isin(new, old)
-        values = values[comes] if isinstance(values, Tensor) else values
-        return super()._exchange(pool, slots[goes], rows[comes], cols[comes], values)
 
     def _state(self) -> dict[str, Any]:
         return {"best": self._best, "since": self._since}

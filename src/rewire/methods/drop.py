@@ -76,6 +76,8 @@ class MagnitudeAndGradient:
     weight: float = 1.0
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
+        if not self.weight:
+            return Magnitude()(pool, fraction)
         values, slots = pool.weight.values, pool.weight.active()
         if values.grad is None:
             raise RuntimeError(

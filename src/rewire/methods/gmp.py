@@ -34,11 +34,10 @@ class Gradual(Shrinking):
         scope: Literal["layer", "network"],
         seed: int | None,
     ) -> None:
-        for name, number, least in (("every", every, 1), ("begin", begin, 0), ("until", until, begin + 1)):
-            if number is not None and (not isinstance(number, int) or number < least):
-                raise ValueError(f"{name} must be a number of steps of at least {least}, not {number!r}")
         if until is None:
             raise ValueError("until, the step of the last cut, must be given where steps= of the training are not")
+        _steps("every", every, 1)
+        _steps("until", until, _steps("begin", begin, 0) + 1)
         self.every, self.begin, self.until = every, begin, until
         super().__init__(
             model, optimizer, connections=connections, density=density, distribution=distribution, scope=scope,
@@ -47,7 +46,7 @@ class Gradual(Shrinking):
         self._start = [pool.weight.connections for pool in self.pools]
 
     def targets(self, step: int) -> list[int]:
-        """Connections of each pool at ``step``: K_f + (K_0 - K_f) (1 - (t - begin) / (until - begin))^3, rounded up."""
+        """Connections of each pool at ``step``: K_f + (K_0 - K_f) (1 - (t - begin) / (until - begin))^3, rounded."""
         assert self.final is not None
         if step >= self.until:
             return list(self.final)
@@ -70,6 +69,12 @@ class Gradual(Shrinking):
 
     def _load_state(self, state: Any) -> None:
         self._start = [int(k) for k in state["start"]]
+
+
+def _steps(name: str, number: int, least: int) -> int:
+    if not isinstance(number, int) or number < least:
+        raise ValueError(f"{name} must be a number of steps of at least {least}, not {number!r}")
+    return number
 
 
 @register(

@@ -83,7 +83,8 @@ class ITOP(Rewirer):
     def _after_step(self, pools: list[Pool]) -> None:
         if self.track:
             for pool in self.pools:
-                self._ever.setdefault(pool.name, _keys(pool, pool.weight.active()))
+                if pool.name not in self._ever:
+                    self._ever[pool.name] = _keys(pool, pool.weight.active())
         super()._after_step(pools)
 
     def _exchange(self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0) -> Tensor:
@@ -108,7 +109,8 @@ class ITOP(Rewirer):
         return super()._state() | {"ever": dict(self._ever)}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        ever = {name: keys.clone() for name, keys in state["ever"].items()}
+        devices = {pool.name: pool.weight.device for pool in self.pools}
+        ever = {name: keys.to(devices[name], copy=True) for name, keys in state["ever"].items()}
         super()._load_state(state)
         self._ever = ever
 

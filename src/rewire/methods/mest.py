@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ class Margin:
 
     start: float
     milestones: tuple[int, int] = (90, 120)
+
+    def __post_init__(self) -> None:
+        given = tuple(self.milestones) if isinstance(self.milestones, Sequence) else ()
+        if len(given) != 2 or not all(isinstance(m, int) and m >= 0 for m in given):
+            raise ValueError(f"milestones must be two epochs of at least 0, not {self.milestones!r}")
 
     def __call__(self, epoch: int) -> float:
         passed = sum(epoch >= m for m in self.milestones)
@@ -53,7 +58,7 @@ class MEST(Rewirer):
         weight: lambda, of the gradient's magnitude in the score; 0 is the authors' code.
         soft: EM&S, the soft memory bound. K is what the layers have when the method is made.
         every: epochs between updates.
-        until: no update after this many epochs, except that EM&S still returns to K.
+        until: no update after this many epochs; EM&S then returns to K in finalize.
 
     The score's form is recalled from the paper. Cost: O(K log K) per update.
     """

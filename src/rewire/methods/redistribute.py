@@ -36,11 +36,13 @@ def spread(total: int, shares: Sequence[float], room: Sequence[int]) -> list[int
         if not sum(open_):
             open_ = [float(f) for f in free]
         exact = [left * s / sum(open_) for s in open_]
-        given = [min(int(e), f) for e, f in zip(exact, free, strict=True)]
-        if not sum(given):  # only fractions are left: one each, the largest first
-            order = sorted(range(len(exact)), key=lambda i: (-min(exact[i], free[i]), i))
-            for i in order[:left]:
-                given[i] = min(1, free[i]) if exact[i] > 0 else 0
+        if any(f and e >= f for e, f in zip(exact, free, strict=True)):  # full: the others share what these leave
+            given = [f if e >= f else 0 for e, f in zip(exact, free, strict=True)]
+        else:
+            given = [int(e) for e in exact]
+            order = sorted((i for i, f in enumerate(free) if f), key=lambda i: (given[i] - exact[i], i))
+            for i in order[: left - sum(given)]:
+                given[i] += 1
         counts = [c + g for c, g in zip(counts, given, strict=True)]
         left -= sum(given)
     return counts

@@ -56,7 +56,8 @@ class Rewirer(Method):
         every: number of optimizer steps between updates, or "epoch".
         until: no update after this many steps (or epochs); None for never stopping.
         values: of new connections, ``(pool, count, seed, step) -> tensor``; None for 0.
-        momentum: "keep" the optimizer state of survivors, or "reset" all state of all parameters at every update.
+        momentum: "keep" the optimizer state of survivors, or "reset" all state of all parameters (in a `Group`, of
+            the method's own weights) at every update.
         share: None: each layer grows what it dropped. Else how the total is spread over layers, see
             `rewire.methods.redistribute`; pools are enlarged as needed (under DDP choose ``capacity=`` beforehand).
         regrown: connections that are dropped and grow again in the same update start afresh ("new"), or have never
@@ -184,7 +185,8 @@ class Rewirer(Method):
                 source.forget()
         if self.momentum == "reset":
             for optimizer in self.optimizers:
-                optimizer.state.clear()
+                for parameter in self._attachment.parameters(optimizer):
+                    optimizer.state.pop(parameter, None)
         self.updates += 1
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:

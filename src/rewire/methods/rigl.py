@@ -24,6 +24,8 @@ def decay(fraction: float | Schedule, until: int | None) -> float | Schedule:
     if callable(fraction):
         return fraction
     within("fraction", fraction, 0.0, 1.0)
+    if until is not None:
+        within("until", until, 0)
     return Constant(fraction) if not until else Cosine(fraction, until)
 
 

@@ -9,7 +9,6 @@ Under DDP, whose buckets have a fixed size, the slots stay, empty.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 
 from rewire import budget
 from rewire.methods.base import Method, Pool
+from rewire.methods.settings import named_globs
 
 __all__ = ["Connections", "Density", "Shrinking", "final_budgets", "weakest"]
 
@@ -42,7 +42,7 @@ def final_budgets(
     given: Any = connections if density is None else density
     sizes = [pool.weight.size for pool in pools]
     if isinstance(given, Mapping):
-        given = _matched(pools, given)
+        given = [given[pattern] for pattern in named_globs(pools, list(given), "the budget")]
     elif isinstance(given, Sequence) and len(given) != len(pools):
         names = ", ".join(pool.name for pool in pools)
         raise ValueError(f"the budget has {len(given)} entries for {len(pools)} weights: {names}")
@@ -53,22 +53,6 @@ def final_budgets(
         ]
     total = budget.allowed(sum(sizes), *((None, given) if connections is None else (given, None)))
     return budget.distribute(distribution, [tuple(pool.weight.shape) for pool in pools], total)
-
-
-def _matched(pools: Sequence[Pool], given: Mapping[str, float]) -> list[float]:
-    both = [(pool.name, pool.name.rpartition(".")[0]) for pool in pools]
-    for pattern in given:
-        if not any(fnmatchcase(name, pattern) for names in both for name in names):
-            raise ValueError(
-                f"pattern {pattern!r} of the budget matches no weight; there are {', '.join(p.name for p in pools)}"
-            )
-    found = []
-    for names in both:
-        own = [number for pattern, number in given.items() if any(fnmatchcase(name, pattern) for name in names)]
-        if not own:
-            raise ValueError(f"the budget says nothing about {names[0]}: add its name or a pattern that matches it")
-        found.append(own[0])
-    return found
 
 
 def weakest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tensor]:

@@ -42,7 +42,7 @@ class Momentum:
         if self.exact:
             gradients.request(pool, None, seed, step)
         else:
-            count = pool.weight.connections if self.candidates in (None, "auto") else self.candidates
+            count = pool.weight.connections if self.candidates == "auto" else self.candidates
             gradients.request(pool, count, seed, step)
 
     def collect(self, pool: Pool) -> None:
@@ -95,7 +95,8 @@ class SNFS(Rewirer):
 
     The paper keeps m for all positions. Here only ``exact`` does. Otherwise random dormant positions take part as
     candidates for the last ``window`` steps before an update, and m covers these steps, of candidates and connections
-    alike; an update due at the end of an epoch is then made ``window`` steps into the next one.
+    alike; an update due at the end of an epoch is then made ``window`` steps later, and
+    epochs that end in between have none of their own.
 
     Args:
         fraction: share to replace; a number anneals along a cosine to 0.005 at the last update where that is known
@@ -127,8 +128,10 @@ class SNFS(Rewirer):
         seed: int | None = None,
     ) -> None:
         within("beta", beta, 0.0, 1.0)
-        gradients.checked_candidates(candidates)
-        if not isinstance(window, int) or window < 1 or (every != "epoch" and window > every):
+        if gradients.checked_candidates(candidates) is None:
+            raise ValueError("candidates must be 'auto' or a number of at least 1; all positions are exact=True")
+        too_long = not exact and isinstance(every, int) and 1 <= every < window
+        if not isinstance(window, int) or window < 1 or too_long:
             raise ValueError(f"window must be a number of steps between 1 and every={every!r}, not {window!r}")
         end = until if until is not None or every != "epoch" else epochs
         if not callable(fraction) and end:
@@ -179,9 +182,8 @@ class SNFS(Rewirer):
         if self.averaging.exact:
             if self._epoch_ends_with_update(last):
                 self._update(self._trained(), self.epochs)
-        else:
-            if self._epoch_ends_with_update(last) and not self._due:  # an epoch shorter than the window waits
-                self._left = self.window
+        elif self._epoch_ends_with_update(last) and not self._due:  # while a window is open, epochs only pass
+            self._left = self.window
             super()._after_epoch(evaluate, last)
 
     def _update(self, pools: list[Pool], time: int) -> None:
@@ -202,9 +204,13 @@ class SNFS(Rewirer):
             self._attachment.follow(pool, lambda event, name=pool.name: changed(event, name))
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {"left": self._left, "averages": dict(self.averaging.averages)}
+        return super()._state() | {
+            "left": self._left,
+            "averages": {n: m.clone() for n, m in self.averaging.averages.items()},
+        }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        left, averages = int(state["left"]), {name: mean.clone() for name, mean in state["averages"].items()}
+        devices, left = {pool.name: pool.weight.device for pool in self.pools}, int(state["left"])
+        averages = {name: mean.to(devices[name], copy=True) for name, mean in state["averages"].items()}
         super()._load_state(state)
         self._left, self.averaging.averages = left, averages

@@ -75,8 +75,9 @@ class SNIP(Shrinking):
         assert self.final is not None
         self.at_least = at_least
         for pool, k in zip(self.pools, self.final, strict=True):
-            if at_least > (pool.weight.connections if scope == "network" else k):
-                raise ValueError(f"at_least must be at most {k}, what {pool.name} may have, not {at_least}")
+            most = pool.weight.connections if scope == "network" else k
+            if at_least > most:
+                raise ValueError(f"at_least must be at most {most}, what {pool.name} may have, not {at_least}")
         if at_least * len(self.pools) > sum(self.final):
             raise ValueError(
                 f"at_least={at_least} in each of {len(self.pools)} weights is more than the budget of {sum(self.final)}"
@@ -106,9 +107,8 @@ class SNIP(Shrinking):
             self._measured[pool.number] += 1
             if gradient is not None and self._measured[pool.number] <= self.batches:
                 self._gradients[pool.number] = gradient.clone() if total is None else total + gradient
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        for parameter in self._attachment.parameters(optimizer):
+            parameter.grad = None
         if all(self._measured[pool.number] >= self.batches for pool in self._trained()):
             assert self.final is not None
             self._cut(self.final, at_least=self.at_least)

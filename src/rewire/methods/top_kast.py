@@ -233,6 +233,10 @@ class _Exploring:
         self.at = state["at"].to(like.device, copy=True)
         self.values = nn.Parameter(state["values"].to(like, copy=True))
         self.optimizer = self._like(self.pool.optimizer)
-        kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state["optimizer"].items()}
+        # Numbers such as Adam's count stay where the optimizer has them.
+        kept = {
+            k: v.to(like.device if v.dim() else v.device, copy=True) if isinstance(v, Tensor) else v
+            for k, v in state["optimizer"].items()
+        }
         if kept:
             self.optimizer.state[self.values] = kept
