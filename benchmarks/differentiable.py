@@ -82,9 +82,9 @@ class Rows(nn.Module):
 
 #: Experiment -> (network, what is gated, strengths).
 RUNS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[float]]] = {
-    "channels": (cnn, {"units": ["1", "5", "9"]}, [0.0, 1e-5, 3e-5, 1e-4, 3e-4]),
+    "channels": (cnn, {"units": ["1", "5", "9"]}, [0.0, 3e-4, 1e-3, 3e-3]),
     "depth": (Deep, {"branches": "branches.*"}, [0.0, 1e-3, 3e-3, 1e-2, 3e-2]),
-    "heads": (Rows, {"heads": "attention.*"}, [0.0, 1e-3, 3e-3, 1e-2, 3e-2]),
+    "heads": (Rows, {"heads": "attention.*"}, [0.0, 3e-3, 3e-2]),
 }
 
 
