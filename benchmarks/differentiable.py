@@ -1,11 +1,11 @@
 """Differentiable sparsification learns structure: channels, depth, heads; accuracy against size.
 
     python benchmarks/differentiable.py --data-dir FASHION_MNIST --cifar CIFAR_10_BATCHES_PY
-        [--only channels] [--epochs 8] [--train 10000] [--out docs/results/differentiable.json]
+        [--only channels] [--out docs/results/differentiable.json]
 
 channels: a CIFAR-10 CNN (32-64-64 channels, BatchNorm), gates behind each BatchNorm.
 depth:    a residual network of 8 branches on Fashion-MNIST, one gate vector over the branches.
-heads:    a two-layer Transformer encoder on the rows of Fashion-MNIST, gates on its 2 x 8 heads.
+heads:    a two-layer Transformer encoder on strips of Fashion-MNIST's images, gates on its 2 x 8 heads.
 
 Each is trained with several strengths of the penalty (0: no gates), then finalized; accuracy is that of the finalized
 network on the test set, parameters and multiply-adds are counted in it. One seed, one thread, no fine-tuning.
@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,19 @@ class Deep(nn.Module):
 
 
 class Rows(nn.Module):
-    """A Transformer encoder that reads an image as 28 rows of 28 pixels; two layers of 8 heads, width 64."""
+    """A Transformer encoder that reads an image as 7 strips of 4 rows; two layers of 8 heads, width 64."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(28, 64)
-        self.place = nn.Parameter(0.02 * torch.randn(28, 64))
+        self.embed = nn.Linear(112, 64)
+        self.place = nn.Parameter(0.02 * torch.randn(7, 64))
         self.attention = nn.ModuleList(nn.MultiheadAttention(64, 8, batch_first=True) for _ in range(2))
         self.norm = nn.ModuleList(nn.LayerNorm(64) for _ in range(4))
         self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(2))
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x.view(-1, 28, 28)) + self.place
+        x = self.embed(x.view(-1, 7, 112)) + self.place
         for i in range(2):
             h = self.norm[2 * i](x)
             x = x + self.attention[i](h, h, h, need_weights=False)[0]
@@ -80,11 +81,22 @@ class Rows(nn.Module):
         return y
 
 
-#: Experiment -> (network, what is gated, strengths).
-RUNS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[float]]] = {
-    "channels": (cnn, {"units": ["1", "5", "9"]}, [0.0, 3e-4, 1e-3, 3e-3]),
-    "depth": (Deep, {"branches": "branches.*"}, [0.0, 1e-3, 3e-3, 1e-2, 3e-2]),
-    "heads": (Rows, {"heads": "attention.*"}, [0.0, 3e-3, 3e-2]),
+@dataclass(frozen=True)
+class Experiment:
+    """A network, what of it is gated, the strengths to try, and how it is trained (Adam, batches of 100, cosine)."""
+
+    build: Callable[[], nn.Module]
+    options: dict[str, Any]
+    strengths: tuple[float, ...]
+    epochs: int
+    samples: int
+    rate: float
+
+
+EXPERIMENTS = {
+    "channels": Experiment(cnn, {"units": ["1", "5", "9"], "normalise": True}, (0.0, 0.01, 0.03, 0.1), 12, 5000, 5e-3),
+    "depth": Experiment(Deep, {"branches": "branches.*"}, (0.0, 1e-3, 3e-3, 1e-2, 3e-2), 20, 10000, 2e-3),
+    "heads": Experiment(Rows, {"heads": "attention.*"}, (0.0, 1e-3, 3e-3, 1e-2), 15, 10000, 2e-3),
 }
 
 
@@ -95,17 +107,20 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return right / len(y)
 
 
-def run(name: str, split: Split, strength: float, epochs: int) -> dict[str, Any]:
-    build, targets, _ = RUNS[name]
+def run(name: str, experiment: Experiment, split: Split, strength: float) -> dict[str, Any]:
     x, y, test_x, test_y = split
     torch.manual_seed(0)
-    model = build()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    steps = epochs * (len(y) // 100)
+    model = experiment.build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=experiment.rate)
+    steps = experiment.epochs * (len(y) // 100)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    method = Differentiable(model, optimizer, strength=strength, initial=0.5, seed=0, **targets) if strength else None
+    method = (
+        Differentiable(model, optimizer, strength=strength, initial=0.5, seed=0, **experiment.options)
+        if strength
+        else None
+    )
     begun = time.perf_counter()
-    for _ in range(epochs):
+    for _ in range(experiment.epochs):
         model.train()
         for batch in torch.randperm(len(y)).split(100):
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
@@ -141,26 +156,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--cifar", type=Path, required=True, help="folder cifar-10-batches-py")
-    parser.add_argument("--only", choices=list(RUNS))
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--train", type=int, default=10000, help="training samples")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=list(EXPERIMENTS))
+    parser.add_argument("--out", type=Path, help="results of other experiments there are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    for name in [options.only] if options.only else list(RUNS):
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    for name, experiment in EXPERIMENTS.items():
+        if options.only not in (None, name):
+            continue
+        n = experiment.samples
         if name == "channels":
-            split = cifar10(options.cifar, options.train)
+            split = cifar10(options.cifar, n)
         else:
             found = data.load("fashion-mnist", data_dir=options.data_dir)
-            n = options.train
             split = found.train_x[:n], found.train_y[:n], found.test_x, found.test_y
-        results[name] = [run(name, split, strength, options.epochs) for strength in RUNS[name][2]]
+        setting = {k: v for k, v in asdict(experiment).items() if k in ("options", "epochs", "samples", "rate")}
+        runs = [run(name, experiment, split, strength) for strength in experiment.strengths]
+        results[name] = {"setting": setting, "runs": runs}
     if options.out:
-        before = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
-        setting = {"epochs": options.epochs, "training_samples": options.train, "optimizer": "Adam 2e-3, cosine"}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"setting": setting, "results": before | results}, indent=1) + "\n")
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
