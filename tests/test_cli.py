@@ -105,7 +105,8 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
         (["--connections", "60000"], "--connections 60000: 60000 connections for layer 1"),
         (["--connections", "many"], "--connections: given 'many', allowed is a whole number"),
         (["--fan-in", "0"], "--fan-in: given 0, allowed is a number greater than 0"),
-        (["--block", "4,4"], "--block: "),
+        (["--block", "4,4"], "--block: given [4, 4], allowed is three whole numbers greater than 0"),
+        (["--method", "rigl", "--set", "until=-1"], "--method rigl: until must be a finite number at least 0, not -1"),
         (["--block", "4,4,x"], "--block: given '4,4,x', allowed is three numbers such as 64,64,128"),
         (["--fan-in", "2"], "--fan-in, --fan-out, --block: layer 1 (64 inputs, 300 outputs) gets 2091 connections"),
         (["--start-density", "0.5"], "--start-density: deep-r has its budget from the start"),
@@ -296,6 +297,7 @@ def test_a_folder_of_somebody_elses_is_not_used(capsys, tmp_path: Path) -> None:
 def test_one_method_with_its_parameters(capsys) -> None:
     out = works(capsys, "methods", "set")
     assert "fraction = 0.3" in out
+    assert "starts: from an ordinary dense model" in works(capsys, "methods", "halo")
     assert "did you mean 'set'" in fails(capsys, "methods", "sett")
 
 

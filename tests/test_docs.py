@@ -30,6 +30,15 @@ def test_first_example_runs() -> None:
     assert sum(names["method"].stats()["dropped"].values()) > 0
 
 
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", README)), "a page that README does not lead to"
+
+
 def test_method_table_is_the_registry() -> None:
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (O\(\w\)) \|$", README, re.MULTILINE))
     assert rows == {name: methods.info(name).memory for name in methods.available()}

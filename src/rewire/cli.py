@@ -305,6 +305,8 @@ def methods(
         print(f"{entry.name}: {entry.summary}\n{entry.paper}\nguarantees: {'; '.join(entry.guarantees)}")
         if entry.start_density is not None:
             print(f"starts: at density {entry.start_density:g}, and comes down to its budget")
+        if entry.cls.starts_dense:
+            print("starts: from an ordinary dense model")
         if entry.limits:
             print(f"keeps limits on: {', '.join(entry.limits)}")
         print(f"memory: {entry.memory}\nparameters (--set name=value):")

@@ -346,3 +346,10 @@ def test_ctre_refuses_limits() -> None:
     layer = SparseLinear(9, 8, connections=40, limits=Limits(fan_in=6))
     with pytest.raises(ValueError, match=r"CTRE .*does not keep a limit on fan-in"):
         methods.CTRE(layer, torch.optim.SGD(layer.parameters(), lr=0.1), data=[torch.randn(3, 9)])
+
+
+@pytest.mark.parametrize("name", ["codacorset", "ctre"])
+def test_training_data_must_be_given(name: str) -> None:
+    model = nn.Sequential(SparseLinear(6, 4, density=0.5))
+    with pytest.raises(ValueError, match=f"{name} needs data=: the training data"):
+        methods.create(name, model, torch.optim.SGD(model.parameters(), lr=0.1))

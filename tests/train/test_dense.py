@@ -68,6 +68,18 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[st
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("density", "left"), [(None, 97), (0.25, 242)])
+def test_density_is_the_budget_of_methods_that_have_one(tmp_path: Path, density: float | None, left: int) -> None:
+    """With the default of all methods where nothing is said, so that runs with the same options compare."""
+    changes = {} if density is None else {"density": [density]}
+    result = run(tmp_path, method="halo", method_options={}, epochs=1, **changes)
+    assert result["possible_connections"] == 64 * 12 + 12 * 9 + 9 * 10
+    assert result["connections"] == left
+    said = run(tmp_path / "said", method="halo", method_options={"density": left / 966}, epochs=1)
+    assert said["connections"] == left
+    assert said["test_loss"] == result["test_loss"]
+
+
 @pytest.mark.parametrize("method", ["differentiable", "halo", "ternary"])
 def test_the_other_dense_methods_run(tmp_path: Path, method: str) -> None:
     result = run(tmp_path, method=method, method_options={}, epochs=1)

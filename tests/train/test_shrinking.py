@@ -171,7 +171,12 @@ def test_times_are_taken_in_turns_and_compared_within_a_round() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "halo", "density": [0.2]}, "--density: halo starts .* say it with --set density="),
+        ({"method": "halo", "connections": 200}, "--connections: halo starts .* use --density"),
+        ({"method": "halo", "density": [0.2, 0.2, 0.2]}, "--density: given 3 numbers, allowed is one: halo"),
+        (
+            {"method": "halo", "density": [0.2], "method_options": {"density": 0.1}},
+            "--density and --set density both",
+        ),
         ({"method": "differentiable", "density": [0.2]}, "--density: differentiable starts .* leave it out"),
         ({"method": "differentiable", "weight_decay": 0.1}, "weight decay.*leave out --weight-decay$"),
     ],

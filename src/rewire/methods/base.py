@@ -487,7 +487,7 @@ class Method(ABC):
             if broken:
                 raise ValueError(
                     f"{pool.name} is limited to {pool.weight.limits}, and {type(self).__name__} with these settings "
-                    f"does not keep a limit on {' and '.join(broken)}: `rewire methods` says which methods do"
+                    f"does not keep a limit on {' and '.join(broken)}: `rewire methods NAME` says what a method keeps"
                 )
 
     def _refuse_weight_decay(self) -> None:

@@ -173,4 +173,8 @@ def create(name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimize
             hint = f"; did you mean {near[0]!r}?" if near else ""
             names = ", ".join(allowed) or "none"
             raise ValueError(f"{name} has no parameter {given!r}: it has {names}{hint}")
+    for needed in inspect.signature(entry.cls.__init__).parameters.values():
+        is_required = needed.kind is inspect.Parameter.KEYWORD_ONLY and needed.default is inspect.Parameter.empty
+        if is_required and needed.name not in parameters:
+            raise ValueError(f"{name} needs {needed.name}=: {_help(inspect.getdoc(entry.cls) or '', needed.name)}")
     return entry.cls(model, optimizer, **parameters)

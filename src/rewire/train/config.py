@@ -99,6 +99,8 @@ def _explain(error: ValidationError) -> str:
     words = {"gt": "greater than", "ge": "at least", "le": "at most", "lt": "less than"}
     if field == "density":
         allowed = "a number greater than 0 and at most 1"
+    elif field == "block":
+        allowed = "three whole numbers greater than 0: outputs, inputs, connections"
     elif limits := [f"{words[key]} {context[key]}" for key in words if key in context]:
         allowed = "a number " + " and ".join(limits)
     else:
@@ -115,8 +117,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     check_name("--optimizer", config.optimizer, OPTIMIZERS)
     layers = len(config.hidden) + 1
     if starts_dense(config.method):
-        _refuse_budget(config)
-        return _with_rate(config)
+        return _with_rate(_dense_budget(config))
     densities = config.density
     if densities is not None and config.connections is not None:
         raise TrainError("--density and --connections both say how many connections: give one of them")
@@ -144,10 +145,19 @@ def starts_dense(method: str) -> bool:
     return method in methods.available() and methods.info(method).cls.starts_dense
 
 
-def _refuse_budget(config: TrainConfig) -> None:
-    """Methods that start dense find out how much is left, or have a parameter for it."""
+def _dense_budget(config: TrainConfig) -> TrainConfig:
+    """Methods that start dense find out how much is left, or have a parameter ``density``, which --density sets."""
+    takes_density = "density" in methods.info(config.method).parameters()
+    if takes_density and config.density is not None:
+        if "density" in config.method_options:
+            raise TrainError("--density and --set density both say how many connections: give one of them")
+        if len(config.density) > 1:
+            raise TrainError(
+                f"--density: given {len(config.density)} numbers, allowed is one: {config.method} spreads its budget "
+                "over the layers by itself"
+            )
     given = {
-        "--density": config.density is not None,
+        "--density": config.density is not None and not takes_density,
         "--connections": config.connections is not None,
         "--distribution": config.distribution is not None,
         "--start-density": config.start_density is not None,
@@ -156,12 +166,13 @@ def _refuse_budget(config: TrainConfig) -> None:
         "--block": config.block is not None,
         "--init": config.init != "dense",
     }
-    own = methods.info(config.method).parameters()
     for option, is_given in given.items():
         if is_given:
-            name = option.strip("-").replace("-", "_")
-            advice = f"say it with --set {name}=..." if name in own else "leave it out"
+            advice = "use --density" if takes_density and option == "--connections" else "leave it out"
             raise TrainError(f"{option}: {config.method} starts from a dense network and has no such budget; {advice}")
+    if takes_density and config.density is None and "density" not in config.method_options:
+        config = config.model_copy(update={"density": (0.1,)})  # as for the other methods, so that they compare
+    return config
 
 
 def _with_rate(config: TrainConfig) -> TrainConfig:

@@ -81,6 +81,7 @@ class Trainer:
                 self.optimizer,
                 seed=derive_seed(config.seed, "method"),
                 **config.method_options,
+                **({"density": config.density[0]} if self.dense and config.density is not None else {}),
                 **{name: value for name, value in provided.items() if name in entry.services},
                 **self._services(entry),
             )
