@@ -122,3 +122,22 @@ def test_posterior_is_as_measured() -> None:
     for run in runs:  # the bar: averaging improves likelihood and calibration
         assert run["average"]["nll"] < run["single"]["nll"]
     assert mean("average", "ece") < mean("single", "ece")
+
+
+def test_one_percent_is_what_was_measured() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "mnist_one_percent.json").read_text())
+    assert sum(found["connections"]) == 2662
+    rows = re.findall(r"^\| (DEEP R, \d+ epochs[^|]*) \| ([\d., ]+) \| (\d\d\.\d\d) % \|$", README, re.MULTILINE)
+    assert len(rows) == len(found["results"]) == 2
+    means = []
+    for title, each, mean in rows:
+        name = "DEEP R, shifted images" if "shifted" in title else "DEEP R"
+        assert f"{found['settings'][name]['epochs']} epochs" in title
+        runs = found["results"][name]
+        assert all(sum(run["connections"].values()) == 2662 for run in runs)
+        accuracy = [100 * run["test_accuracy"] for run in runs]
+        assert each == ", ".join(f"{a:.2f}" for a in accuracy)
+        means.append(sum(accuracy) / len(accuracy))
+        assert mean == f"{means[-1]:.2f}"
+    assert min(means) >= 97.3
+    assert max(means) >= 97.5
