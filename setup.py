@@ -18,8 +18,12 @@ DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 # Contraction makes fused multiply-adds; vectors are passed between inlined functions only, hence no psabi notes.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
 # What `make asan` builds with (REWIRE_SANITIZE=1): the tests then stop at the first bad access or undefined operation.
-# (Left out is what AddressSanitizer sees by itself; it takes half the time of the build.)
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-recover=undefined"]
+# (Left out is what AddressSanitizer sees by itself; it takes most of the time of the build.)
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size,vptr,pointer-overflow",
+    "-fno-sanitize-recover=undefined",
+]
 SANITIZE = os.environ.get("REWIRE_SANITIZE", "0") not in ("", "0")
 if SANITIZE:
     FLAGS += [*SANITIZERS, "-fno-omit-frame-pointer", "-O1", "-g1"]
