@@ -39,6 +39,7 @@ struct SpmmArgs {
   const void* x;     // (features, batch), features x_step elements apart
   void* y;           // (rows, batch), rows y_step elements apart
   int64_t capacity, features, x_step, y_step;
+  bool scattered;  // values that follow each other in the list lie far apart in memory: fetch them early
 };
 
 // out[slot] (+)= sum over b of g[r, b] * x[c, b].

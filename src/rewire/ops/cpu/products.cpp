@@ -37,6 +37,9 @@ struct CheckedList {
   int64_t at(int64_t row) const {
     return type == kInt32 ? static_cast<const int32_t*>(list.ptr)[row] : static_cast<const int64_t*>(list.ptr)[row];
   }
+  int64_t slot(int64_t i) const {
+    return type == kInt32 ? static_cast<const int32_t*>(list.slots)[i] : static_cast<const int64_t*>(list.slots)[i];
+  }
 
 };
 
@@ -116,10 +119,25 @@ struct OneRow {
 // one, unless every tile is read often enough to be worth another pass over the rows.
 int64_t tiles_of(const CheckedList& list, int64_t features, int64_t width, int64_t size, int type) {
   if (width * 2 <= kVectorsPerBlock * kernels().lanes[type]) return 1;
-  const int64_t bytes = features * width * size, cache = cache_bytes();
-  if (bytes <= cache / 4 * 3) return 1;
-  const int64_t tiles = std::min((bytes + cache / 2 - 1) / (cache / 2), features);
+  const int64_t bytes = features * width * size, most = std::max<int64_t>(cache_bytes() / 3 * 2, 1);
+  if (bytes <= cache_bytes() / 4 * 3) return 1;
+  const int64_t tiles = std::min((bytes + most - 1) / most, features);
   return list.connections / tiles >= kConnectionsPerTile * std::max(list.rows, features / tiles) ? tiles : 1;
+}
+
+// Whether the values are too many for the cache and are read in an order that the processor cannot foresee: a sample of
+// the list says. (By column they are, by row they are once slots have been used again and again.)
+bool scattered(const CheckedList& list, int64_t value_bytes) {
+  constexpr int64_t kSample = 64;
+  constexpr uint64_t kNear = 64;
+  if (value_bytes <= cache_bytes() || list.connections <= kSample) return false;
+  int64_t far = 0;
+  for (int64_t k = 0; k < kSample; ++k) {
+    const int64_t i = (list.connections - 1) / kSample * k;
+    const uint64_t jump = static_cast<uint64_t>(list.slot(i + 1)) - static_cast<uint64_t>(list.slot(i));
+    far += jump + kNear > 2 * kNear;
+  }
+  return 4 * far > kSample;
 }
 
 // Passes over the same units, one after the other for every unit: work(pass, unit) waits for work(pass - 1, unit) only.
@@ -222,7 +240,8 @@ Tensor spmm(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Ten
 
   const bool narrow = is_narrow(type);
   const int64_t size = type == kFloat64 ? 8 : 4;  // of a number computed with
-  const Widened values(values_, values_type), bias(bias_.has_value() ? *bias_ : values_, bias_.has_value() ? bias_type : kFloat32);
+  const Widened values(values_, values_type);
+  const Widened bias(bias_.has_value() ? *bias_ : values_, bias_.has_value() ? bias_type : kFloat32);
   const Blocks blocks(batch, type);
   const Plan plan(list, batch);
   const int64_t parts = plan.first_part.back(), rows = static_cast<int64_t>(plan.long_rows.size());
@@ -231,10 +250,16 @@ Tensor spmm(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Ten
   const Scratch wide(narrow ? list.rows * blocks.widest() * size : 0), partial(parts * batch * size);
   const Scratch next(tiles > 1 ? list.rows * 8 : 0);
   std::vector<std::atomic<int64_t>> finished(static_cast<size_t>(rows * blocks.count));
-  const SpmmArgs args{list.list,     values.data,   bias_.has_value() ? bias.data : nullptr,
-                      runs.data,     narrow ? wide.data() : y.mutable_data_ptr(),
-                      values_.numel(), runs.features, runs.step,
-                      narrow ? blocks.widest() : batch};
+  const SpmmArgs args{list.list,
+                      values.data,
+                      bias_.has_value() ? bias.data : nullptr,
+                      runs.data,
+                      narrow ? wide.data() : y.mutable_data_ptr(),
+                      values_.numel(),
+                      runs.features,
+                      runs.step,
+                      narrow ? blocks.widest() : batch,
+                      scattered(list, values_.numel() * size)};
   char* const result = static_cast<char*>(y.mutable_data_ptr());
   const auto kernel = kernels().spmm[type][list.type];
 
