@@ -197,7 +197,7 @@ def test_training_switches_units_off(gate: Any) -> None:
     """Only 2 of 12 inputs matter: a strong penalty leaves few units, and the task is still learned."""
     model = mlp()
     opt = torch.optim.Adam(model.parameters(), lr=0.02)
-    method = Differentiable(model, opt, units="0", gate=gate, strength=0.02, initial=0.5, seed=1)
+    method = Differentiable(model, opt, units="0", gate=gate, strength=0.05, initial=0.5, seed=1)
     torch.manual_seed(3)
     x = torch.randn(256, 12)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()

@@ -144,3 +144,13 @@ def test_elementwise_starts_with_most_weights_on(kind):
     made = Elementwise(layer.weight, kind, initial=0.01, recover="elu")(layer.weight)
     assert float((made != 0).float().mean()) > 0.98
     torch.testing.assert_close(made, before, atol=2e-2, rtol=0)
+
+
+def test_the_slope_of_the_p_norm_is_bounded():
+    """However small an entry is, its slope is that at one hundredth of the largest; the value is continuous there."""
+    for tiny in (1e-3, 1e-6, 1e-12):
+        a = torch.tensor([1.0, tiny], dtype=torch.float64, requires_grad=True)
+        (g,) = torch.autograd.grad(p_norm(a, 0.5, root=False), a)
+        assert float(g[1]) == pytest.approx(10)
+    edge = [p_norm(torch.tensor([1.0, x], dtype=torch.float64), 0.5, root=False) for x in (0.01 - 1e-9, 0.01 + 1e-9)]
+    assert float(edge[0]) == pytest.approx(float(edge[1]), abs=1e-6)

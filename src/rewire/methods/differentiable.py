@@ -80,7 +80,7 @@ class Differentiable(Method):
         branches: Patterns = None,
         gate: GateKind = "non-competitive",
         weight_gate: Literal["non-competitive", "exclusive"] = "non-competitive",
-        strength: float | Schedule = 1e-3,
+        strength: float | Schedule = 1e-4,
         p: float = 0.5,
         normalise: bool = False,
         initial: float = 0.01,

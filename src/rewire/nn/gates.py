@@ -30,6 +30,9 @@ Recover = Literal["none", "elu"]
 #: What keeps the last component alive: its threshold stays this far below the largest.
 MARGIN = 1e-3
 
+#: Entries below this share of the largest count linearly in `p_norm`, so that its slope stays bounded.
+FLOOR = 1e-2
+
 
 class _Rectify(torch.autograd.Function):
     """relu forward; backward the derivative of ELU (1 above 0, exp(z) below), so that what is zero still learns."""
@@ -103,12 +106,19 @@ def exclusive(weight: Tensor, beta: Tensor, recover: Recover = "elu") -> Tensor:
 
 
 def p_norm(a: Tensor, p: float, root: bool = True) -> Tensor:
-    """``sum |a_i|^p`` over the non-zero entries (where p < 1 the slope at 0 is infinite), to the power 1/p if ``root``.
+    """``sum |a_i|^p``, to the power 1/p if ``root``; a scalar, with gradient from the non-zero entries only.
 
-    A scalar; 0, with zero gradient, if every entry is 0.
+    Where p < 1 the slope grows without bound towards 0, and one step of gradient descent would throw a small entry far
+    beyond it: below `FLOOR` of the largest entry a straight line to 0 takes the power's place. 0, with zero gradient,
+    if every entry is 0.
     """
+    size = a.abs()
     alive = a != 0
-    total = (torch.where(alive, a.abs(), torch.ones_like(a)) ** p * alive).sum()
+    power = torch.where(alive, size, torch.ones_like(a)) ** p
+    if p < 1 and a.numel():
+        low = (FLOOR * size.detach().max()).clamp(min=torch.finfo(a.dtype).tiny)
+        power = torch.where(size < low, size * low ** (p - 1), power)
+    total = (power * alive).sum()
     if not root or p == 1:
         return total
     rooted: Tensor = total.clamp(min=torch.finfo(a.dtype).tiny) ** (1 / p)
