@@ -192,12 +192,12 @@ def test_heads() -> None:
     train(model, opt, None, (24,), 2)
 
 
-@pytest.mark.parametrize("gate", ["non-competitive", "competitive", "group"])
-def test_training_switches_units_off(gate: Any) -> None:
+@pytest.mark.parametrize(("gate", "strength"), [("non-competitive", 0.02), ("competitive", 0.02), ("group", 0.05)])
+def test_training_switches_units_off(gate: Any, strength: float) -> None:
     """Only 2 of 12 inputs matter: a strong penalty leaves few units, and the task is still learned."""
     model = mlp()
     opt = torch.optim.Adam(model.parameters(), lr=0.02)
-    method = Differentiable(model, opt, units="0", gate=gate, strength=0.05, initial=0.5, seed=1)
+    method = Differentiable(model, opt, units="0", gate=gate, strength=strength, initial=0.5, seed=1)
     torch.manual_seed(3)
     x = torch.randn(256, 12)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
