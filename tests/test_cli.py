@@ -252,10 +252,14 @@ def test_methods(capsys, monkeypatch) -> None:
 
     monkeypatch.setenv("COLUMNS", "200")
     table = works(capsys, "methods")
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = works(capsys, "methods")
+    assert len(narrow.splitlines()) < 4 * len(methods.available())
     rows = json.loads(works(capsys, "methods", "--json"))
     assert [row["name"] for row in rows] == methods.available()
     for row in rows:
         assert row["name"] in table
+        assert row["name"] in narrow
         assert row["memory"] in ("O(K)", "O(M)")
         assert row["paper"]
         assert row["summary"]

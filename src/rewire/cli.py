@@ -263,6 +263,10 @@ def _show_result(place: RunDir, quiet: bool) -> None:
     print(f"report         {page}")
 
 
+#: Columns from which the table of methods has room for papers and guarantees.
+WHOLE_TABLE = 140
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method with its parameters.", show_default=False)] = None,
@@ -317,11 +321,17 @@ def methods(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "paper", "what it does", "guarantees", "memory", box=box.SIMPLE_HEAD, show_lines=True)
-    table.columns[0].no_wrap = table.columns[4].no_wrap = True
+    console = Console(highlight=False, markup=False)
+    whole = console.width >= WHOLE_TABLE
+    names = ("name", "memory", "what it does", *(("paper", "guarantees") if whole else ()))
+    table = Table(*names, box=box.SIMPLE_HEAD, show_lines=whole)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for entry in entries:
-        table.add_row(entry.name, entry.paper, entry.summary, "; ".join(entry.guarantees), entry.memory)
-    Console(highlight=False, markup=False).print(table)
+        more = (entry.paper, "; ".join(entry.guarantees)) if whole else ()
+        table.add_row(entry.name, entry.memory, entry.summary, *more)
+    console.print(table)
+    if not whole:
+        print("rewire methods NAME shows one with its paper, guarantees and parameters")
 
 
 def _plain(value: Any) -> Any:
