@@ -14,6 +14,7 @@ from rewire.methods.base import Data, Evaluate, Method, Pool, Purpose
 from rewire.methods.correlation import Merge, UnitMoments, evaluating, measure
 from rewire.methods.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.methods.snapshot import Snapshot
 from rewire.nn.surgery import UnitGraph, fit_shapes
 from rewire.schedules import within
@@ -109,8 +110,7 @@ class NoiseOut(Method):
             ("mode", mode, ("max", "min")),
             ("criterion", criterion, ("correlation", "damage")),
         ]:
-            if given not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {given!r}")
+            choice(name, given, allowed)
         for name, count in [("outputs", outputs), ("at_once", at_once), ("samples", samples)]:
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")

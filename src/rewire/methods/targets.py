@@ -19,10 +19,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from rewire.methods.correlation import evaluating
 from rewire.nn.absent import Absent
 from rewire.nn.cut import to_sparse
 from rewire.nn.gates import Elementwise, Gate
 from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
+from rewire.nn.surgery.trace import call
 
 __all__ = ["Branches", "Heads", "Target", "Units", "Weights", "chosen"]
 
@@ -163,18 +165,12 @@ def _constants(
         site.module.register_forward_pre_hook(lambda _, args, name=site.name: seen.__setitem__(name, args[0]))
         for site in group.consumers
     ]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        if isinstance(example, dict):
-            model(**example)
-        else:
-            model(*example) if isinstance(example, tuple) else model(example)
+        with evaluating(model):
+            call(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     found: dict[int, float] = {}
     for unit in units:
         given = []
