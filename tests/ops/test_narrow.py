@@ -38,9 +38,12 @@ def test_narrow_products_agree_with_dense_ones(implementation, p, dtype, narrow_
     assert y.t().is_contiguous()
     close(y, x.double() @ dense.t() + (0.0 if bias is None else bias.double()))
     close(implementation.spmm(*p.by_col, values, g, None), g.double() @ dense)
-    grad_values = implementation.sddmm(*p.by_row, values.shape[0], g, x)
-    assert grad_values.dtype == torch.float32
-    close(grad_values, p.at_slots(g.double().t() @ x.double()), 1e-5)
+    both_x, both_values = implementation.spmm_sddmm(*p.by_col, values, x, g)
+    assert both_x.dtype == dtype
+    close(both_x, g.double() @ dense)
+    for grad_values in (implementation.sddmm(*p.by_row, values.shape[0], g, x), both_values):
+        assert grad_values.dtype == torch.float32
+        close(grad_values, p.at_slots(g.double().t() @ x.double()), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -1,4 +1,4 @@
-"""spmm, sddmm and the layout copies against dense float64, in native code and in the reference."""
+"""spmm, sddmm, both in one and the layout copies against dense float64, in native code and in the reference."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ def check(implementation, p, x, g, bias):
     torch.testing.assert_close(grad_x.double(), wide[1] @ wide[2], **tolerance)
     grad_values = implementation.sddmm(*p.by_row, p.values.shape[0], g, x)
     scale = max(1.0, x.shape[0] ** 0.5)
-    torch.testing.assert_close(
-        grad_values.double(),
-        p.at_slots(wide[1].t() @ wide[0]),
-        rtol=tolerance["rtol"],
-        atol=tolerance["atol"] * scale,
-    )
+    both_x, both_values = implementation.spmm_sddmm(*p.by_col, p.values, x, g)
+    torch.testing.assert_close(both_x.double(), wide[1] @ wide[2], **tolerance)
+    assert both_x.dtype == x.dtype
+    assert both_x.t().is_contiguous()
+    for found in (grad_values, both_values):
+        torch.testing.assert_close(
+            found.double(),
+            p.at_slots(wide[1].t() @ wide[0]),
+            rtol=tolerance["rtol"],
+            atol=tolerance["atol"] * scale,
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -93,6 +98,7 @@ def test_infinities_of_the_last_vector_are_counted_once():
         x, g = torch.ones(batch, 4), torch.ones(batch, 3)
         x[batch - 3] = float("inf")
         assert torch.isposinf(ops.sddmm(*p.by_row, 12, g, x)).all()
+        assert torch.isposinf(ops.spmm_sddmm(*p.by_row, p.values, g, x)[1]).all()
 
 
 def test_noncontiguous_values_and_bias():
@@ -126,6 +132,7 @@ def test_threads_change_no_bit(batch):
                 (
                     ops.spmm(*p.by_row, p.values, x, None),
                     ops.sddmm(*p.by_row, 20_000, g, x),
+                    *ops.spmm_sddmm(*p.by_col, p.values, x, g),
                     ops.feature_major(x),
                 )
             )
@@ -146,7 +153,9 @@ for batch in (1, 2, 3, 5, 7, 8, 9, 10, 13, 16, 17, 31, 33, 100, 128, 130, 257):
         p = problem(23, 31, 300, spare=2, dtype=dtype)
         x, g = torch.randn(batch, 31, dtype=dtype), torch.randn(batch, 23, dtype=dtype)
         b = torch.randn(23, dtype=dtype)
-        for name, arguments in (("spmm", (p.values, x, b)), ("sddmm", (302, g, x))):
+        for name, arguments in (
+            ("spmm", (p.values, x, b)), ("sddmm", (302, g, x)), ("spmm_sddmm", (p.values, g, x))
+        ):
             torch.testing.assert_close(
                 getattr(ops, name)(*p.by_row, *arguments),
                 getattr(reference, name)(*p.by_row, *arguments), rtol=tolerance, atol=tolerance)
@@ -226,6 +235,8 @@ def test_bad_lists_raise(size, index_dtype, which, place, value, message):
         ops.spmm(*lists, p.values, x, None)
     with pytest.raises(RuntimeError, match=message):
         ops.sddmm(*lists, p.values.shape[0], x, x)
+    with pytest.raises(RuntimeError, match=message):
+        ops.spmm_sddmm(*lists, p.values, x, x)
 
 
 GEOMETRY = ((1,), (1,), (0, 0), (1,), 1)
@@ -251,6 +262,7 @@ def test_rows_are_checked_whatever_ptr_holds(size, index_dtype, inner):
     calls = [
         lambda ptr: ops.spmm(ptr, idx, slots, p.values, x, None),
         lambda ptr: ops.sddmm(ptr, idx, slots, p.values.shape[0], x, x),
+        lambda ptr: torch.cat([t.flatten() for t in ops.spmm_sddmm(ptr, idx, slots, p.values, x, x)]),
         lambda ptr: ops_.conv(ptr, idx, slots, p.values, images, None, size, *GEOMETRY, False),
         lambda ptr: ops_.conv_input_gradient(ptr, idx, slots, p.values, images, (1,), size, *GEOMETRY, False),
         lambda ptr: ops_.conv_value_gradient(ptr, idx, slots, p.values.shape[0], images, images, size, *GEOMETRY),
@@ -273,7 +285,11 @@ def test_only_a_rising_ptr_gives_a_result(data):
         ptr[data.draw(st.integers(1, rows - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1) | st.integers(0, rows))
     x, g = torch.randn(2, 3), torch.randn(2, rows)
     rising = bool((ptr[1:] >= ptr[:-1]).all())
-    for call in (lambda: ops.spmm(ptr, idx, slots, p.values, x, None), lambda: ops.sddmm(ptr, idx, slots, rows, g, x)):
+    for call in (
+        lambda: ops.spmm(ptr, idx, slots, p.values, x, None),
+        lambda: ops.sddmm(ptr, idx, slots, rows, g, x),
+        lambda: ops.spmm_sddmm(ptr, idx, slots, p.values, g, x),
+    ):
         with contextlib.nullcontext() if rising else pytest.raises(RuntimeError, match="never fall"):
             call()
 
@@ -292,6 +308,8 @@ def test_random_damage_never_crashes(data):
         assert ops.spmm(*lists, p.values, x, None).shape == x.shape
     with contextlib.suppress(RuntimeError):
         assert ops.sddmm(*lists, 64, x, x).shape == (64,)
+    with contextlib.suppress(RuntimeError):
+        assert [t.shape for t in ops.spmm_sddmm(*lists, p.values, x, x)] == [x.shape, (64,)]
 
 
 @native
@@ -299,7 +317,7 @@ def test_bad_arguments_raise():
     p = problem(4, 5, 9)
     ptr, idx, slots = p.by_row
     x, g = torch.randn(3, 5), torch.randn(3, 4)
-    spmm, sddmm = torch.ops.rewire.spmm, torch.ops.rewire.sddmm
+    spmm, sddmm, both = torch.ops.rewire.spmm, torch.ops.rewire.sddmm, torch.ops.rewire.spmm_sddmm
     cases = [
         (lambda: spmm(ptr, idx[:-1], slots, p.values, x, None), "same length"),
         (lambda: spmm(ptr.long(), idx, slots, p.values, x, None), "one dtype"),
@@ -320,6 +338,11 @@ def test_bad_arguments_raise():
         (lambda: sddmm(ptr, idx, slots, 9, x, x), "as many features as there are rows"),
         (lambda: sddmm(ptr, idx, slots, -1, g, x), "capacity must not be negative"),
         (lambda: sddmm(ptr, idx, slots, 9, g.double(), x), "g and x must have one dtype"),
+        (lambda: both(ptr, idx, slots, p.values.double(), g, x), "values and x must have one dtype"),
+        (lambda: both(ptr, idx, slots, p.values, g.double(), x), "g and x must have one dtype"),
+        (lambda: both(ptr, idx, slots, p.values[None], g, x), "values must have one dimension"),
+        (lambda: both(ptr, idx, slots, p.values, g[:2], x), "same batch size"),
+        (lambda: both(ptr, idx, slots, p.values, x, x), "as many features as there are rows"),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -342,5 +365,7 @@ def test_fake_kernels_match(layout, batch):
     for kind in (torch.bfloat16, torch.float32):
         check_op(torch.ops.rewire.spmm.default, (*p.by_row, p.values.to(kind), x.bfloat16(), None))
     check_op(torch.ops.rewire.sddmm.default, (*p.by_row, 22, g.half(), x.half()))
+    for one, other in ((g, x), (g.half(), x.half())):
+        check_op(torch.ops.rewire.spmm_sddmm.default, (*p.by_row, p.values, one, other))
     check_op(torch.ops.rewire.feature_major.default, (x,))
     check_op(torch.ops.rewire.batch_major.default, (x,))

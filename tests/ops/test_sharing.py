@@ -44,13 +44,21 @@ def test_long_rows_are_shared_out(dtype, index_dtype, batch):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((ops.spmm(*lists, values, x, bias), ops.sddmm(*lists, values.numel(), g, x)))
+            results.append(
+                (
+                    ops.spmm(*lists, values, x, bias),
+                    ops.sddmm(*lists, values.numel(), g, x),
+                    *ops.spmm_sddmm(*lists, values, g, x),
+                )
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     close(results[0][0], x.double() @ dense.double().t() + bias.double(), tolerance)
-    close(results[0][1], (g.double().t() @ x.double())[rows, cols], min(tolerance, 1e-5))
+    close(results[0][2], x.double() @ dense.double().t(), tolerance)
+    for found in (results[0][1], results[0][3]):
+        close(found, (g.double().t() @ x.double())[rows, cols], min(tolerance, 1e-5))
 
 
 TILES = """
@@ -66,7 +74,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append((ops.spmm(*p.by_row, p.values, x, None), ops.spmm(*p.by_col, p.values, g, None),
-                            ops.sddmm(*p.by_row, 30_000 + spare, g, x)))
+                            ops.sddmm(*p.by_row, 30_000 + spare, g, x),
+                            *ops.spmm_sddmm(*p.by_col, p.values, x, g)))
         for a, b in zip(*results):
             assert torch.equal(a, b)
             print(a.double().sum().item().hex(), a.double().pow(2).sum().item().hex())

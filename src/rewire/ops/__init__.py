@@ -1,7 +1,7 @@
 """The arithmetic of sparse layers: y = W x, its two gradients, and the layouts in between.
 
-`spmm`, `sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is the
-differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`); `in_runs` and
+`spmm`, `sddmm`, `spmm_sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is
+the differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`); `in_runs` and
 `in_rows` are differentiable changes of layout; `Pair` is what a captured call of a layer can compute; `langevin_step_`
 is the random walk of DEEP R. On the CPU, in float32 and float64 (`NARROW` dtypes too in the products), they run
 native kernels if the library is there; everywhere else, plain PyTorch.
@@ -9,7 +9,7 @@ native kernels if the library is there; everywhere else, plain PyTorch.
 
 from rewire.ops.conv import sparse_conv
 from rewire.ops.geometry import Geometry
-from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
+from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.langevin import langevin_step_
 from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import NARROW, sparse_linear
@@ -31,4 +31,5 @@ __all__ = [
     "sparse_conv",
     "sparse_linear",
     "spmm",
+    "spmm_sddmm",
 ]

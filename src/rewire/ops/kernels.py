@@ -8,6 +8,7 @@ bias may be float32 as well; sums are float32 anyway.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,19 @@ from torch import Tensor
 from rewire import _native
 from rewire.ops import reference
 
-__all__ = ["batch_major", "feature_major", "sddmm", "spmm"]
+__all__ = ["batch_major", "feature_major", "sddmm", "spmm", "spmm_sddmm"]
 
 _NATIVE = _native.available("spmm")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _operator(name: str) -> Callable[..., Tensor] | None:
+def _operator(name: str) -> Callable[..., Any] | None:
     """The native operator, looked up once: a look-up takes as long as a small product."""
-    found: Callable[..., Tensor] | None = getattr(torch.ops.rewire, name).default if _NATIVE else None
+    found: Callable[..., Any] | None = getattr(torch.ops.rewire, name).default if _NATIVE else None
     return found
 
 
-_SPMM, _SDDMM = _operator("spmm"), _operator("sddmm")
+_SPMM, _SDDMM, _SPMM_SDDMM = _operator("spmm"), _operator("sddmm"), _operator("spmm_sddmm")
 _FEATURE_MAJOR, _BATCH_MAJOR = _operator("feature_major"), _operator("batch_major")
 
 
@@ -53,6 +54,18 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
     return reference.sddmm(ptr, idx, slots, capacity, g, x)
 
 
+def spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``spmm(ptr, idx, slots, values, x)`` and ``sddmm(ptr, idx, slots, capacity, g, x)`` from one reading of x.
+
+    With the list by column, x the gradient of a layer's output and g its input, these are the gradients of the input
+    and of the values. Raises RuntimeError on a bad index. O(K batch) time, about 0.7 of that of the two.
+    """
+    if _SPMM_SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
+        y, out = _SPMM_SDDMM(ptr, idx, slots, values, g, x)
+        return y, out
+    return reference.spmm_sddmm(ptr, idx, slots, values, g, x)
+
+
 def feature_major(x: Tensor) -> Tensor:
     """A copy of ``x`` (batch, features) with strides (1, batch)."""
     if _FEATURE_MAJOR is not None and x.is_cpu and x.dtype in _DTYPES:
@@ -67,23 +80,29 @@ def batch_major(x: Tensor) -> Tensor:
     return reference.batch_major(x)
 
 
-def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register what the compiler may know of a native kernel: shape, strides and dtype of its result."""
-    register: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    register: Callable[[Callable[..., Any]], Callable[..., Any]]
     register = torch.library.register_fake(f"rewire::{name}")
     return register
 
 
 if _NATIVE:
 
+    def _sums(ptr: Tensor, x: Tensor) -> Tensor:
+        return torch.empty_strided((x.shape[0], ptr.shape[0] - 1), (1, x.shape[0]), dtype=x.dtype, device=x.device)
+
     @_fake("spmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = ptr.shape[0] - 1
-        return torch.empty_strided((x.shape[0], rows), (1, x.shape[0]), dtype=x.dtype, device=x.device)
+        return _sums(ptr, x)
 
     @_fake("sddmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
         return x.new_empty((capacity,), dtype=reference.sum_dtype(x.dtype))
+
+    @_fake("spmm_sddmm")
+    def _(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _sums(ptr, x), x.new_empty(values.shape, dtype=reference.sum_dtype(x.dtype))
 
     @_fake("feature_major")
     def _(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm
+from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
@@ -100,8 +100,15 @@ class _Linear(torch.autograd.Function):
             g = _in_runs(g)
         if ctx.capture is not None:
             ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
-        grad_x = _plus(spmm(col_ptr, col_rows, col_slots, values, g), grad_runs) if need_x else None
-        grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x) if need_values else None
+        grad_x = grad_values = None
+        if need_x and need_values:
+            grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g)
+        elif need_x:
+            grad_x = spmm(col_ptr, col_rows, col_slots, values, g)
+        elif need_values:
+            grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x)
+        if grad_x is not None:
+            grad_x = _plus(grad_x, grad_runs)
         if grad_values is not None and grad_values.dtype != values.dtype:
             grad_values = grad_values.to(values.dtype)
         grad_bias = g.sum(0, dtype=values.dtype) if need_bias else None

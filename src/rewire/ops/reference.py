@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batch_major", "feature_major", "sddmm", "spmm", "sum_dtype"]
+__all__ = ["batch_major", "feature_major", "sddmm", "spmm", "spmm_sddmm", "sum_dtype"]
 
 #: Elements of the largest temporary: connections in a block times the batch size.
 _BLOCK_ELEMENTS = 1 << 22
@@ -99,6 +99,11 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
             # An entry that is no connection names slot 0 and adds nothing to it.
             out = out.index_add(0, slots[first:stop], torch.where(active, dots, 0))
     return out
+
+
+def spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`spmm` of ``values`` and x, and `sddmm` of g and x, over one list."""
+    return spmm(ptr, idx, slots, values, x, None), sddmm(ptr, idx, slots, values.shape[0], g, x)
 
 
 def _check_lists(ptr: Tensor, idx: Tensor, slots: Tensor) -> None:

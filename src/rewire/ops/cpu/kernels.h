@@ -51,6 +51,18 @@ struct SddmmArgs {
   int64_t capacity, features, g_step, x_step;
 };
 
+// Both at once: y[r, b] = sum of values[slot] * x[c, b], and out[slot] (+)= sum over b of g[r, b] * x[c, b].
+struct FusedArgs {
+  List list;
+  const void* values;
+  const void* g;  // (rows, batch), rows g_step elements apart
+  const void* x;  // (features, batch), features x_step elements apart
+  void* y;        // (rows, batch), rows y_step elements apart
+  void* out;      // capacity
+  int64_t capacity, features, g_step, x_step, y_step;
+  bool scattered;  // as in SpmmArgs
+};
+
 // Rows [row0, row1) and batch columns [b0, b0 + width) of a product; without a tile all connections of the rows.
 struct Part {
   int64_t row0, row1, b0, width;
@@ -105,6 +117,7 @@ struct Kernels {
   // First index: element type, second: index type.
   Status (*spmm[4][2])(const SpmmArgs&, const Part&);
   Status (*sddmm[4][2])(const SddmmArgs&, const Part&, bool add);
+  Status (*fused[4][2])(const FusedArgs&, const Part&, bool add);
   // n numbers of bfloat16 or float16 to float32, and back to the nearest (ties to even).
   void (*widen[2])(const void* src, void* dst, int64_t n);
   void (*narrow[2])(const void* src, void* dst, int64_t n);

@@ -13,6 +13,7 @@
 
 #define REWIRE_ISA avx2
 #define REWIRE_HAS_F16C
+#define REWIRE_REGISTER "+x"
 #define REWIRE_VECTOR_BYTES 32
 #include "kernels.inc"
 

@@ -13,6 +13,7 @@
 
 #define REWIRE_ISA avx512
 #define REWIRE_HAS_F16C
+#define REWIRE_REGISTER "+v"
 #define REWIRE_VECTOR_BYTES 64
 #include "kernels.inc"
 
