@@ -1,10 +1,10 @@
 """The arithmetic of sparse layers: y = W x, its two gradients, and the layouts in between.
 
 `spmm`, `sddmm`, `spmm_sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is
-the differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`); `in_runs` and
-`in_rows` are differentiable changes of layout; `Pair` is what a captured call of a layer can compute; `langevin_step_`
-is the random walk of DEEP R. On the CPU, in float32 and float64 (`NARROW` dtypes too in the products), they run
-native kernels if the library is there; everywhere else, plain PyTorch.
+the differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`);
+`in_runs` and `in_rows` are differentiable changes of layout; `Pair` is what a captured call of a layer can compute;
+`langevin_step_` is the random walk of DEEP R. On the CPU, in float32 and float64 (`NARROW` dtypes too in the products),
+they run native kernels if the library is there; everywhere else, plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv

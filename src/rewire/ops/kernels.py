@@ -22,14 +22,16 @@ _NATIVE = _native.available("spmm")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _operator(name: str) -> Callable[..., Any] | None:
+def _operator(name: str) -> Any:
     """The native operator, looked up once: a look-up takes as long as a small product."""
-    found: Callable[..., Any] | None = getattr(torch.ops.rewire, name).default if _NATIVE else None
-    return found
+    return getattr(torch.ops.rewire, name).default if _NATIVE else None
 
 
-_SPMM, _SDDMM, _SPMM_SDDMM = _operator("spmm"), _operator("sddmm"), _operator("spmm_sddmm")
-_FEATURE_MAJOR, _BATCH_MAJOR = _operator("feature_major"), _operator("batch_major")
+_SPMM: Callable[..., Tensor] | None = _operator("spmm")
+_SDDMM: Callable[..., Tensor] | None = _operator("sddmm")
+_SPMM_SDDMM: Callable[..., tuple[Tensor, Tensor]] | None = _operator("spmm_sddmm")
+_FEATURE_MAJOR: Callable[..., Tensor] | None = _operator("feature_major")
+_BATCH_MAJOR: Callable[..., Tensor] | None = _operator("batch_major")
 
 
 def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,8 +63,7 @@ def spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tenso
     and of the values. Raises RuntimeError on a bad index. O(K batch) time, about 0.7 of that of the two.
     """
     if _SPMM_SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
-        y, out = _SPMM_SDDMM(ptr, idx, slots, values, g, x)
-        return y, out
+        return _SPMM_SDDMM(ptr, idx, slots, values, g, x)
     return reference.spmm_sddmm(ptr, idx, slots, values, g, x)
 
 
