@@ -73,7 +73,7 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shapes as in the layer's description."""
-        narrow = autocast_dtype(x, self.weight)
+        narrow = autocast_dtype(x, self._modules["weight"])  # type: ignore[arg-type]  # without a look-up of attributes
         if narrow is None:
             return self._product(x)
         with torch.autocast(x.device.type, enabled=False):

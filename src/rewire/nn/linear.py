@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -98,9 +100,11 @@ class SparseLinear(SparseLayer):
         self._hold(weight, bias)
 
     def _product(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Any = self._modules["weight"]  # this is part of every forward pass: no attribute look-ups
         values, index = weight.operand()
-        return ops.sparse_linear(x, values, self.bias, index, weight.capture, self.contiguous_output)
+        parameters = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # parametrized; the look-up is slow
+        return ops.sparse_linear(x, values, bias, index, weight.capture, self.contiguous_output)
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
         return input_dtype(self.weight, narrow)

@@ -183,7 +183,10 @@ class SparseWeight(nn.Module):
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             self.traced = True
         extra = self.candidates
-        return (self.values, self.index) if extra is None else (extra.values(self.values), extra.index)
+        values = self._parameters.get("values")  # as a look-up of an attribute ends, but at once
+        if values is None:
+            values = self.values
+        return (values, self.index) if extra is None else (extra.values(values), extra.index)
 
     def active(self) -> Tensor:
         """The active slots in (row, col) order; int64, length K."""
