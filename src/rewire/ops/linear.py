@@ -77,6 +77,7 @@ class _Linear(torch.autograd.Function):
         runs = x if _small(x) else _in_runs(x)
         y = spmm(row_ptr, row_cols, row_slots, values, runs, bias)
         ctx.set_materialize_grads(False)
+        ctx.copied = runs is not x
         # A compiled graph cannot fill a list.
         ctx.capture = None if torch.compiler.is_compiling() else capture
         # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
@@ -109,6 +110,9 @@ class _Linear(torch.autograd.Function):
             grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x)
         if grad_x is not None:
             grad_x = _plus(grad_x, grad_runs)
+            if ctx.copied and not torch.compiler.is_compiling():
+                # Whatever made an ordinary x wants an ordinary gradient, and copies it more slowly.
+                grad_x = batch_major(grad_x)
         if grad_values is not None and grad_values.dtype != values.dtype:
             grad_values = grad_values.to(values.dtype)
         grad_bias = g.sum(0, dtype=values.dtype) if need_bias else None

@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> spmm_sddmm(const Tensor& ptr, const Tensor& idx, cons
   // Values and their gradients by column are read and written a line per feature at a time.
   const Walk walk(list, batch, xs.features, type, 2 * kLine);
   Sums sums(walk, type, nullptr, y);
-  const bool far = scattered(list, capacity * number_bytes(type));
+  const bool far = scattered(list, 2 * capacity * number_bytes(type));
   const auto kernel = kernels().fused[type][list.type];
   const int64_t bytes = element_bytes(type);
   walk.run(op, true, [&](const Unit& unit, int64_t block, int64_t b0, int64_t width, const Tile* tile) {
