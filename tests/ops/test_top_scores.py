@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from problems import Problem, problem, run_python
 from torch import Tensor
 
-from rewire import _native
+from rewire import _native, random
 from rewire.ops import Draw, above, above_drawn, extremes, top_scores, uniforms, weakest
 
 needs_native = pytest.mark.skipif(not _native.available("above"), reason="the C++ extension is not in use")
@@ -95,6 +95,20 @@ def test_above_drawn_is_its_definition_and_misses_nothing(tile, seed: int, step:
     wins = everything[magnitude / -torch.log1p(-v) > bar]
     assert torch.isin(wins, keys).all()
     assert (strength >= 1e-30).all()
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1), step=st.integers(0, 2**32 - 1), stream=st.integers(0, 2**31 - 1),
+    positions=st.lists(st.integers(0, 2**62), max_size=20),
+)  # fmt: skip
+def test_uniforms_are_their_definition(seed: int, step: int, stream: int, positions: list[int]) -> None:
+    draw, at = Draw(seed, step, stream, 1e-30), torch.tensor(positions, dtype=torch.int64)
+    found = uniforms(draw, at)
+    assert same(found, plainly(lambda: uniforms(draw, at)))
+    assert found.dtype == torch.float32
+    words = random.words(seed, (at // 4) & 0xFFFFFFFF, at // 4 >> 32, step, stream)
+    expected = [(float(words[p % 4][i]) + 0.5) / 2**32 for i, p in enumerate(positions)]
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 @given(

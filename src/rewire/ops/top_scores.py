@@ -34,6 +34,9 @@ def uniforms(draw: Draw, positions: Tensor) -> Tensor:
 
     It is (word + 1/2) / 2**32, rounded, where four positions share one call of the generator, a 32-bit word each.
     """
+    if _NATIVE and positions.is_cpu:
+        drawn: Tensor = torch.ops.rewire.uniforms(positions, draw.seed, draw.step & 0xFFFFFFFF, draw.stream)
+        return drawn
     quads = positions // 4
     words = random.words(draw.seed, quads & 0xFFFFFFFF, quads >> 32, draw.step & 0xFFFFFFFF, draw.stream)
     return (torch.stack(words, 1).gather(1, positions.view(-1, 1) % 4).flatten().float() + 0.5) * 2.0**-32

@@ -231,6 +231,24 @@ std::tuple<Tensor, Tensor, Tensor> above_drawn(const Tensor& scores, int64_t fir
   return checked_survivors("above_drawn", scores, first_row, row_ptr, row_cols, row_slots, kept, bar, true, &draw);
 }
 
+Tensor uniforms(const Tensor& positions_, int64_t seed, int64_t step, int64_t stream) {
+  const char* op = "uniforms";
+  const Integers positions = as_integers(positions_, op);
+  Tensor result = empty_1d(positions.count, ScalarType::Float);
+  float* out = static_cast<float*>(result.mutable_data_ptr());
+  const Ranges ranges(positions.count);
+  for_each_item(ranges.items, ranges.items < 2, [&](int64_t item) {
+    for (int64_t i = ranges.begin(item); i < ranges.end(item); ++i) {
+      const uint64_t quad = static_cast<uint64_t>(positions.data[i] >> 2);
+      const Words words = philox(static_cast<uint64_t>(seed), static_cast<uint32_t>(quad),
+                                 static_cast<uint32_t>(quad >> 32), static_cast<uint32_t>(step),
+                                 static_cast<uint32_t>(stream));
+      out[i] = (static_cast<float>(words.w[positions.data[i] & 3]) + 0.5f) * 0x1p-32f;
+    }
+  });
+  return result;
+}
+
 template <class T>
 Tensor extremes_of(const Tensor& scores_, int64_t count, bool largest) {
   using U = Bits<T>;
@@ -339,6 +357,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
   m.def(
       "above_drawn(Tensor scores, int first_row, Tensor row_ptr, Tensor row_cols, Tensor row_slots, Tensor kept, "
       "float bar, float least, int seed, int step, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("uniforms(Tensor positions, int seed, int step, int stream) -> Tensor");
   m.def("extremes(Tensor scores, int count, bool largest) -> Tensor");
   m.def("weakest(Tensor values, Tensor? factors, Tensor slots, float fraction, bool by_sign) -> Tensor");
 }
@@ -346,6 +365,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
 STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
   m.impl("above", TORCH_BOX(&above));
   m.impl("above_drawn", TORCH_BOX(&above_drawn));
+  m.impl("uniforms", TORCH_BOX(&uniforms));
   m.impl("extremes", TORCH_BOX(&extremes));
   m.impl("weakest", TORCH_BOX(&weakest));
 }
