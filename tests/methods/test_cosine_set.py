@@ -177,6 +177,32 @@ def test_exponential_numbers() -> None:
     assert not torch.equal(exponentials_at(3, 5, pool, torch.arange(9)), whole[:9])
 
 
+@pytest.mark.parametrize("draw", ["top", "proportional"])
+def test_choice_in_a_layer_that_is_searched_with_a_sample(draw: Any) -> None:
+    torch.manual_seed(2)
+    layer = SparseLinear(900, 1000, density=0.05, bias=False)
+    source = Similarity(layer, [torch.randn(20, 900) * torch.rand(900)], output_layer=True)
+    pool, weight = pool_of(layer), layer.weight
+    source.record([pool], 5, 1)
+    cosine, dropped = source.of(pool), weight.active()[::3]
+    assert cosine is not None
+    score = cosine.block(0, 1000).double()
+    if draw == "proportional":
+        score = score / exponentials_at(5, 1, pool, torch.arange(900_000)).view(1000, 900)
+    kept = torch.ones(weight.capacity, dtype=torch.bool)
+    kept[dropped] = False
+    active = torch.zeros(1000, 900, dtype=torch.bool)
+    active[weight.rows[kept].long(), weight.cols[kept].long()] = True
+    rows, cols = Cosine(source, draw)(pool, dropped, dropped.numel(), 5, 1)
+    grown = torch.zeros_like(active)
+    grown[rows, cols] = True
+    assert int(grown.sum()) == dropped.numel()
+    assert not (grown & active).any()
+    bar = score[~active].topk(dropped.numel()).values[-1]
+    assert score[grown].min() >= bar * (1 - 1e-5)
+    assert (grown | active)[score > bar * (1 + 1e-5)].all()
+
+
 @pytest.mark.parametrize("candidates", [None, 100])
 def test_draws_follow_the_law(candidates: int | None) -> None:
     """P(set) is the sum over its orders of successive draws in proportion to what is left."""
