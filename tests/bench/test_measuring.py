@@ -126,6 +126,29 @@ def test_tasks_of_the_child() -> None:
     assert (wide["neurons"], wide["steps"], wide["connections"]) == (73, 5, 100 + 80 + 46)
 
 
+@pytest.mark.parametrize("method", big.with_sparse_memory())
+def test_one_update_of_every_method(method: str) -> None:
+    """SNFS needs ten steps of an epoch that is one step long, SRigL replaces whole rows."""
+    got = large.one_update(_Meter(), time.perf_counter, method=method, size=40, connections=300, batch=4)
+    assert got["updates"] >= 1
+    assert got["connections"] <= 300
+    assert got["replaced"] > 0 or method == "deep-r"
+
+
+def test_updates_of_methods_that_are_measured_and_of_one_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(task: str, arguments: dict[str, Any], **_: Any) -> dict[str, Any]:
+        if arguments["method"] == "set":
+            raise NotAvailable("killed")
+        times = {f"{what}_seconds": 1.0 for what in ("build", "step", "update")}
+        return {"peak": 5 << 30, "updates": 1, "replaced": 7} | times
+
+    monkeypatch.setattr(child, "measure", measured)
+    figures, data = big.updates(Setting(), ["rigl", "set", "srigl"])
+    assert [(f.value, f.met) for f in figures] == [(5.0, False), (None, None), (None, None)]
+    assert "O(batch M)" in figures[2].note
+    assert list(data) == ["rigl"]
+
+
 @PROC
 def test_the_child_measures_and_a_failure_is_not_available() -> None:
     point = {"size": 2000, "connections": 1_000_000, "batch": 2, "steps": 2, "seconds": 0.0}

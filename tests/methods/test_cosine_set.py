@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from rewire import methods
 from rewire.budget import Limits
 from rewire.methods import Pool, Rewirer
+from rewire.methods.base import Purpose
 from rewire.methods.drop import MagnitudeBySign
 from rewire.methods.grow import Cosine
 from rewire.methods.similarity import Cosine as Cosines
-from rewire.methods.similarity import Similarity, exponentials, exponentials_at
+from rewire.methods.similarity import Similarity
+from rewire.methods.topk import exponential
 from rewire.nn import SparseConv2d, SparseLinear
-from rewire.ops import Pair
+from rewire.ops import Draw, Pair, uniforms
 
 NAMES = ["codaset", "copaset", "corset", "codacorset", "copacorset"]
 WEIGHTED = {"corset", "codacorset", "copacorset"}
@@ -40,6 +42,11 @@ def everywhere(cosine: Cosines, layer: Any) -> Tensor:
     full = type(layer.weight).from_dense(torch.ones_like(layer.weight.to_dense()))
     out = cosine.at(full.index, full.capacity, full.rows, full.cols)
     return out[full.active()].view(full.matrix_shape)
+
+
+def exponentials_at(seed: int, step: int, pool: Pool, positions: Tensor) -> Tensor:
+    """The numbers that similarities of these positions are divided by in a draw."""
+    return exponential(uniforms(Draw(seed, step, pool.stream(Purpose.TIES), 1e-30), positions))
 
 
 def pool_of(layer: SparseLinear) -> Pool:
@@ -163,13 +170,37 @@ def test_removal_counts_are_per_sign_of_weight_times_similarity() -> None:
 
 def test_exponential_numbers() -> None:
     pool = pool_of(SparseLinear(5, 5, connections=3))
-    whole = exponentials(3, 4, pool, 0, 50_001)
+    whole = exponentials_at(3, 4, pool, torch.arange(50_001))
     assert scipy.stats.kstest(whole.numpy(), "expon").pvalue > 0.01
-    for first, count in ((0, 1), (1, 3), (2, 9), (3, 40), (4, 4), (49_990, 11)):
-        assert torch.equal(exponentials(3, 4, pool, first, count), whole[first : first + count])
     some = torch.tensor([50_000, 3, 17, 3, 40_002])
     assert torch.equal(exponentials_at(3, 4, pool, some), whole[some])
-    assert not torch.equal(exponentials(3, 5, pool, 0, 9), whole[:9])
+    assert not torch.equal(exponentials_at(3, 5, pool, torch.arange(9)), whole[:9])
+
+
+@pytest.mark.parametrize("draw", ["top", "proportional"])
+def test_choice_in_a_layer_that_is_searched_with_a_sample(draw: Any) -> None:
+    torch.manual_seed(2)
+    layer = SparseLinear(900, 1000, density=0.05, bias=False)
+    source = Similarity(layer, [torch.randn(20, 900) * torch.rand(900)], output_layer=True)
+    pool, weight = pool_of(layer), layer.weight
+    source.record([pool], 5, 1)
+    cosine, dropped = source.of(pool), weight.active()[::3]
+    assert cosine is not None
+    score = cosine.block(0, 1000).double()
+    if draw == "proportional":
+        score = score / exponentials_at(5, 1, pool, torch.arange(900_000)).view(1000, 900)
+    kept = torch.ones(weight.capacity, dtype=torch.bool)
+    kept[dropped] = False
+    active = torch.zeros(1000, 900, dtype=torch.bool)
+    active[weight.rows[kept].long(), weight.cols[kept].long()] = True
+    rows, cols = Cosine(source, draw)(pool, dropped, dropped.numel(), 5, 1)
+    grown = torch.zeros_like(active)
+    grown[rows, cols] = True
+    assert int(grown.sum()) == dropped.numel()
+    assert not (grown & active).any()
+    bar = score[~active].topk(dropped.numel()).values[-1]
+    assert score[grown].min() >= bar * (1 - 1e-5)
+    assert (grown | active)[score > bar * (1 + 1e-5)].all()
 
 
 @pytest.mark.parametrize("candidates", [None, 100])
@@ -331,7 +362,7 @@ def test_under_limits_the_best_that_fit_are_grown(draw: Any, candidates: int | N
     assert cosine is not None
     scores = cosine.block(0, 8)
     if draw == "proportional":
-        scores = scores / exponentials(5, 1, pool, 0, 72).view(8, 9)
+        scores = scores / exponentials_at(5, 1, pool, torch.arange(72)).view(8, 9)
     expected = stays.clone()
     for place in scores.flatten().argsort(descending=True).tolist():
         r, c = divmod(place, 9)

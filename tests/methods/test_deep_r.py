@@ -168,8 +168,8 @@ def test_allotment_never_exceeds_the_room() -> None:
 
 
 def test_full_layer_keeps_its_connections() -> None:
-    """With nothing dormant, what is dropped comes back at the same place."""
-    model = nn.Sequential(SparseLinear(4, 3, density=1.0))
+    """With nothing dormant there, what is dropped comes back at the same place."""
+    model = nn.Sequential(SparseLinear(4, 3, density=1.0), SparseLinear(3, 2, connections=3))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     method = DeepR(model, optimizer, l1=10.0, seed=0)
     for _ in range(5):

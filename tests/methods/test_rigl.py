@@ -80,6 +80,35 @@ def test_choice_is_that_of_a_dense_computation(layer: str, micro: int) -> None:
             assert all(k in mine for k in best.tolist() if score[k] > bar * (1 + 1e-9))
 
 
+@pytest.mark.parametrize("density", [0.005, 0.1])
+def test_choice_in_a_layer_that_is_searched_with_a_sample(density: float) -> None:
+    torch.manual_seed(0)
+    layer = SparseLinear(1100, 1000, density=density, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    method = RigL(layer, optimizer, every=1, candidates=None, seed=1)
+    weight = layer.weight
+    before, values = weight.coo()[:2], weight.values.detach()[weight.active()]
+    x, g = torch.randn(16, 1100), torch.randn(16, 1000) * torch.rand(1000).exp()  # rows of different scales
+    layer(x).backward(g)
+    score = (g.double().t() @ x.double()).abs()
+    optimizer.step()
+    method.step()
+    n = int(0.3 * weight.connections)
+    active = torch.zeros(weight.matrix_shape, dtype=torch.bool)
+    active[before] = True
+    rows, cols = (t[values.abs().argsort(stable=True)[n:]] for t in before)
+    kept = torch.zeros_like(active)
+    kept[rows, cols] = True
+    after = torch.zeros_like(active)
+    after[weight.coo()[:2]] = True
+    assert (after | ~kept).all()
+    grown = after & ~kept
+    assert int(grown.sum()) == n
+    bar = score[~kept].topk(n).values[-1]
+    assert score[grown].min() >= bar * (1 - 1e-5)
+    assert (grown | kept)[score > bar * (1 + 1e-5)].all()
+
+
 def test_a_step_that_updates_moves_nothing_unless_asked() -> None:
     for skip in (True, False):
         run = Run(("rigl", {"every": 2, "skip_step": skip}), optimizer="momentum")

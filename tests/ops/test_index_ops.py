@@ -185,10 +185,10 @@ def test_replace(p, data):
     check_replace(rows, cols, n_rows, n_cols, slots, new_rows, new_cols)
 
 
-@pytest.mark.parametrize("changes", [1, 40, 700, 4000])
+@pytest.mark.parametrize("changes", [1, 40, 700, 4000, 12_000, 40_000])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_replace_in_a_large_pool(changes, dtype):
-    """The streaming merge (on two threads) and the rebuild."""
+    """The merge in place (on two threads), and what weaves new lists when many change."""
     n_rows, n_cols = 300, 500
     rows, cols = pool(n_rows, n_cols, 40_000, 100, 1, dtype)
     generator = torch.Generator().manual_seed(2)
@@ -213,12 +213,31 @@ def test_a_damaged_index_never_crashes_replace(p, data):
     for _ in range(data.draw(st.integers(1, 3))):
         target = data.draw(st.sampled_from((*index, rows, cols)))
         target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1))
-    slots = torch.randperm(rows.numel())[:3]
-    minus = torch.full((3,), -1)
+    slots = torch.randperm(rows.numel())[: data.draw(st.sampled_from((3, rows.numel())))]
+    minus = torch.full((slots.numel(),), -1)
     with contextlib.suppress(TopologyError, RuntimeError):
         replace_(rows, cols, index, n_rows, n_cols, slots, minus, minus)
     with contextlib.suppress(TopologyError, RuntimeError):
-        torch.ops.rewire.candidates(index.row_ptr, index.row_cols, n_cols, torch.arange(3), minus, minus)
+        torch.ops.rewire.candidates(index.row_ptr, index.row_cols, n_cols, torch.arange(3), minus[:3], minus[:3])
+
+
+@settings(max_examples=150, deadline=None)
+@given(p=pools(), data=st.data())
+def test_many_changes_of_a_damaged_index(p, data):
+    """Half of the connections move; the pool is right whatever was in the lists."""
+    rows, cols, n_rows, n_cols = p
+    capacity = rows.numel()
+    if capacity < 20:
+        return
+    index = build_index(rows, cols, n_rows, n_cols)
+    target = data.draw(st.sampled_from(tuple(index)))
+    target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1))
+    slots = torch.randperm(capacity)[: capacity // 2]
+    new_rows, new_cols = rows[slots].flip(0), cols[slots].flip(0)
+    expected = rows.clone(), cols.clone()
+    expected[0][slots], expected[1][slots] = new_rows, new_cols
+    replace_(rows, cols, index, n_rows, n_cols, slots, new_rows, new_cols)
+    assert same((rows, cols), expected)
 
 
 def everything(dtype=torch.int64, fan_in=64):
@@ -228,7 +247,7 @@ def everything(dtype=torch.int64, fan_in=64):
 
 
 @pytest.mark.parametrize("where", ["row_cols", "row_slots", "col_slots", "cols", "row_ptr"])
-@pytest.mark.parametrize("changes", [1, 40])  # a merge, a rebuild
+@pytest.mark.parametrize("changes", [1, 40])  # few, many
 @pytest.mark.parametrize("context", [contextlib.nullcontext, plain])
 def test_slots_may_be_a_view_of_what_replace_changes(where, changes, context):
     with context():

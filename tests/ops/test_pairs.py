@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import LAYOUTS, in_layout
 from torch import Tensor, nn
 
 from rewire import topology
@@ -154,3 +155,20 @@ def test_narrow_pairs_are_summed_in_float32() -> None:
     pair = Pair(x.t().reshape(1, 3, -1), g.t().reshape(1, 2, -1), geometry)
     assert torch.equal(pair.block(0, 2), torch.full((2, 3), 4096.0))
     assert torch.equal(pair.row_norms(), torch.full((2,), 4096.0))
+
+
+@pytest.mark.skipif(not pairs._has_onednn(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("g_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+def test_large_tiles_are_the_same_product(x_layout: str, g_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    has = pairs._has_onednn
+    monkeypatch.setattr(pairs, "_LARGE", 1)
+    monkeypatch.setattr(pairs, "_has_onednn", lambda: called.append(1) or has())
+    for batch, rows, cols in ((1, 1, 1), (2, 3, 300), (128, 64, 7), (5, 100, 1)):
+        x, g = in_layout(torch.randn(batch, cols), x_layout), in_layout(torch.randn(batch, rows), g_layout)
+        block = Pair(x, g).block(0, rows)
+        torch.testing.assert_close(block, (g.double().t() @ x.double()).float(), atol=1e-4, rtol=1e-4)
+        assert block.is_contiguous()
+    assert len(called) == 4
+    assert Pair(torch.zeros(0, 3), torch.zeros(0, 2)).block(0, 2).tolist() == [[0.0] * 3] * 2

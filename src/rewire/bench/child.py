@@ -91,6 +91,7 @@ def _tasks() -> dict[str, Callable[..., dict[str, Any]]]:
         "point": large.point,
         "million": large.million,
         "wide": large.wide_epoch,
+        "update": large.one_update,
     }
 
 

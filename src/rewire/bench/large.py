@@ -273,6 +273,59 @@ def million(
     }
 
 
+def one_update(
+    memory: Meter, clock: Clock, *, method: str, size: int, connections: int, batch: int, most_steps: int = 20
+) -> dict[str, Any]:
+    """Build a size x size layer, train it with a method that updates as soon as it can, and stop after one update.
+
+    SGD with momentum. Methods that look at activations look at one batch. Epochs are one step long.
+    """
+    memory.reset()
+    about = methods.info(method)
+    start = clock()
+    layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
+    optimizer = _optimizer("momentum", layer.parameters())
+    x, g = _pair(size, size, batch)
+    x.requires_grad_()
+    options: dict[str, Any] = {"data": [x.detach()]} if about.takes_data else {}
+    every = about.parameters().get("every")
+    if every is not None and isinstance(every.default, int):
+        options["every"] = 1
+    made = methods.create(method, layer, optimizer, seed=0, **options)
+    build = clock() - start
+    training: list[float] = []
+    acting: list[float] = []
+
+    def timed(call: Callable[[], object], into: list[float]) -> None:
+        start = clock()
+        call()
+        into.append(clock() - start)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        layer(x).backward(g)
+        optimizer.step()
+
+    for _ in range(most_steps):
+        timed(train, training)
+        timed(made.step, acting)
+        if not made.stats()["updates"]:
+            timed(made.end_epoch, acting)
+        if made.stats()["updates"]:
+            break
+    stats = made.stats()
+    return {
+        "updates": stats["updates"],
+        "replaced": sum(stats["grown"].values()),
+        "connections": layer.weight.connections,
+        "build_seconds": build,
+        "step_seconds": min(training),
+        "update_seconds": max(acting),
+        "peak": memory.total(),
+    }
+
+
 class _Chain(nn.Module):
     """Sparse layers with ReLU between them, as the SET authors' demonstration has them."""
 

@@ -29,6 +29,9 @@ Data = Iterable[Any]
 _CLAIMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
+#: Weights that an error names; the others it counts.
+_NAMED = 5
+
 #: Names of the weights that a method made now may have; None for all.
 _ONLY: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("only", default=None)
 
@@ -230,6 +233,9 @@ class Method(ABC):
     after each epoch, and `finalize` at the end. A method is written by overriding `_after_step` and, where
     needed, `_after_epoch`, `_wants_capture`, `_state` and `_load_state`; everything else is the same for all of them.
 
+    A method that moves connections at a fixed budget (`needs_room`) raises ValueError where none of its weights has a
+    dormant position. A full one beside others, as ERK makes of small layers, is fine: it keeps its connections.
+
     Args of every method:
         model: with at least one sparse weight.
         optimizer: the one (or several) that trains every pool, made before.
@@ -249,6 +255,9 @@ class Method(ABC):
     start_density: ClassVar[float | None] = None
     #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at construction.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
+
+    #: Set by methods that move connections at a fixed budget: refused where no weight has a position to move one to.
+    needs_room: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
@@ -270,6 +279,8 @@ class Method(ABC):
         self._grown = {pool.name: 0 for pool in self.pools}
         self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
         self._refuse_limits()
+        if self.needs_room:
+            self._refuse_full()
         if self.forbids_weight_decay:
             self._refuse_weight_decay()
         self._request_capture()
@@ -489,6 +500,17 @@ class Method(ABC):
                     f"{pool.name} is limited to {pool.weight.limits}, and {type(self).__name__} with these settings "
                     f"does not keep a limit on {' and '.join(broken)}: `rewire methods NAME` says what a method keeps"
                 )
+
+    def _refuse_full(self) -> None:
+        if any(pool.weight.connections < pool.weight.size for pool in self.pools):
+            return
+        shown = [f"{pool.name} (K = {pool.weight.connections} of M = {pool.weight.size})" for pool in self.pools]
+        if len(shown) > _NAMED:
+            shown[_NAMED:] = [f"{len(shown) - _NAMED} others"]
+        raise ValueError(
+            f"{type(self).__name__} has nothing to rewire, because every weight has all of its connections: "
+            f"{', '.join(shown)}; give one of them fewer than M at least (density= or connections=), or use Static"
+        )
 
     def _refuse_weight_decay(self) -> None:
         for pool in self.pools:

@@ -76,6 +76,7 @@ class DeepR(Method):
     """
 
     forbids_weight_decay = True
+    needs_room = True
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __init__(

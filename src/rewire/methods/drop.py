@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from rewire.methods.base import Pool
 from rewire.methods.similarity import Similarity
+from rewire.ops import extremes, weakest
 
 __all__ = ["Drop", "Magnitude", "MagnitudeAndGradient", "MagnitudeBySign", "smallest"]
 
@@ -28,11 +28,7 @@ class Drop(Protocol):
 
 def smallest(slots: Tensor, score: Tensor, count: int) -> Tensor:
     """The ``count`` slots of lowest score, in the order of ``slots``; among equals the first. O(slots) time."""
-    if count <= 0 or count >= slots.numel():
-        return slots[: max(count, 0)]
-    bar = score.kthvalue(count).values
-    below, level = score < bar, score == bar
-    return slots[below | (level & (level.cumsum(0) <= count - below.sum()))]
+    return slots[extremes(score, min(max(count, 0), slots.numel()), largest=False)]
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,7 @@ class Magnitude:
     """The ``floor(fraction * K)`` connections of smallest magnitude."""
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
-        slots = pool.weight.active()
-        return smallest(slots, pool.weight.values[slots].abs(), int(fraction * slots.numel()))
+        return weakest(pool.weight.values.detach(), pool.weight.listed(), fraction)
 
 
 @dataclass(frozen=True)
@@ -57,16 +52,8 @@ class MagnitudeBySign:
     source: Similarity | None = None
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
-        slots = pool.weight.active()
-        values = pool.weight.values[slots]
         similarity = self.source.active(pool) if self.source is not None else None
-        if similarity is not None:
-            values = values * similarity[slots]
-        chosen = []
-        for side in (values >= 0, values < 0):
-            own = slots[side]
-            chosen.append(smallest(own, values[side].abs(), int(fraction * own.numel())))
-        return torch.cat(chosen)
+        return weakest(pool.weight.values.detach(), pool.weight.listed(), fraction, by_sign=True, factors=similarity)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Pool, Purpose
 from rewire.methods.sampling import fitting, random_dormant, uniform
-from rewire.methods.topk import Best, gradient_block, top
+from rewire.methods.topk import Best, Gradients, top
 from rewire.nn import Candidates
 
 __all__ = ["CandidateCount", "best", "best_candidates", "checked_candidates", "found", "request", "sampled"]
@@ -99,12 +99,12 @@ def best(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple
     """
     weight = pool.weight
     if weight.candidates is None:
-        block, room = gradient_block(pool), weight.size - weight.connections + dropped.numel()
+        scores, room = Gradients(pool), weight.size - weight.connections + dropped.numel()
         many = count if weight.limits is None else min(RANKED * count, room)
-        rows, cols, scores = top(lambda start, stop: block(start, stop).abs_(), pool, dropped, many)
+        rows, cols, found = top(scores.block, pool, dropped, many, at=scores.at, absolute=True)
         if weight.limits is None:
             return rows, cols
-        order = torch.sort(scores, descending=True, stable=True).indices.to(rows.device)
+        order = torch.sort(found, descending=True, stable=True).indices.to(rows.device)
         return fitting(pool, dropped, (rows[order], cols[order]), count, seed, step)
     own, new = weight.candidates.gradients()
     both = sum_over_ranks(weight, torch.cat([own[dropped], new]))
@@ -135,7 +135,7 @@ def best_candidates(
 def strongest(keys: Tensor, scores: Tensor, count: int) -> Tensor:
     """The ``count`` keys (or all there are) with the largest scores; ``keys`` ascend, and so does the result."""
     collector = Best(count)
-    collector.add(torch.nan_to_num(scores, nan=0.0), keys)
+    collector.add(keys, torch.nan_to_num(scores, nan=0.0))
     return collector.result()[0].to(keys.device)
 
 

@@ -17,8 +17,9 @@ from rewire import random, topology
 from rewire.methods import gradients
 from rewire.methods.base import Pool, Purpose
 from rewire.methods.sampling import fitting, random_dormant, uniform
-from rewire.methods.similarity import Similarity, exponentials, exponentials_at
-from rewire.methods.topk import top
+from rewire.methods.similarity import Similarity
+from rewire.methods.topk import exponential, top
+from rewire.ops import Draw, uniforms
 
 __all__ = ["Cosine", "Gradient", "Grow", "Random", "Scope", "allot", "fitting", "random_dormant", "random_in_rows"]
 
@@ -90,23 +91,24 @@ class Cosine:
         cols, room = weight.matrix_shape[1], weight.size - weight.connections + dropped.numel()
         # Of those ranked best not all may fit.
         many = count if weight.limits is None else _RANKED * count
+        draw = Draw(seed, step, pool.stream(Purpose.TIES), _LEAST) if self.draw == "proportional" else None
+
+        def at(rows: Tensor, columns: Tensor) -> Tensor:
+            index = topology.build_index(rows, columns, *weight.matrix_shape)
+            return cosine.at(index, rows.numel(), rows, columns)
+
         if each is None:
-
-            def block(start: int, stop: int) -> Tensor:
-                scores = cosine.block(start, stop)
-                if self.draw == "top":
-                    return scores
-                e = exponentials(seed, step, pool, start * cols, scores.numel()).view_as(scores)
-                return scores.clamp_(min=_LEAST).div_(e)
-
-            rows, columns, scores = top(block, pool, dropped, min(many, room))
+            rows, columns, scores = top(
+                cosine.signed_block, pool, dropped, min(many, room), at=at, absolute=True, draw=draw
+            )
         else:
             # Of a stream of their own under limits, where random ones may have to follow.
             purpose = Purpose.GROW if weight.limits is None else Purpose.REDRAW
             rows, columns = uniform(pool, dropped, min(max(each * count, many), room), seed, step, purpose)
-            scores = cosine.at(topology.build_index(rows, columns, *weight.matrix_shape), rows.numel(), rows, columns)
-            if self.draw == "proportional":
-                scores = scores.clamp_(min=_LEAST).div_(exponentials_at(seed, step, pool, rows * cols + columns))
+            scores = at(rows, columns)
+            if draw is not None:
+                scores = torch.nan_to_num(scores, nan=0.0).clamp_(min=_LEAST)
+                scores = scores.div_(exponential(uniforms(draw, rows * cols + columns)))
         if weight.limits is None and rows.numel() == count:
             return rows, columns
         best = torch.sort(scores, descending=True, stable=True).indices[:many]

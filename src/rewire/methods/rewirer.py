@@ -40,7 +40,8 @@ class Rewirer(Method):
 
     Every ``every`` optimizer steps, or at the end of every epoch (but not after the last), each pool drops the
     connections that ``drop`` chooses and grows as many that ``grow`` chooses; what was just dropped may come back.
-    Grown connections start at 0 (or at ``values``), their gradient and optimizer state afresh.
+    Grown connections start at 0 (or at ``values``), their gradient and optimizer state afresh. A pool without dormant
+    positions (K = M) is left alone, unless ``share`` lets other layers have what it drops.
 
     A criterion with ``needs = "gradients"`` (such as `rewire.methods.grow.Gradient`) is asked before the step whose
     gradients an update uses: ``criterion.request(pool, seed, step)``. An update due at the end of an epoch has no such
@@ -63,6 +64,8 @@ class Rewirer(Method):
         regrown: connections that are dropped and grow again in the same update start afresh ("new"), or have never
             gone ("keep": value and optimizer state stay).
     """
+
+    needs_room = True
 
     def __init__(
         self,
@@ -190,6 +193,8 @@ class Rewirer(Method):
         self.updates += 1
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
+        if self.share is None:  # a full pool could only grow what it dropped
+            pools = [pool for pool in pools if pool.weight.connections < pool.weight.size]
         over = getattr(self.drop, "over", None)
         dropped = over(pools, fraction) if over else [self.drop(pool, fraction) for pool in pools]
         counts = [slots.numel() for slots in dropped]

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rewire import random
 from rewire.distributed import sum_over_ranks
 from rewire.methods.activations import Mode, Recorder, Which
-from rewire.methods.base import Data, Pool, Purpose
+from rewire.methods.base import Data, Pool
 from rewire.nn import SparseWeight
 from rewire.ops.pairs import Pair
 from rewire.topology import Index
@@ -43,10 +42,14 @@ class Cosine:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Of all columns of the rows from start to stop: (stop - start, cols)."""
+        return self.signed_block(start, stop).abs_()
+
+    def signed_block(self, start: int, stop: int) -> Tensor:
+        """As `block`, with the sign that the cosine has."""
         out = self._total([pair.block(start, stop) for pair in self.pairs])
         if self._by_col is not None:
             out *= self._by_col[self._group(torch.arange(start, stop, device=out.device))]
-        return out.abs_()
+        return out
 
     def at(self, index: Index, capacity: int, rows: Tensor, cols: Tensor) -> Tensor:
         """Of the positions that ``index`` lists: (capacity,), by slot; ``rows``, ``cols`` are the slots' positions.
@@ -120,28 +123,3 @@ class Similarity:
         if cosine is None:
             return None
         return cosine.at(weight.index, weight.capacity, weight.rows, weight.cols)
-
-
-def exponentials(seed: int, step: int, pool: Pool, first: int, count: int) -> Tensor:
-    """Standard exponential numbers of the positions (as row * cols + col) from ``first`` on: float32, (count,).
-
-    Each depends on its position alone. Four of them share one call of the generator, 32 bits each.
-    """
-    skip = first % 4
-    quads = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64, device=pool.weight.device)
-    return _exponential(_words(seed, step, pool, quads).flatten()[skip : skip + count])
-
-
-def exponentials_at(seed: int, step: int, pool: Pool, positions: Tensor) -> Tensor:
-    """The same numbers of single positions (int64, any order)."""
-    return _exponential(_words(seed, step, pool, positions // 4).gather(1, positions.view(-1, 1) % 4).flatten())
-
-
-def _words(seed: int, step: int, pool: Pool, quads: Tensor) -> Tensor:
-    stream = pool.stream(Purpose.TIES)
-    return torch.stack(random.words(seed, quads & 0xFFFFFFFF, quads >> 32, step & 0xFFFFFFFF, stream), 1)
-
-
-def _exponential(words: Tensor) -> Tensor:
-    # Small numbers decide, and they keep all their bits: for u near 0, -log(1 - u) is nearly u.
-    return -torch.log1p((words.float() + 0.5) * -(2.0**-32))

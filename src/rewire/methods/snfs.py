@@ -72,7 +72,9 @@ class Momentum:
     def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         mean, capacity = self.averages[pool.name], pool.weight.capacity
         if self.exact:
-            rows, cols, _ = top(lambda start, stop: mean[start:stop].abs(), pool, dropped, count)
+            rows, cols, _ = top(
+                lambda start, stop: mean[start:stop], pool, dropped, count, at=lambda r, c: mean[r, c], absolute=True
+            )
             return rows, cols
         scores = torch.cat([mean[:capacity][dropped], mean[capacity:]])
         return gradients.best_candidates(pool, dropped, scores, count, seed, step)

@@ -16,7 +16,7 @@ from rewire.methods.grow import Gradient
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.rigl import decay, share_of
-from rewire.methods.topk import TILE_ELEMENTS, gradient_block, top
+from rewire.methods.topk import TILE_ELEMENTS, Gradients, gradient_block, top
 from rewire.schedules import Schedule, within
 
 __all__ = ["SRigL"]
@@ -119,8 +119,8 @@ class SRigL(Rewirer):
         n_rows, n_cols = weight.matrix_shape
         fan_in = weight.fan_in()
         dropped = self.drop(pool, fraction)
-        block = gradient_block(pool)
-        grown, _, _ = top(lambda start, stop: block(start, stop).abs_(), pool, dropped, dropped.numel())
+        scores = Gradients(pool)
+        grown, _, _ = top(scores.block, pool, dropped, dropped.numel(), at=scores.at, absolute=True)
         lost = weight.rows[dropped].long()
         salient = fan_in - torch.bincount(lost, minlength=n_rows) + torch.bincount(grown, minlength=n_rows)
         bar = max(1.0, self.gamma * float(fan_in.max().item()))

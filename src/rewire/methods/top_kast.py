@@ -66,6 +66,8 @@ class TopKAST(Method):
     M values per layer, and optimizer state for B.
     """
 
+    needs_room = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +20,7 @@ __all__ = [
     "carry_optimizer_state",
     "check_optimizer",
     "follow_optimizer",
+    "gathered",
     "register_initial_state",
     "reset_optimizer_state",
 ]
@@ -91,13 +91,16 @@ def carry_optimizer_state(optimizer: Optimizer, parameter: Tensor, source: Tenso
     lengths = {v.numel() for v in state.values() if isinstance(v, Tensor) and v.dim() == 1}
     for length in lengths - {source.numel()}:
         for key, value, initial in _per_slot(optimizer, parameter, length):
-            state[key] = _gathered(value, source, initial)
+            state[key] = gathered(value, source, initial)
 
 
-def _gathered(value: Tensor, source: Tensor, initial: float) -> Tensor:
+def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = False) -> Tensor:
+    """Number k is what ``value`` has at ``source[k]`` (int64); ``initial`` where that is -1 (nowhere, if ``full``)."""
+    if full:
+        return value.detach().index_select(0, source)
     if not value.numel():
         return value.new_full((source.numel(),), initial)
-    return torch.where(source >= 0, value[source.clamp(min=0)], value.new_full((), initial))
+    return value.detach().index_select(0, source.clamp(min=0)).masked_fill_(source < 0, initial)
 
 
 #: The last event that reached each optimizer: where two of us follow for one (a user and a method), the second one must
@@ -132,7 +135,8 @@ class OptimizerFollower:
             return
         if event.source is not None:
             for _, value, initial in _per_slot(optimizer, parameter, event.source.numel()):
-                value.copy_(_gathered(value, event.source, initial))
+                full = event.weight.connections == event.source.numel()
+                value.copy_(gathered(value, event.source, initial, full=full))
             carry_optimizer_state(optimizer, parameter, event.source)
         if event.slots.numel():
             reset_optimizer_state(optimizer, parameter, event.slots)

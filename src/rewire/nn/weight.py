@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rewire import budget, limited, random, topology
 from rewire.budget import Limits
+from rewire.nn import followers
 from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
@@ -190,7 +191,11 @@ class SparseWeight(nn.Module):
 
     def active(self) -> Tensor:
         """The active slots in (row, col) order; int64, length K."""
-        return self._buffers["row_slots"][: self._connections].long()  # type: ignore[index]
+        return self.listed().long()
+
+    def listed(self) -> Tensor:
+        """As `active`, a view of the index in its own dtype: read-only."""
+        return self._buffers["row_slots"][: self._connections]  # type: ignore[index]
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns (int64) and values of the active connections, sorted by (row, col); differentiable."""
@@ -318,9 +323,21 @@ class SparseWeight(nn.Module):
 
         A permutation: connections, values, gradients and followers' state stay together.
         """
+        k, index = self._connections, self.index
         source = torch.full((self.capacity,), -1, dtype=torch.int64, device=self.device)
-        source[: self._connections] = self.active()
-        self._move(source)
+        source[:k] = self.active()
+        # The connections stay what they are, so do their lists: only slots have new numbers.
+        number = torch.empty(self.capacity, dtype=self.rows.dtype, device=self.device)
+        number[source[:k]] = torch.arange(k, dtype=number.dtype, device=self.device)
+        index.col_slots[:k] = number[index.col_slots[:k].long()]
+        index.row_slots[:k] = torch.arange(k, dtype=number.dtype, device=self.device)
+        fan_in = torch.diff(index.row_ptr)
+        self.rows[:k] = torch.repeat_interleave(torch.arange(fan_in.numel(), device=self.device), fan_in, output_size=k)
+        self.cols[:k] = index.row_cols[:k]
+        for positions in (self.rows, self.cols):
+            positions[k:] = -1
+        self.values.copy_(followers.gathered(self.values, source, 0.0, full=k == self.capacity))
+        self._changed(Event(self, source.new_empty(0), source))
 
     def follow(self, follower: Follower) -> RemovableHandle:
         """Tell ``follower`` of every change from now on; ``.remove()`` on the handle ends it.
@@ -390,30 +407,18 @@ class SparseWeight(nn.Module):
         gradient = values.grad
         if gradient is not None and not event.loaded:
             if event.source is not None:
-                moved = event.source.clamp(min=0)
-                gradient.copy_(torch.where(event.source >= 0, gradient[moved], torch.zeros_like(gradient)))
+                full = self._connections == event.source.numel()
+                gradient.copy_(followers.gathered(gradient, event.source, 0.0, full=full))
             gradient.index_fill_(0, event.slots, 0.0)
         for follower in tuple(self._followers.values()):
             follower(event)
 
     def _move(self, source: Tensor) -> None:
-        """Slot k of the new pool (of length ``source``) takes what slot source[k] had; -1 is empty."""
-        empty = source < 0
-        at = source.clamp(min=0)
-
-        def moved(old: Tensor, blank: int) -> Tensor:
-            if not old.numel():
-                return torch.full_like(source, blank, dtype=old.dtype)
-            return torch.where(empty, torch.full_like(old[:1], blank), old[at])
-
-        values, rows, cols = moved(self.values, 0), moved(self.rows, -1), moved(self.cols, -1)
-        if source.numel() == self.capacity:
-            self.values.copy_(values)
-            self.rows.copy_(rows)
-            self.cols.copy_(cols)
-        else:
-            self.values.grad = None
-            self._replace_storage(values, rows, cols)
+        """Slot k of the new pool (of another length, that of ``source``) takes what slot source[k] had; -1 is empty."""
+        moved = followers.gathered
+        values, rows, cols = moved(self.values, source, 0), moved(self.rows, source, -1), moved(self.cols, source, -1)
+        self.values.grad = None
+        self._replace_storage(values, rows, cols)
         topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
         self._changed(Event(self, source.new_empty(0), source))
 

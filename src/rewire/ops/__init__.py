@@ -3,8 +3,9 @@
 `spmm`, `sddmm`, `spmm_sddmm`, `feature_major` and `batch_major` are functional and know no autograd; `sparse_linear` is
 the differentiable product made of them, `sparse_conv` the same for convolutions (`rewire.ops.conv_kernels`);
 `in_runs` and `in_rows` are differentiable changes of layout; `Pair` is what a captured call of a layer can compute;
-`langevin_step_` is the random walk of DEEP R. On the CPU, in float32 and float64 (`NARROW` dtypes too in the products),
-they run native kernels if the library is there; everywhere else, plain PyTorch.
+`langevin_step_` is the random walk of DEEP R, `regrow_` its exchange; `above`, `extremes` and `weakest` choose by
+scores. On the CPU, in float32 and float64 (`NARROW` dtypes too in the products), they run native kernels if the library
+is there; everywhere else, plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv
@@ -15,13 +16,18 @@ from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import NARROW, sparse_linear
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.regrow import regrow_
+from rewire.ops.top_scores import Draw, above, above_drawn, extremes, uniforms, weakest
 
 __all__ = [
     "NARROW",
     "Capture",
+    "Draw",
     "Geometry",
     "Pair",
+    "above",
+    "above_drawn",
     "batch_major",
+    "extremes",
     "feature_major",
     "in_rows",
     "in_runs",
@@ -32,4 +38,6 @@ __all__ = [
     "sparse_linear",
     "spmm",
     "spmm_sddmm",
+    "uniforms",
+    "weakest",
 ]

@@ -31,6 +31,24 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+#: Multiply-adds from which oneDNN is worth its call.
+_LARGE = 1 << 22
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``. Of wide tiles with a short sum oneDNN's product takes half the time of `torch.mm`'s (MKL)."""
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
+    if large and a.is_cpu and a.dtype == b.dtype == torch.float32 and _has_onednn():
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return result
+    return a @ b
+
+
+def _has_onednn() -> bool:
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and bool(mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """The input of one call of a layer, and its output or the gradient of it.
@@ -65,7 +83,7 @@ class Pair:
         unfolded input in pieces: O((stop - start) cols samples positions) time, O(result + pieces of 8 MiB) memory.
         """
         if self.geometry is None:
-            return _wide(self.g[:, start:stop]).t() @ _wide(self.x)
+            return _product(_wide(self.g[:, start:stop]).t(), _wide(self.x))
         rows, cols = self.matrix_shape
         per_group = rows // self.groups
         out = torch.zeros(stop - start, cols, dtype=_wide(self.g[:0]).dtype, device=self.g.device)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rewire import methods
 from rewire.bench import child, machine
 from rewire.bench.curves import Setting
 from rewire.bench.errors import NotAvailable
 from rewire.bench.verdict import Figure, at_least, at_most, info, missing
 
-__all__ = ["fit", "line", "million"]
+__all__ = ["fit", "line", "million", "updates", "with_sparse_memory"]
 
 Measured = tuple[list[Figure], dict[str, Any]]
 LADDER = (10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8)
@@ -108,3 +109,44 @@ def million(
         info("build", got["build_seconds"], "s"),
         info("DEEP R step", 1e3 * got["rewire_seconds"], "ms", f"{got['rewired']:,} rewired in 10 steps"),
     ], {"million": got}
+
+
+def with_sparse_memory() -> list[str]:
+    """The methods of the registry that rewire in O(K) memory."""
+    about = [methods.info(name) for name in methods.available()]
+    return [info.name for info in about if info.memory == "O(K)" and info.cls.needs_room]
+
+
+def updates(
+    setting: Setting,
+    names: Sequence[str],
+    size: int = 10**6,
+    connections: int = 10**7,
+    batch: int = 32,
+    gib: float = 4.0,
+) -> Measured:
+    """Peak of the process with a layer of 10^6 x 10^6 that trains and is updated once by each method.
+
+    Gradients and similarities of sampled candidates, which is the methods' default in a layer of that size. What can
+    only look at all positions, 10^12 of them, is left out.
+    """
+    figures: list[Figure] = []
+    found: dict[str, Any] = {}
+    for name in names:
+        about = methods.info(name)
+        if about.needs and not {"candidates", "data"} & {*about.parameters(), *about.services}:
+            figures.append(missing(name, "looks at the gradients of all positions: O(K) memory, but O(batch M) time"))
+            continue
+        arguments = {"method": name, "size": size, "connections": connections, "batch": batch}
+        try:
+            got = child.measure("update", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
+        except NotAvailable as error:
+            figures.append(missing(name, str(error)))
+            continue
+        found[name] = got
+        what = (
+            f"an update {got['update_seconds']:.3g} s, {got['replaced']:,} replaced" if got["updates"] else "no update"
+        )
+        note = f"{what}; a step {got['step_seconds']:.3g} s, built in {got['build_seconds']:.3g} s"
+        figures.append(at_most(name, got["peak"] / 2**30, gib, "GiB", note))
+    return figures, found

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "merge.h"
+#include "weave.h"
 
 namespace rewire {
 namespace {
@@ -122,13 +123,27 @@ Problem rebuild(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
   return problem;
 }
 
+// As `rebuild`, of the lists there are; derived anew where they are not those of the pool.
+template <class I>
+Problem replace_many(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
+  Weaver<I> weaver(p, slots, rows, cols, n);
+  weaver.look();
+  Woven<I> woven;
+  if (!weaver.weave(true, woven)) return rebuild(p, slots, rows, cols, n);  // which finds out what is wrong
+  weaver.carry_out(p.by_row, woven);
+  if (!weaver.weave(false, woven)) return rebuild(p, slots, rows, cols, n);
+  write_slots(p, slots, rows, cols, n);
+  weaver.carry_out(p.by_col, woven);
+  return kNoProblem;
+}
+
 }  // namespace
 
 template <class I>
 Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
   Problem problem = check_changes(p, slots, rows, cols, n);
   if (problem != kNoProblem || n == 0) return problem;
-  if (n > p.capacity / 8 + 8) return rebuild(p, slots, rows, cols, n);
+  if (n > p.capacity / 8 + 8) return replace_many(p, slots, rows, cols, n);
 
   Plan<I> plans[2];
   for (Plan<I>& plan : plans) {
@@ -176,6 +191,10 @@ template Problem replace(const Pool<int64_t>&, const int64_t*, const int64_t*, c
 
 namespace {
 
+bool is_integer(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
+}
+
 bool share_memory(const Tensor& a, const Tensor& b) {
   const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
   const auto bytes = [](const Tensor& t) {  // of a list, from its first element to its last
@@ -222,9 +241,14 @@ Problem replace_(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr, 
                  const Tensor& new_cols_) {
   const char* op = "replace_";
   const PoolTensors t{rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots, n_rows, n_cols};
-  // Copies, because the caller's may be parts of what is written below.
-  const Integers slots = own_integers(slots_, op), new_rows = own_integers(new_rows_, op);
-  const Integers new_cols = own_integers(new_cols_, op);
+  // The caller's may be parts of what is written below.
+  const auto apart = [&](const Tensor& own) {
+    for (const Tensor* t : {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots})
+      if (own.dim() != 1 || t->dim() != 1 || !is_integer(*t) || !is_integer(own) || share_memory(own, *t))
+        return own_integers(own, op);
+    return as_integers(own, op);
+  };
+  const Integers slots = apart(slots_), new_rows = apart(new_rows_), new_cols = apart(new_cols_);
   require(slots.count == new_rows.count && slots.count == new_cols.count, op,
           "slots, new rows and new columns must be equally many");
   const int type = t.check(op);

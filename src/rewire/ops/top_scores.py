@@ -1,0 +1,147 @@
+"""The best of many scores and the weakest of many values, without sorting: what drop and grow criteria are made of.
+
+On the CPU, in float32 and float64, native kernels give the same bits as the plain PyTorch here, on any number of
+threads. Among equals the first win, everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rewire import _native, random
+from rewire.topology import Index
+
+__all__ = ["Draw", "above", "above_drawn", "extremes", "uniforms", "weakest"]
+
+_NATIVE = _native.available("above")
+_DTYPES = (torch.float32, torch.float64)
+
+
+class Draw(NamedTuple):
+    """Which random numbers a draw uses (`rewire.random`), and what the smallest scores count as."""
+
+    seed: int
+    step: int
+    stream: int
+    least: float
+
+
+def uniforms(draw: Draw, positions: Tensor) -> Tensor:
+    """A number in (0, 1] for each of ``positions`` (int64 >= 0): float32, (n,). Each depends on its position alone.
+
+    It is (word + 1/2) / 2**32, rounded, where four positions share one call of the generator, a 32-bit word each.
+    """
+    if _NATIVE and positions.is_cpu:
+        drawn: Tensor = torch.ops.rewire.uniforms(positions, draw.seed, draw.step & 0xFFFFFFFF, draw.stream)
+        return drawn
+    quads = positions // 4
+    words = random.words(draw.seed, quads & 0xFFFFFFFF, quads >> 32, draw.step & 0xFFFFFFFF, draw.stream)
+    return (torch.stack(words, 1).gather(1, positions.view(-1, 1) % 4).flatten().float() + 0.5) * 2.0**-32
+
+
+def above(
+    scores: Tensor, first_row: int, index: Index, kept: Tensor, bar: float, *, absolute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Keys (row * cols + col, int64, ascending) and scores of the positions that are not kept and score above ``bar``.
+
+    Args:
+        scores: (t, cols), of the rows from ``first_row`` on; their magnitudes count if ``absolute``. NaN and -inf count
+            as the lowest finite number.
+        index: of the pool. kept: bool, (capacity,); positions of slots with True are passed over.
+        bar: a number of the scores' dtype, or -inf.
+
+    One pass, O(t cols) time and memory. Raises RuntimeError on a bad index.
+    """
+    lists = index.row_ptr, index.row_cols, index.row_slots
+    if _NATIVE and scores.is_cpu and scores.dtype in _DTYPES:
+        keys, found = torch.ops.rewire.above(scores, first_row, *lists, kept, bar, absolute)
+        return keys, found
+    values = scores.abs() if absolute else scores.clone()
+    lowest = torch.finfo(values.dtype).min
+    values = torch.nan_to_num(values, nan=lowest, posinf=torch.inf, neginf=lowest)
+    _strike_out(values, first_row, index, kept)
+    at = (values > max(bar, -torch.inf)).flatten().nonzero().flatten()
+    return at + first_row * scores.shape[1], values.flatten()[at]
+
+
+def above_drawn(
+    scores: Tensor, first_row: int, index: Index, kept: Tensor, bar: float, draw: Draw
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `above`, by the magnitude s of scores (``draw.least`` at least, also of NaN): where s / u may exceed ``bar``.
+
+    u is the position's `uniforms`, float32, and is returned as well. "May": those with ``s >= c bar * u``, where c is
+    1 - 2**-20; u is at most the exponential number -log(1 - u), so nothing is missed that exceeds the bar by that, even
+    where it is rounded.
+    """
+    lists = index.row_ptr, index.row_cols, index.row_slots
+    factor = bar * (1.0 - 2.0**-20)
+    if _NATIVE and scores.is_cpu and scores.dtype in _DTYPES:
+        keys, found, drawn = torch.ops.rewire.above_drawn(
+            scores, first_row, *lists, kept, factor, draw.least, draw.seed, draw.step, draw.stream
+        )
+        return keys, found, drawn
+    values = torch.nan_to_num(scores.abs(), nan=0.0, posinf=torch.inf).clamp_(min=draw.least)
+    _strike_out(values, first_row, index, kept)
+    at = (values > -torch.inf).flatten().nonzero().flatten()
+    keys = at + first_row * scores.shape[1]
+    u, found = uniforms(draw, keys), values.flatten()[at]
+    may = found >= torch.tensor(factor, dtype=found.dtype) * u.to(found.dtype)
+    return keys[may], found[may], u[may]
+
+
+def _strike_out(values: Tensor, first_row: int, index: Index, kept: Tensor) -> None:
+    """-inf at the kept positions."""
+    ptr = index.row_ptr[first_row : first_row + values.shape[0] + 1].long()
+    low, high = int(ptr[0].item()), int(ptr[-1].item())
+    row = torch.repeat_interleave(torch.arange(values.shape[0], device=ptr.device), ptr.diff())
+    stays = kept[index.row_slots[low:high].long()]
+    values[row[stays], index.row_cols[low:high].long()[stays]] = -torch.inf
+
+
+def extremes(scores: Tensor, count: int, *, largest: bool) -> Tensor:
+    """Places (int64, ascending) of the ``count`` largest or smallest of 1-D ``scores``; among equals the first.
+
+    NaN comes last in both. RuntimeError unless 0 <= count <= scores. O(scores) time.
+    """
+    if _NATIVE and scores.is_cpu and scores.dtype in _DTYPES:
+        places: Tensor = torch.ops.rewire.extremes(scores, count, largest)
+        return places
+    if not 0 <= count <= scores.numel():
+        raise RuntimeError(f"count must be between 0 and {scores.numel()}, not {count}")
+    if count in (0, scores.numel()):
+        return torch.arange(count, device=scores.device)
+    nan = scores.isnan()
+    ranks = torch.where(nan, torch.zeros_like(scores), -scores if largest else scores)
+    if int((~nan).sum()) < count:
+        last = nan & (nan.cumsum(0) <= count - int((~nan).sum()))
+        return (~nan | last).nonzero().flatten()
+    ranks = torch.where(nan, torch.full_like(ranks, torch.inf), ranks)
+    bar = ranks.kthvalue(count).values
+    below, level = (ranks < bar) & ~nan, (ranks == bar) & ~nan
+    return (below | (level & (level.cumsum(0) <= count - below.sum()))).nonzero().flatten()
+
+
+def weakest(
+    values: Tensor, slots: Tensor, fraction: float, *, by_sign: bool = False, factors: Tensor | None = None
+) -> Tensor:
+    """``floor(fraction n)`` of the n ``slots`` (int), in their order: those of smallest ``abs(values factors)``; int64.
+
+    by_sign: the same share of those that are at least 0, and then of those below; NaN belongs to neither.
+
+    values, and factors if given: (capacity,). RuntimeError for a bad slot. O(slots) time and memory.
+    """
+    native = _NATIVE and values.is_cpu and values.dtype in _DTYPES
+    if native and (factors is None or factors.dtype == values.dtype):
+        chosen: Tensor = torch.ops.rewire.weakest(values, factors, slots, fraction, by_sign)
+        return chosen
+    slots = slots.long()
+    score = values[slots] if factors is None else values[slots] * factors[slots]
+    sides = [score >= 0, score < 0] if by_sign else [torch.ones_like(score, dtype=torch.bool)]
+    parts = []
+    for side in sides:
+        own = slots[side]
+        parts.append(own[extremes(score[side].abs(), int(fraction * own.numel()), largest=False)])
+    return torch.cat(parts)
