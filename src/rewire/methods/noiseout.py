@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.base import Data, Evaluate, Method, Pool, Purpose
-from rewire.methods.correlation import Merge, UnitMoments, evaluating, measure
+from rewire.methods.correlation import Merge, UnitMoments, measure
 from rewire.methods.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.methods.snapshot import Snapshot
+from rewire.nn.modes import evaluating
 from rewire.nn.surgery import UnitGraph, fit_shapes
 from rewire.schedules import within
 

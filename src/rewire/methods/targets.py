@@ -19,10 +19,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from rewire.methods.correlation import evaluating
 from rewire.nn.absent import Absent
 from rewire.nn.cut import to_sparse
 from rewire.nn.gates import Elementwise, Gate
+from rewire.nn.modes import evaluating
 from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
 
