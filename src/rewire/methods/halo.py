@@ -13,6 +13,7 @@ from rewire import budget
 from rewire.methods.base import Method, Pool
 from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
 from rewire.schedules import Schedule, at, checked, within
 
@@ -110,10 +111,8 @@ class Halo(Method):
         decay: float | None = None,
         seed: int | None = None,
     ) -> None:
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(map(repr, get_args(Variant)))}, not {variant!r}")
-        if shared not in ("model", "weight"):
-            raise ValueError(f"shared must be 'model' or 'weight', not {shared!r}")
+        choice("variant", variant, get_args(Variant))
+        choice("shared", shared, ("model", "weight"))
         self.xi, self.psi = checked("xi", xi, 0.0), checked("psi", psi, 0.0)
         if not (isinstance(density, (int, float)) and 0 < density <= 1):
             raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
