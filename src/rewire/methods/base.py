@@ -54,6 +54,16 @@ class Method(ABC):
     start_density: ClassVar[float | None] = None
     #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at construction.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
+    #: The optimizer of `rewire train` where the user names none.
+    run_optimizer: ClassVar[str] = "sgd"
+
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyper-parameters that `rewire train` sets in a run of ``epochs`` where the user, who gave ``given``, did not.
+
+        For what has no good value that is independent of the length of a run.
+        """
+        return {}
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None

@@ -69,6 +69,7 @@ class Differentiable(Method):
     """
 
     starts_dense = True
+    run_optimizer = "adam"  # steps of one length for gates and weights; strength means little with SGD at a large rate
 
     def __init__(
         self,

@@ -81,6 +81,12 @@ class NoiseOut(Method):
     """
 
     starts_dense: ClassVar[bool] = True
+    run_optimizer: ClassVar[str] = "adam"  # the noise outputs' loss makes SGD at a large rate diverge
+
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Half of the run trains only: what it then reaches is the score to keep."""
+        return {} if {"threshold", "every", "warmup"} & given.keys() else {"warmup": epochs // 2}
 
     def __init__(
         self,
