@@ -157,7 +157,7 @@ def active(run: Run) -> Figure:
     """Number of connections over time."""
     start = [layer["connections"] for layer in run.info["layers"]]
     data = _layer_lines(run, "connections", start, _final(run, "connections"))
-    note = "A method that keeps its budget per layer shows level lines, one that comes down to it falling ones."
+    note = "Level lines where each layer keeps its budget, falling ones where the method removes connections."
     if any(line["mode"] == "markers" for line in data):
         note += " Diamonds: what the end of training left."
     return Figure("Active connections", note, data, _falling_axes(run, "connections", data))
