@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from rewire.nn.absent import Absent
+from rewire.nn.convert import ties
 from rewire.nn.cut import to_sparse
 from rewire.nn.gates import Elementwise, Gate
 from rewire.nn.modes import evaluating
@@ -337,11 +338,17 @@ def _last_affine(module: nn.Module) -> nn.Module | None:
 def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: str) -> dict[str, list[str]]:
     """The layers that the patterns of each target choose, checked; ValueError says which do not fit."""
     modules = dict(model.named_modules())
+    tied = ties(model)
+
+    def unfit(kind: str, name: str) -> str | None:
+        return _fits(kind, modules[name], gate, tied)
+
     if all(patterns is None for patterns in names.values()):
-        linear = [name for name, module in modules.items() if type(module) is nn.Linear]
-        if len(linear) < 2:
+        linear = [name for name, module in modules.items() if type(module) is nn.Linear][:-1]
+        units = [name for name in linear if unfit("units", name) is None]
+        if not units:
             raise ValueError("the model has no Linear layer but the last: say what to gate, with units=, weights=, ...")
-        return {"units": linear[:-1], "weights": [], "heads": [], "branches": []}
+        return {"units": units, "weights": [], "heads": [], "branches": []}
     found: dict[str, list[str]] = {}
     for kind, patterns in names.items():
         found[kind] = []
@@ -350,15 +357,15 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
             if kind == "branches":  # "bodies.*" means the bodies, not also the layers in them
                 matches = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
             else:
-                fitting = [name for name in matches if _fits(kind, modules[name], gate) is None]
+                fitting = [name for name in matches if unfit(kind, name) is None]
                 if matches and not fitting:
-                    raise ValueError(f"{kind}={pattern!r}: {matches[0]} {_fits(kind, modules[matches[0]], gate)}")
+                    raise ValueError(f"{kind}={pattern!r}: {matches[0]} {unfit(kind, matches[0])}")
                 matches = fitting if any(c in pattern for c in "*?[") else matches
             if not matches:
                 raise ValueError(f"{kind}={pattern!r} matches no module of the model")
             found[kind] += [name for name in matches if name not in found[kind]]
         for name in found[kind]:
-            if (reason := _fits(kind, modules[name], gate)) is not None:
+            if (reason := unfit(kind, name)) is not None:
                 raise ValueError(f"{kind}: {name} {reason}")
     twice = set(found["units"]) & set(found["weights"])
     if twice:
@@ -369,10 +376,14 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
     return found
 
 
-def _fits(kind: str, module: nn.Module, gate: str) -> str | None:
-    """Why the module cannot be such a target; None if it can."""
+def _fits(kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str, str]]) -> str | None:
+    """Why the module cannot be such a target; None if it can. ``tied``: see `rewire.nn.convert.ties`."""
     if parametrize.is_parametrized(module):
         return "is parametrized already"
+    scaled = module if kind != "branches" else _last_affine(module) or module
+    for part in scaled.modules():
+        if id(part) in tied:  # baking the gate into one layer would scale the other as well
+            return f"shares its {tied[id(part)][1]}: untie them first, or leave it out"
     what = type(module).__name__
     if kind == "heads":
         return None if type(module) is nn.MultiheadAttention else f"is a {what}, and only MultiheadAttention has heads"
