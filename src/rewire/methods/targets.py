@@ -7,7 +7,7 @@ the gate into the weights at the end, and takes out what is zero.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -158,9 +158,11 @@ def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
 
 @torch.no_grad()
 def _constants(
-    model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Iterable[int]
+    model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Sequence[int]
 ) -> dict[int, float]:
     """What each unit gives its consumers, for those units that give all of them the same constant."""
+    if not units:
+        return {}
     seen: dict[str, Tensor] = {}
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, name=site.name: seen.__setitem__(name, args[0]))
@@ -172,18 +174,16 @@ def _constants(
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[int, float] = {}
-    for unit in units:
-        given = []
-        for site in group.consumers:
-            x = seen[site.name]
-            dim = 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
-            given.append(x.index_select(dim, graph.positions(site, torch.tensor([unit])).flatten()).flatten())
-        all_given = torch.cat(given) if given else torch.zeros(1)
-        middle = float(all_given[0])
-        if float((all_given - middle).abs().max()) <= CONSTANT * max(1.0, abs(middle)):
-            found[unit] = middle
-    return found
+    given = []
+    for site in group.consumers:
+        x = seen[site.name]
+        dim = 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
+        places = graph.positions(site, torch.tensor(units, dtype=torch.int64)).to(x.device)  # (units, places of each)
+        given.append(x.movedim(dim, 0)[places].reshape(len(units), -1))
+    values = torch.cat(given, 1) if given else torch.zeros(len(units), 1)
+    first = values[:, :1]
+    same = ((values - first).abs() <= CONSTANT * first.abs().clamp(min=1)).all(1).tolist()
+    return {unit: value for unit, value, is_same in zip(units, first.flatten().tolist(), same, strict=True) if is_same}
 
 
 class Weights(Target):
