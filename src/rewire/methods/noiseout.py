@@ -68,7 +68,8 @@ class NoiseOut(Method):
         criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers least in mean
             square, |w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with the unit.
         every: "epoch" checks at the end of each epoch; a number, after so many steps (needs ``evaluate=``).
-        warmup: checks (epochs, or ``every`` steps) that only train.
+        warmup: checks (epochs, or ``every`` steps) that only train; `rewire train` takes half of its epochs where
+            neither this nor ``threshold`` or ``every`` is given.
         pace: share of the remaining units that is merged between two scores; 0 scores after every merge.
         at_once: merges per check at most; none is as many as the threshold allows.
         samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
