@@ -1,40 +1,107 @@
-"""docs/differentiable.md shows what benchmarks/differentiable.py wrote."""
+"""docs/differentiable.md shows what benchmarks/differentiable.py wrote, and its example runs."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewire
 
 DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "differentiable.md").read_text()
+MEASURED: dict[str, Any] = json.loads((DOCS / "results" / "differentiable.json").read_text())
 
 
-def test_tables_are_what_was_measured() -> None:
-    text = (DOCS / "differentiable.md").read_text()
-    measured = json.loads((DOCS / "results" / "differentiable.json").read_text())
-    assert set(measured) == {"channels", "depth", "heads"}
-    rows = re.findall(
-        r"^\| (\w+) \| ([\d.]+) \| ([\d, /]+) \| ([\d,]+) \| ([\d,]+) \| (\d\d\.\d) % \|$", text, re.MULTILINE
-    )
-    expected = []
-    for name, experiment in measured.items():
-        full = next(run["components"] for run in experiment["runs"] if run["components"])
-        for run in experiment["runs"]:
-            components = run["components"] or {key: [every, every] for key, (_, every) in full.items()}
-            on = ", ".join(f"{alive} / {every}" for alive, every in components.values())
-            size = f"{run['parameters']:,}", f"{run['multiply_adds']:,}"
-            expected.append((name, f"{run['strength']:g}", on, *size, f"{100 * run['test_accuracy']:.1f}"))
-    assert rows == expected
+def arms(name: str) -> dict[tuple[float, float], list[dict[str, Any]]]:
+    """Runs of an experiment by (scale, strength), a run for each seed."""
+    found: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    for run in MEASURED[name]["runs"]:
+        found.setdefault((run["scale"], run["strength"]), []).append(run)
+    return found
 
 
-def test_structure_was_learned() -> None:
-    """Each experiment has a run with far fewer components at nearly the accuracy of the whole network."""
-    measured = json.loads((DOCS / "results" / "differentiable.json").read_text())
-    for name, most_lost in (("channels", 0.035), ("depth", 0.005), ("heads", 0.005)):
-        whole, *gated = measured[name]["runs"]
-        small = min(
-            (r for r in gated if whole["test_accuracy"] - r["test_accuracy"] <= most_lost),
-            key=lambda r: r["multiply_adds"],
-        )
-        assert small["multiply_adds"] < 0.9 * whole["multiply_adds"], name
-        assert abs(small["test_accuracy"] - small["test_accuracy_before_finalize"]) <= 1e-3
+def accuracy(runs: list[dict[str, Any]]) -> float:
+    return mean(run["test_accuracy"] for run in runs)
+
+
+def rows() -> list[str]:
+    """The lines of the table: means over seeds."""
+    lines = []
+    for name in MEASURED:
+        gated = next(runs for (_, strength), runs in arms(name).items() if strength)
+        whole = {key: every for key, (_, every) in gated[0]["components"].items()}
+        for (scale, strength), runs in arms(name).items():
+            network = f"gates, {strength:g}" if strength else "whole" if scale == 1 else f"{scale:g} of it, by hand"
+            on = [
+                f"{mean(run['components'][key][0] for run in runs) if strength else scale * every:.3g} / {every}"
+                for key, every in whole.items()
+            ]
+            size, cost = (f"{mean(run[key] for run in runs):,.0f}" for key in ("parameters", "multiply_adds"))
+            each = ", ".join(f"{100 * run['test_accuracy']:.1f}" for run in runs)
+            score = f"{100 * accuracy(runs):.1f} %"
+            lines.append(f"| {name} | {network} | {', '.join(on)} | {size} | {cost} | {score} | {each} |")
+    return lines
+
+
+def test_table_is_what_was_measured() -> None:
+    assert set(MEASURED) == {"channels", "depth", "heads"}
+    assert re.findall(r"^\| (?:channels|depth|heads) \|.*$", TEXT, re.MULTILINE) == rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "most_lost", "most_left"), [("channels", 0.02, 0.4), ("depth", 0.005, 0.6), ("heads", 0.005, 0.8)]
+)
+def test_structure_was_learned(name: str, most_lost: float, most_left: float) -> None:
+    """An arm is much smaller at nearly the accuracy of the whole network; taking out what is off changes nothing."""
+    found = arms(name)
+    whole = found[1, 0]
+    small = [
+        runs for (_, strength), runs in found.items() if strength and accuracy(whole) - accuracy(runs) <= most_lost
+    ]
+    assert min(mean(run["parameters"] for run in runs) for runs in small) < most_left * whole[0]["parameters"]
+    for run in MEASURED[name]["runs"]:
+        if run["strength"]:
+            assert abs(run["accuracy_after"] - run["accuracy_before"]) <= 1e-3
+
+
+class Net(nn.Module):
+    """Has what the example names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"body": nn.Linear(4, 4)}) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu().mean((2, 3))
+        for block in self.blocks:
+            x = x + block["body"](x.relu())
+        y: Tensor = self.head(x)
+        return y
+
+
+def test_example_runs() -> None:
+    pytest.importorskip("torch_pruning")
+    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert code
+    begin, loop, end = code[1].partition("...")
+    assert loop
+    names: dict[str, Any] = {"torch": torch, "rewire": rewire, "model": Net()}
+    exec(begin, names)
+    x = torch.randn(4, 1, 8, 8)
+    (nn.functional.cross_entropy(names["model"](x), torch.tensor([0, 1, 0, 1])) + names["method"].penalty()).backward()
+    names["optimizer"].step()
+    names["method"].step()
+    names["method"].end_epoch()
+    assert [target.name for target in names["method"].targets] == ["bn1", "bn2", "branches"]
+    exec("..." + end, names)
+    assert names["model"](x).shape == (4, 2)

@@ -243,6 +243,8 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="must be a whole number of at least"):
             Posterior(run.model, **bad)  # type: ignore[arg-type]
     samples = Posterior(run.model, burn_in=3)
+    assert len(samples) == 0
+    assert samples, "`if posterior` asks whether there is one"
     for call in (lambda: samples.predict(torch.zeros(1, 8)), samples.inclusion, samples.inputs):
         with pytest.raises(ValueError, match="no sample yet, after 0 of 3 steps"):
             call()

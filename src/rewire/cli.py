@@ -153,7 +153,7 @@ def train(
     epochs: Annotated[str | None, _option(TRAINING, "NUMBER", "Passes over the training data.", field="epochs")] = None,
     batch_size: Annotated[str | None, _option(TRAINING, "NUMBER", "Samples in a step.", field="batch_size")] = None,
     optimizer: Annotated[
-        str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", field="optimizer")
+        str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", default="sgd, mostly")
     ] = None,
     lr: Annotated[
         str | None,

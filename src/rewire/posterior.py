@@ -207,6 +207,9 @@ class Posterior:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __bool__(self) -> bool:
+        return True  # ``if posterior`` asks whether there is one, not whether it has samples yet
+
     def update(self) -> bool:
         """Count one step (call it after the method's); take a sample if one is due, and say so."""
         self.steps += 1

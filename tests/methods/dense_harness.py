@@ -46,7 +46,8 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
 
 #: Settings under which each method is tested; one without an entry runs with its defaults.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "halo": [{"density": 1.0}, {"density": 0.3}],
+    "differentiable": [{}, {"initial": 0.9, "strength": 0.05}],
+    "halo": [{"density": 1.0}, {"density": 0.3}, {"density": 0.3, "cut": 2}],
     "noiseout": [  # the threshold is always met, so that units are merged
         {"threshold": -100.0, "at_once": 2},
         {"threshold": -100.0, "at_once": 1, "every": 3, "noise": "binomial", "criterion": "damage", "samples": None},
@@ -54,8 +55,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-#: Methods whose `finalize` is itself the cut, so that outputs change in it (unless all stays: density=1).
-CUTS_AT_THE_END = {"halo"}
+
+def cuts_at_the_end(name: str, settings: dict[str, Any]) -> bool:
+    """Whether `finalize` is itself the cut, so that outputs change in it (unless all stays: density=1)."""
+    return name == "halo" and "cut" not in settings and settings.get("density") != 1.0
+
 
 CASES = [
     (name, settings)

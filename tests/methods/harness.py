@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,7 +137,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "itop": [{"every": 2}, {"every": 3, "grow": "random"}],
     "mest": [{"every": 1}, {"every": 1, "soft": True, "milestones": (1, 2)}],
     "rigl": [{"every": 2}, {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7}],
-    "snfs": [{"window": 2}, {"window": 2, "every": 3, "candidates": 6}, {"exact": True, "until": 2}],
+    "snfs": [{"window": 2}, {"every": 3, "candidates": 6}, {"exact": True, "until": 2}],
     "srigl": [{"every": 2, "fraction": 0.5}],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
     "top-kast": [{"every": 3, "explore": 0.5}, {"every": 2, "l2": 0.01, "until": 6}],
@@ -178,15 +179,16 @@ class Run:
         dtype: torch.dtype = torch.float32, seed: int = 3, method_seed: int = 7,
     ) -> None:  # fmt: skip
         self.model = LAYERS[layer](dtype, seed)
-        self.dtype = dtype
+        self.dtype, self.case = dtype, case
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.method = self.make(case, method_seed)
+        self.method = self.make(method_seed)
         self.time = 0
 
-    def make(self, case: tuple[str, dict[str, Any]], seed: int) -> methods.Method:
+    def make(self, seed: int) -> methods.Method:
         """Another method for the same model, with training data if it looks at activations."""
-        data = {"data": self.data()} if methods.info(case[0]).takes_data else {}
-        return methods.create(case[0], self.model, self.optimizer, seed=seed, **data, **case[1])
+        name, settings = self.case
+        data = {"data": self.data()} if methods.info(name).takes_data else {}
+        return methods.create(name, self.model, self.optimizer, seed=seed, **data, **settings)
 
     def data(self) -> list[tuple[Tensor, Tensor]]:
         g = torch.Generator().manual_seed(17)
@@ -231,3 +233,50 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert a[key].dtype == b[key].dtype, key
         # Bits, not values: -0.0 and 0.0 differ, NaN equals itself.
         assert a[key].numpy().tobytes() == b[key].numpy().tobytes(), key
+
+
+def check_resume(
+    begin: Callable[..., Any], stop: int, steps: int, *, model_first: bool, remake: bool = False,
+    load: Callable[[nn.Module, dict[str, Tensor]], object] = nn.Module.load_state_dict,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A run that is saved after ``stop`` of ``steps`` and goes on elsewhere is bit-identical to one that was not.
+
+    ``begin`` starts one, of other weights and seeds if given ``seed`` and ``method_seed``. ``load`` restores a model
+    that is loaded before the method's state; ``remake`` makes the method anew between them. Returns both runs.
+    """
+    whole, first = begin(), begin()
+    for _ in range(steps):
+        whole.step()
+    for _ in range(stop):
+        first.step()
+    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
+    second = begin(seed=99, method_seed=1234)
+    if model_first:
+        load(second.model, saved[0])
+        second.optimizer.load_state_dict(saved[1])
+        if remake:
+            second.method = second.make(5)
+        second.method.load_state_dict(saved[2])
+    else:
+        second.method.load_state_dict(saved[2])
+        second.optimizer.load_state_dict(saved[1])
+        second.model.load_state_dict(saved[0])
+    second.time = stop
+    for _ in range(steps - stop):
+        second.step()
+    assert_identical(whole.snapshot(), second.snapshot())
+    assert whole.method.stats() == second.method.stats()
+    return whole, second
+
+
+def assert_plain(value: object) -> None:
+    """Tensors, numbers, strings, dicts and lists only: what any file format can hold."""
+    if isinstance(value, dict):
+        assert all(isinstance(k, str) for k in value)
+        for v in value.values():
+            assert_plain(v)
+    elif isinstance(value, list):
+        for v in value:
+            assert_plain(v)
+    else:
+        assert isinstance(value, (Tensor, int, float, str, bool, type(None))), value

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from harness import CASES, LAYERS, OPTIMIZERS, SETTINGS, SHARING, Run, assert_identical, case_id
+from harness import (
+    CASES,
+    LAYERS,
+    OPTIMIZERS,
+    SETTINGS,
+    SHARING,
+    Run,
+    assert_identical,
+    assert_plain,
+    case_id,
+    check_resume,
+)
 
 from rewire import methods, topology
 from rewire.nn import Event, SparseWeight
@@ -122,27 +134,8 @@ def test_same_seed_same_run(case: Case, layer: str) -> None:
 @all_optimizers
 def test_resume_is_bit_exact(case: Case, layer: str, optimizer: str) -> None:
     stop, model_first = RESUMES[turn(case, layer, optimizer) % 6]
-    whole, first = Run(case, layer, optimizer), Run(case, layer, optimizer)
-    for _ in range(11):
-        whole.step()
-    for _ in range(stop):
-        first.step()
-    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
-    second = Run(case, layer, optimizer, seed=99, method_seed=1234)  # other topology and seed, to be replaced
-    if model_first:  # the method is made for the loaded model, as most people would
-        second.model.load_state_dict(saved[0])
-        second.optimizer.load_state_dict(saved[1])
-        second.method = second.make(case, 5)
-        second.method.load_state_dict(saved[2])
-    else:
-        second.method.load_state_dict(saved[2])
-        second.optimizer.load_state_dict(saved[1])
-        second.model.load_state_dict(saved[0])
-    second.time = stop
-    for _ in range(11 - stop):
-        second.step()
-    assert_identical(whole.snapshot(), second.snapshot())
-    assert whole.method.stats() == second.method.stats()
+    # Loaded first, the model has its method made anew, as most people would.
+    check_resume(partial(Run, case, layer, optimizer), stop, 11, model_first=model_first, remake=True)
 
 
 @all_cases
@@ -164,7 +157,7 @@ def test_copies_are_refused_and_a_second_method_takes_over(case: Case, layer: st
     run = Run(case, layer)
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(run.method)
-    first, run.method = run.method, run.make(case, 8)
+    first, run.method = run.method, run.make(8)
     for _ in range(run.steps_per_epoch):
         run.step()
     with pytest.raises(RuntimeError, match="another was made"):
@@ -183,19 +176,7 @@ def test_an_optimizer_that_does_not_train_the_model_is_noticed(case: Case) -> No
 def test_state_dict_is_plain(case: Case, layer: str) -> None:
     run = Run(case, layer)
     run.step()
-
-    def check(value: object) -> None:
-        if isinstance(value, dict):
-            assert all(isinstance(k, str) for k in value)
-            for v in value.values():
-                check(v)
-        elif isinstance(value, list):
-            for v in value:
-                check(v)
-        else:
-            assert isinstance(value, (torch.Tensor, int, float, str, bool, type(None))), value
-
-    check(run.method.state_dict())
+    assert_plain(run.method.state_dict())
 
 
 @all_cases

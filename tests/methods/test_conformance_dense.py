@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from dense_harness import CASES, CUTS_AT_THE_END, MODELS, OPTIMIZERS, DenseRun, case_id
-from harness import assert_identical
+from dense_harness import CASES, MODELS, OPTIMIZERS, DenseRun, case_id, cuts_at_the_end
+from harness import assert_identical, assert_plain, check_resume
+from safetensors.torch import save
 from torch import nn
 from torch.nn.utils import parametrize
 
 from rewire import methods
+from rewire.nn import SparseWeight
 from rewire.nn.surgery import load_resized
 
 pytest.importorskip("torch_pruning")
 
 Case = tuple[str, dict[str, Any]]
+PLAIN = ("torch.nn.", "rewire.nn.")
 all_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
 all_models = pytest.mark.parametrize("model", MODELS)
 all_optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -42,26 +46,8 @@ def test_same_seed_same_run(case: Case, model: str, optimizer: str) -> None:
 @pytest.mark.parametrize("model_first", [True, False], ids=["model-first", "method-first"])
 @pytest.mark.parametrize("stop", [4, 9])
 def test_resume_is_bit_exact(case: Case, model: str, optimizer: str, model_first: bool, stop: int) -> None:
-    whole, first = DenseRun(case, model, optimizer), DenseRun(case, model, optimizer)
-    for _ in range(13):
-        whole.step()
-    for _ in range(stop):
-        first.step()
-    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
-    second = DenseRun(case, model, optimizer, seed=99, method_seed=1234)  # other weights and seed, to be replaced
-    if model_first:
-        load_resized(second.model, saved[0])
-        second.optimizer.load_state_dict(saved[1])
-        second.method.load_state_dict(saved[2])
-    else:
-        second.method.load_state_dict(saved[2])
-        second.optimizer.load_state_dict(saved[1])
-        second.model.load_state_dict(saved[0])
-    second.time = stop
-    for _ in range(13 - stop):
-        second.step()
-    assert_identical(whole.snapshot(), second.snapshot())
-    assert whole.method.stats() == second.method.stats()
+    begin = partial(DenseRun, case, model, optimizer)
+    whole, second = check_resume(begin, stop, 13, model_first=model_first, load=load_resized)
     x = whole.batch()[0]
     assert torch.equal(whole.method.finalize().eval()(x), second.method.finalize().eval()(x))
     assert_identical(whole.snapshot(), second.snapshot())
@@ -80,9 +66,10 @@ def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimize
     final = run.method.finalize()
     assert final is run.model
     after = final(x).detach()
-    if case[0] not in CUTS_AT_THE_END or case[1].get("density") == 1.0:
+    if not cuts_at_the_end(*case):
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     for name, module in final.named_modules():
+        assert type(module).__module__.startswith(PLAIN) or name == "", name
         assert not parametrize.is_parametrized(module), name
         assert not module._forward_hooks, name
         assert not module._forward_pre_hooks, name
@@ -101,6 +88,24 @@ def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimize
         assert p.grad is not None
         assert all(v.shape == p.shape for v in run.optimizer.state[p].values() if v.dim()), "state was cut along"
     assert any(not torch.equal(a, b) for a, b in zip(old, live, strict=True))
+
+
+@all_cases
+@all_models
+def test_the_file_is_smaller_in_proportion(case: Case, model: str) -> None:
+    """4 bytes for each number that is trained, 8 for where a connection is, and a name for each tensor."""
+    run = DenseRun(case, model)
+    for _ in range(3 * run.steps_per_epoch):
+        run.step()
+    final = run.method.finalize()
+    pools = [module for module in final.modules() if isinstance(module, SparseWeight)]
+    assert all(weight.capacity == weight.connections for weight in pools), "nothing is stored of what is gone"
+    size = 4 * sum(p.numel() for p in final.parameters())
+    size += sum(8 * weight.connections + 8 * len(weight.shape) for weight in pools)
+    norms = (module for module in final.modules() if isinstance(module, nn.BatchNorm2d))
+    size += sum(buffer.numel() * buffer.element_size() for norm in norms for buffer in norm.buffers())
+    tensors = final.state_dict()
+    assert size < len(save(tensors)) < size + 8 + 120 * len(tensors)
 
 
 @all_cases
@@ -141,19 +146,7 @@ def test_state_dict_is_plain(case: Case, model: str) -> None:
     run = DenseRun(case, model)
     for _ in range(5):
         run.step()
-
-    def check(value: object) -> None:
-        if isinstance(value, dict):
-            assert all(isinstance(k, str) for k in value)
-            for v in value.values():
-                check(v)
-        elif isinstance(value, list):
-            for v in value:
-                check(v)
-        else:
-            assert isinstance(value, (torch.Tensor, int, float, str, bool, type(None))), value
-
-    check(run.method.state_dict())
+    assert_plain(run.method.state_dict())
 
 
 @all_cases

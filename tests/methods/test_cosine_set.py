@@ -330,7 +330,7 @@ def test_recordings_are_forgotten_and_composed_by_hand() -> None:
     ("options", "message"),
     [
         ({"candidates": 0}, "candidates must be a number of at least 1"),
-        ({"momentum": "some"}, "'keep' or 'reset'"),
+        ({"momentum": "some"}, "one of 'keep', 'reset'"),
         ({"samples": -1}, "samples must be"),
         ({"fraction": 2.0}, "fraction must be"),
         ({"mode": "test"}, "mode must be"),

@@ -168,9 +168,9 @@ def test_new_values_fill_their_interval() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "both"}, "'sim' or 'seq'"),
+        ({"variant": "both"}, "one of 'sim', 'seq'"),
         ({"patience": 0}, "patience must be a number of epochs"),
-        ({"new_values": "one"}, "'uniform' or 'zero'"),
+        ({"new_values": "one"}, "one of 'uniform', 'zero'"),
         ({"fraction": -1.0}, "fraction must be"),
     ],
 )

@@ -305,3 +305,20 @@ def test_weight_decay_of_thresholds_is_refused() -> None:
     method = Differentiable(model, opt, seed=1)
     assert [len(g["params"]) for g in opt.param_groups if not g["weight_decay"]] == [3 + 4]
     assert len(method.targets) == 2
+
+
+@pytest.mark.parametrize("kind", ["units", "weights", "branches"])
+def test_layers_that_share_a_weight_are_refused_by_name_or_left_alone(kind: Any) -> None:
+    """Baking a gate into one of them would scale the other as well."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match=r"0 shares its weight with 2\.weight: untie"):
+        Differentiable(model, optimizer, **{kind: ["0", "4"]})
+    with pytest.raises(ValueError, match=r"2 shares its weight with 0\.weight: untie"):
+        Differentiable(model, optimizer, **{kind: "2"})
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    if kind == "units":
+        assert [target.name for target in Differentiable(model, optimizer).targets] == ["4"]
+    if kind != "branches":
+        assert [t.name for t in Differentiable(model, optimizer, **{kind: "*"}).targets][:1] == ["4"]

@@ -296,10 +296,20 @@ def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_th
 
 
 @pytest.mark.parametrize(
+    ("options", "window"),
+    [({}, 10), ({"every": 3}, 3), ({"every": 30}, 10), ({"every": 30, "window": 20}, 20), ({"window": 4}, 4)],
+)
+def test_the_window_fits_between_updates_by_itself(options: dict[str, int], window: int) -> None:
+    model = LAYERS["linear"](torch.float32, 1)
+    assert SNFS(model, torch.optim.SGD(model.parameters(), lr=0.1), **options).window == window
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda m, o: SNFS(m, o, beta=1.5), "beta must be"),
-        (lambda m, o: SNFS(m, o, every=3, window=5), "window must be"),
+        (lambda m, o: SNFS(m, o, every=3, window=5), "at least 1 and at most every=3, not 5"),
+        (lambda m, o: SNFS(m, o, window=0), "window must be"),
         (lambda m, o: SNFS(m, o, every="step"), "every must be"),
         (lambda m, o: SNFS(m, o, every=0), "every must be"),
         (lambda m, o: SNFS(m, o, candidates=None), "candidates must be"),

@@ -158,6 +158,42 @@ def test_the_cut_is_global_exact_and_gives_the_outputs_of_the_cut_dense_network(
     torch.export.export(model.eval(), (x,))
 
 
+def test_what_an_early_cut_leaves_trains_on_without_a_penalty_and_the_rest_stays_zero() -> None:
+    """Momentum and weight decay go on moving what was cut, so it is set back in every step."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (1, 8)), Attention(8), nn.Flatten())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    method = Halo(model, optimizer, density=0.3, cut=1, seed=0)
+    x = torch.randn(20, 6)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        (nn.functional.mse_loss(model(x), torch.ones(20, 8)) + method.penalty()).backward()
+        optimizer.step()
+        method.step()
+
+    for _ in range(3):
+        train()
+    assert float(method.penalty().detach()) > 0
+    possible = sum(method.connections().values())
+    masks = method.masks()
+    method.end_epoch()
+    assert float(method.penalty()) == 0
+    values = {w.name: w.tensor.clone() for w in method.weights}
+    for _ in range(3):
+        train()
+    method.end_epoch()
+    for weight in method.weights:
+        mask = masks[weight.name]
+        assert torch.equal(mask, method.masks()[weight.name])
+        assert not weight.tensor[~mask].any()
+        assert (weight.tensor[mask] != values[weight.name][mask]).all()
+    assert sum(method.connections().values()) == round(0.3 * possible)
+    before = model(x)
+    method.finalize()
+    assert sum(w.connections for _, w in sparse_weights(model)) == round(0.3 * possible)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
 def test_scope_is_by_name_and_frozen_weights_are_left_alone() -> None:
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 5))
     model[2].weight.requires_grad_(False)
@@ -178,6 +214,18 @@ def test_scope_is_by_name_and_frozen_weights_are_left_alone() -> None:
     assert sum(counts.values()) == round(0.1 * (24 + 100))
 
 
+class Attention(nn.Module):
+    """Three of its four weights lie in one parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x, x, x, need_weights=False)[0]
+        return x + y
+
+
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=40), st.floats(0.03, 1))
 @settings(max_examples=60, deadline=None)
 def test_largest_takes_the_largest_and_the_first_of_equals(numbers: list[int], density: float) -> None:
@@ -190,13 +238,15 @@ def test_largest_takes_the_largest_and_the_first_of_equals(numbers: list[int], d
     assert {i for i, k in enumerate(kept) if k} == set(order[: round(density * len(numbers))])
 
 
+@pytest.mark.parametrize("cut", [None, 1])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resume_is_bit_exact(variant: Any) -> None:
+def test_resume_is_bit_exact(variant: Any, cut: int | None) -> None:
     def begin(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Halo]:
         model = mlp(seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
         xi = schedules.Linear(1e-2, 0.0, 4)
-        return model, optimizer, Halo(model, optimizer, xi=xi, psi=1e-2, variant=variant, lambda_lr=1.0, seed=seed)
+        method = Halo(model, optimizer, xi=xi, psi=1e-2, variant=variant, lambda_lr=1.0, cut=cut, seed=seed)
+        return model, optimizer, method
 
     def go(run: tuple[nn.Module, torch.optim.Optimizer, Halo], times: range) -> None:
         for time in times:
@@ -249,6 +299,8 @@ def test_shared_weights_and_missing_penalties_are_refused() -> None:
         ({"density": 0}, "density must be"),
         ({"density": 1.5}, "density must be"),
         ({"density": 1e-3}, "gives a weight of 288 potential connections none"),
+        ({"cut": 0}, "cut must be"),
+        ({"cut": 1.5}, "cut must be"),
         ({"initial": 0.0}, "initial must be"),
         ({"lambda_lr": -1.0}, "lambda_lr must be"),
         ({"momentum": 1.0}, "momentum must be"),

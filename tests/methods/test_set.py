@@ -119,7 +119,7 @@ def test_a_method_of_ones_own() -> None:
     [
         ({"fraction": 1.5}, "fraction must be a finite number between 0 and 1"),
         ({"fraction": -0.1}, "fraction must be"),
-        ({"new_values": "ones"}, "'zero' or 'normal'"),
+        ({"new_values": "ones"}, "one of 'zero', 'normal'"),
         ({"every": 0}, "every must be"),
         ({"until": -3}, "until must be"),
         ({"every": "week"}, "every must be"),

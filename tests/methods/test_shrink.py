@@ -321,10 +321,10 @@ def test_l1_threshold_counts_and_cuts() -> None:
 BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (methods.L1, {"l1": -1.0}, "l1"),
     (methods.L1, {"threshold": -1.0}, "threshold"),
-    (methods.L1, {"drop": "now"}, "'end' or 'epoch'"),
+    (methods.L1, {"drop": "now"}, "one of 'end', 'epoch'"),
     (methods.OneShot, {"density": 0.1, "after": 0}, "at least 1"),
-    (methods.OneShot, {"density": 0.1, "unit": "hour"}, "'epoch' or 'step'"),
-    (methods.OneShot, {"density": 0.1, "scope": "neuron"}, "'layer' or 'network'"),
+    (methods.OneShot, {"density": 0.1, "unit": "hour"}, "one of 'epoch', 'step'"),
+    (methods.OneShot, {"density": 0.1, "scope": "neuron"}, "one of 'layer', 'network'"),
     (methods.Magnitude, {"density": 0.1, "cycles": 0}, "cycles"),
     (methods.Magnitude, {"density": 0.1, "every": 1.5}, "every"),
     (methods.Magnitude, {"quality": -0.1}, "quality"),

@@ -47,6 +47,32 @@ def test_refused(options, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "optimizer", "options"),
+    [
+        ("deep-r", "sgd", {}),
+        ("noiseout", "adam", {"warmup": 10}),
+        ("differentiable", "adam", {}),
+        ("halo", "sgd", {"cut": 15}),
+        ("ternary", "sgd", {}),
+    ],
+)
+def test_defaults_that_suit_the_method(method: str, optimizer: str, options: dict[str, int]) -> None:
+    config = make_config({"method": method})
+    assert (config.optimizer, config.method_options) == (optimizer, options)
+    assert parse_config(config.to_json(), "x") == config, "resuming adds nothing"
+    assert make_config({"method": method, "optimizer": "sgd"}).optimizer == "sgd"
+    assert make_config({"method": method, "momentum": 0.9}).optimizer == "sgd"
+
+
+def test_what_is_given_goes_before_what_suits() -> None:
+    given = {"method": "noiseout", "method_options": {"threshold": 0.9}}
+    assert make_config(given).method_options == {"threshold": 0.9}
+    assert make_config({"method": "noiseout", "method_options": {"warmup": 0}}).method_options == {"warmup": 0}
+    assert make_config({"method": "halo", "method_options": {"cut": None}}).method_options == {"cut": None}
+    assert make_config({"method": "halo", "epochs": 1}).method_options == {}, "no epoch to train what is left"
+
+
 def test_defaults_and_json() -> None:
     config = make_config({})
     assert config.density == (0.1,)

@@ -39,14 +39,18 @@ def test_a_dense_network_gets_smaller(tmp_path: Path) -> None:
     assert sum(tensors[f"{i}.weight"].numel() for i in (0, 2, 4)) == sum(last)
 
 
+HALO: dict[str, Any] = {"method": "halo", "optimizer": "sgd", "method_options": {"cut": 2}}
+
+
+@pytest.mark.parametrize("changes", [{}, HALO])
 @pytest.mark.parametrize("at", [3, 6, 9])
-def test_stopped_and_resumed_it_is_the_same_run(tmp_path: Path, at: int) -> None:
-    run(tmp_path / "whole")
+def test_stopped_and_resumed_it_is_the_same_run(tmp_path: Path, at: int, changes: dict[str, Any]) -> None:
+    run(tmp_path / "whole", **changes)
     calls = iter(range(10**6))
     with contextlib.suppress(StoppedError):
-        run(tmp_path / "parts", stop=lambda: 15 if next(calls) == at else 0)
+        run(tmp_path / "parts", stop=lambda: 15 if next(calls) == at else 0, **changes)
     assert not (tmp_path / "parts" / "result.json").exists()
-    run(tmp_path / "parts", resume=True)
+    run(tmp_path / "parts", resume=True, **changes)
     assert toy.outcome(tmp_path / "parts") == toy.outcome(tmp_path / "whole")
 
 
@@ -78,6 +82,15 @@ def test_density_is_the_budget_of_methods_that_have_one(tmp_path: Path, density:
     said = run(tmp_path / "said", method="halo", method_options={"density": left / 966}, epochs=1)
     assert said["connections"] == left
     assert said["test_loss"] == result["test_loss"]
+
+
+def test_the_cut_of_halo_shows_in_its_epoch_and_the_rest_trains_on(tmp_path: Path) -> None:
+    result = run(tmp_path, method="halo", method_options={}, density=[0.25])
+    _, metrics, _ = toy.outcome(tmp_path)
+    assert [sum(line["connections"]) for line in metrics] == [966, 966, 242, 242], "4 epochs, cut after 3"
+    assert [sum(line["dropped"]) for line in metrics] == [0, 0, 966 - 242, 0]
+    assert result["connections"] == 242
+    assert metrics[3]["train_loss"] != metrics[2]["train_loss"]
 
 
 @pytest.mark.parametrize("method", ["differentiable", "halo", "ternary"])

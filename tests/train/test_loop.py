@@ -148,8 +148,15 @@ def test_start_density(tmp_path: Path) -> None:
     assert [w.connections for w in made.weights.values()] == [384, 54, 45]
     assert made.method.final is not None
     assert sum(made.method.final) == 193
-    made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.01)  # never below the budget
-    assert [w.connections for w in made.weights.values()] == made.method.final
+    made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.21)
+    assert made.method.final is not None
+    each = [max(round(0.21 * m), k) for m, k in zip((768, 108, 90), made.method.final, strict=True)]
+    assert [w.connections for w in made.weights.values()] == each, "a layer that ends denser begins with its budget"
+    assert any(k > round(0.21 * m) for m, k in zip((768, 108, 90), made.method.final, strict=True))
+    with pytest.raises(
+        TrainError, match=r"--start-density: 0\.01 is 10 connections, and the network is to end with 193"
+    ):
+        trainer(tmp_path, method="one-shot", method_options={}, start_density=0.01)
     with pytest.raises(TrainError, match="--start-density: set has its budget from the start"):
         trainer(tmp_path, method="set", method_options={}, start_density=0.5)
 

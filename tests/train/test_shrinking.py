@@ -189,7 +189,7 @@ def test_nonsense_is_refused(tmp_path: Path, changes: dict[str, Any], message: s
 
 
 def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
-    options = make_config(DENSE | {"method": "halo", "method_options": RUNS["halo"]})
+    options = make_config(DENSE | {"method": "halo", "method_options": RUNS["halo"] | {"cut": None}})
     made = loop.Trainer(options, toy.dataset(), RunDir(tmp_path))
     made.run_dir.start(made.config, overwrite=False)
     made.begin()

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewire import random
 from rewire.methods.base import Data, Pool
+from rewire.methods.settings import choice
 from rewire.nn import SparseWeight
 from rewire.nn.conv import _SparseConv
 from rewire.nn.layer import SparseLayer
@@ -84,9 +85,8 @@ class Recorder:
             )
         if samples is not None and (not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples must be a number of rows of at least 1, or None for all, not {samples!r}")
-        for name, value, allowed in (("mode", mode, ("eval", "train")), ("activations", activations, ("pre", "post"))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+        choice("mode", mode, ("eval", "train"))
+        choice("activations", activations, ("pre", "post"))
         self.model, self.data, self.samples, self.mode, self.activations = model, data, samples, mode, activations
 
     def record(self, pools: Sequence[Pool], seed: int, step: int) -> tuple[dict[int, list[Pair]], int | None]:

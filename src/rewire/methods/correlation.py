@@ -6,8 +6,7 @@ h_u = alpha h_v + beta, can be removed if its readers take alpha times its colum
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
+from rewire.nn.modes import evaluating
 from rewire.nn.surgery import Group, Site, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
 
-__all__ = ["Merge", "UnitMoments", "evaluating", "measure"]
+__all__ = ["Merge", "UnitMoments", "measure"]
 
 _TILE = 2**16  # positions that are turned to float64 at a time
 _CONSTANT = 1e-10  # variance beside the mean square, below which a unit counts as constant
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; every module's own mode is as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Moments:

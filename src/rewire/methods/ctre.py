@@ -17,6 +17,7 @@ from rewire.methods.drop import Magnitude
 from rewire.methods.grow import Cosine, Random, random_dormant
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
+from rewire.methods.settings import choice
 from rewire.methods.similarity import Similarity
 from rewire.schedules import Schedule
 
@@ -107,12 +108,10 @@ class CTRE(Rewirer):
         new_values: Literal["uniform", "zero"] = "uniform",
         seed: int | None = None,
     ) -> None:
-        if variant not in ("sim", "seq"):
-            raise ValueError(f"variant must be 'sim' or 'seq', not {variant!r}")
+        choice("variant", variant, ("sim", "seq"))
         if not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a number of epochs of at least 1, not {patience!r}")
-        if new_values not in ("uniform", "zero"):
-            raise ValueError(f"new_values must be 'uniform' or 'zero', not {new_values!r}")
+        choice("new_values", new_values, ("uniform", "zero"))
         source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=True)
         self._cosine = (_CosineElsewhere if variant == "sim" else Cosine)(source, "top", candidates)
         super().__init__(

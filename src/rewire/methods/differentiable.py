@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.base import Data, Method
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.methods.targets import Branches, Heads, Target, Units, Weights, chosen
 from rewire.nn.gates import GateKind, Recover, p_norm
 from rewire.schedules import Schedule, at, checked, within
@@ -68,6 +69,7 @@ class Differentiable(Method):
     """
 
     starts_dense = True
+    run_optimizer = "adam"  # steps of one length for gates and weights; strength means little with SGD at a large rate
 
     def __init__(
         self,
@@ -88,12 +90,9 @@ class Differentiable(Method):
         data: Data | None = None,
         seed: int | None = None,
     ) -> None:
-        if gate not in ("non-competitive", "competitive", "group"):
-            raise ValueError(f"gate must be 'non-competitive', 'competitive' or 'group', not {gate!r}")
-        if weight_gate not in ("non-competitive", "exclusive"):
-            raise ValueError(f"weight_gate must be 'non-competitive' or 'exclusive', not {weight_gate!r}")
-        if recover not in ("none", "elu"):
-            raise ValueError(f"recover must be 'none' or 'elu', not {recover!r}")
+        choice("gate", gate, ("non-competitive", "competitive", "group"))
+        choice("weight_gate", weight_gate, ("non-competitive", "exclusive"))
+        choice("recover", recover, ("none", "elu"))
         if not 0 < p <= 2:
             raise ValueError(f"p must be above 0 and at most 2, not {p}")
         if p >= 1 and (gate == "competitive" or normalise):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import budget
-from rewire.methods.base import Method, Pool
+from rewire.methods.base import Evaluate, Method, Pool
 from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
 from rewire.schedules import Schedule, at, checked, within
 
@@ -66,8 +67,10 @@ class Halo(Method):
     weights' rate (``lambda_lr=1``, the authors') it hardly moves in a short training: the default is what a perceptron
     on MNIST needs within a few epochs (docs/halo_ternary.md).
 
-    `finalize` keeps the ``density`` of the entries in scope that is largest in magnitude, over all weights together, as
-    sparse layers (`rewire.to_sparse`; the optimizers follow). A weight may be left with nothing.
+    The cut keeps the ``density`` of the entries in scope that is largest in magnitude, over all weights together; a
+    weight may be left with nothing. It is `finalize` that cuts (the authors' way), or the end of epoch ``cut``: what is
+    left then trains on, without a penalty. `finalize` makes sparse layers of it (`rewire.to_sparse`; the optimizers
+    follow).
 
     Args:
         xi: of the weights' term; a float or a schedule over epochs.
@@ -75,6 +78,7 @@ class Halo(Method):
         variant: "halo", "squared", "sws" or "l1".
         shared: "sws" has one lambda for the whole "model" or one for each "weight".
         density: share of the entries in scope that stays after the cut.
+        cut: after this many epochs; none leaves it to `finalize`. `rewire train` cuts after three quarters of the run.
         only: glob patterns over names of layers or weights to act on. The authors take all convolutions on CIFAR-10,
             everything on MNIST.
         exclude: glob patterns of those to leave alone.
@@ -92,6 +96,11 @@ class Halo(Method):
 
     starts_dense = True
 
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is left after the cut trains for the last quarter of the run."""
+        return {} if "cut" in given or epochs < 2 else {"cut": max(1, 3 * epochs // 4)}
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,6 +111,7 @@ class Halo(Method):
         variant: Variant = "halo",
         shared: Literal["model", "weight"] = "model",
         density: float = 0.05,
+        cut: int | None = None,
         only: Patterns | None = None,
         exclude: Patterns | None = None,
         initial: float = 1.0,
@@ -110,13 +120,14 @@ class Halo(Method):
         decay: float | None = None,
         seed: int | None = None,
     ) -> None:
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(map(repr, get_args(Variant)))}, not {variant!r}")
-        if shared not in ("model", "weight"):
-            raise ValueError(f"shared must be 'model' or 'weight', not {shared!r}")
+        choice("variant", variant, get_args(Variant))
+        choice("shared", shared, ("model", "weight"))
         self.xi, self.psi = checked("xi", xi, 0.0), checked("psi", psi, 0.0)
         if not (isinstance(density, (int, float)) and 0 < density <= 1):
             raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
+        if cut is not None and (not isinstance(cut, int) or cut < 1):
+            raise ValueError(f"cut must be a number of epochs of at least 1, or None, not {cut!r}")
+        self.cut = cut
         self.initial = within("initial", initial, FLOOR)
         self.lambda_lr = within("lambda_lr", lambda_lr, 0.0)
         if momentum is not None and not 0 <= momentum < 1:
@@ -132,6 +143,7 @@ class Halo(Method):
         self._lambda = self._start()
         self._buffers = [torch.zeros_like(a) for a in self._lambda]
         self._gradients: list[Tensor] | None = None
+        self._kept: dict[str, Tensor] | None = None  # the masks, once it is cut
 
     def _start(self) -> list[Tensor]:
         """One lambda for each weight, for all together, or none."""
@@ -153,7 +165,9 @@ class Halo(Method):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """The penalty at this moment, a scalar that is differentiable in the weights. Cost: O(M)."""
+        """The penalty at this moment, a scalar that is differentiable in the weights; 0 after the cut. Cost: O(M)."""
+        if self._kept is not None:
+            return super().penalty()
         xi, psi = within("xi", at(self.xi, self.epochs), 0.0), within("psi", at(self.psi, self.epochs), 0.0)
         tensors = [w.tensor for w in self.weights]
         pairs = [(t, self._lambda[self._of(i)] if self._lambda else None) for i, t in enumerate(tensors)]
@@ -175,6 +189,9 @@ class Halo(Method):
         return found
 
     def _after_step(self, pools: list[Pool]) -> None:
+        if self._kept is not None:
+            self._silence(self._kept)
+            return
         if self._gradients is None:
             raise RuntimeError("the loss of this step had no penalty: add method.penalty() to the loss of every step")
         gradients, self._gradients = self._gradients, None
@@ -188,12 +205,27 @@ class Halo(Method):
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
+    def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
+        if self._kept is None and self.cut is not None and self.epochs >= self.cut:
+            self._kept = self.masks()
+            self._silence(self._kept)
+            self.updates += 1
+
+    def _silence(self, masks: Mapping[str, Tensor]) -> None:
+        """Set to 0 what is cut: momentum and decay go on moving it."""
+        for weight in self.weights:
+            weight.tensor.mul_(masks[weight.name])
+
     def masks(self, density: float | None = None) -> dict[str, Tensor]:
-        """What the cut would keep now at ``density`` (the method's own by default), by name of the weight."""
+        """What the cut keeps, or would keep now (at ``density``; the method's own by default), by the weight's name."""
+        if self._kept is not None and density is None:
+            return dict(self._kept)
         return largest({w.name: w.tensor for w in self.weights}, self.density if density is None else density)
 
     def connections(self) -> dict[str, int]:
         """Entries of each weight in scope, by name: all of them until the cut."""
+        if self._kept is not None:
+            return {name: int(mask.count_nonzero()) for name, mask in self._kept.items()}
         return {w.name: w.tensor.numel() for w in self.weights}
 
     def finalize(self) -> nn.Module:
@@ -211,9 +243,14 @@ class Halo(Method):
         return {"variant": self.variant, "shared": self.shared, "weights": [w.name for w in self.weights]}
 
     def _state(self) -> dict[str, Any]:
-        return {"lambda": [a.clone() for a in self._lambda], "momentum": [b.clone() for b in self._buffers]}
+        kept = None if self._kept is None else {name: mask.clone() for name, mask in self._kept.items()}
+        numbers = {"lambda": [a.clone() for a in self._lambda], "momentum": [b.clone() for b in self._buffers]}
+        return numbers | {"kept": kept}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        kept: Mapping[str, Tensor] | None = state["kept"]
+        if kept is not None and any(kept[w.name].shape != w.tensor.shape for w in self.weights):
+            raise ValueError("this is the state of weights of other shapes")
         mine = [*self._lambda, *self._buffers]
         given = [*state["lambda"], *state["momentum"]]
         shapes = [tuple(t.shape) for t in given]
@@ -221,3 +258,4 @@ class Halo(Method):
             raise ValueError(f"this is the state of weights of other shapes: {shapes}")
         for target, source in zip(mine, given, strict=True):
             target.copy_(source)
+        self._kept = None if kept is None else {w.name: kept[w.name].to(w.tensor.device).clone() for w in self.weights}

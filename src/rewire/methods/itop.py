@@ -15,6 +15,7 @@ from rewire.methods.gradients import CandidateCount
 from rewire.methods.grow import Gradient, Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
+from rewire.methods.settings import choice
 from rewire.schedules import Schedule
 
 __all__ = ["ITOP"]
@@ -65,8 +66,7 @@ class ITOP(Rewirer):
         track: bool = True,
         seed: int | None = None,
     ) -> None:
-        if grow not in ("gradient", "random"):
-            raise ValueError(f"grow must be 'gradient' or 'random', not {grow!r}")
+        choice("grow", grow, ("gradient", "random"))
         super().__init__(
             model,
             optimizer,

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.base import Evaluate, Pool
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.methods.shrink import Connections, Density, Shrinking
 from rewire.schedules import Schedule, at, checked, within
 
@@ -61,8 +62,7 @@ class L1(Shrinking):
         distribution: str = "erk",
         seed: int | None = None,
     ) -> None:
-        if drop not in ("end", "epoch"):
-            raise ValueError(f"drop must be 'end' or 'epoch', not {drop!r}")
+        choice("drop", drop, ("end", "epoch"))
         self.l1 = checked("l1", l1, 0.0)
         self.threshold, self.drop = within("threshold", threshold, 0.0), drop
         super().__init__(

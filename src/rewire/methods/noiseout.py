@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.base import Data, Evaluate, Method, Pool, Purpose
-from rewire.methods.correlation import Merge, UnitMoments, evaluating, measure
+from rewire.methods.correlation import Merge, UnitMoments, measure
 from rewire.methods.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.methods.snapshot import Snapshot
+from rewire.nn.modes import evaluating
 from rewire.nn.surgery import UnitGraph, fit_shapes
 from rewire.schedules import within
 
@@ -67,7 +68,8 @@ class NoiseOut(Method):
         criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers least in mean
             square, |w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with the unit.
         every: "epoch" checks at the end of each epoch; a number, after so many steps (needs ``evaluate=``).
-        warmup: checks (epochs, or ``every`` steps) that only train.
+        warmup: checks (epochs, or ``every`` steps) that only train; `rewire train` takes half of its epochs where
+            neither this nor ``threshold`` or ``every`` is given.
         pace: share of the remaining units that is merged between two scores; 0 scores after every merge.
         at_once: merges per check at most; none is as many as the threshold allows.
         samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
@@ -80,6 +82,12 @@ class NoiseOut(Method):
     """
 
     starts_dense: ClassVar[bool] = True
+    run_optimizer: ClassVar[str] = "adam"  # the noise outputs' loss makes SGD at a large rate diverge
+
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Half of the run trains only: what it then reaches is the score to keep."""
+        return {} if {"threshold", "every", "warmup"} & given.keys() else {"warmup": epochs // 2}
 
     def __init__(
         self,

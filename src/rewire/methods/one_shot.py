@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.base import Evaluate, Pool
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.methods.shrink import Connections, Density, Shrinking
 
 __all__ = ["OneShot"]
@@ -51,8 +52,7 @@ class OneShot(Shrinking):
         distribution: str = "erk",
         seed: int | None = None,
     ) -> None:
-        if unit not in ("epoch", "step"):
-            raise ValueError(f"unit must be 'epoch' or 'step', not {unit!r}")
+        choice("unit", unit, ("epoch", "step"))
         if not isinstance(after, int) or after < 1:
             raise ValueError(f"after must be a whole number of at least 1 ({unit}s), not {after!r}")
         self.after, self.unit, self.done = after, unit, False

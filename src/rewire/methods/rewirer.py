@@ -16,6 +16,7 @@ from rewire.methods.base import Evaluate, Method, Pool, Purpose
 from rewire.methods.drop import Drop
 from rewire.methods.grow import Grow
 from rewire.methods.redistribute import Share, spread
+from rewire.methods.settings import choice
 from rewire.nn import Event
 from rewire.schedules import Schedule, at, checked, within
 
@@ -87,11 +88,9 @@ class Rewirer(Method):
             raise ValueError(f"every must be 'epoch' or a number of steps of at least 1, not {every!r}")
         if until is not None and (not isinstance(until, int) or until < 0):
             raise ValueError(f"until must be a number of steps or epochs of at least 0, or None, not {until!r}")
-        if momentum not in ("keep", "reset"):
-            raise ValueError(f"momentum must be 'keep' or 'reset', not {momentum!r}")
+        choice("momentum", momentum, ("keep", "reset"))
         self.momentum = momentum
-        if regrown not in ("new", "keep"):
-            raise ValueError(f"regrown must be 'new' or 'keep', not {regrown!r}")
+        choice("regrown", regrown, ("new", "keep"))
         self.fraction = checked("fraction", fraction, 0.0, 1.0)
         self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
         self.share, self.regrown = share, regrown

@@ -12,6 +12,7 @@ from rewire.methods.drop import MagnitudeBySign
 from rewire.methods.grow import Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer, normal_values
+from rewire.methods.settings import choice
 from rewire.schedules import Schedule
 
 __all__ = ["SET"]
@@ -59,8 +60,7 @@ class SET(Rewirer):
         until: int | None = None,
         seed: int | None = None,
     ) -> None:
-        if new_values not in ("zero", "normal"):
-            raise ValueError(f"new_values must be 'zero' or 'normal', not {new_values!r}")
+        choice("new_values", new_values, ("zero", "normal"))
         super().__init__(
             model,
             optimizer,

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from rewire import budget
 from rewire.methods.base import Method, Pool
-from rewire.methods.settings import named_globs
+from rewire.methods.settings import choice, named_globs
 
 __all__ = ["Connections", "Density", "Shrinking", "final_budgets", "weakest"]
 
@@ -102,8 +102,7 @@ class Shrinking(Method):
         required: bool = True,
         seed: int | None = None,
     ) -> None:
-        if scope not in ("layer", "network"):
-            raise ValueError(f"scope must be 'layer' or 'network', not {scope!r}")
+        choice("scope", scope, ("layer", "network"))
         super().__init__(model, optimizer, seed=seed)
         self.scope = scope
         #: Final connections of each pool, in order; None where there is no budget.

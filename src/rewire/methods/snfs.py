@@ -25,6 +25,8 @@ __all__ = ["SNFS", "Momentum"]
 
 #: The authors' floor of the annealed share.
 FLOOR = 0.005
+#: Steps that the averages of candidates cover, unless updates are closer to each other.
+WINDOW = 10
 
 
 class Momentum:
@@ -106,7 +108,7 @@ class SNFS(Rewirer):
         beta: of the average, the paper's momentum.
         exact: keep m for all positions, updated at every step: O(M) memory, a dense gradient per step.
         candidates: how many random dormant positions per layer; "auto" for as many as it has connections.
-        window: steps that m covers when it is not exact.
+        window: steps that m covers when it is not exact; by default 10, or ``every`` where that is fewer.
         every: "epoch", or a number of optimizer steps, at least ``window``.
         until: no update after this many epochs (or steps).
         epochs: of the whole training; `rewire train` gives it.
@@ -123,7 +125,7 @@ class SNFS(Rewirer):
         beta: float = 0.9,
         exact: bool = False,
         candidates: CandidateCount = "auto",
-        window: int = 10,
+        window: int | None = None,
         every: int | Literal["epoch"] = "epoch",
         until: int | None = None,
         epochs: int | None = None,
@@ -132,9 +134,12 @@ class SNFS(Rewirer):
         within("beta", beta, 0.0, 1.0)
         if gradients.checked_candidates(candidates) is None:
             raise ValueError("candidates must be 'auto' or a number of at least 1; all positions are exact=True")
-        too_long = not exact and isinstance(every, int) and 1 <= every < window
-        if not isinstance(window, int) or window < 1 or too_long:
-            raise ValueError(f"window must be a number of steps between 1 and every={every!r}, not {window!r}")
+        longest = every if isinstance(every, int) and every >= 1 and not exact else None
+        if window is None:
+            window = WINDOW if longest is None else min(WINDOW, longest)
+        if not isinstance(window, int) or window < 1 or (longest is not None and window > longest):
+            most = "" if longest is None else f" and at most every={every}"
+            raise ValueError(f"window must be a number of steps of at least 1{most}, not {window!r}")
         end = until if until is not None or every != "epoch" else epochs
         if not callable(fraction) and end:
             fraction = Cosine(within("fraction", fraction, 0.0, 1.0), end, min(FLOOR, fraction))

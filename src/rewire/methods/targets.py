@@ -7,7 +7,7 @@ the gate into the weights at the end, and takes out what is zero.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -19,10 +19,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from rewire.methods.correlation import evaluating
 from rewire.nn.absent import Absent
+from rewire.nn.convert import ties
 from rewire.nn.cut import to_sparse
 from rewire.nn.gates import Elementwise, Gate
+from rewire.nn.modes import evaluating
 from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
 
@@ -157,9 +158,11 @@ def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
 
 @torch.no_grad()
 def _constants(
-    model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Iterable[int]
+    model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Sequence[int]
 ) -> dict[int, float]:
     """What each unit gives its consumers, for those units that give all of them the same constant."""
+    if not units:
+        return {}
     seen: dict[str, Tensor] = {}
     handles = [
         site.module.register_forward_pre_hook(lambda _, args, name=site.name: seen.__setitem__(name, args[0]))
@@ -171,18 +174,16 @@ def _constants(
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[int, float] = {}
-    for unit in units:
-        given = []
-        for site in group.consumers:
-            x = seen[site.name]
-            dim = 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
-            given.append(x.index_select(dim, graph.positions(site, torch.tensor([unit])).flatten()).flatten())
-        all_given = torch.cat(given) if given else torch.zeros(1)
-        middle = float(all_given[0])
-        if float((all_given - middle).abs().max()) <= CONSTANT * max(1.0, abs(middle)):
-            found[unit] = middle
-    return found
+    given = []
+    for site in group.consumers:
+        x = seen[site.name]
+        dim = 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
+        places = graph.positions(site, torch.tensor(units, dtype=torch.int64)).to(x.device)  # (units, places of each)
+        given.append(x.movedim(dim, 0)[places].reshape(len(units), -1))
+    values = torch.cat(given, 1) if given else torch.zeros(len(units), 1)
+    first = values[:, :1]
+    same = ((values - first).abs() <= CONSTANT * first.abs().clamp(min=1)).all(1).tolist()
+    return {unit: value for unit, value, is_same in zip(units, first.flatten().tolist(), same, strict=True) if is_same}
 
 
 class Weights(Target):
@@ -337,11 +338,17 @@ def _last_affine(module: nn.Module) -> nn.Module | None:
 def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: str) -> dict[str, list[str]]:
     """The layers that the patterns of each target choose, checked; ValueError says which do not fit."""
     modules = dict(model.named_modules())
+    tied = ties(model)
+
+    def unfit(kind: str, name: str) -> str | None:
+        return _fits(kind, modules[name], gate, tied)
+
     if all(patterns is None for patterns in names.values()):
-        linear = [name for name, module in modules.items() if type(module) is nn.Linear]
-        if len(linear) < 2:
+        linear = [name for name, module in modules.items() if type(module) is nn.Linear][:-1]
+        units = [name for name in linear if unfit("units", name) is None]
+        if not units:
             raise ValueError("the model has no Linear layer but the last: say what to gate, with units=, weights=, ...")
-        return {"units": linear[:-1], "weights": [], "heads": [], "branches": []}
+        return {"units": units, "weights": [], "heads": [], "branches": []}
     found: dict[str, list[str]] = {}
     for kind, patterns in names.items():
         found[kind] = []
@@ -350,15 +357,15 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
             if kind == "branches":  # "bodies.*" means the bodies, not also the layers in them
                 matches = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
             else:
-                fitting = [name for name in matches if _fits(kind, modules[name], gate) is None]
+                fitting = [name for name in matches if unfit(kind, name) is None]
                 if matches and not fitting:
-                    raise ValueError(f"{kind}={pattern!r}: {matches[0]} {_fits(kind, modules[matches[0]], gate)}")
+                    raise ValueError(f"{kind}={pattern!r}: {matches[0]} {unfit(kind, matches[0])}")
                 matches = fitting if any(c in pattern for c in "*?[") else matches
             if not matches:
                 raise ValueError(f"{kind}={pattern!r} matches no module of the model")
             found[kind] += [name for name in matches if name not in found[kind]]
         for name in found[kind]:
-            if (reason := _fits(kind, modules[name], gate)) is not None:
+            if (reason := unfit(kind, name)) is not None:
                 raise ValueError(f"{kind}: {name} {reason}")
     twice = set(found["units"]) & set(found["weights"])
     if twice:
@@ -369,10 +376,14 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
     return found
 
 
-def _fits(kind: str, module: nn.Module, gate: str) -> str | None:
-    """Why the module cannot be such a target; None if it can."""
+def _fits(kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str, str]]) -> str | None:
+    """Why the module cannot be such a target; None if it can. ``tied``: see `rewire.nn.convert.ties`."""
     if parametrize.is_parametrized(module):
         return "is parametrized already"
+    scaled = module if kind != "branches" else _last_affine(module) or module
+    for part in scaled.modules():
+        if id(part) in tied:  # baking the gate into one layer would scale the other as well
+            return f"shares its {tied[id(part)][1]}: untie them first, or leave it out"
     what = type(module).__name__
     if kind == "heads":
         return None if type(module) is nn.MultiheadAttention else f"is a {what}, and only MultiheadAttention has heads"

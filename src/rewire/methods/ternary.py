@@ -14,6 +14,7 @@ from rewire import budget
 from rewire.methods.base import Evaluate, Method, Pool
 from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
+from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
 from rewire.schedules import Schedule, at, checked, within
 
@@ -145,8 +146,7 @@ class Ternary(Method):
             raise ValueError(f"prune must be 'auto' or a number of epochs of at least 1, not {prune!r}")
         if prune == "auto" and not trainable:
             raise ValueError("prune='auto' waits for thresholds to rise: give a number of epochs, or trainable=True")
-        if scale not in ("mean", "one"):
-            raise ValueError(f"scale must be 'mean' or 'one', not {scale!r}")
+        choice("scale", scale, ("mean", "one"))
         if not (isinstance(clip, (int, float)) and clip > 0):
             raise ValueError(f"clip must be a number above 0 (float('inf') is none), not {clip}")
         self.clip, self.threshold_lr = float(clip), within("threshold_lr", threshold_lr, 0.0)

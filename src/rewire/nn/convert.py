@@ -250,17 +250,28 @@ def _within(name: str, connections: float | None, size: int) -> int:
 
 def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Replacing one of two layers that share a parameter would quietly untie them."""
-    owners: dict[int, list[tuple[int, str, str]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((id(module), path, name))
+    tied = ties(model)
     for layer in chosen.values():
-        for parameter in layer.parameters():
-            (_, path, name), *others = owners[id(parameter)]
-            if others:
-                other = join(others[0][1], others[0][2])
-                raise ValueError(f"{path} shares its {name} with {other}: exclude both, or untie them first")
+        for module in layer.modules():
+            if id(module) in tied:
+                path, what = tied[id(module)]
+                raise ValueError(f"{path} shares its {what}: exclude both, or untie them first")
+
+
+def ties(model: nn.Module) -> dict[int, tuple[str, str]]:
+    """The modules (by ``id``) that share a parameter: their name, and "weight with other.weight" in words."""
+    owners: dict[int, list[tuple[int, str, str]]] = {}
+    for path, owner in model.named_modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((id(owner), path, name))
+    found: dict[int, tuple[str, str]] = {}
+    for several in owners.values():
+        if len(several) > 1:
+            for i, (module, path, name) in enumerate(several):
+                _, other, leaf = several[1 if i == 0 else 0]
+                found.setdefault(module, (path, f"{name} with {join(other, leaf)}"))
+    return found
 
 
 def swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Callable[[str], nn.Module]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.linear import SparseLinear
+from rewire.nn.modes import evaluating
 from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.weight import SparseWeight
 
@@ -53,14 +54,12 @@ class Cost:
         return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
 
-@torch.no_grad()
 def cost(model: nn.Module, x: Tensor) -> Cost:
     """What ``model`` costs for inputs like ``x`` (a batch); runs it once, in eval mode.
 
     Attention's products of queries, keys and values are not counted, nor activations and norms. Works while a method
     is attached: weights are those that the layers use now, and what a gate or threshold has set to 0 is no connection.
     """
-    modes = {module: module.training for module in model.modules()}
     positions: dict[str, int] = {}
 
     def note(name: str) -> Any:
@@ -78,12 +77,11 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, _COUNTED) and not _within_attention(model, n)]
     handles = [module.register_forward_hook(note(name)) for name, module in found]
     try:
-        model.eval()(x)
+        with evaluating(model):
+            model(x)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     layers = []
     for name, module in found:
         stored = active = 0

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rewire import budget, limited, random, topology
 from rewire.budget import Limits
-from rewire.nn import followers
+from rewire.nn import followers, loading
 from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
@@ -498,9 +498,7 @@ class SparseWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "shape"] = torch.tensor(self._shape, dtype=torch.int64)
-        if self.limits is not None:
-            destination[prefix + "limits"] = torch.tensor(self.limits.as_numbers(), dtype=torch.int64)
+        loading.note(destination, prefix, self._shape, self.limits)
 
     def _load_from_state_dict(
         self,
@@ -512,14 +510,11 @@ class SparseWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Check everything, then replace values and topology together; a file of another K goes through `resize`."""
-        names = ("values", "rows", "cols")
-        if strict:
-            known = {prefix + name for name in (*names, "shape", "limits")}
-            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
-        found = [name for name in names if prefix + name in state_dict]
-        if not found:
-            missing_keys.extend(prefix + name for name in names)
+        """Check everything, then replace values and topology together; a file of another K goes through new storage."""
+        keys = loading.keys(state_dict, prefix, strict)
+        missing_keys.extend(keys.missing)
+        unexpected_keys.extend(keys.unexpected)
+        if not keys.found:
             return
         try:
             if local_metadata.get("assign_to_params_buffers", False):
@@ -527,39 +522,15 @@ class SparseWeight(nn.Module):
                     "load_state_dict(assign=True) would replace the tensors the optimizer and the index "
                     "belong to: load without assign"
                 )
-            if len(found) < len(names):
-                lacking = ", ".join(prefix + name for name in names if name not in found)
-                raise TopologyError(
-                    f"the topology is incomplete, {lacking} is missing: values, rows and cols belong together"
-                )
-            values, rows, cols = (state_dict[prefix + name] for name in names)
-            limits = state_dict.get(prefix + "limits")
-            if self.limits is None and limits is not None:
-                saved = Limits.from_numbers(limits.tolist())
-                self._load(values, rows, cols, state_dict.get(prefix + "shape"), saved)
-                self.limits = saved
-            else:
-                self._load(values, rows, cols, state_dict.get(prefix + "shape"), self.limits)
+            self._take(loading.read(state_dict, prefix, self._shape, self.limits, self.device))
         except (ValueError, RuntimeError) as error:  # TopologyError is a ValueError
             error_msgs.append(f"{prefix[:-1]}: {error}")
 
     @torch.no_grad()
-    def _load(self, values: Tensor, rows: Tensor, cols: Tensor, shape: Tensor | None, limits: Limits | None) -> None:
-        if shape is not None and tuple(shape.tolist()) != tuple(self._shape):
-            raise TopologyError(f"saved with shape {tuple(shape.tolist())}, but this weight is {tuple(self._shape)}")
-        if not values.shape == rows.shape == cols.shape or values.dim() != 1:
-            raise TopologyError(
-                "values, rows and cols must be 1-D and equally long, "
-                f"not {tuple(values.shape)}, {tuple(rows.shape)} and {tuple(cols.shape)}"
-            )
-        if rows.is_floating_point() or cols.is_floating_point() or not values.is_floating_point():
-            raise TopologyError("rows and cols must be integers and values floating-point")
-        device, capacity = self.device, values.numel()
-        rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
-        checked = topology.build_index(rows, cols, *self.matrix_shape)
-        broken = limited.violation(checked, *self.matrix_shape, limits) if limits is not None else None
-        if broken:
-            raise TopologyError(broken)
+    def _take(self, saved: loading.Saved) -> None:
+        """Become what was saved."""
+        values, rows, cols, lists, limits = saved
+        capacity = values.numel()
         if capacity != self.capacity:
             if self.shared_seed is not None:
                 raise TopologyError(
@@ -567,15 +538,17 @@ class SparseWeight(nn.Module):
                     "resized: load before rewire.distributed.prepare"
                 )
             self.values.grad = None
-            self._replace_storage(torch.zeros(capacity, device=device, dtype=self.dtype), rows.clone(), cols.clone())
+            blank = torch.zeros(capacity, device=self.device, dtype=self.dtype)
+            self._replace_storage(blank, rows.clone(), cols.clone())
         if self.values.grad is not None:  # of the connections that were there before
             self.values.grad.masked_fill_((self.rows != rows) | (self.cols != cols), 0.0)
         self.values.copy_(values)
         self.values.masked_fill_(rows < 0, 0.0)  # an optimizer that does not follow may have moved empty slots
         self.rows.copy_(rows)
         self.cols.copy_(cols)
+        self.limits = limits
         self._drawn = True
-        for mine, new in zip(self.index, checked, strict=True):
+        for mine, new in zip(self.index, lists, strict=True):
             mine.copy_(new)
         self._connections = int(self.index.row_ptr[-1].item())
-        self._changed(Event(self, torch.arange(capacity, device=device), loaded=True))
+        self._changed(Event(self, torch.arange(capacity, device=self.device), loaded=True))

@@ -156,11 +156,9 @@ def _final(run: Run, key: str) -> list[int] | None:
 def active(run: Run) -> Figure:
     """Number of connections over time."""
     start = [layer["connections"] for layer in run.info["layers"]]
-    data = _layer_lines(run, "connections", start, _final(run, "connections"))
-    note = "A method that keeps its budget per layer shows level lines, one that comes down to it falling ones."
-    if any(line["mode"] == "markers" for line in data):
-        note += " Diamonds: what the end of training left."
-    return Figure("Active connections", note, data, _falling_axes(run, "connections", data))
+    note = "Level lines where each layer keeps its budget, falling ones where the method removes connections."
+    lines = _layer_lines(run, "connections", start, _final(run, "connections"))
+    return _over_time(run, "Active connections", "connections", note, lines)
 
 
 def units(run: Run) -> Figure | None:
@@ -168,11 +166,16 @@ def units(run: Run) -> Figure | None:
     if not all(len(line.get("units") or ()) == len(run.info["layers"]) for line in run.metrics):
         return None
     start = [layer["outputs"] for layer in run.info["layers"]]
-    data = _layer_lines(run, "units", start, _final(run, "active_units"))
     note = "Units of each layer with connections in and, but in the last layer, out: the others take no part."
-    if any(line["mode"] == "markers" for line in data):
+    return _over_time(
+        run, "Active units", "units", note, _layer_lines(run, "units", start, _final(run, "active_units"))
+    )
+
+
+def _over_time(run: Run, title: str, what: str, note: str, lines: list[dict[str, Any]]) -> Figure:
+    if any(line["mode"] == "markers" for line in lines):
         note += " Diamonds: what the end of training left."
-    return Figure("Active units", note, data, _falling_axes(run, "units", data))
+    return Figure(title, note, lines, _falling_axes(run, what, lines))
 
 
 def _histogram(title: str, note: str, counts: Counts, x: str, y: str, colour: str) -> Figure:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rewire import budget, data, methods
 
 from . import loop
-from .config import FREE_ON_RESUME, INITS, TrainConfig, check_name, difference, make_config
+from .config import FREE_ON_RESUME, INITS, TrainConfig, check_name, difference, make_config, suited
 from .display import DownloadBar, Lines, LiveBar
 from .errors import TrainError
 from .observer import Silent
@@ -39,7 +39,9 @@ def config_to_resume(place: RunDir, given: dict[str, Any], pairs: Sequence[str] 
     config = place.read_config()
     line = difference(config, given)
     if line is None and pairs:
-        line = difference(config, {"method_options": parse_method_options(config.method, pairs)})
+        options = parse_method_options(config.method, pairs)
+        again = suited(config.model_copy(update={"method_options": options}), named=True)
+        line = difference(config, {"method_options": again.method_options})
     if line is not None:
         raise TrainError(f"--resume: {line}; leave the option out, or start another run with another --run-dir")
     changed = {name: value for name, value in given.items() if name in FREE_ON_RESUME}

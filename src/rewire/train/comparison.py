@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.nn.cost import cost
+from rewire.nn.modes import evaluating
 
 from .structure import structure
 
@@ -71,7 +72,6 @@ def compare(before: nn.Module, after: nn.Module, x: Tensor, file_bytes: int) -> 
     }
 
 
-@torch.no_grad()
 def in_turns(
     before: nn.Module, after: nn.Module, x: Tensor, *, clock: Callable[[], float] = time.perf_counter
 ) -> Timing:
@@ -79,10 +79,9 @@ def in_turns(
 
     A slow moment of the machine meets both alike, so the ratio within a round counts, and its median over rounds.
     """
-    modes = {module: module.training for model in (before, after) for module in model.modules()}
-    models = (before.eval(), after.eval())
+    models = (before, after)
     calls, took = [], ([], [])  # type: tuple[list[int], tuple[list[float], list[float]]]
-    try:
+    with evaluating(*models):
         for model in models:
             model(x)  # fills the caches
             start = clock()
@@ -97,9 +96,6 @@ def in_turns(
                     models[which](x)
                 took[which].append((clock() - start) / calls[which])
             rounds += 1
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     ratios = [slow / max(fast, 1e-12) for slow, fast in zip(*took, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Timing(

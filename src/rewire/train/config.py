@@ -114,6 +114,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         config = TrainConfig(**values)
     except ValidationError as error:
         raise TrainError(_explain(error)) from None
+    config = suited(config, named="optimizer" in values)
     check_name("--optimizer", config.optimizer, OPTIMIZERS)
     layers = len(config.hidden) + 1
     if starts_dense(config.method):
@@ -138,6 +139,19 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     elif config.distribution is None:
         config = config.model_copy(update={"distribution": "erk"})
     return _with_rate(config)
+
+
+def suited(config: TrainConfig, *, named: bool) -> TrainConfig:
+    """The optimizer and the hyper-parameters that suit the method, where the user ``named`` or gave none.
+
+    Momentum names an optimizer as well: of the default ones only sgd has it.
+    """
+    if config.method not in methods.available():
+        return config
+    cls = methods.info(config.method).cls
+    options = cls.run_options(config.epochs, config.method_options) | config.method_options
+    optimizer = config.optimizer if named or config.momentum else cls.run_optimizer
+    return config.model_copy(update={"method_options": options, "optimizer": optimizer})
 
 
 def starts_dense(method: str) -> bool:

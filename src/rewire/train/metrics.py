@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rewire import _native
 from rewire._version import __version__
+from rewire.nn.modes import evaluating
 
 EVALUATION_BATCH = 1000
 
@@ -42,19 +43,16 @@ class EpochRecord:
         return json.dumps(asdict(self), allow_nan=False) + "\n"
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy and accuracy; the model's mode is as before afterwards."""
-    training = model.training
-    model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.int64)
-    for first in range(0, len(y), EVALUATION_BATCH):
-        labels = y[first : first + EVALUATION_BATCH]
-        logits = model(x[first : first + EVALUATION_BATCH])
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    model.train(training)
+    with evaluating(model):
+        for first in range(0, len(y), EVALUATION_BATCH):
+            labels = y[first : first + EVALUATION_BATCH]
+            logits = model(x[first : first + EVALUATION_BATCH])
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
     return float(loss) / len(y), int(correct) / len(y)
 
 

@@ -66,7 +66,10 @@ def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]
 def start_connections(
     config: TrainConfig, entry: methods.MethodInfo, shapes: Sequence[Shape], budgets: Sequence[int]
 ) -> list[int]:
-    """Connections that each layer begins with: its budget, or more for methods that come down to it."""
+    """Connections that each layer begins with: its budget, or more for methods that come down to it.
+
+    A layer whose own budget is denser than the start begins with that.
+    """
     if entry.start_density is None:
         if config.start_density is not None:
             raise TrainError(
@@ -74,6 +77,13 @@ def start_connections(
             )
         return list(budgets)
     density = entry.start_density if config.start_density is None else config.start_density
+    if config.start_density is not None:
+        given, final = sum(round(density * rows * cols) for rows, cols in shapes), sum(budgets)
+        if given < final:
+            raise TrainError(
+                f"--start-density: {density} is {given} connections, and the network is to end with {final}; "
+                f"{entry.name} only comes down: begin with more, or choose a smaller --density or --connections"
+            )
     limits = limits_of(config)
     return [
         max(k, min(round(density * rows * cols), limits.maximum(rows, cols) if limits else rows * cols))
