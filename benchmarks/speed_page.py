@@ -1,0 +1,95 @@
+"""The tables of docs/speed.md, from the results of a full run of `rewire bench`.
+
+    rewire bench --out runs/bench
+    python benchmarks/speed_page.py runs/bench/bench.json      # writes docs/results/bench.json and prints the tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rewire.bench import tables
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "bench.json"
+#: Ways to compute a layer, as the heads of the columns name them.
+WAYS = {
+    "dense": "`nn.Linear`",
+    "onednn": "oneDNN",
+    "masked": "masked dense",
+    "csr": "`torch.sparse.mm`",
+    "sparseprop": "SparseProp",
+    "rewire": "rewire",
+    "rewire feature-major": "rewire, feature-major",
+}
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def machine(results: dict[str, Any]) -> list[str]:
+    """Where and when, in one line."""
+    m = results["machine"]
+    return [f"{tables.machine(m).split('; load')[0]}; {m['started'][:10]}."]
+
+
+def bars(results: dict[str, Any]) -> list[str]:
+    """Every figure that has a bar."""
+    lines = [_row("bar", "figure", "measured", "bar", "", "note"), _row(*["---"] * 6)]
+    for bar in results["bars"]:
+        for f in bar["figures"]:
+            if f["bar"] is None:
+                continue
+            verdict = "met" if f["met"] else "**missed**"
+            limit = f"{f['sense']} {tables.number(f['bar'], f['unit'])}"
+            lines.append(
+                _row(bar["name"].upper(), f["name"], tables.number(f["value"], f["unit"]), limit, verdict, f["note"])
+            )
+    return lines
+
+
+def grid(results: dict[str, Any]) -> list[str]:
+    """Milliseconds of every way to compute a layer, forward and backward."""
+    lines = [_row("layer, batch", "density", *WAYS.values()), _row(*["---"] * (2 + len(WAYS)))]
+    for curve in results["grid"]:
+        size = f"{curve['outputs']} x {curve['inputs']}, {curve['batch']}"
+        for i, density in enumerate(curve["densities"]):
+            seconds = [curve["seconds"].get(way) for way in WAYS]
+            lines.append(_row(size, f"{density:.0%}", *("" if s is None else f"{1e3 * s[i]:.3g}" for s in seconds)))
+    return lines
+
+
+def large(results: dict[str, Any]) -> list[str]:
+    """The line of P10: a training step of a 30,000 x 30,000 layer."""
+    points = next(bar["data"]["points"] for bar in results["bars"] if bar["name"] == "p10")
+    lines = [_row("connections", "step, ms", "ns a connection", "memory, MiB"), _row(*["---"] * 4)]
+    for p in points:
+        each = 1e9 * p["seconds"] / p["connections"]
+        lines.append(
+            _row(f"{p['connections']:,}", f"{1e3 * p['seconds']:.3g}", f"{each:.3g}", f"{p['bytes'] / 2**20:,.0f}")
+        )
+    return lines
+
+
+def wide(results: dict[str, Any]) -> list[str]:
+    """The perceptron with 1.8 million neurons."""
+    return [tables.wide(results["wide"]) + "."]
+
+
+PARTS = (machine, bars, grid, large, wide)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    results = json.loads(parser.parse_args().results.read_text())
+    RESULTS.write_text(json.dumps(results, indent=None, separators=(",", ":")) + "\n")
+    for part in PARTS:
+        print("\n".join(part(results)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
