@@ -1,7 +1,7 @@
 """The tables of docs/speed.md, from the results of a full run of `rewire bench`.
 
-    rewire bench --out runs/bench
-    python benchmarks/speed_page.py runs/bench/bench.json      # writes docs/results/bench.json and prints the tables
+rewire bench --out runs/bench
+python benchmarks/speed_page.py runs/bench/bench.json      # writes docs/results/bench.json and prints the tables
 """
 
 from __future__ import annotations

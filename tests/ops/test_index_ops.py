@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewire import _native, random, topology
-from rewire.ops import langevin_step_
+from rewire.ops import add_normal_, langevin_step_
 from rewire.topology import Index, TopologyError, build_index, replace_
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason="the C++ extension is not in use")
@@ -478,6 +478,24 @@ def test_langevin_is_the_same_on_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(same(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("n", [0, 1, 129, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adding_normals(n, dtype):
+    results = []
+    for context in (contextlib.nullcontext, plain):
+        with context():
+            values = torch.arange(n).to(dtype) % 7
+            add_normal_(values, 0.5, 3, 4, 5)
+            results.append(values)
+    strided = torch.zeros(2 * n, dtype=dtype)[::2]
+    strided += torch.arange(n) % 7
+    add_normal_(strided, 0.5, 3, 4, 5)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=3e-6)
+    torch.testing.assert_close(strided, results[1], rtol=0, atol=3e-6)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        torch.ops.rewire.add_normal_(torch.zeros(8)[::2], 0.5, 3, 4, 5)
 
 
 def test_langevin_refuses_what_it_cannot_read():

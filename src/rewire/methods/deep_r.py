@@ -133,13 +133,19 @@ class DeepR(Method):
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
+        # Where a pool keeps its own budget, and draws from all that is dormant, one native call does all of it.
+        at_once = self.scope == "layer" and self.signs != "neuron" and self.every == 1
         for pool in pools:
             if self._dense and self._dense[pool.number].wanted:
                 self._dense[pool.number].update()
             if not self._begun[pool.number]:
                 self._obey(pool)
             l1 = within("l1", at(self.l1[pool.number], self.steps), 0.0)
-            self._diffuse(pool, pool.lr * l1, self.heat.std(pool.lr, l1, self.steps))
+            shrink, std = pool.lr * l1, self.heat.std(pool.lr, l1, self.steps)
+            if at_once and pool.weight.limits is None:
+                self._walk(pool, shrink, std)
+            else:
+                self._diffuse(pool, shrink, std)
         if self.steps % self.every == 0:
             self._rewire()
 
@@ -153,6 +159,29 @@ class DeepR(Method):
         weight.values.copy_(signed(weight.values.abs(), signs))
         self._signs[pool.number] = signs
         self._begun[pool.number] = True
+
+    def _walk(self, pool: Pool, shrink: float, std: float) -> None:
+        """Noise, L1, the sign test and new connections for what crossed zero."""
+        number, fixed = pool.number, self.signs == "fixed"
+        self._own = True
+        try:
+            slots = pool.weight.walk(
+                self._signs[number],
+                shrink,
+                std,
+                seed=self.seed,
+                step=self.steps,
+                noise_stream=pool.stream(Purpose.NOISE),
+                grow_stream=pool.stream(Purpose.GROW),
+                sign_stream=pool.stream(Purpose.SIGN if fixed else Purpose.REDRAW),
+                fixed=fixed,
+            )
+        finally:
+            self._own = False
+        if count := slots.numel():
+            self._dropped[pool.name] += count
+            self._grown[pool.name] += count
+            self._began(pool, slots)
 
     def _diffuse(self, pool: Pool, shrink: float, std: float) -> None:
         """Noise, L1 and the sign test; what crossed zero waits."""
@@ -176,7 +205,11 @@ class DeepR(Method):
         self._waiting[pool.number] = crossed
 
     def _rewire(self) -> None:
-        pools = self._trained()
+        self.updates += 1
+        if self.scope == "layer":  # pools that have nothing waiting, or were dealt with by `_walk`, need no more
+            pools = [pool for pool in self._trained() if self._waiting[pool.number].numel()]
+        else:
+            pools = self._trained()
         dropped = [self._waiting[pool.number] for pool in pools]
         for pool, slots in zip(pools, dropped, strict=True):
             self._waiting[pool.number] = slots[:0]
@@ -188,7 +221,6 @@ class DeepR(Method):
         for pool, slots, count in zip(pools, dropped, counts, strict=True):
             if slots.numel() or count:
                 self._replace(pool, slots, count)
-        self.updates += 1
 
     def _replace(self, pool: Pool, slots: Tensor, count: int) -> None:
         if self.scope == "layer" and self.signs != "neuron" and pool.weight.limits is None:

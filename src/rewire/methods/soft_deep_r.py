@@ -15,6 +15,7 @@ from rewire.methods.heat import Heat
 from rewire.methods.registry import register
 from rewire.methods.settings import PerLayer, choice, per_layer
 from rewire.methods.signs import SlotSigns, position_signs, signed
+from rewire.ops import add_normal_
 from rewire.schedules import Schedule, at, within
 
 __all__ = ["SoftDeepR"]
@@ -139,8 +140,8 @@ class SoftDeepR(Method):
         active, sign = weight.rows >= 0, self._signs[number].to(dormant.dtype)
         theta = sign * weight.values.detach().to(dormant.dtype) - pool.lr * l1
         if std:
-            theta += std * self._noise(pool, Purpose.NOISE, weight.capacity)
-            dormant += std * self._noise(pool, Purpose.GROW, weight.size)
+            add_normal_(theta, std, self.seed, self.steps, pool.stream(Purpose.NOISE))
+            add_normal_(dormant, std, self.seed, self.steps, pool.stream(Purpose.GROW))
         self._bound(dormant, low)
         position = weight.rows.long() * weight.matrix_shape[1] + weight.cols.long()
         # Entries of active connections mean nothing; theta_min is where one starts that is dropped from outside.
@@ -157,9 +158,6 @@ class SoftDeepR(Method):
             rows, cols = grown // weight.matrix_shape[1], grown % weight.matrix_shape[1]
             sign = position_signs(pool, rows, cols, self.seed)
             self._exchange(pool, crossed, rows, cols, signed(value, sign).to(weight.dtype))
-
-    def _noise(self, pool: Pool, purpose: int, count: int) -> Tensor:
-        return random.normal(self.seed, self.steps, pool.stream(purpose), count, pool.weight.device)
 
     def _bound(self, theta: Tensor, low: float) -> Tensor:
         """Keep ``theta`` at or above ``low``, in place. What reflection would carry up into activity stays at ``low``:

@@ -19,7 +19,7 @@ from rewire.nn import followers, loading
 from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
-from rewire.ops import Capture, regrow_
+from rewire.ops import Capture, regrow_, walk_and_regrow_
 from rewire.topology import Index, TopologyError
 
 __all__ = ["SparseWeight"]
@@ -280,6 +280,22 @@ class SparseWeight(nn.Module):
             self._connections = k
         self._changed(Event(self, slots))
 
+    def walk(self, signs: Tensor, shrink: float, noise: float, **drawn: Any) -> Tensor:
+        """A step of DEEP R: `rewire.ops.langevin_step_` on the values, then `regrow` in the slots that crossed zero.
+
+        Returns those slots (int64, ascending). ``drawn`` and errors as in `rewire.ops.walk_and_regrow_`. For use in
+        every step: call it under `torch.no_grad`.
+        """
+        if self.limits is not None:
+            raise ValueError(f"walk draws from all dormant connections, and this weight is limited to {self.limits}")
+        values, b = self.values, self._buffers
+        slots = walk_and_regrow_(values, signs, b["rows"], b["cols"], self.index, values.grad, shrink, noise, **drawn)  # type: ignore[arg-type]
+        if slots.numel():
+            self._changed(Event(self, slots), cleared=True)
+        else:
+            self.touched()
+        return slots
+
     @torch.no_grad()
     def resize(self, capacity: int, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         """Change the number of slots; the only call that does.
@@ -397,15 +413,16 @@ class SparseWeight(nn.Module):
         """Tell autograd that values were changed in place by a native kernel, which does not do so itself."""
         increment_version([self.values])
 
-    def _changed(self, event: Event) -> None:
-        """The one place through which changes of a pool go: version counters, gradient, followers."""
+    def _changed(self, event: Event, cleared: bool = False) -> None:
+        """The one place through which changes of a pool go: version counters, gradient (unless it is ``cleared`` in the
+        event's slots already), followers."""
         values, buffers = self.values, self._buffers
         increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
         if self.candidates is not None:
             self.candidates.spoil()
             self.candidates = None
-        gradient = values.grad
-        if gradient is not None and not event.loaded:
+        gradient = None if cleared or event.loaded else values.grad
+        if gradient is not None:
             if event.source is not None:
                 full = self._connections == event.source.numel()
                 gradient.copy_(followers.gathered(gradient, event.source, 0.0, full=full))

@@ -1,4 +1,4 @@
-"""The fused pass of DEEP R over one pool: noise, L1 and the sign test."""
+"""Random walks: the fused pass of DEEP R over one pool (noise, L1 and the sign test), and noise alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rewire import _native, random
 
-__all__ = ["langevin_step_"]
+__all__ = ["add_normal_", "langevin_step_"]
 
 
 def langevin_step_(
@@ -37,3 +37,12 @@ def langevin_step_(
     drop = active & (theta < 0)
     values.copy_(torch.where(active & ~drop, sign * theta, torch.zeros_like(theta)))
     return drop.nonzero().flatten()
+
+
+def add_normal_(values: Tensor, scale: float, seed: int, step: int, stream: int) -> None:
+    """``values[k] += scale *`` number k of `rewire.random.normal`, in place; values 1-D, of any dtype."""
+    native = _native.available("add_normal_") and values.is_cpu and values.is_contiguous()
+    if native and values.dtype in (torch.float32, torch.float64):
+        torch.ops.rewire.add_normal_(values, scale, seed, step, stream)
+    else:
+        values += scale * random.normal(seed, step, stream, values.numel(), values.device)

@@ -1,4 +1,4 @@
-"""DEEP R's exchange of connections over one pool: dormant ones drawn, signed and put where others went."""
+"""DEEP R over one pool: dormant connections drawn, signed and put where others went; or all of a step at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from rewire import _native, random, topology
+from rewire.ops.langevin import langevin_step_
 from rewire.topology import Index
 
-__all__ = ["regrow_"]
+__all__ = ["regrow_", "walk_and_regrow_"]
 
 
 def regrow_(
@@ -30,7 +31,8 @@ def regrow_(
     They are drawn by `rewire.topology.sample_dormant` from stream ``grow_stream``, get the sign of their position
     (`rewire.topology.position_signs`; ``fixed``) or a new one, bit 0 of `rewire.random.bits`, from ``sign_stream``, and
     start at a zero of that sign. values (C,) float; signs (C,) int8; rows, cols and the index as in `rewire.topology`.
-    Raises `TopologyError` (nothing changed) on a bad slot. Costs what `rewire.topology.replace_` does.
+    Raises `TopologyError` on a bad slot (nothing changed), or where rows and cols are no topology in the first place.
+    Costs what `rewire.topology.replace_` does.
     """
     topology.check_integers(slots=slots)
     n_rows, n_cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
@@ -53,3 +55,49 @@ def regrow_(
     signs[slots] = sign
     values[slots] = torch.copysign(torch.zeros((), dtype=values.dtype, device=values.device), sign)
     return connections
+
+
+def walk_and_regrow_(
+    values: Tensor,
+    signs: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    index: Index,
+    gradient: Tensor | None,
+    shrink: float,
+    noise: float,
+    *,
+    seed: int,
+    step: int,
+    noise_stream: int,
+    grow_stream: int,
+    sign_stream: int,
+    fixed: bool,
+) -> Tensor:
+    """`langevin_step_`, and `regrow_` in the slots that crossed zero, which are returned; ``gradient`` is 0 there then.
+
+    One call for all that DEEP R does to a pool whose budget is its own. gradient: None, or as values; the rest, results
+    and errors as in the two. Without noise and changes, values and signs are all that is read.
+    """
+    if (
+        _native.available("walk_and_regrow_")
+        and values.is_cpu
+        and values.dtype in (torch.float32, torch.float64)
+        and (gradient is None or (gradient.dtype == values.dtype and gradient.is_contiguous()))
+    ):
+        streams = (noise_stream, grow_stream, sign_stream)
+        slots, code, a, b = torch.ops.rewire.walk_and_regrow_(
+            values, signs, rows, cols, *index, gradient, shrink, noise, seed, step, *streams, fixed
+        )
+        if code != topology.OK:
+            n_rows, n_cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
+            topology.raise_problem((code, a, b), rows, cols, n_rows, n_cols, rows.numel())
+        crossed: Tensor = slots
+        return crossed
+    crossed = langevin_step_(values, rows, signs, shrink, noise, seed, step, noise_stream)
+    if crossed.numel():
+        drawn = {"seed": seed, "step": step, "grow_stream": grow_stream, "sign_stream": sign_stream}
+        regrow_(values, signs, rows, cols, index, crossed, fixed=fixed, **drawn)
+        if gradient is not None:
+            gradient.index_fill_(0, crossed, 0.0)
+    return crossed

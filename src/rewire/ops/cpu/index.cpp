@@ -5,6 +5,7 @@
 #include <new>
 
 #include "merge.h"
+#include "search.h"
 #include "weave.h"
 
 namespace rewire {
@@ -69,26 +70,32 @@ Problem build(const Pool<I>& p) {
 template Problem build(const Pool<int32_t>&);
 template Problem build(const Pool<int64_t>&);
 
-namespace {
-
-template <class I>
-Problem check_changes(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
+Problem check_slots(const int64_t* slots, int64_t n, int64_t capacity) {
   bool ascend = true;
   for (int64_t i = 0; i < n; ++i) {
-    if (slots[i] < 0 || slots[i] >= p.capacity) return {kSlot, slots[i], 0};
+    if (slots[i] < 0 || slots[i] >= capacity) return {kSlot, slots[i], 0};
     ascend &= i == 0 || slots[i - 1] < slots[i];
   }
   if (!ascend) {
-    std::vector<uint64_t> seen(static_cast<size_t>(p.capacity / 64 + 1));
-    int64_t twice = p.capacity;
+    std::vector<uint64_t> seen(static_cast<size_t>(capacity / 64 + 1));
+    int64_t twice = capacity;
     for (int64_t i = 0; i < n; ++i) {
       uint64_t& word = seen[static_cast<size_t>(slots[i] / 64)];
       const uint64_t bit = uint64_t{1} << (slots[i] % 64);
       if ((word & bit) != 0) twice = std::min(twice, slots[i]);
       word |= bit;
     }
-    if (twice < p.capacity) return {kSlot, twice, 0};
+    if (twice < capacity) return {kSlot, twice, 0};
   }
+  return kNoProblem;
+}
+
+namespace {
+
+template <class I>
+Problem check_changes(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
+  const Problem problem = check_slots(slots, n, p.capacity);
+  if (problem != kNoProblem) return problem;
   for (int64_t i = 0; i < n; ++i)
     if (!p.valid(rows[i], cols[i])) return {kRange, i, 0};
   return kNoProblem;
@@ -101,6 +108,8 @@ void write_slots(const Pool<I>& p, const int64_t* slots, const int64_t* rows, co
     p.cols[slots[i]] = static_cast<I>(cols[i]);
   }
 }
+
+}  // namespace
 
 template <class I>
 Problem rebuild(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
@@ -123,6 +132,11 @@ Problem rebuild(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
   return problem;
 }
 
+template Problem rebuild(const Pool<int32_t>&, const int64_t*, const int64_t*, const int64_t*, int64_t);
+template Problem rebuild(const Pool<int64_t>&, const int64_t*, const int64_t*, const int64_t*, int64_t);
+
+namespace {
+
 // As `rebuild`, of the lists there are; derived anew where they are not those of the pool.
 template <class I>
 Problem replace_many(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
@@ -143,13 +157,9 @@ template <class I>
 Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n) {
   Problem problem = check_changes(p, slots, rows, cols, n);
   if (problem != kNoProblem || n == 0) return problem;
-  if (n > p.capacity / 8 + 8) return replace_many(p, slots, rows, cols, n);
+  if (too_many_to_merge(n, p.capacity)) return replace_many(p, slots, rows, cols, n);
 
-  Plan<I> plans[2];
-  for (Plan<I>& plan : plans) {
-    plan.removed.reserve(static_cast<size_t>(n));
-    plan.added.reserve(static_cast<size_t>(n));
-  }
+  Moves<I> removed(n), added(n);
   for (int64_t i = 0; i < n; ++i) {
     if (const int64_t ahead = i + kAhead; ahead < n) {
       prefetch_from(p.rows, slots[ahead - 1], slots[ahead]);
@@ -157,31 +167,13 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
     }
     const I slot = static_cast<I>(slots[i]), row = p.rows[slot], col = p.cols[slot];
     if (!p.valid(row, col)) return rebuild(p, slots, rows, cols, n);
-    if (row >= 0) {
-      plans[0].removed.push_back({row, col, slot, 0});
-      plans[1].removed.push_back({col, row, slot, 0});
-    }
-    if (rows[i] >= 0) {
-      const I to_row = static_cast<I>(rows[i]), to_col = static_cast<I>(cols[i]);
-      plans[0].added.push_back({to_row, to_col, slot, 0});
-      plans[1].added.push_back({to_col, to_row, slot, 0});
-    }
+    if (row >= 0) removed.by_row.push_back({row, col, slot});
+    if (rows[i] >= 0) added.by_row.push_back({static_cast<I>(rows[i]), static_cast<I>(cols[i]), slot});
   }
-  const Side<I> sides[2] = {p.by_row, p.by_col};
-  const bool serial = p.capacity < (1 << 15);
-  for_each_item(2, serial, [&](int64_t s) { locate(sides[s], p.capacity, plans[s]); });
-  if (plans[0].broken || (plans[0].problem == kNoProblem && plans[1].broken))
-    return rebuild(p, slots, rows, cols, n);
-  if (plans[0].problem != kNoProblem) return plans[0].problem;
-  if (plans[1].problem != kNoProblem) return rebuild(p, slots, rows, cols, n);
-  // Nothing below can fail: what it allocates is allocated here.
-  std::vector<std::array<int64_t, 3>> segments[2];
-  std::vector<int64_t> places[2];
-  for (int s = 0; s < 2; ++s) {
-    segments[s].reserve(static_cast<size_t>(2 * n + 1));
-    places[s].reserve(static_cast<size_t>(n));
-  }
-  for_each_item(2, serial, [&](int64_t s) { apply(sides[s], plans[s], segments[s], places[s]); });
+  const bool serial = p.capacity < kSerialMerge;
+  for_each_item(2, serial || n < kSerialSort, [&](int64_t s) { (s == 0 ? removed : added).sort(p.n_rows, p.n_cols); });
+  const Merge<I> merge(p, removed, added, n);
+  if (!merge.run(false, serial) || !merge.run(true, serial)) return rebuild(p, slots, rows, cols, n);
   write_slots(p, slots, rows, cols, n);
   return kNoProblem;
 }

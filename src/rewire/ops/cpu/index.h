@@ -41,6 +41,21 @@ Problem build(const Pool<I>& p);
 template <class I>
 Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n);
 
+// As `replace` for changes that have been checked, by building the lists anew.
+template <class I>
+Problem rebuild(const Pool<I>& p, const int64_t* slots, const int64_t* rows, const int64_t* cols, int64_t n);
+
+// The first slot that is not there, or else the lowest one that is given twice.
+Problem check_slots(const int64_t* slots, int64_t n, int64_t capacity);
+
+// So many changes that building the lists anew takes no longer.
+inline bool too_many_to_merge(int64_t n, int64_t capacity) {
+  return n > capacity / 8 + 8 || n > std::numeric_limits<int32_t>::max();
+}
+
+// Pools of fewer slots, and fewer changes than this, are worked on by the caller alone.
+constexpr int64_t kSerialMerge = 1 << 15, kSerialSort = 512;
+
 template <class I>
 I* data_of(const Tensor& t) {
   return static_cast<I*>(t.mutable_data_ptr());

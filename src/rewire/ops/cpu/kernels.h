@@ -79,14 +79,40 @@ struct CopyArgs {
 // theta <- theta - shrink + noise * nu over slots; see rewire/ops/langevin.py.
 struct LangevinArgs {
   void* values;
-  const void* rows;
+  const void* rows;  // null where no slot is empty
   const int8_t* signs;
   uint64_t* dropped;  // one bit per slot
   double shrink, noise;
   uint64_t seed;
   uint32_t step, stream;
 };
+constexpr int kBitsAtOnce = 2;
 constexpr int64_t kLangevinGrain = 128;  // ranges of slots start at multiples of this
+
+// A connection that leaves or enters a list of the index.
+template <class I>
+struct Change {
+  I major, minor, slot;
+};
+
+// A list of `capacity` entries by `majors` rows (or columns), and what leaves and enters it, each sorted by (major, minor)
+// with majors in range. The result is false where the list is not what the changes say (one that leaves is not there, one
+// that enters is there already or enters twice); the list may then be half changed. Without a room nothing is changed.
+struct MergeArgs {
+  void *ptr, *minor, *slots;
+  int64_t majors, capacity;
+  const void *removed, *added;  // Change<I>, and behind them one whose major is `majors`
+  int64_t n_removed, n_added;
+  void* room;  // merge_room(n_added) numbers, or null
+};
+constexpr int64_t kMergeChunk = 2048;  // entries that the room is there for, and more
+REWIRE_STATIC int64_t merge_room(int64_t n_added) { return 2 * (2 * n_added + kMergeChunk + 64); }
+
+// The list by row, whose pointers start at 0 and end at `length` at most, but may be anything in between.
+struct DormantArgs {
+  const void *ptr, *cols;
+  int64_t rows, length, n_cols;
+};
 
 // One packed row of a convolution: rows of y are output channels, x the source row (see conv.cpp for the layout).
 struct ConvArgs {
@@ -128,6 +154,16 @@ struct Kernels {
   void (*conv_dot[2])(const ConvArgs&, int64_t row0, int64_t row1, int64_t n);
   void (*conv_pack[2])(const ConvCopy&);
   void (*conv_unpack[2])(const ConvCopy&);
+  bool (*merge[2])(const MergeArgs&);
+  // topology.candidates for the ranks of dormant positions; of dropped ones, row and col are left alone.
+  Status (*dormant[2])(const DormantArgs&, const int64_t* ranks, int64_t n, int64_t* row, int64_t* col);
+  // random.bits of the numbers first, first + 1, ... (the lower 63 of 64 bits); topology.position_signs.
+  void (*random_bits)(uint64_t seed, uint32_t step, uint32_t stream, int64_t first, int64_t n, int64_t* out);
+  void (*position_signs)(const int64_t* rows, const int64_t* cols, int64_t n, uint64_t seed, uint32_t stream,
+                         int8_t* out);
+  int64_t (*list_bits)(const uint64_t* words, int64_t n, int64_t* out);
+  void (*add_normals[2])(void* values, double scale, uint64_t seed, uint32_t step, uint32_t stream, int64_t begin,
+                         int64_t end);
 };
 
 namespace portable {

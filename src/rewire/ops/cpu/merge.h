@@ -1,173 +1,117 @@
-// How the entries of one list move when a few connections leave and others come: planned, checked, carried out.
+// Connections that leave and enter the lists of an index: brought into the lists' orders, and merged into them.
 #pragma once
 
 #include <array>
-#include <cstring>
+#include <memory>
 
 #include "index.h"
-#include "search.h"
 
 namespace rewire {
 
-// A connection that leaves or enters a list, and where: at or before which of the old entries.
-template <class I>
-struct Move {
-  I major, minor, slot, at;
-  bool operator<(const Move& o) const {
-    return at != o.at ? at < o.at : major != o.major ? major < o.major : minor < o.minor;
-  }
-};
-
-template <class I>
-struct Plan {
-  std::vector<Move<I>> removed, added;
-  bool broken = false;  // the list is not what the pool says: derive it anew
-  Problem problem = kNoProblem;
-};
-
-// By bands of rows: so that a search finds the memory that it wants beside that of the search before.
-constexpr int64_t kBands = 4096;
-
-inline int band_shift(int64_t majors) {
-  int shift = 0;
-  while ((majors - 1) >> shift >= kBands) ++shift;
-  return shift;
+inline int bit_width(int64_t number) {
+  int width = 0;
+  for (; number > 0; number >>= 1) ++width;
+  return width;
 }
 
 template <class I>
-void sort_into_bands(std::vector<Move<I>>& moves, int64_t majors) {
-  const int shift = band_shift(majors);
-  const auto by_band = [shift](const Move<I>& a, const Move<I>& b) { return a.major >> shift < b.major >> shift; };
-  if (std::is_sorted(moves.begin(), moves.end(), by_band)) return;
-  if (moves.size() < kBands / 8) {
-    std::sort(moves.begin(), moves.end(), by_band);
+using ChangeList = std::vector<Change<I>>;
+
+template <class I>
+inline bool comes_first(const Change<I>& a, const Change<I>& b) {
+  return a.major != b.major ? a.major < b.major : a.minor < b.minor;
+}
+
+constexpr int64_t kFewChanges = 48;  // so few are sorted by comparing them
+
+// Sorts by key(change), in [0, bound), and leaves those with the same key in their order. `other` is as long.
+template <class I, class Key>
+void sort_by_key(ChangeList<I>& changes, ChangeList<I>& other, int64_t bound, const Key& key) {
+  constexpr int kMostBits = 12;
+  const int width = bit_width(bound - 1);
+  const int most = std::min(std::max(bit_width(static_cast<int64_t>(changes.size())), 6), kMostBits);
+  const int passes = (width + most - 1) / most, bits = passes == 0 ? 0 : (width + passes - 1) / passes;
+  std::array<uint32_t, 1 << kMostBits> start;
+  for (int pass = 0; pass < passes; ++pass) {
+    const size_t mask = (size_t{1} << bits) - 1;
+    const auto digit = [&](const Change<I>& c) { return static_cast<size_t>(key(c) >> (pass * bits)) & mask; };
+    std::fill(start.begin(), start.begin() + static_cast<int64_t>(mask) + 1, 0u);
+    for (const Change<I>& c : changes) ++start[digit(c)];
+    uint32_t before = 0;
+    for (size_t d = 0; d <= mask; ++d) {
+      const uint32_t here = start[d];
+      start[d] = before;
+      before += here;
+    }
+    for (const Change<I>& c : changes) other[start[digit(c)]++] = c;
+    changes.swap(other);
+  }
+}
+
+// Sorts by (major, minor).
+template <class I>
+void sort_changes(ChangeList<I>& changes, ChangeList<I>& other, int64_t majors, int64_t minors) {
+  if (std::is_sorted(changes.begin(), changes.end(), comes_first<I>)) return;
+  if (static_cast<int64_t>(changes.size()) < kFewChanges) {
+    std::sort(changes.begin(), changes.end(), comes_first<I>);
     return;
   }
-  std::vector<Move<I>> other(moves.size());
-  std::array<size_t, kBands + 1> start{};
-  for (const Move<I>& m : moves) ++start[static_cast<size_t>(m.major >> shift) + 1];
-  for (size_t b = 1; b <= kBands; ++b) start[b] += start[b - 1];
-  for (const Move<I>& m : moves) other[start[static_cast<size_t>(m.major >> shift)]++] = m;
-  moves.swap(other);
+  sort_by_key(changes, other, minors, [](const Change<I>& c) { return c.minor; });
+  sort_by_key(changes, other, majors, [](const Change<I>& c) { return c.major; });
 }
 
-// Within the bands, by place.
+// What leaves or enters both lists of an index.
 template <class I>
-void sort_bands(std::vector<Move<I>>& moves, int64_t majors) {
-  const int shift = band_shift(majors);
-  for (auto first = moves.begin(), last = first; first != moves.end(); first = last) {
-    while (last != moves.end() && last->major >> shift == first->major >> shift) ++last;
-    if (!std::is_sorted(first, last)) std::sort(first, last);
-  }
-}
+struct Moves {
+  ChangeList<I> by_row, by_col, other;
 
-// Sets `at` of every move to the first entry of its row that is not before it.
-template <class I>
-void search(const Side<I>& side, int64_t capacity, Plan<I>& plan, std::vector<Move<I>>& moves) {
-  for (size_t i = 0, ahead = kAhead; i < moves.size(); ++i, ++ahead) {
-    if (ahead < moves.size() && (i == 0 || moves[ahead].major != moves[ahead - 1].major)) {
-      const int64_t begin = std::clamp<int64_t>(side.ptr[moves[ahead].major], 0, capacity);
-      prefetch_range(side.minor, begin, std::clamp<int64_t>(side.ptr[moves[ahead].major + 1], begin, capacity));
-    }
-    Move<I>& m = moves[i];
-    const int64_t begin = side.ptr[m.major], end = side.ptr[m.major + 1];
-    if (begin < 0 || begin > end || end > capacity) {
-      plan.broken = true;
-      return;
-    }
-    const I *row = side.minor + begin, minor = m.minor;
-    m.at = static_cast<I>(begin + count_first(end - begin, [&](int64_t k) { return row[k] < minor; }));
+  explicit Moves(int64_t n) {
+    for (ChangeList<I>* list : {&by_row, &by_col, &other}) list->reserve(static_cast<size_t>(n) + 1);
   }
-}
 
-// Finds the places of all moves in one list and looks for connections that would occur twice.
-template <class I>
-void locate(const Side<I>& side, int64_t capacity, Plan<I>& plan) {
-  const int64_t count = side.ptr[side.majors];
-  const int64_t after = count - static_cast<int64_t>(plan.removed.size()) + static_cast<int64_t>(plan.added.size());
-  plan.broken = count < 0 || count > capacity || after < 0 || after > capacity;
-  for (auto* moves : {&plan.removed, &plan.added}) {
-    if (plan.broken) return;
-    sort_into_bands(*moves, side.majors);
-    search(side, capacity, plan, *moves);
-    sort_bands(*moves, side.majors);
-  }
-  if (plan.broken) return;
-  plan.broken = true;  // until all is seen to be fine
-  for (size_t i = 0; i < plan.removed.size(); ++i) {
-    const Move<I>& m = plan.removed[i];
-    if (const size_t ahead = i + kAhead; ahead < plan.removed.size())
-      prefetch_from(side.slots, plan.removed[ahead - 1].at, plan.removed[ahead].at);
-    if (m.at >= count || side.slots[m.at] != m.slot) return;
-    if (i > 0 && (m.at <= plan.removed[i - 1].at || m.major < plan.removed[i - 1].major)) return;
-  }
-  size_t gone = 0;
-  for (size_t i = 0; i < plan.added.size(); ++i) {
-    const Move<I>& m = plan.added[i];
-    if (m.at > count) return;
-    while (gone < plan.removed.size() && plan.removed[gone].at < m.at) ++gone;
-    const bool there = m.at < side.ptr[m.major + 1] && side.minor[m.at] == m.minor;
-    const bool leaves = gone < plan.removed.size() && plan.removed[gone].at == m.at;
-    bool twice = there && !leaves;
-    if (i + 1 < plan.added.size()) {
-      const Move<I>& next = plan.added[i + 1];
-      if (next.at < m.at || next.major < m.major || (next.major == m.major && next.minor < m.minor)) return;
-      twice |= next.major == m.major && next.minor == m.minor;
-    }
-    if (twice) {
-      plan.broken = false;
-      plan.problem = {kDuplicate, m.major, m.minor};
-      return;
-    }
-  }
-  plan.broken = false;
-}
+  int64_t count() const { return static_cast<int64_t>(by_row.size()); }
 
-// Carries a plan out, in place. The entries between two changes keep their order and move by the number of entries
-// that came less those that left before them. Those that move left go first, from the left; those that move right
-// after, from the right: so none is written over before it has moved.
+  // Brings `by_row` into order, and into the order by column the same in `by_col`; ends both as kernels want it. Does not
+  // throw.
+  void sort(int64_t n_rows, int64_t n_cols) {
+    by_col.resize(by_row.size());
+    other.resize(by_row.size());
+    sort_changes(by_row, other, n_rows, n_cols);
+    for (size_t i = 0; i < by_row.size(); ++i) by_col[i] = {by_row[i].minor, by_row[i].major, by_row[i].slot};
+    if (static_cast<int64_t>(by_col.size()) < kFewChanges)
+      std::sort(by_col.begin(), by_col.end(), comes_first<I>);
+    else
+      sort_by_key(by_col, other, n_cols, [](const Change<I>& c) { return c.major; });
+    by_row.push_back({static_cast<I>(n_rows), 0, 0});
+    by_col.push_back({static_cast<I>(n_cols), 0, 0});
+  }
+};
+
+// Both lists of a pool and what leaves and enters them, sorted; at most `most` enter.
 template <class I>
-void apply(const Side<I>& side, const Plan<I>& plan, std::vector<std::array<int64_t, 3>>& segments,
-           std::vector<int64_t>& places) {
-  const std::vector<Move<I>>&removed = plan.removed, &added = plan.added;
-  const int64_t count = side.ptr[side.majors];
-  int64_t begin = 0, shift = 0;
-  for (size_t r = 0, a = 0; r < removed.size() || a < added.size();) {
-    const bool adds = a < added.size() && (r == removed.size() || added[a].at <= removed[r].at);
-    const int64_t at = adds ? added[a].at : removed[r].at;
-    if (at > begin && shift != 0) segments.push_back({begin, at, shift});
-    if (adds) {
-      places.push_back(at + shift++);
-      begin = at;
-      ++a;
-    } else {
-      --shift;
-      begin = at + 1;
-      ++r;
-    }
+struct Merge {
+  const Pool<I>& pool;
+  const Moves<I>&removed, &added;
+  std::unique_ptr<I[]> rooms[2];
+
+  Merge(const Pool<I>& pool_, const Moves<I>& removed_, const Moves<I>& added_, int64_t most)
+      : pool(pool_), removed(removed_), added(added_) {
+    for (auto& room : rooms) room.reset(new I[static_cast<size_t>(merge_room(most))]);
   }
-  if (count > begin && shift != 0) segments.push_back({begin, count, shift});
-  const auto move = [](I* list, const std::array<int64_t, 3>& s) {
-    std::memmove(list + s[0] + s[2], list + s[0], static_cast<size_t>(s[1] - s[0]) * sizeof(I));
-  };
-  for (I* list : {side.minor, side.slots}) {
-    for (auto s = segments.begin(); s != segments.end(); ++s)
-      if ((*s)[2] < 0) move(list, *s);
-    for (auto s = segments.rbegin(); s != segments.rend(); ++s)
-      if ((*s)[2] > 0) move(list, *s);
-    if (shift < 0) std::memset(list + count + shift, 0, static_cast<size_t>(-shift) * sizeof(I));
+
+  // Whether both lists are what the changes say; `change` carries them out, too. Then false is the end of the lists: build
+  // them again.
+  bool run(bool change, bool serial) const {
+    bool fine[2];
+    for_each_item(2, serial, [&](int64_t s) {
+      const Side<I>& side = s == 0 ? pool.by_row : pool.by_col;
+      const ChangeList<I>&out = s == 0 ? removed.by_row : removed.by_col, &in = s == 0 ? added.by_row : added.by_col;
+      fine[s] = kernels().merge[sizeof(I) == 4 ? kInt32 : kInt64](
+          {side.ptr, side.minor, side.slots, side.majors, pool.capacity, out.data(), in.data(),
+           static_cast<int64_t>(out.size()) - 1, static_cast<int64_t>(in.size()) - 1, change ? rooms[s].get() : nullptr});
+    });
+    return fine[0] && fine[1];
   }
-  for (size_t a = 0; a < added.size(); ++a) {
-    side.minor[places[a]] = static_cast<I>(added[a].minor);
-    side.slots[places[a]] = static_cast<I>(added[a].slot);
-  }
-  int64_t change = 0;
-  size_t r = 0, a = 0;
-  for (int64_t m = 0; m < side.majors; ++m) {
-    for (; r < removed.size() && removed[r].major == m; ++r) --change;
-    for (; a < added.size() && added[a].major == m; ++a) ++change;
-    side.ptr[m + 1] = static_cast<I>(side.ptr[m + 1] + change);
-  }
-}
+};
 
 }  // namespace rewire

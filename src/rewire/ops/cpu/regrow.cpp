@@ -1,6 +1,11 @@
-// DEEP R's exchange of connections in one pass: draw dormant ones, find their signs, replace; see rewire/ops/regrow.py.
-#include "index.h"
+// DEEP R's exchange of connections: draw dormant ones, find their signs, replace; see rewire/ops/regrow.py.
+#include <algorithm>
+#include <atomic>
+
+#include "merge.h"
 #include "sampling.h"
+#include "search.h"
+#include "walk.h"
 
 namespace rewire {
 namespace {
@@ -10,44 +15,195 @@ struct Streams {
   bool fixed;
 };
 
-// Signs of the new connections, into out[0 ... n).
-void draw_signs(const int64_t* rows, const int64_t* cols, int64_t n, const Coordinates& at, bool fixed, int8_t* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (fixed) {
-      out[i] = position_sign(rows[i], cols[i], at.seed, at.stream);
-    } else {
-      const uint64_t k = static_cast<uint64_t>(i);
-      const Words w = philox(at.seed, static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32), at.step, at.stream);
-      out[i] = (w.w[0] & 1) != 0 ? -1 : 1;
+// What is kept per slot beside the pool: values (and perhaps their gradient) of one type, and signs.
+struct Kept {
+  int type;
+  void *values, *gradient;
+  int8_t* signs;
+
+  Kept(const Tensor& values_, const Tensor& signs_, const Tensor* gradient_, int64_t capacity, const char* op)
+      : type(element_type(values_, op)),
+        values(values_.mutable_data_ptr()),
+        gradient(gradient_ == nullptr ? nullptr : gradient_->mutable_data_ptr()),
+        signs(static_cast<int8_t*>(signs_.mutable_data_ptr())) {
+    for (const Tensor* x : {&values_, &signs_, gradient_}) {
+      if (x == nullptr) continue;
+      require_cpu(*x, op);
+      require(x->dim() == 1 && x->is_contiguous() && x->numel() == capacity, op,
+              "values, signs and the gradient must be contiguous lists as long as rows");
+    }
+    require(signs_.scalar_type() == ScalarType::Char, op, "signs must be int8");
+    require(gradient_ == nullptr || gradient_->scalar_type() == values_.scalar_type(), op,
+            "values and their gradient must have one dtype");
+  }
+
+  template <class T>
+  void write(const int64_t* slots, const int8_t* sign, int64_t n) const {
+    T *to = static_cast<T*>(values), *slope = static_cast<T*>(gradient);
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + kAhead < n) {
+        const int64_t ahead = slots[i + kAhead];
+        __builtin_prefetch(to + ahead, 1);
+        __builtin_prefetch(signs + ahead, 1);
+        if (slope != nullptr) __builtin_prefetch(slope + ahead, 1);
+      }
+      to[slots[i]] = sign[i] < 0 ? -T(0) : T(0);
+      signs[slots[i]] = sign[i];
+      if (slope != nullptr) slope[slots[i]] = T(0);
     }
   }
-}
-
-template <class T>
-void write_zeros(T* values, int8_t* signs, const int64_t* slots, const int8_t* sign, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    values[slots[i]] = sign[i] < 0 ? -T(0) : T(0);
-    signs[slots[i]] = sign[i];
+  void write(const int64_t* slots, const int8_t* sign, int64_t n) const {
+    if (type == kFloat32)
+      write<float>(slots, sign, n);
+    else
+      write<double>(slots, sign, n);
   }
+};
+
+// One exchange: new connections in `slots`, which have been checked.
+template <class I>
+class Exchange {
+ public:
+  Exchange(const Pool<I>& pool, const Complement<I>& list, const int64_t* slots, int64_t n)
+      : pool_(pool),
+        list_(list),
+        slots_(slots),
+        n_(n),
+        serial_(pool.capacity < kSerialMerge || n < kSerialSort),
+        numbers_(static_cast<size_t>(3 * n)),
+        ranks_(numbers_.data()),
+        rows_(ranks_ + n),
+        cols_(rows_ + n),
+        sign_(static_cast<size_t>(n)),
+        removed_(n),
+        added_(n) {
+    const int64_t free = list.dormant() + n;
+    if (n > free || free < 0) fail(list.op, "the index has more connections than there are positions");
+  }
+
+  Problem run(uint64_t seed, uint32_t step, const Streams& streams, const Kept& kept) {
+    const Coordinates grow{seed, step, static_cast<uint32_t>(streams.grow)};
+    removed_.by_row.resize(static_cast<size_t>(n_));
+    added_.by_row.resize(static_cast<size_t>(n_));
+    const int64_t pieces = (n_ + kPiece - 1) / kPiece;
+    std::atomic<bool> active{true};
+    try_each_item(1 + pieces, serial_, [&](int64_t item) {
+      if (item == 0)
+        distinct_into(n_, list_.dormant() + n_, grow, 0, ranks_);
+      else if (!gather((item - 1) * kPiece, std::min(n_, item * kPiece)))
+        active = false;
+    });
+    require(active, list_.op, "a slot is empty, or the pool holds a position that is out of range");
+    try_each_item(1 + pieces, serial_, [&](int64_t item) {
+      if (item == 0) {
+        removed_.sort(pool_.n_rows, pool_.n_cols);
+      } else {
+        const int64_t begin = (item - 1) * kPiece, count = std::min(kPiece, n_ - begin);
+        place(begin, count);
+        sign(begin, count, {seed, step, static_cast<uint32_t>(streams.sign)}, streams.fixed);
+      }
+    });
+    // Now nothing can fail, where the index is that of the pool.
+    const bool merges = !too_many_to_merge(n_, pool_.capacity);
+    for_each_item(1 + pieces, serial_, [&](int64_t item) {
+      if (item == 0) {
+        if (merges) added_.sort(pool_.n_rows, pool_.n_cols);
+        return;
+      }
+      const int64_t begin = (item - 1) * kPiece, count = std::min(kPiece, n_ - begin);
+      kept.write(slots_ + begin, sign_.data() + begin, count);
+      if (merges) write(begin, count);
+    });
+    if (!merges) return rebuild(pool_, slots_, rows_, cols_, n_);
+    const Merge<I> merge(pool_, removed_, added_, n_);
+    if (merge.run(true, pool_.capacity < kSerialMerge)) return kNoProblem;
+    for (int64_t i = 0; i < n_; ++i) {
+      const Change<I>& c = removed_.by_row[static_cast<size_t>(i)];
+      pool_.rows[c.slot] = c.major;
+      pool_.cols[c.slot] = c.minor;
+    }
+    return rebuild(pool_, slots_, rows_, cols_, n_);
+  }
+
+ private:
+  static constexpr int64_t kPiece = 256;
+
+  // What leaves; whether it can.
+  bool gather(int64_t begin, int64_t end) {
+    bool active = true;
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end) {
+        __builtin_prefetch(pool_.rows + slots_[i + kAhead]);
+        __builtin_prefetch(pool_.cols + slots_[i + kAhead]);
+      }
+      const I slot = static_cast<I>(slots_[i]), row = pool_.rows[slot], col = pool_.cols[slot];
+      active = active && row >= 0 && pool_.valid(row, col);
+      removed_.by_row[static_cast<size_t>(i)] = {row, col, slot};
+    }
+    return active;
+  }
+
+  // The new connections of some ranks.
+  void place(int64_t begin, int64_t count) {
+    map_ranks(list_, ranks_ + begin, count, rows_ + begin, cols_ + begin, [&](int64_t i) {
+      require(i < n_, list_.op, "a rank is out of range");
+      return std::pair<int64_t, int64_t>(pool_.rows[slots_[i]], pool_.cols[slots_[i]]);
+    });
+    for (int64_t i = begin; i < begin + count; ++i) {
+      require(rows_[i] < pool_.n_rows && cols_[i] >= 0 && cols_[i] < pool_.n_cols, list_.op,
+              "the lists of the index are not sorted");
+      added_.by_row[static_cast<size_t>(i)] = {static_cast<I>(rows_[i]), static_cast<I>(cols_[i]),
+                                               static_cast<I>(slots_[i])};
+    }
+  }
+
+  void sign(int64_t begin, int64_t count, const Coordinates& at, bool fixed) {
+    int8_t* out = sign_.data() + begin;
+    if (fixed) {
+      kernels().position_signs(rows_ + begin, cols_ + begin, count, at.seed, at.stream, out);
+      return;
+    }
+    int64_t bits[kPiece];
+    kernels().random_bits(at.seed, at.step, at.stream, begin, count, bits);
+    for (int64_t i = 0; i < count; ++i) out[i] = (bits[i] & 1) != 0 ? -1 : 1;
+  }
+
+  void write(int64_t begin, int64_t count) {
+    for (int64_t i = begin; i < begin + count; ++i) {
+      if (i + kAhead < begin + count) {
+        __builtin_prefetch(pool_.rows + slots_[i + kAhead], 1);
+        __builtin_prefetch(pool_.cols + slots_[i + kAhead], 1);
+      }
+      pool_.rows[slots_[i]] = static_cast<I>(rows_[i]);
+      pool_.cols[slots_[i]] = static_cast<I>(cols_[i]);
+    }
+  }
+
+  const Pool<I>& pool_;
+  const Complement<I>& list_;
+  const int64_t* slots_;
+  int64_t n_;
+  bool serial_;
+  std::vector<int64_t> numbers_;
+  int64_t *ranks_, *rows_, *cols_;
+  std::vector<int8_t> sign_;
+  Moves<I> removed_, added_;
+};
+
+Problem exchange(const PoolTensors& t, const int64_t* slots, int64_t n, const Kept& kept, uint64_t seed, uint32_t step,
+                 const Streams& streams, const char* op) {
+  const Problem problem = check_slots(slots, n, t.rows.numel());
+  if (problem != kNoProblem || n == 0) return problem;
+  return with_complement(t.row_ptr, t.row_cols, t.n_cols, op, [&](const auto& list) {
+    using I = std::remove_const_t<std::remove_pointer_t<decltype(list.ptr)>>;
+    const Pool<I> pool = t.pool<I>();
+    return Exchange<I>(pool, list, slots, n).run(seed, step, streams, kept);
+  });
 }
 
-template <class I>
-Problem exchange(const Pool<I>& pool, const Complement<I>& list, const Integers& slots, uint64_t seed, uint32_t step,
-                 const Streams& streams, std::vector<int8_t>& sign) {
-  const int64_t n = slots.count, free = list.dormant() + n;
-  for (int64_t i = 0; i < n; ++i)
-    if (slots.data[i] < 0 || slots.data[i] >= pool.capacity) return {kSlot, slots.data[i], 0};
-  if (n > free || free < 0) fail(list.op, "the index has more connections than there are positions");
-  std::vector<int64_t> ranks(static_cast<size_t>(n)), rows(ranks.size()), cols(ranks.size());
-  const Coordinates grow{seed, step, static_cast<uint32_t>(streams.grow)};
-  distinct_into(n, free, grow, 0, ranks.data());
-  map_ranks(list, ranks.data(), n, rows.data(), cols.data(), [&](int64_t i) {
-    require(i < n, list.op, "a rank is out of range");
-    return std::pair<int64_t, int64_t>(pool.rows[slots.data[i]], pool.cols[slots.data[i]]);
-  });
-  sign.resize(static_cast<size_t>(n));
-  draw_signs(rows.data(), cols.data(), n, {seed, step, static_cast<uint32_t>(streams.sign)}, streams.fixed, sign.data());
-  return replace(pool, slots.data, rows.data(), cols.data(), n);
+int64_t connections(const Tensor& ptr, int type) {
+  const int64_t last = ptr.numel() - 1;
+  return type == kInt32 ? data_of<int32_t>(ptr)[last] : data_of<int64_t>(ptr)[last];
 }
 
 Problem regrow_(const Tensor& values, const Tensor& signs, const Tensor& rows, const Tensor& cols,
@@ -55,33 +211,37 @@ Problem regrow_(const Tensor& values, const Tensor& signs, const Tensor& rows, c
                 const Tensor& col_rows, const Tensor& col_slots, const Tensor& slots_, int64_t seed, int64_t step,
                 int64_t grow_stream, int64_t sign_stream, bool fixed) {
   const char* op = "regrow_";
-  const int64_t n_rows = row_ptr.numel() - 1, n_cols = col_ptr.numel() - 1;
-  const PoolTensors t{rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots, n_rows, n_cols};
+  const PoolTensors t{rows,    cols,     row_ptr,   row_cols,           row_slots,
+                      col_ptr, col_rows, col_slots, row_ptr.numel() - 1, col_ptr.numel() - 1};
   const int type = t.check(op);
   require_apart(op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
-  for (const Tensor* x : {&values, &signs}) {
-    require_cpu(*x, op);
-    require(x->dim() == 1 && x->is_contiguous() && x->numel() == rows.numel(), op,
-            "values and signs must be contiguous lists as long as rows");
-  }
-  const int kind = element_type(values, op);
-  require(signs.scalar_type() == ScalarType::Char, op, "signs must be int8");
+  const Kept kept(values, signs, nullptr, rows.numel(), op);
   const Integers slots = own_integers(slots_, op);
-  std::vector<int8_t> sign;
-  const Problem problem = with_complement(row_ptr, row_cols, n_cols, op, [&](const auto& list) {
-    using I = std::decay_t<decltype(list.ptr[0])>;
-    return exchange(t.pool<I>(), list, slots, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
-                    {grow_stream, sign_stream, fixed}, sign);
-  });
+  const Problem problem = exchange(t, slots.data, slots.count, kept, static_cast<uint64_t>(seed),
+                                   static_cast<uint32_t>(step), {grow_stream, sign_stream, fixed}, op);
   if (problem != kNoProblem) return problem;
-  int8_t* all = static_cast<int8_t*>(signs.mutable_data_ptr());
-  if (kind == kFloat32)
-    write_zeros(static_cast<float*>(values.mutable_data_ptr()), all, slots.data, sign.data(), slots.count);
-  else
-    write_zeros(static_cast<double*>(values.mutable_data_ptr()), all, slots.data, sign.data(), slots.count);
-  return {kOk,
-          type == kInt32 ? data_of<int32_t>(row_ptr)[n_rows] : static_cast<int64_t>(data_of<int64_t>(row_ptr)[n_rows]),
-          0};
+  return {kOk, connections(row_ptr, type), 0};
+}
+
+// The slots that crossed zero, and what went wrong.
+std::tuple<Tensor, int64_t, int64_t, int64_t> walk_and_regrow_(
+    const Tensor& values, const Tensor& signs, const Tensor& rows, const Tensor& cols, const Tensor& row_ptr,
+    const Tensor& row_cols, const Tensor& row_slots, const Tensor& col_ptr, const Tensor& col_rows,
+    const Tensor& col_slots, const std::optional<Tensor>& gradient, double shrink, double noise, int64_t seed,
+    int64_t step, int64_t noise_stream, int64_t grow_stream, int64_t sign_stream, bool fixed) {
+  const char* op = "walk_and_regrow_";
+  const PoolTensors t{rows,    cols,     row_ptr,   row_cols,           row_slots,
+                      col_ptr, col_rows, col_slots, row_ptr.numel() - 1, col_ptr.numel() - 1};
+  const int type = t.check(op);
+  require_apart(op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
+  const Kept kept(values, signs, gradient.has_value() ? &*gradient : nullptr, rows.numel(), op);
+  const bool full = connections(row_ptr, type) == rows.numel();
+  const Walk by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
+                static_cast<uint32_t>(noise_stream)};
+  const Tensor slots = walk(values, rows, signs, full, by, op);
+  const auto [code, a, b] = exchange(t, static_cast<const int64_t*>(slots.const_data_ptr()), slots.numel(), kept,
+                                     by.seed, by.step, {grow_stream, sign_stream, fixed}, op);
+  return {slots, code, a, b};
 }
 
 }  // namespace
@@ -91,8 +251,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
       "regrow_(Tensor(a!) values, Tensor(b!) signs, Tensor(c!) rows, Tensor(d!) cols, Tensor(e!) row_ptr, "
       "Tensor(f!) row_cols, Tensor(g!) row_slots, Tensor(h!) col_ptr, Tensor(i!) col_rows, Tensor(j!) col_slots, "
       "Tensor slots, int seed, int step, int grow_stream, int sign_stream, bool fixed) -> (int, int, int)");
+  m.def(
+      "walk_and_regrow_(Tensor(a!) values, Tensor(b!) signs, Tensor(c!) rows, Tensor(d!) cols, Tensor(e!) row_ptr, "
+      "Tensor(f!) row_cols, Tensor(g!) row_slots, Tensor(h!) col_ptr, Tensor(i!) col_rows, Tensor(j!) col_slots, "
+      "Tensor(k!)? gradient, float shrink, float noise, int seed, int step, int noise_stream, int grow_stream, "
+      "int sign_stream, bool fixed) -> (Tensor, int, int, int)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) { m.impl("regrow_", TORCH_BOX(&regrow_)); }
+STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
+  m.impl("regrow_", TORCH_BOX(&regrow_));
+  m.impl("walk_and_regrow_", TORCH_BOX(&walk_and_regrow_));
+}
 
 }  // namespace rewire

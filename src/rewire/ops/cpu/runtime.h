@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -54,6 +55,21 @@ void for_each_item(int64_t items, bool serial, const Job& job) {
            i = next.fetch_add(1, std::memory_order_relaxed))
         job(i);
   });
+}
+
+// As for_each_item, for jobs that may throw; what one of them threw is thrown again at the end.
+template <class Job>
+void try_each_item(int64_t items, bool serial, const Job& job) {
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  for_each_item(items, serial, [&](int64_t item) {
+    try {
+      job(item);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  });
+  if (failed.load()) std::rethrow_exception(error);
 }
 
 inline int element_type(const Tensor& t, const char* op) {

@@ -5,17 +5,45 @@
 namespace rewire {
 namespace {
 
-// The sequence of random.distinct, some at a time: numbers that do not wait for each other come faster.
+// x % bound for 0 <= x < 2^63, without a division.
+class Remainder {
+ public:
+  explicit Remainder(int64_t bound)
+      : bound_(static_cast<uint64_t>(bound)), inverse_(~uint64_t{0} / bound_), fast_(bound_ < uint64_t{1} << 62) {}
+
+  int64_t of(int64_t number) const {
+    const uint64_t x = static_cast<uint64_t>(number);
+    if (!fast_) return static_cast<int64_t>(x % bound_);
+    // The quotient is too small by two at most.
+    uint64_t rest = x - static_cast<uint64_t>((static_cast<unsigned __int128>(x) * inverse_) >> 64) * bound_;
+    rest -= rest >= bound_ ? bound_ : 0;
+    rest -= rest >= bound_ ? bound_ : 0;
+    return static_cast<int64_t>(rest);
+  }
+
+ private:
+  uint64_t bound_, inverse_;
+  bool fast_;
+};
+
+// out[0 ... n): the numbers t, t + 1, ... of the sequence of random.distinct.
+void draw(const Coordinates& at, const Remainder& remainder, int64_t t, int64_t n, int64_t* out) {
+  kernels().random_bits(at.seed, at.step, at.stream, t, n, out);
+  for (int64_t k = 0; k < n; ++k) out[k] = remainder.of(out[k]);
+}
+
+// The sequence, some at a time.
 struct Draws {
-  static constexpr int kBlock = 32;
+  static constexpr int kBlock = 64;
   const Coordinates& at;
-  int64_t bound, t;
+  Remainder remainder;
+  int64_t t;
   int used = kBlock;
   int64_t block[kBlock] = {};
 
   int64_t next() {
     if (used == kBlock) {
-      for (int k = 0; k < kBlock; ++k) block[k] = at.below(t + k, bound);
+      draw(at, remainder, t, kBlock, block);
       t += kBlock;
       used = 0;
     }
@@ -42,6 +70,27 @@ void radix_sort(std::vector<int64_t>& numbers, int64_t bound) {
   }
 }
 
+// Sorts evenly spread non-negative numbers below `bound`: into buckets of about one, then by insertion.
+void bucket_sort(std::vector<int64_t>& numbers, int64_t bound) {
+  const int64_t n = static_cast<int64_t>(numbers.size());
+  int shift = 0;
+  while ((bound - 1) >> shift >= 2 * n) ++shift;
+  std::vector<uint32_t> start(static_cast<size_t>(((bound - 1) >> shift) + 2));
+  for (int64_t x : numbers) ++start[static_cast<size_t>(x >> shift) + 1];
+  for (size_t b = 1; b < start.size(); ++b) start[b] += start[b - 1];
+  std::vector<int64_t> other(numbers.size());
+  for (int64_t x : numbers) other[start[static_cast<size_t>(x >> shift)]++] = x;
+  for (size_t i = 1; i < other.size(); ++i) {
+    const int64_t x = other[i];
+    size_t to = i;
+    for (; to > 0 && other[to - 1] > x; --to) other[to] = other[to - 1];
+    other[to] = x;
+  }
+  numbers.swap(other);
+}
+
+constexpr int64_t kFewNumbers = 32, kManyNumbers = 1 << 15;
+
 // The first `n` distinct values of the sequence, ascending; 0 <= 2 n <= bound. O(n) expected time and memory.
 std::vector<int64_t> first_distinct(int64_t n, int64_t bound, const Coordinates& at, int64_t offset) {
   std::vector<int64_t> found;
@@ -54,8 +103,8 @@ std::vector<int64_t> first_distinct(int64_t n, int64_t bound, const Coordinates&
     std::sort(found.begin(), found.end());
     return found;
   }
-  Draws draws{at, bound, offset};
   if (bound / 64 <= n) {  // dense: a bit per value, read off in order
+    Draws draws{at, Remainder(bound), offset};
     std::vector<uint64_t> seen(static_cast<size_t>(bound / 64 + 1));
     int64_t left = n;
     while (left > 0) {
@@ -70,19 +119,23 @@ std::vector<int64_t> first_distinct(int64_t n, int64_t bound, const Coordinates&
         found.push_back(static_cast<int64_t>(w) * 64 + __builtin_ctzll(word));
     return found;
   }
-  size_t size = 1;  // sparse: a hash table, at most half full
-  while (size < 2 * static_cast<size_t>(n)) size *= 2;
-  std::vector<int64_t> table(size, -1);
-  while (static_cast<int64_t>(found.size()) < n) {
-    const int64_t value = draws.next();
-    size_t place = static_cast<size_t>((static_cast<uint64_t>(value) * 0x9E3779B97F4A7C15ull) >> 20) & (size - 1);
-    while (table[place] != -1 && table[place] != value) place = (place + 1) & (size - 1);
-    if (table[place] == value) continue;
-    table[place] = value;
-    found.push_back(value);
+  // Sparse: as many as are lacking are drawn and sorted, until none is; few occur twice.
+  const Remainder remainder(bound);
+  std::vector<int64_t> drawn;
+  for (int64_t t = offset, lacking = n; lacking > 0; lacking = n - static_cast<int64_t>(found.size())) {
+    drawn.resize(static_cast<size_t>(lacking));
+    draw(at, remainder, t, lacking, drawn.data());
+    t += lacking;
+    if (lacking < kFewNumbers)
+      std::sort(drawn.begin(), drawn.end());
+    else if (lacking < kManyNumbers)
+      bucket_sort(drawn, bound);
+    else
+      radix_sort(drawn, bound);
+    const auto middle = found.insert(found.end(), drawn.begin(), drawn.end()) - found.begin();
+    std::inplace_merge(found.begin(), found.begin() + middle, found.end());
+    found.erase(std::unique(found.begin(), found.end()), found.end());
   }
-  std::vector<int64_t>().swap(table);
-  radix_sort(found, bound);
   return found;
 }
 
@@ -182,8 +235,7 @@ Tensor position_signs(const Tensor& rows_, const Tensor& cols_, int64_t seed, in
   require(rows.count == cols.count, "position_signs", "rows and columns must be equally many");
   Tensor result = empty_1d(rows.count, ScalarType::Char);
   int8_t* out = static_cast<int8_t*>(result.mutable_data_ptr());
-  for (int64_t i = 0; i < rows.count; ++i)
-    out[i] = position_sign(rows.data[i], cols.data[i], static_cast<uint64_t>(seed), static_cast<uint32_t>(stream));
+  kernels().position_signs(rows.data, cols.data, rows.count, static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), out);
   return result;
 }
 

@@ -20,14 +20,6 @@ struct Coordinates {
 // random.distinct into out[0 ... n).
 void distinct_into(int64_t n, int64_t bound, const Coordinates& at, int64_t offset, int64_t* out);
 
-// topology.position_signs of one position.
-inline int8_t position_sign(int64_t row, int64_t col, uint64_t seed, uint32_t stream) {
-  const uint64_t r = static_cast<uint64_t>(row), c = static_cast<uint64_t>(col);
-  const uint32_t tag = 0x80000000u | (stream & 0x7FFFu) << 16 | (static_cast<uint32_t>(c >> 32) & 0xFFFFu);
-  const Words w = philox(seed, static_cast<uint32_t>(r), static_cast<uint32_t>(c), static_cast<uint32_t>(r >> 32), tag);
-  return (w.w[0] & 1) != 0 ? -1 : 1;
-}
-
 // The list by row, and what is not in it.
 template <class I>
 struct Complement {
@@ -49,31 +41,9 @@ struct Complement {
   int64_t dormant_before(int64_t row) const { return row * n_cols - ptr[row]; }
   int64_t dormant() const { return dormant_before(rows); }
 
-  // The row of a dormant position: the last one with dormant_before(row) <= rank. Ranks mostly come in ascending
-  // order, so the rows behind `guess` (0, or the row of the rank before) are tried first. Only with rank < dormant(),
-  // so there is a row.
-  int64_t row_of(int64_t rank, int64_t guess) const {
-    int64_t low = dormant_before(guess) <= rank ? guess : 0, high = rows - 1;
-    for (int tries = 0; tries < 8; ++tries, ++low)
-      if (low == high || dormant_before(low + 1) > rank) return low;
-    while (low < high) {
-      const int64_t middle = high - (high - low) / 2;
-      if (dormant_before(middle) <= rank)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    return low;
-  }
-
   void require_range(int64_t row) const {
     const int64_t begin = ptr[row], end = ptr[row + 1];
     require(begin >= 0 && begin <= end && end <= length, op, "row_ptr must never fall and stay within row_cols");
-  }
-
-  inline REWIRE_ALWAYS void prefetch(int64_t row) const {
-    const int64_t begin = std::clamp<int64_t>(ptr[row], 0, length);
-    prefetch_range(cols, begin, std::clamp<int64_t>(ptr[row + 1], begin, length));
   }
 
   // The nth dormant column of a row: nth + j, where j of its active columns c_i have c_i - i <= nth.
@@ -81,6 +51,15 @@ struct Complement {
     require_range(row);
     const I* active = cols + ptr[row];
     return nth + count_first(ptr[row + 1] - ptr[row], [&](int64_t i) { return active[i] - i <= nth; });
+  }
+
+  DormantArgs args() const { return {ptr, cols, rows, length, n_cols}; }
+
+  // topology.candidates of some ranks; those of dropped connections are left to the caller.
+  void find(const int64_t* ranks, int64_t n, int64_t* row, int64_t* col) const {
+    const Status status = kernels().dormant[sizeof(I) == 4 ? kInt32 : kInt64](args(), ranks, n, row, col);
+    require(status != kBadIndex, op, "a rank is out of range");
+    require(status == kFine, op, "row_ptr must never fall and stay within row_cols");
   }
 };
 
@@ -103,22 +82,10 @@ auto with_complement(const Tensor& ptr_, const Tensor& cols_, int64_t n_cols, co
 template <class I, class Dropped>
 void map_ranks(const Complement<I>& list, const int64_t* ranks, int64_t n, int64_t* row, int64_t* col,
                const Dropped& dropped) {
+  list.find(ranks, n, row, col);
   const int64_t dormant = list.dormant();
-  const auto place = [&](int64_t i) {
-    if (ranks[i] < dormant) col[i] = list.col_of(row[i], ranks[i] - list.dormant_before(row[i]));
-  };
-  for (int64_t i = 0, guess = 0; i < n; ++i) {
-    require(ranks[i] >= 0, list.op, "a rank is out of range");
-    if (ranks[i] < dormant) {
-      row[i] = list.row_of(ranks[i], guess);
-      if (row[i] != guess || i == 0) list.prefetch(row[i]);
-      guess = row[i];
-    } else {
-      std::tie(row[i], col[i]) = dropped(ranks[i] - dormant);
-    }
-    if (i >= kAhead) place(i - kAhead);
-  }
-  for (int64_t i = std::max<int64_t>(n - kAhead, 0); i < n; ++i) place(i);
+  for (int64_t i = 0; i < n; ++i)
+    if (ranks[i] >= dormant) std::tie(row[i], col[i]) = dropped(ranks[i] - dormant);
 }
 
 }  // namespace rewire

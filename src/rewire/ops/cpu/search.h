@@ -12,14 +12,6 @@ constexpr int64_t kAhead = 16;  // searches between asking for memory and using 
 // GCC takes a function that only asks for memory for one without effect, and leaves it out, unless it is inlined early.
 #define REWIRE_ALWAYS __attribute__((always_inline))
 
-// Asks for the entries [begin, end) of a list; of many, for some.
-template <class T>
-inline REWIRE_ALWAYS void prefetch_range(const T* list, int64_t begin, int64_t end) {
-  constexpr int64_t kLine = 64 / sizeof(T), kMost = 32;
-  const int64_t stride = std::max(kLine, (end - begin) / kMost);
-  for (int64_t i = begin; i < end; i += stride) __builtin_prefetch(list + i);
-}
-
 // Asks for list[at], and for what lies between it and list[before] if that is not much.
 template <class T>
 inline REWIRE_ALWAYS void prefetch_from(const T* list, int64_t before, int64_t at) {
