@@ -103,6 +103,8 @@ class DeepR(Method):
         self.heat = Heat(noise, temperature)
         self.scope, self.signs, self.allotment, self.every, self.moments = scope, signs, allotment, every, moments
         self._dense: list[DenseMoments] = []
+        # By pool: learning rate, L1, heat, and what follows from them where they are no schedules.
+        self._scales: dict[int, tuple[float, object, Heat, tuple[float, float]]] = {}
         super().__init__(model, optimizer, seed=seed)
         self.l1 = per_layer("l1", l1, self.pools, 0.0)
         if moments == "dense":
@@ -135,19 +137,34 @@ class DeepR(Method):
     def _after_step(self, pools: list[Pool]) -> None:
         # Where a pool keeps its own budget, and draws from all that is dormant, one native call does all of it.
         at_once = self.scope == "layer" and self.signs != "neuron" and self.every == 1
+        left = 0
         for pool in pools:
             if self._dense and self._dense[pool.number].wanted:
                 self._dense[pool.number].update()
             if not self._begun[pool.number]:
                 self._obey(pool)
-            l1 = within("l1", at(self.l1[pool.number], self.steps), 0.0)
-            shrink, std = pool.lr * l1, self.heat.std(pool.lr, l1, self.steps)
+            shrink, std = self._scale(pool)
             if at_once and pool.weight.limits is None:
                 self._walk(pool, shrink, std)
             else:
+                left += 1
                 self._diffuse(pool, shrink, std)
-        if self.steps % self.every == 0:
+        if at_once and not left:
+            self.updates += 1
+        elif self.steps % self.every == 0:
             self._rewire()
+
+    def _scale(self, pool: Pool) -> tuple[float, float]:
+        """What L1 takes off in this step, and the standard deviation of the noise."""
+        coefficient = self.l1[pool.number]
+        known = self._scales.get(pool.number)
+        if known is not None and known[0] == pool.lr and known[1] is coefficient and known[2] is self.heat:
+            return known[3]
+        l1 = within("l1", at(coefficient, self.steps), 0.0)
+        scale = pool.lr * l1, self.heat.std(pool.lr, l1, self.steps)
+        if not callable(coefficient) and self.heat.constant:
+            self._scales[pool.number] = pool.lr, coefficient, self.heat, scale
+        return scale
 
     def _wants_capture(self, step: int) -> bool:
         return any(dense.wanted for dense in self._dense)

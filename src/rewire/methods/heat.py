@@ -35,6 +35,11 @@ class Heat:
         if self.noise is not None:
             checked("noise", self.noise, 0.0)
 
+    @property
+    def constant(self) -> bool:
+        """Whether `std` depends on the learning rate and l1 alone."""
+        return not callable(self.noise) and not callable(self.temperature)
+
     def std(self, lr: float, l1: float, step: int) -> float:
         """Standard deviation sqrt(2 eta T) of the noise of a step of rate ``lr`` with the L1 coefficient ``l1``."""
         if self.temperature == "tied":

@@ -43,7 +43,11 @@ def _apply(
     capture: Capture | None = None,
     contiguous_output: bool = False,
 ) -> Tensor:
-    y: Tensor = _Linear.apply(x, values, bias, *index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = _Linear.apply(x, values, bias, *index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
+    else:
+        y = _Packed.apply(x, values, bias, index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
     return y
 
 
@@ -117,6 +121,26 @@ class _Linear(torch.autograd.Function):
             grad_values = grad_values.to(values.dtype)
         grad_bias = g.sum(0, dtype=values.dtype) if need_bias else None
         return grad_x, grad_values, grad_bias, *_NO_GRADIENTS
+
+
+class _Packed(torch.autograd.Function):
+    """`_Linear` with the index as one argument: autograd looks at every tensor among its arguments, each time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        index: Iterable[Tensor],
+        capture: Capture | None,
+        contiguous_output: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        return _Linear.forward(ctx, x, values, bias, *index, capture, contiguous_output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Linear.backward(ctx, g, grad_runs)[:6]
 
 
 class _Sample(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ from rewire.ops.langevin import langevin_step_
 from rewire.topology import Index
 
 __all__ = ["regrow_", "walk_and_regrow_"]
+
+
+#: Looked up once: a look-up takes as long as a small pool's step.
+_WALK: Any = torch.ops.rewire.walk_and_regrow_.default if _native.available("walk_and_regrow_") else None
 
 
 def regrow_(
@@ -80,13 +86,13 @@ def walk_and_regrow_(
     and errors as in the two. Without noise and changes, values and signs are all that is read.
     """
     if (
-        _native.available("walk_and_regrow_")
+        _WALK is not None
         and values.is_cpu
         and values.dtype in (torch.float32, torch.float64)
         and (gradient is None or (gradient.dtype == values.dtype and gradient.is_contiguous()))
     ):
         streams = (noise_stream, grow_stream, sign_stream)
-        slots, code, a, b = torch.ops.rewire.walk_and_regrow_(
+        slots, code, a, b = _WALK(
             values, signs, rows, cols, *index, gradient, shrink, noise, seed, step, *streams, fixed
         )
         if code != topology.OK:

@@ -1,6 +1,7 @@
 // Building and changing the index of a pool; see rewire/topology.py for the definition.
 #include "index.h"
 
+#include <array>
 #include <memory>
 #include <new>
 
@@ -187,24 +188,30 @@ bool is_integer(const Tensor& t) {
   return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
 }
 
-bool share_memory(const Tensor& a, const Tensor& b) {
-  const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
-  const auto bytes = [](const Tensor& t) {  // of a list, from its first element to its last
-    return static_cast<uintptr_t>((t.numel() - 1) * t.stride(0) + 1) * (t.scalar_type() == ScalarType::Int ? 4 : 8);
-  };
-  return a.numel() > 0 && b.numel() > 0 && begin(a) < begin(b) + bytes(b) && begin(b) < begin(a) + bytes(a);
-}
+// The memory of a list, from its first element to its last. (Asked for once: every question to a tensor is a call.)
+struct Extent {
+  uintptr_t begin = 0, end = 0;
+  Extent() = default;
+  explicit Extent(const Tensor& t) {
+    const int64_t count = t.numel();
+    if (count == 0) return;
+    begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    end = begin + static_cast<uintptr_t>((count - 1) * t.stride(0) + 1) * (t.scalar_type() == ScalarType::Int ? 4 : 8);
+  }
+  bool meets(const Extent& o) const { return begin < o.end && o.begin < end; }
+};
 
 }  // namespace
 
 void require_apart(const char* op, std::initializer_list<const Tensor*> written,
                    std::initializer_list<const Tensor*> read) {
-  for (auto a = written.begin(); a != written.end(); ++a) {
-    for (auto b = written.begin(); b != a; ++b)
-      require(!share_memory(**a, **b), op, "rows, cols and the lists of the index must not share memory");
-    for (const Tensor* b : read)
-      require(!share_memory(**a, *b), op, "rows, cols and the lists of the index must not share memory");
-  }
+  std::array<Extent, 16> all;
+  size_t count = 0;
+  for (const auto* list : {&written, &read})
+    for (const Tensor* t : *list) all.at(count++) = Extent(*t);
+  for (size_t a = 0; a < written.size(); ++a)
+    for (size_t b = a + 1; b < count; ++b)
+      require(!all[a].meets(all[b]), op, "rows, cols and the lists of the index must not share memory");
 }
 
 // As as_integers, in memory of its own.
@@ -236,7 +243,7 @@ Problem replace_(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr, 
   // The caller's may be parts of what is written below.
   const auto apart = [&](const Tensor& own) {
     for (const Tensor* t : {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots})
-      if (own.dim() != 1 || t->dim() != 1 || !is_integer(*t) || !is_integer(own) || share_memory(own, *t))
+      if (own.dim() != 1 || t->dim() != 1 || !is_integer(*t) || !is_integer(own) || Extent(own).meets(Extent(*t)))
         return own_integers(own, op);
     return as_integers(own, op);
   };
