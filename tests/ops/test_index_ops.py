@@ -240,6 +240,17 @@ def test_many_changes_of_a_damaged_index(p, data):
     assert same((rows, cols), expected)
 
 
+def test_pointers_whose_differences_overflow():
+    """Each difference is a fair number of connections again once it has wrapped around."""
+    keys = torch.arange(0, 60, 2)
+    rows, cols = keys // 10, keys % 10
+    index = build_index(rows, cols, 6, 10)
+    index.row_ptr[1:] = torch.tensor([5, -(2**63), -10, 6, 7, 30])
+    slots = torch.arange(20)
+    assert replace_(rows, cols, index, 6, 10, slots, rows[slots], cols[slots] + 1) == 30
+    assert same(index, build_index(rows, cols, 6, 10))
+
+
 def everything(dtype=torch.int64, fan_in=64):
     """One row with 64 connections in a pool of its own, and its index."""
     rows, cols = torch.zeros(fan_in, dtype=dtype), torch.arange(fan_in, dtype=dtype)

@@ -146,8 +146,10 @@ class Weaver {
     int64_t place = ptr[0] = 0;
     for (int64_t m = 0; m < side.majors; ++m) {
       const size_t at = static_cast<size_t>(m);
+      // Before it is computed with: of any integers differences may overflow.
+      if (side.ptr[m + 1] < side.ptr[m] || side.ptr[m + 1] > p_.capacity) return false;
       const int64_t here = static_cast<int64_t>(side.ptr[m + 1]) - side.ptr[m], stays = here - comes.leave[at];
-      if (here < 0 || stays < 0) return false;
+      if (stays < 0) return false;
       place += stays + comes.start[at + 1] - comes.start[at];
       if (place > p_.capacity) return false;
       ptr[at + 1] = static_cast<I>(place);
