@@ -54,9 +54,9 @@ def test_in_a_group_each_method_needs_room() -> None:
     Group(model, optimizer, {"0": methods.Static, "1": methods.SET})
 
 
-@pytest.mark.parametrize("name", ["set", "rigl", "codacorset", "copacorset", "mest", "itop", "ctre"])
+@pytest.mark.parametrize("name", ["set", "rigl", "srigl", "codacorset", "copacorset", "mest", "itop", "ctre"])
 def test_a_full_layer_beside_others_is_left_alone(name: str) -> None:
-    method = made(name, 16, 8, 9, **({"every": 1} if name in ("rigl", "mest", "itop") else {}))
+    method = made(name, 16, 8, 9, **({"every": 1} if name in ("rigl", "srigl", "mest", "itop") else {}))
     model, optimizer = method.model, method.optimizers[0]
     full = model[0].weight
     told: list[Any] = []

@@ -112,7 +112,8 @@ class SRigL(Rewirer):
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         for pool in pools:
-            self._restructure(pool, fraction)
+            if pool.weight.connections < pool.weight.size:  # a full pool could only grow what it dropped
+                self._restructure(pool, fraction)
 
     def _restructure(self, pool: Pool, fraction: float) -> None:
         weight = pool.weight
