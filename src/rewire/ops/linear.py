@@ -136,7 +136,8 @@ class _Packed(torch.autograd.Function):
         capture: Capture | None,
         contiguous_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        return _Linear.forward(ctx, x, values, bias, *index, capture, contiguous_output)
+        rest: list[Any] = [*index, capture, contiguous_output]
+        return _Linear.forward(ctx, x, values, bias, *rest)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
