@@ -55,6 +55,12 @@ def test_table_is_what_was_measured() -> None:
     assert re.findall(r"^\| (?:channels|depth|heads) \|.*$", TEXT, re.MULTILINE) == rows()
 
 
+def test_heads_that_went_are_counted() -> None:
+    gone = [sum(every - on for on, every in run["components"].values()) for run in arms("heads")[1, 0.01]]
+    assert sorted(gone) == [8, 9]
+    assert "Eight or nine heads of sixteen go" in TEXT
+
+
 @pytest.mark.parametrize(
     ("name", "most_lost", "most_left"), [("channels", 0.02, 0.4), ("depth", 0.005, 0.6), ("heads", 0.005, 0.8)]
 )
