@@ -70,16 +70,18 @@ def read(
         )
     values, rows, cols = (state_dict[prefix + name] for name in _POOL)
     saved_shape, saved_limits = (state_dict.get(prefix + name) for name in _FACTS)
+    # Flattened, because a damaged file may have a single number there.
     if limits is None and saved_limits is not None:
-        limits = Limits.from_numbers(saved_limits.tolist())
-    if saved_shape is not None and tuple(saved_shape.tolist()) != tuple(shape):
-        raise TopologyError(f"saved with shape {tuple(saved_shape.tolist())}, but this weight is {tuple(shape)}")
+        limits = Limits.from_numbers(saved_limits.flatten().tolist())
+    theirs = tuple(shape if saved_shape is None else saved_shape.flatten().tolist())
+    if theirs != tuple(shape):
+        raise TopologyError(f"saved with shape {theirs}, but this weight is {tuple(shape)}")
     if not values.shape == rows.shape == cols.shape or values.dim() != 1:
         raise TopologyError(
             "values, rows and cols must be 1-D and equally long, "
             f"not {tuple(values.shape)}, {tuple(rows.shape)} and {tuple(cols.shape)}"
         )
-    if rows.is_floating_point() or cols.is_floating_point() or not values.is_floating_point():
+    if any(t.is_floating_point() or t.is_complex() for t in (rows, cols)) or not values.is_floating_point():
         raise TopologyError("rows and cols must be integers and values floating-point")
     rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
     size = topology.matrix_size(shape)
