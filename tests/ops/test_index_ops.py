@@ -251,6 +251,21 @@ def test_pointers_whose_differences_overflow():
     assert same(index, build_index(rows, cols, 6, 10))
 
 
+def test_a_duplicate_that_only_one_list_shows():
+    """What has been woven by row by then is taken back, with the damage that hid it."""
+    keys = torch.arange(0, 160, 4)
+    rows, cols = keys // 20, keys % 20
+    index, before = build_index(rows, cols, 8, 20), (rows.clone(), cols.clone())
+    index.row_cols[1] = 5  # of (0, 4)
+    slots = torch.arange(20, 40)
+    new_rows, new_cols = rows[slots].clone(), cols[slots] + 1
+    new_rows[0], new_cols[0] = 0, 4
+    with pytest.raises(TopologyError, match=r"\(0, 4\) occurs more than once"):
+        replace_(rows, cols, index, 8, 20, slots, new_rows, new_cols)
+    assert same((rows, cols), before)
+    assert same(index, build_index(rows, cols, 8, 20))
+
+
 def everything(dtype=torch.int64, fan_in=64):
     """One row with 64 connections in a pool of its own, and its index."""
     rows, cols = torch.zeros(fan_in, dtype=dtype), torch.arange(fan_in, dtype=dtype)

@@ -146,7 +146,11 @@ Problem replace_many(const Pool<I>& p, const int64_t* slots, const int64_t* rows
   Woven<I> woven;
   if (!weaver.weave(true, woven)) return rebuild(p, slots, rows, cols, n);  // which finds out what is wrong
   weaver.carry_out(p.by_row, woven);
-  if (!weaver.weave(false, woven)) return rebuild(p, slots, rows, cols, n);
+  if (!weaver.weave(false, woven)) {
+    const Problem problem = rebuild(p, slots, rows, cols, n);
+    if (problem != kNoProblem) build(p);  // the pool is what it was, but its list by row is not
+    return problem;
+  }
   write_slots(p, slots, rows, cols, n);
   weaver.carry_out(p.by_col, woven);
   return kNoProblem;
