@@ -44,6 +44,7 @@ def test_contenders_agree(kind: str) -> None:
 
 def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "has_sparseprop", lambda: False)
+    monkeypatch.setattr(layers, "has_sparseprop", lambda: False)
     monkeypatch.setattr(curves, "has_onednn", lambda: False)
     assert installed() == [kind for kind in LAYERS if kind not in ("sparseprop", "onednn")]
     curve = curves.measure(8, 12, 4, [0.2, 0.5], SETTING).to_json()
@@ -51,8 +52,7 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(curve["seconds"]) == {"dense", "masked", "csr", "rewire", "rewire feature-major"}
     assert all(len(times) == 2 for times in curve["seconds"].values())
     figures, _ = layers.against_sparse(SETTING, (16,), {0.5: 1.0}, 4)
-    # The column in the installed build may have SparseProp; the name of what is missing is there if not.
-    assert any("SparseProp" in f.name for f in figures)
+    assert [f.name for f in figures if "SparseProp" in f.name] == ["over SparseProp"]
 
 
 @pytest.mark.parametrize(
