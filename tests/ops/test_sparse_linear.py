@@ -202,3 +202,18 @@ def test_exports_with_a_dynamic_batch():
     program = torch.export.export(layer, (torch.randn(10, 9),), dynamic_shapes=({0: batch},))
     x = torch.randn(33, 9)
     torch.testing.assert_close(program.module()(x), x @ p.dense.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_one_after_the_other_are_the_same(monkeypatch):
+    p = problem(30, 40, 300, spare=3)
+    x, g = torch.randn(9, 40).requires_grad_(), torch.randn(9, 30)
+    values = p.values.clone().requires_grad_()
+
+    def gradients():
+        return torch.autograd.grad(ops.sparse_linear(x, values, None, p.index), (x, values), g)
+
+    together = gradients()
+    monkeypatch.setattr("rewire.ops.linear._MANY", 0)
+    monkeypatch.setattr("rewire.ops.linear.spmm_sddmm", None)  # not asked for
+    for one, other in zip(together, gradients(), strict=True):
+        torch.testing.assert_close(one, other)

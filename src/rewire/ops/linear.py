@@ -35,6 +35,18 @@ def _small(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.numel() <= _SMALL
 
 
+#: From so many values on, and for runs of x of at most so many bytes, both gradients are computed one after the other:
+#: writing the values' gradient by column then costs more, memory being asked for a line at a time, than reading x again.
+_MANY, _SHORT = 1 << 24, 256
+
+
+def _together(x: Tensor, values: Tensor) -> bool:
+    """Whether both gradients are computed in one walk. (A compiled graph must not depend on the size of a batch.)"""
+    if torch.compiler.is_compiling():
+        return True
+    return values.shape[0] < _MANY or x.shape[0] * x.element_size() > _SHORT
+
+
 def _apply(
     x: Tensor,
     values: Tensor,
@@ -106,12 +118,13 @@ class _Linear(torch.autograd.Function):
         if ctx.capture is not None:
             ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
         grad_x = grad_values = None
-        if need_x and need_values:
+        if need_x and need_values and _together(x, values):
             grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g)
-        elif need_x:
-            grad_x = spmm(col_ptr, col_rows, col_slots, values, g)
-        elif need_values:
-            grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x)
+        else:
+            if need_x:
+                grad_x = spmm(col_ptr, col_rows, col_slots, values, g)
+            if need_values:
+                grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x)
         if grad_x is not None:
             grad_x = _plus(grad_x, grad_runs)
             if ctx.copied and not torch.compiler.is_compiling():

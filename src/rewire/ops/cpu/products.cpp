@@ -62,6 +62,7 @@ Tensor zeros(int64_t capacity, int type) {
   Tensor out = empty_1d(capacity, type == kFloat64 ? ScalarType::Double : ScalarType::Float);
   char* bytes = static_cast<char*>(out.mutable_data_ptr());
   const int64_t size = capacity * number_bytes(type), piece = 1 << 18;
+  want_large_pages(bytes, size);
   for_each_item((size + piece - 1) / piece, size < 4 * piece, [&](int64_t item) {
     std::memset(bytes + item * piece, 0, static_cast<size_t>(std::min(piece, size - item * piece)));
   });

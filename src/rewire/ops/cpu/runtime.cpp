@@ -5,6 +5,9 @@
 #if defined(__unix__)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace rewire {
 namespace {
@@ -43,6 +46,19 @@ int64_t cache_bytes() {
     return found > 0 ? static_cast<int64_t>(found) : int64_t{1} << 20;
   }();
   return bytes;
+}
+
+void want_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  if (bytes < static_cast<int64_t>(2 * kPage)) return;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }
 
 Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,

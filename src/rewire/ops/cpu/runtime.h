@@ -27,6 +27,10 @@ const Kernels& kernels();
 // Bytes of the cache that a core has for itself: the second level's, or what REWIRE_CACHE_BYTES says.
 int64_t cache_bytes();
 
+// Asks the system for large pages, for fresh memory that is written in an order of its own: of a list of 10^8 numbers that
+// is written a line here and a line there, a processor cannot remember where all the small ones are. No more than a wish.
+void want_large_pages(void* memory, int64_t bytes);
+
 [[noreturn]] inline void fail(const char* op, const std::string& what) {
   throw std::runtime_error(std::string("rewire::") + op + ": " + what);
 }

@@ -1,0 +1,39 @@
+"""docs/speed.md shows what `rewire bench` measured, line by line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("speed_page", ROOT / "benchmarks" / "speed_page.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+page = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(page)
+RESULTS: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "bench.json").read_text())
+LINES = (ROOT / "docs" / "speed.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("part", page.PARTS, ids=lambda part: part.__name__)
+def test_tables_are_those_of_the_run(part):
+    expected = part(RESULTS)
+    start = LINES.index(expected[0])
+    assert LINES[start : start + len(expected)] == expected
+
+
+def test_the_count_of_bars_that_are_met():
+    figures = [f for bar in RESULTS["bars"] for f in bar["figures"] if f["bar"] is not None]
+    met = sum(f["met"] for f in figures)
+    assert any(f"{met} of {len(figures)} figures with a bar are met" in line for line in LINES)
+
+
+def test_a_full_run_of_a_quiet_machine():
+    assert not RESULTS["setting"]["quick"]
+    assert not RESULTS["setting"]["cpu_time"]
+    assert [bar["name"] for bar in RESULTS["bars"]] == [f"p{i}" for i in range(1, 13)]
+    assert RESULTS["others"] < 0.05
