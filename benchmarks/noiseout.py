@@ -97,7 +97,7 @@ PLANS = {
     "lenet-5": Plan(
         bar=0.95,
         pace=0.1,
-        base_epochs=6,
+        base_epochs=12,
         stages={
             "still": Stage(cycle=5, back=0.4, most=16, lr=2e-3, batch=100, every=250, dropout=0.3),
             "moved": Stage(cycle=8, back=0.3, most=14, lr=2e-3, batch=100, every=250, dropout=0.1, shift=1),
