@@ -1,15 +1,18 @@
 """NoiseOut on MNIST: its paper's two networks with all four kinds of noise outputs, over several seeds.
 
-    python benchmarks/noiseout.py --data-dir DIR [--seeds 3] [--network NAME] [--cache DIR] --out FILE.json
+    python benchmarks/noiseout.py --data-dir DIR [--network NAME] [--noise KIND] [--first-seed 3] [--seeds 3]
+        [--cache DIR] --out FILE.json
 
 lenet-300-100: 784-300-100-10, all hidden neurons, trained with noise outputs from the start on images shifted by up to
 one pixel. lenet-5: 32 convolutions 5x5, pool, 32 of 3x3, pool, a dense layer of 512, 10 outputs; neurons of the dense
-layer, as in the paper: the network is trained once per seed; then its convolutions stand still while the rest trains
-with noise outputs, and at last all train together, in bfloat16 on images shifted by up to two pixels.
+layer, as in the paper. The network is trained once per seed; then its first convolution stands still, what it makes of
+the images is kept, and the rest trains with noise outputs in bfloat16: with dropout, and at last on shifted images.
 
-50,000 images train and 10,000 validate: a merge stands if the validation error is at most the paper's error level, for
-lenet-5 0.1 percent less. The test set is looked at once per run, at its end. Runs that FILE.json has already are not
-made again; it is written after every run, and a Markdown table of it is printed at the end.
+The learning rate falls with progress instead of the clock: a check that merges turns it up again, and a stage ends when
+the rate has reached its lowest without a merge. Every check sees the mean of the last weights (`Average`). 50,000
+images train and 10,000 validate: a merge stands if the validation error is at most the paper's error level. The test
+set is looked at once per run, at its end, and not at all with --trial, for choosing a plan. Runs that FILE.json has
+already are not made again; it is written after every run, and a Markdown table of it is printed at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +44,66 @@ VALIDATION = 10_000
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a network is pruned: the validation error in percent that must be met (the paper's error level), epochs
-    before the first merge and after, epochs of the whole network if the first ones were of a part, learning rate in the
-    first part and where it falls to in the second."""
+class Stage:
+    """How a network, or a part of it, is pruned.
 
-    bar: float
-    before: int
-    after: int
-    whole: int
-    shift: int
-    lr: float = 4e-3
+    The rate falls from ``lr`` to ``lr_end`` over ``cycle`` epochs; a check that merges takes ``back`` of that way back.
+    The stage ends at the lowest rate, or after ``most`` epochs. ``every``: steps between checks; ``before``: epochs
+    without checks; ``shift``: pixels (of maps behind the first pooling: theirs) that the input moves by at most;
+    ``average``: share of the steps since the last check whose weights a check sees the mean of.
+    """
+
+    cycle: float
+    back: float
+    most: int
+    lr: float
     lr_end: float = 1e-4
+    before: int = 0
     batch: int = 200
     every: int = 125
+    shift: int = 0
+    average: float = 0.5
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The validation error in percent that a network must meet, NoiseOut's settings, and the stages."""
+
+    bar: float
+    stages: dict[str, Stage]
     strength: float = 0.1
     criterion: str = "damage"
-    pace: float = 0.05
+    pace: float = 0.02
+    base_epochs: int = 0
+
+    def changed(self, pairs: Iterable[str]) -> Plan:
+        """With NAME=VALUE for the plan's own fields and STAGE.NAME=VALUE for a stage's."""
+        plan = self
+        for pair in pairs:
+            name, value = pair.split("=", 1)
+            stage, _, field = name.rpartition(".")
+            if stage:
+                old = plan.stages[stage]
+                new = replace(old, **{field: type(getattr(old, field))(value)})
+                plan = replace(plan, stages={**plan.stages, stage: new})
+            else:
+                plan = replace(plan, **{field: type(getattr(plan, field))(value)})
+        return plan
 
 
 PLANS = {
-    "lenet-300-100": Plan(bar=3.05, before=3, after=60, whole=0, shift=1),
-    "lenet-5": Plan(bar=0.85, before=0, after=12, whole=14, shift=0, lr=2e-3),
+    "lenet-300-100": Plan(bar=3.05, stages={"all": Stage(cycle=25, back=0.05, most=60, lr=4e-3, before=3, shift=1)}),
+    "lenet-5": Plan(
+        bar=0.95,
+        pace=0.1,
+        base_epochs=12,
+        stages={
+            "still": Stage(cycle=5, back=0.4, most=16, lr=2e-3, batch=100, every=250, dropout=0.3),
+            "moved": Stage(cycle=8, back=0.3, most=14, lr=2e-3, batch=100, every=250, dropout=0.1, shift=1),
+        },
+    ),
 }
-BASE_EPOCHS = 7
 
 
 def lenet_300_100() -> nn.Sequential:
@@ -71,21 +111,35 @@ def lenet_300_100() -> nn.Sequential:
 
 
 def lenet_5() -> nn.Sequential:
-    """The convolutions, and the dense layers behind them."""
-    features = nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+    """The first convolution, and all behind it; pooling comes before ReLU, which is the same and takes less time."""
+    first = nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU())
+    rest = nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0),
+        nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 10),
     )  # fmt: skip
-    return nn.Sequential(features, nn.Sequential(nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 10)))
+    return nn.Sequential(first, rest).to(memory_format=torch.channels_last)
 
 
-def shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """The batch moved by up to so many pixels along each axis (MNIST's borders are empty)."""
-    if not most:
-        return x
-    by = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
-    return x.view(-1, 28, 28).roll(by, (1, 2)).flatten(1)
+class Shifts:
+    """Moves each image of a batch by up to ``most`` pixels along each axis (MNIST's borders are empty)."""
+
+    def __init__(self, most: int, generator: torch.Generator) -> None:
+        pixels = torch.arange(784).view(28, 28)
+        moves = range(-most, most + 1)
+        self._tables = torch.stack([pixels.roll((a, b), (0, 1)).flatten() for a in moves for b in moves])
+        self._most, self._generator = most, generator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._most == 0:
+            return x
+        if (
+            x.dim() == 4
+        ):  # maps behind the first pooling: one of their pixels is two of the image's, a quarter at a time
+            return torch.cat([part.roll(self._draw(1, 2), (1, 2)) for part in x.chunk(4)])
+        return x.gather(1, self._tables[torch.randint(len(self._tables), (len(x),), generator=self._generator)])
+
+    def _draw(self, most: int, count: int) -> list[int]:
+        return torch.randint(-most, most + 1, (count,), generator=self._generator).tolist()
 
 
 @torch.no_grad()
@@ -110,36 +164,87 @@ def images(folder: str, seed: int) -> tuple[Split, Split, Split]:
     return train, held_out, (mnist.test_x, mnist.test_y)
 
 
-def base(seed: int, train: Split, cache: Path | None) -> nn.Sequential:
+def base(seed: int, epochs: int, train: Split, cache: Path | None) -> nn.Sequential:
     """lenet-5, trained in bfloat16 on images shifted by up to two pixels (the last epoch: not shifted)."""
     torch.manual_seed(seed)
-    model = lenet_5().to(memory_format=torch.channels_last)
-    file = None if cache is None else cache / f"lenet-5-{seed}.pt"
+    model = lenet_5()
+    file = None if cache is None else cache / f"lenet-5-{epochs}-{seed}.pt"
     if file is not None and file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model
     x, y = train
-    steps = len(x) // 100 * BASE_EPOCHS
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    steps = len(y) // 100 * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
     generator = torch.Generator().manual_seed(seed)
-    for epoch in range(BASE_EPOCHS):
+    shifts, still = Shifts(2, generator), Shifts(0, generator)
+    for epoch in range(epochs):
         for index in torch.randperm(len(y), generator=generator).split(100):
             with torch.autocast("cpu", torch.bfloat16):
-                out = model(shifted(x[index], 2 if epoch < BASE_EPOCHS - 1 else 0, generator))
+                out = model((shifts if epoch < epochs - 1 else still)(x[index]))
             optimizer.zero_grad()
             nn.functional.cross_entropy(out.float(), y[index]).backward()
             optimizer.step()
             schedule.step()
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), file)
     return model
 
 
 @torch.no_grad()
 def through(model: nn.Module, x: Tensor) -> Tensor:
-    """What the convolutions make of the images."""
-    return torch.cat([model(part.contiguous()) for part in x.split(1000)])
+    """What the first convolution makes of the images, (images, rows, columns, channels), in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([model(part).permute(0, 2, 3, 1).bfloat16() for part in x.split(1000)])
+
+
+def seen(x: Tensor) -> Tensor:
+    """Images as they are, maps as convolutions take them."""
+    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+
+class Anneal:
+    """The learning rate by progress: ``at`` goes from 0 to 1 over a cycle, and back a bit when units were merged."""
+
+    def __init__(self, stage: Stage, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.stage, self.at = stage, 0.0
+        self._optimizer, self._step, self._merges = optimizer, 1 / (stage.cycle * steps), 0
+
+    def step(self, merges: int) -> None:
+        """After a step; how many units were merged so far."""
+        self.at = self.at + self._step if merges == self._merges else max(0.0, self.at - self.stage.back)
+        self._merges = merges
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.stage.lr * (self.stage.lr_end / self.stage.lr) ** min(1.0, self.at)
+
+
+class Average:
+    """Before every check the weights become their mean over the last steps, and training goes on from there.
+
+    So a check sees about the network that a lower rate would have led to, while the rate stays high.
+    """
+
+    def __init__(self, stage: Stage, model: nn.Module) -> None:
+        self._every, self._window = stage.every, max(1, round(stage.average * stage.every))
+        self._weights = list(model.parameters())
+        self._sums: list[Tensor] = []
+        self._at = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After the optimizer's step, before the method's."""
+        self._at += 1
+        left = (self._every - self._at % self._every) % self._every
+        if self._window == 1 or left >= self._window:
+            return
+        if not self._sums:
+            self._sums = [torch.zeros_like(w) for w in self._weights]
+        torch._foreach_add_(self._sums, self._weights)
+        if not left:
+            torch._foreach_div_(self._sums, self._window)
+            torch._foreach_copy_(self._weights, self._sums)
+            self._sums = []
 
 
 def prune(
@@ -147,87 +252,89 @@ def prune(
     layers: str | None,
     noise: str,
     plan: Plan,
+    stage: Stage,
     seed: int,
     train: Split,
     held: Split,
     verbose: bool,
-    *,
-    before: int,
-    after: int,
-    lr: float,
-    shift: int,
-    half: bool,
-) -> tuple[nn.Module, float, bool]:
-    """Train with NoiseOut: the network, its validation error before the first merge, whether a network met the bar."""
+    half: bool = False,
+) -> tuple[float, bool]:
+    """Train with NoiseOut: the validation error before the first merge, and whether a network met the level."""
     x, y = train
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=stage.lr)
 
     def validation(m: nn.Module) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return error(m, *held)
+            return error(m, seen(held[0]), held[1])
 
     method = NoiseOut(
-        model, optimizer, data=x.split(1000), noise=noise, strength=plan.strength, threshold=plan.bar, mode="min",
-        criterion=plan.criterion, every=plan.every, seed=seed, pace=plan.pace, layers=layers,
-        warmup=before * len(x) // plan.batch // plan.every, evaluate=validation,
+        model, optimizer, data=seen(x[:2000].float()).split(1000), noise=noise, strength=plan.strength,
+        threshold=plan.bar, mode="min", criterion=plan.criterion, every=stage.every, seed=seed, pace=plan.pace,
+        layers=layers, warmup=stage.before * len(x) // stage.batch // stage.every, evaluate=validation,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
+    shifts = Shifts(stage.shift, generator)
+    average = Average(stage, model)
+    torch.manual_seed(seed)  # dropout's numbers do not depend on whether the network was trained or read
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = stage.dropout
+    anneal = Anneal(stage, optimizer, len(y) // stage.batch)
     base_error = validation(model)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
     start = time.perf_counter()
-    for epoch in range(before + after):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (plan.lr_end / lr) ** max(0.0, (epoch - before) / after)
-        for index in torch.randperm(len(y), generator=generator).split(plan.batch):
+    for epoch in range(stage.before + stage.most):
+        for index in torch.randperm(len(y), generator=generator).split(stage.batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                out = model(shifted(x[index], shift, generator))
+                out = model(seen(shifts(x[index])))
             loss = nn.functional.cross_entropy(out.float(), y[index]) + method.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            average.step()
             method.step()
+            if epoch >= stage.before:
+                anneal.step(method.updates)
         method.end_epoch()
-        if epoch == before - 1:
+        if epoch == stage.before - 1:
             base_error = validation(model)
         if verbose:
-            stats = method.stats()
-            print(noise, seed, epoch, stats["units"], stats["score"], f"{time.perf_counter() - start:.0f}s", flush=True)
+            stats, spent = method.stats(), time.perf_counter() - start
+            print(noise, seed, epoch, stats["units"], stats["score"], f"{anneal.at:.2f} {spent:.0f}s", flush=True)
+        if anneal.at >= 1:
+            break
     met = method.stats()["parameters_met"] is not None
-    return method.finalize(), base_error, met
+    method.finalize()
+    if not met:  # no check merged either
+        model.load_state_dict(first)
+    return base_error, met
 
 
-def run(name: str, noise: str, seed: int, plan: Plan, folder: str, cache: Path | None, verbose: bool) -> dict[str, Any]:
+def run(name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
     """One network trained and pruned; what became of it."""
-    train, held, test = images(folder, seed)
+    train, held, test = images(options.data_dir, seed)
     start = time.perf_counter()
     torch.manual_seed(seed)
+    verbose: bool = options.verbose
     if name == "lenet-5":
-        model: nn.Sequential = base(seed, train, cache)
+        model = base(seed, plan.base_epochs, train, options.cache)
         before = sum(p.numel() for p in model.parameters())
-        seen = [(through(model[0], x), y) for x, y in (train, held)]
-        _, base_error, met = prune(
-            model[1], None, noise, plan, seed, seen[0], seen[1], verbose,
-            before=plan.before, after=plan.after, lr=plan.lr, shift=0, half=False,
-        )  # fmt: skip
-        del seen
-        _, _, again = prune(
-            model, "1.0", noise, plan, seed, train, held, verbose,
-            before=0, after=plan.whole, lr=plan.lr / 2, shift=2, half=True,
-        )  # fmt: skip
-        met = met and again
+        maps = [(through(model[0], x), y) for x, y in (train, held)]
+        base_error = error(model, *held)
+        met = False
+        for stage in plan.stages.values():
+            met |= prune(model[1], "5", noise, plan, stage, seed, *maps, verbose, half=True)[1]
     else:
         model = lenet_300_100()
         before = sum(p.numel() for p in model.parameters())
-        _, base_error, met = prune(
-            model, None, noise, plan, seed, train, held, verbose,
-            before=plan.before, after=plan.after, lr=plan.lr, shift=plan.shift, half=False,
-        )  # fmt: skip
+        base_error, met = prune(model, None, noise, plan, plan.stages["all"], seed, train, held, verbose)
     left = sum(p.numel() for p in model.parameters())
     return {
         "seed": seed,
         "met": met,
         "validation_error_before": base_error,
         "validation_error": error(model, *held),
-        "test_error": error(model, *test),
+        "test_error": None if options.trial else error(model, *test),
         "neurons": [m.out_features for m in model.modules() if isinstance(m, nn.Linear)][:-1],
         "parameters": left,
         "removed": 100 * (1 - left / before),
@@ -244,7 +351,7 @@ def table(report: dict[str, Any]) -> str:
     for name, entry in report["networks"].items():
         for noise, runs in entry["results"].items():
             each = ", ".join("/".join(map(str, r["neurons"])) for r in runs)
-            removed, wrong = (sum(r[k] for r in runs) / len(runs) for k in ("removed", "test_error"))
+            removed, wrong = (sum(r[k] or 0 for r in runs) / len(runs) for k in ("removed", "test_error"))
             neurons, paper = PAPER[name][noise]
             lines.append(f"| {name} | {noise} | {each} | {removed:.2f} % | {wrong:.2f} % | {neurons}, {paper:.2f} % |")
     return "\n".join(lines)
@@ -255,9 +362,11 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--network", choices=list(PLANS), action="append")
     parser.add_argument("--noise", choices=NOISES, action="append")
+    parser.add_argument("--first-seed", type=int, default=3, help="0 to 2 were used up by the trials of an older plan")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="a folder for lenet-5's trained convolutions")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the plan")
+    parser.add_argument("--set", action="append", default=[], metavar="[STAGE.]NAME=VALUE", help="change the plan")
+    parser.add_argument("--trial", action="store_true", help="do not look at the test set")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
@@ -265,10 +374,9 @@ def main() -> None:
     report: dict[str, Any] = {"machine": platform.machine(), "torch": torch.__version__, "networks": {}}
     if options.out.exists():
         report = json.loads(options.out.read_text())
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.network or PLANS:
-            changes = dict(pair.split("=", 1) for pair in options.set)
-            plan = Plan(**{k: type(v)(changes.get(k, v)) for k, v in asdict(PLANS[name]).items()})
+            plan = PLANS[name].changed(options.set)
             entry = report["networks"].setdefault(name, {"plan": asdict(plan), "results": {}})
             if entry["plan"] != asdict(plan):
                 parser.error(f"{options.out} has {name} with another plan: {entry['plan']}")
@@ -276,7 +384,7 @@ def main() -> None:
                 runs = entry["results"].setdefault(noise, [])
                 if any(r["seed"] == seed for r in runs):
                     continue
-                runs.append(run(name, noise, seed, plan, options.data_dir, options.cache, options.verbose))
+                runs.append(run(name, noise, seed, plan, options))
                 print(name, noise, json.dumps(runs[-1]), flush=True)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""docs/noiseout.md: its example runs, and its table is that of docs/results/noiseout.json."""
+"""docs/noiseout.md: its example, its table (that of docs/results/noiseout.json), and what the benchmark trains with."""
 
 from __future__ import annotations
 
@@ -56,3 +56,51 @@ def test_the_example_runs() -> None:
     }  # fmt: skip
     exec(code[1], names)
     assert names["model"][0].out_features == 1
+
+
+def test_the_rate_falls_without_merges_and_rises_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark(monkeypatch)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    stage = module.Stage(cycle=2, back=0.25, most=9, lr=1.0, lr_end=0.01)
+    anneal = module.Anneal(stage, optimizer, 2)  # four steps to the end
+    rates = []
+    for merges in (0, 0, 0, 5, 5, 5, 5):
+        anneal.step(merges)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01**at for at in (0.25, 0.5, 0.75, 0.5, 0.75, 1.0, 1.0)])
+    assert anneal.at > 1
+
+
+def test_a_check_sees_the_mean_of_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark(monkeypatch)
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = module.Average(module.Stage(cycle=1, back=0, most=1, lr=1.0, every=4, average=0.5), model)
+    seen = []
+    for value in (1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 8.0, 10.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.step()
+        seen.append(model.weight.item())
+    assert seen == [1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_shifts_move_images_and_maps_by_whole_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark(monkeypatch)
+    image = torch.zeros(28, 28)
+    image[10, 12] = 1
+    moved = module.Shifts(2, torch.Generator().manual_seed(0))(image.view(1, 784).repeat(500, 1)).view(-1, 28, 28)
+    places = {tuple(p) for p in (moved.nonzero()[:, 1:] - torch.tensor([10, 12])).tolist()}
+    assert places == {(a, b) for a in range(-2, 3) for b in range(-2, 3)}
+    maps = torch.zeros(8, 12, 12, 3)
+    maps[:, 6, 5, 1] = 1
+    found = module.Shifts(1, torch.Generator().manual_seed(0))(maps).nonzero()
+    assert len(found) == 8
+    assert bool((found[:, 1:3] - torch.tensor([6, 5])).abs().max() == 1)
+    assert bool((found[:, 3] == 1).all())
+
+
+def test_a_plan_is_changed_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = benchmark(monkeypatch).PLANS["lenet-300-100"]
+    changed = plan.changed(["bar=2.5", "all.most=7"])
+    assert (changed.bar, changed.stages["all"].most) == (2.5, 7)
+    assert changed.changed([f"bar={plan.bar}", f"all.most={plan.stages['all'].most}"]) == plan
