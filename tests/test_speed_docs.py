@@ -37,3 +37,7 @@ def test_a_full_run_of_a_quiet_machine():
     assert not RESULTS["setting"]["cpu_time"]
     assert [bar["name"] for bar in RESULTS["bars"]] == [f"p{i}" for i in range(1, 13)]
     assert RESULTS["others"] < 0.05
+
+
+def test_readme_says_what_was_measured():
+    assert page.headline(RESULTS) in (ROOT / "README.md").read_text()

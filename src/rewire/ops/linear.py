@@ -36,7 +36,7 @@ def _small(x: Tensor) -> bool:
 
 
 #: From so many values on, and for runs of x of at most so many bytes, both gradients are computed one after the other:
-#: writing the values' gradient by column then costs more, memory being asked for a line at a time, than reading x again.
+#: writing the values' gradient by column, a line of memory at a time, then costs more than reading x again.
 _MANY, _SHORT = 1 << 24, 256
 
 

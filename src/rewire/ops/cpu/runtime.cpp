@@ -51,7 +51,8 @@ int64_t cache_bytes() {
 void want_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  if (bytes < static_cast<int64_t>(2 * kPage)) return;
+  // So large that the memory goes back to the system when it is freed: the wish would stay with it otherwise, for others.
+  if (bytes < int64_t{64} << 20) return;
   const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
