@@ -89,9 +89,10 @@ def headline(results: dict[str, Any]) -> str:
     shown = ", ".join(f"{min(o):.0f} to {max(o):.0f} times at {density[:-1]} %" for density, o in over.items())
     breaks = figures["break-even with nn.Linear, contiguous"]
     return (
-        f"Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside `nn.Linear` on the same two cores: {shown}\n"
-        f"of the connections; both take equally long at {breaks:.0f} %. Every bar, layer and way to compute it, as measured, "
-        "misses included:\n[docs/speed.md](docs/speed.md)."
+        "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside `nn.Linear` on the same two\n"
+        f"cores: {shown} of the connections; both take equally long\n"
+        f"at {breaks:.0f} %. Every bar, layer and way to compute it as measured, misses included: "
+        "[docs/speed.md](docs/speed.md)."
     )
 
 
