@@ -140,6 +140,12 @@ def close(y, expected, tolerance=1e-2):
         assert error.abs().max() <= tolerance * expected.abs().max()
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit, the sign bits of zeros too, in which the signs of new connections are kept."""
+    bits = (torch.signbit(t) if t.is_floating_point() else t for t in (a, b))
+    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(*bits)
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))  # the rewire of this process, wherever it is
     return subprocess.run(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from problems import same
 
 from rewire import _native, topology
 from rewire.nn import SparseWeight
@@ -41,12 +41,6 @@ def regrown(native: bool, monkeypatch: pytest.MonkeyPatch, parts, shape, slots, 
         except TopologyError as error:
             outcome = str(error)
     return outcome, (values, signs, rows, cols, *index)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    # The sign bits too: in those of zeros the signs of new connections are kept.
-    bits = (torch.signbit(t) if t.is_floating_point() else t for t in (a, b))
-    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(*bits)
 
 
 @needs_native

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import check_candidates, check_merges
-from problems import run_python
-from torch import Tensor
+from problems import run_python, same
 
 from rewire import _native
 from rewire.nn import SparseWeight
@@ -55,12 +54,6 @@ def in_parts(parts, shape, noise: float, at: dict[str, int], fixed: bool):
         regrow_(values, signs, rows, cols, index, slots, fixed=fixed, **at, **STREAMS)
         gradient[slots] = 0
     return slots, values, signs, rows, cols, gradient, *index
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    # The sign bits too: in those of zeros the signs of new connections are kept.
-    bits = (torch.signbit(t) if t.is_floating_point() else t for t in (a, b))
-    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(*bits)
 
 
 @needs_native

@@ -288,8 +288,8 @@ class SparseWeight(nn.Module):
         """
         if self.limits is not None:
             raise ValueError(f"walk draws from all dormant connections, and this weight is limited to {self.limits}")
-        values, b, index = self.values, self._buffers, self.index
-        slots = walk_and_regrow_(values, signs, b["rows"], b["cols"], index, values.grad, shrink, noise, **drawn)  # type: ignore[arg-type]
+        values, b = self.values, self._buffers
+        slots = walk_and_regrow_(values, signs, b["rows"], b["cols"], self.index, values.grad, shrink, noise, **drawn)  # type: ignore[arg-type]
         if slots.numel():
             self._changed(Event(self, slots), cleared=True)
         else:
