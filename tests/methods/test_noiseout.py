@@ -242,10 +242,10 @@ def test_between_merges_rows_are_deleted_and_nothing_else() -> None:
     dependent(model[0], 4, 5, -1.0, 0.5)
     x = torch.randn(50, 4, dtype=torch.float64)
     made = method(model, x, layers="0,1")
-    moments = made._measure()
+    moments = made._measure(made._names)
     assert made._merge(moments)
     assert made._merge(moments)
-    for name, fresh in made._measure().items():
+    for name, fresh in made._measure(made._names).items():
         assert torch.equal(fresh.units, moments[name].units)
         torch.testing.assert_close(fresh._second[0], moments[name]._second[0], rtol=1e-9, atol=1e-9)
 
@@ -377,6 +377,65 @@ def test_the_last_network_that_met_the_threshold_comes_back() -> None:
     assert made.finalize() is final  # and again: nothing more happens
 
 
+@pytest.mark.parametrize("pace", [0.0, 0.9])
+def test_a_merge_that_is_undone_leaves_no_trace(pace: float) -> None:
+    """Undoing gives the bits of a run that was told to stop in time: network, optimizer, noise outputs, and counts."""
+
+    def train(steps: int, **options: Any) -> tuple[nn.Module, Any, NoiseOut]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+        x = torch.randn(40, 6)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        made = NoiseOut(
+            model, optimizer, data=[x], threshold=4.0, mode="min", seed=1, evaluate=lambda m: 9.0 - m[0].out_features,
+            every=3, **options,
+        )  # fmt: skip
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(x).square().sum() + made.penalty()).backward()
+            optimizer.step()
+            made.step()
+        return model, optimizer, made
+
+    model, optimizer, made = train(4, overshoot="undo", pace=pace)  # a check, and a step behind it
+    assert model[0].out_features == 5
+    twin, other, told = train(4, at_once=4)
+    assert {k: made.stats()[k] for k in ("units", "merged", "updates", "score")} == {
+        k: told.stats()[k] for k in ("units", "merged", "updates", "score")
+    }
+    assert made._outputs is not None
+    assert told._outputs is not None
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name, value in optimizer.state[a].items():
+            assert torch.equal(value, other.state[b][name])
+    for a, b in zip(made._outputs.layer.parameters(), told._outputs.layer.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(made._outputs.own.state[a]["exp_avg"], told._outputs.own.state[b]["exp_avg"])
+    assert torch.equal(made.finalize()[0].weight, told.finalize()[0].weight)
+
+
+def test_what_one_layer_cannot_spare_others_may() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    seen: list[tuple[int, int]] = []
+
+    def cost(m: nn.Module) -> float:
+        units = (m[0].out_features, m[2].out_features)
+        seen.append(units)
+        return float(units[0] < 6 or units[1] < 3)
+
+    made = method(model, torch.randn(40, 6), threshold=0.5, mode="min", overshoot="undo", criterion="damage")
+    made.end_epoch(cost)
+    assert made.stats()["units"] == {"0": 6, "2": 3}
+    assert made.stats()["merged"] == {"0": 2, "2": 5}
+    assert made.stats()["score"] == 0.0
+    assert {(5, n) for n in range(9)} & set(seen)  # both were tried beyond what they could spare
+    assert {(n, 2) for n in range(9)} & set(seen)
+    with torch.no_grad():
+        assert model(torch.randn(4, 6)).shape == (4, 3)
+
+
 def test_without_a_threshold_the_first_score_less_the_slack_is_it() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     made = method(model, torch.randn(40, 6), slack=0.25, at_once=2)
@@ -394,6 +453,7 @@ def test_without_a_threshold_the_first_score_less_the_slack_is_it() -> None:
         ({"noise": "binomial", "mean": 1.5}, "mean must be a finite number between 0 and 1"),
         ({"mode": "least"}, "mode must be one of 'max', 'min'"),
         ({"criterion": "l1"}, "criterion must be"),
+        ({"overshoot": "keep"}, "overshoot must be one of 'train', 'undo'"),
         ({"every": 0}, "every must be"),
         ({"every": 5}, "give evaluate="),
         ({"samples": 0}, "samples must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -134,9 +135,10 @@ class NoiseOutputs:
         apply_cuts(self.layer, {"weight": {1: keep.nonzero().flatten()}}, [self.layer], [self.own])
 
     def state(self) -> dict[str, Any]:
-        """Weights and optimizer, tensors and numbers."""
+        """Copies of weights and optimizer, tensors and numbers."""
         weight, bias = self.layer.weight.detach().clone(), self.layer.bias.detach().clone()
-        return {"weight": weight, "bias": bias, "optimizer": [self.own.state_dict()["state"].get(i) for i in range(2)]}
+        kept = copy.deepcopy(self.own.state_dict()["state"])
+        return {"weight": weight, "bias": bias, "optimizer": [kept.get(i) for i in range(2)]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore `state`'s result, whatever the number of inputs was."""

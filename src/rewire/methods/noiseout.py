@@ -43,11 +43,12 @@ class NoiseOut(Method):
         merge   the pair of one layer with the largest |rho|: w_v += alpha w_u, b += beta w_u, unit u removed
         score   the network again, and remember it if it meets the threshold
 
-    A merge that breaks the threshold stays: training has to bring the score back before the next one. `finalize`
-    returns the last network that met it, whatever became of later ones. rho is the correlation of post-activation
-    outputs where they are read (behind BatchNorm, activation and pooling), alpha and beta the least-squares fit, and
-    u the member of the pair whose loss hurts less, |w_u|^2 Var(h_u). In between, `penalty` trains noise outputs, extra
-    outputs of the last layer with random targets: where these can only be met by a constant, units become dependent.
+    A merge that breaks the threshold stays, unless ``overshoot`` says otherwise: training has to bring the score back
+    before the next one. `finalize` returns the last network that met it, whatever became of later ones. rho is the
+    correlation of post-activation outputs where they are read (behind BatchNorm, activation and pooling), alpha and
+    beta the least-squares fit, and u the member of the pair whose loss hurts less, |w_u|^2 Var(h_u). In between,
+    `penalty` trains noise outputs, extra outputs of the last layer with random targets: where these can only be met by
+    a constant, units become dependent.
 
     Layers: nn.Linear, convolutions, and nn.LSTM, nn.GRU, nn.RNN of one layer and direction. A convolution that pads
     with zeros, a layer without bias (or BatchNorm behind it) and a recurrent layer's first state take no constant, so
@@ -72,13 +73,18 @@ class NoiseOut(Method):
             neither this nor ``threshold`` or ``every`` is given.
         pace: share of the remaining units that is merged between two scores; 0 scores after every merge.
         at_once: merges per check at most; none is as many as the threshold allows.
+        overshoot: what becomes of merges that break the threshold. "train": they stay, and training brings the score
+            back or not; the way to few units, each of which is missed at first. "undo": they are taken back at once,
+            half as many are tried, and at last pairs of the other layers, until each layer's next merge would break
+            the threshold; so training only ever sees networks that met it.
         samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
 
     ``data`` is what correlations are taken over; it must give the same batches each time. ``evaluate`` (model -> score)
     is asked at checks between epochs, and at the end of epochs where `end_epoch` is not given one.
 
     Cost: a check passes over the samples once, O(units^2) per position, and one evaluation and a copy of the model
-    and its optimizer state per merge; layers between checks cost nothing beyond the noise outputs.
+    and its optimizer state per merge; another pass for each that is undone. Between checks nothing costs beyond the
+    noise outputs.
     """
 
     starts_dense: ClassVar[bool] = True
@@ -110,6 +116,7 @@ class NoiseOut(Method):
         warmup: int = 0,
         pace: float = 0.0,
         at_once: int | None = None,
+        overshoot: Literal["train", "undo"] = "train",
         samples: int | None = 2000,
         seed: int | None = None,
     ) -> None:
@@ -117,6 +124,7 @@ class NoiseOut(Method):
             ("noise", noise, get_args(Targets)),
             ("mode", mode, ("max", "min")),
             ("criterion", criterion, ("correlation", "damage")),
+            ("overshoot", overshoot, ("train", "undo")),
         ]:
             choice(name, given, allowed)
         for name, count in [("outputs", outputs), ("at_once", at_once), ("samples", samples)]:
@@ -146,7 +154,7 @@ class NoiseOut(Method):
         super().__init__(model, optimizer, seed=seed)
         self.noise, self.strength, self.mode, self.criterion = noise, strength, mode, criterion
         self.threshold, self.slack, self.every, self.warmup = threshold, slack, every, warmup
-        self.pace, self.at_once = pace, at_once
+        self.pace, self.at_once, self.overshoot = pace, at_once, overshoot
         self._graph, self._names, self._refused = graph, chosen, refused
         self._shape_options = {"outputs": outputs, "mean": mean, "deviation": deviation}
         self._merged = dict.fromkeys(chosen, 0)
@@ -237,33 +245,55 @@ class NoiseOut(Method):
         if not self._meets(score):
             return
         self._best = Snapshot.of(self.model, self.optimizers)
-        moments = self._measure()
+        moments = self._measure(self._names)
         left = sum(len(m.units) for m in moments.values()) if self.at_once is None else self.at_once
+        limit = left
         while left > 0:
-            wanted = min(left, max(1, int(self.pace * sum(len(m.units) for m in moments.values()))))
-            done = 0
-            while done < wanted and self._merge(moments):
-                done += 1
-            if not done or not self._meets(self._scored(evaluate)):
+            wanted = min(left, limit, max(1, int(self.pace * sum(len(m.units) for m in moments.values()))))
+            before = self._outputs.state() if self._outputs is not None and self.overshoot == "undo" else None
+            done: list[str] = []
+            while len(done) < wanted and (name := self._merge(moments)):
+                done.append(name)
+            if not done:
                 return
-            self._best = Snapshot.of(self.model, self.optimizers)
-            left -= done
+            reached = self._scored(evaluate)
+            if self._meets(reached):
+                self._best = Snapshot.of(self.model, self.optimizers)
+                score, left = reached, left - len(done)
+            elif self.overshoot == "train":
+                return
+            else:
+                self._undo(done, before, score)
+                limit = max(1, len(done) // 2)
+                moments = self._measure(moments.keys() - (set(done) if len(done) == 1 else set()))
 
-    def _measure(self) -> dict[str, UnitMoments]:
-        return measure(self._graph, self._names, self._batches())
+    def _undo(self, merged: Iterable[str], outputs: dict[str, Any] | None, score: float) -> None:
+        """Go back to the last network that met the threshold, before these merges, with its noise outputs and score."""
+        assert self._best is not None
+        self._best.restore(self.model, self.optimizers)
+        self._graph = UnitGraph(self.model, self._example)
+        if self._outputs is not None and outputs is not None:
+            self._outputs.load(outputs)
+        for name in merged:
+            self._merged[name] -= 1
+            self.updates -= 1
+        self._score = score
 
-    def _merge(self, moments: Mapping[str, UnitMoments]) -> bool:
-        """The next merge over all layers; False if no pair is left."""
+    def _measure(self, names: Iterable[str]) -> dict[str, UnitMoments]:
+        return measure(self._graph, [name for name in self._names if name in names], self._batches())
+
+    def _merge(self, moments: Mapping[str, UnitMoments]) -> str | None:
+        """Carry out the next merge over all layers and name its layer; None if no pair is left."""
         best_of = (m.best(self.criterion) for m in moments.values() if len(m.units) > m.group.least)
         found = [merge for merge in best_of if merge is not None]
         if not found:
-            return False
+            return None
         if self.criterion == "damage":
             best = min(found, key=lambda merge: merge.damage / self._graph.parameters(moments[merge.name].group))
         else:
             best = max(found, key=lambda merge: merge.correlation)
         self._carry_out(moments[best.name], best)
-        return True
+        return best.name
 
     def _carry_out(self, moments: UnitMoments, merge: Merge) -> None:
         graph, group = self._graph, moments.group
@@ -288,7 +318,8 @@ class NoiseOut(Method):
         return {
             "noise": self.noise, "strength": self.strength, **self._shape_options, "mode": self.mode,
             "slack": self.slack, "layers": self._layers, "criterion": self.criterion, "every": self.every,
-            "warmup": self.warmup, "pace": self.pace, "at_once": self.at_once, "samples": self._samples,
+            "warmup": self.warmup, "pace": self.pace, "at_once": self.at_once, "overshoot": self.overshoot,
+            "samples": self._samples,
         }  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
