@@ -64,6 +64,7 @@ class Stage:
     shift: int = 0
     average: float = 0.5
     dropout: float = 0.0
+    overshoot: str = "train"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,13 @@ class Plan:
 
 
 PLANS = {
-    "lenet-300-100": Plan(bar=3.05, stages={"all": Stage(cycle=25, back=0.05, most=60, lr=4e-3, before=3, shift=1)}),
+    "lenet-300-100": Plan(
+        bar=3.05,
+        stages={
+            "all": Stage(cycle=100, back=0.05, most=400, lr=4e-3, before=3, shift=1),
+            "trim": Stage(cycle=20, back=0.0, most=20, lr=1e-3, shift=1, overshoot="undo"),
+        },
+    ),
     "lenet-5": Plan(
         bar=0.95,
         pace=0.1,
@@ -271,6 +278,7 @@ def prune(
         model, optimizer, data=seen(x[:2000].float()).split(1000), noise=noise, strength=plan.strength,
         threshold=plan.bar, mode="min", criterion=plan.criterion, every=stage.every, seed=seed, pace=plan.pace,
         layers=layers, warmup=stage.before * len(x) // stage.batch // stage.every, evaluate=validation,
+        overshoot=stage.overshoot,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     shifts = Shifts(stage.shift, generator)
@@ -327,7 +335,10 @@ def run(name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespac
     else:
         model = lenet_300_100()
         before = sum(p.numel() for p in model.parameters())
-        base_error, met = prune(model, None, noise, plan, plan.stages["all"], seed, train, held, verbose)
+        first, *rest = plan.stages.values()
+        base_error, met = prune(model, None, noise, plan, first, seed, train, held, verbose)
+        for stage in rest:
+            met |= prune(model, None, noise, plan, stage, seed, train, held, verbose)[1]
     left = sum(p.numel() for p in model.parameters())
     return {
         "seed": seed,
