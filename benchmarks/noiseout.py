@@ -40,6 +40,7 @@ PAPER: dict[str, dict[str, tuple[str, float]]] = {
     },
     "lenet-5": {"none": ("313", 38.21), "gaussian": ("3", 97.75), "constant": ("33", 91.99), "binomial": ("26", 93.34)},
 }  # fmt: skip
+PAPER["lenet-5, channels too"] = PAPER["lenet-5"]
 VALIDATION = 10_000
 
 
@@ -77,6 +78,7 @@ class Plan:
     criterion: str = "damage"
     pace: float = 0.02
     base_epochs: int = 0
+    layers: str = "*"
 
     def changed(self, pairs: Iterable[str]) -> Plan:
         """With NAME=VALUE for the plan's own fields and STAGE.NAME=VALUE for a stage's."""
@@ -105,12 +107,14 @@ PLANS = {
         bar=0.95,
         pace=0.1,
         base_epochs=12,
+        layers="5",
         stages={
             "still": Stage(cycle=5, back=0.4, most=16, lr=2e-3, batch=100, every=250, dropout=0.3),
-            "moved": Stage(cycle=8, back=0.3, most=14, lr=2e-3, batch=100, every=250, dropout=0.1, shift=1),
+            "moved": Stage(cycle=30, back=0.3, most=120, lr=2e-3, batch=100, every=250, dropout=0.1, shift=1),
         },
     ),
 }
+PLANS["lenet-5, channels too"] = replace(PLANS["lenet-5"], layers="0,5")
 
 
 def lenet_300_100() -> nn.Sequential:
@@ -150,11 +154,12 @@ class Shifts:
 
 
 @torch.no_grad()
-def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def error(model: nn.Sequential, x: Tensor, y: Tensor, half: bool = False) -> float:
     """Percent of images that are classified wrongly."""
     training = model.training
     model.eval()
-    wrong = sum(int((model(a).argmax(1) != b).sum()) for a, b in zip(x.split(2000), y.split(2000), strict=True))
+    parts = zip(x.split(2000), y.split(2000), strict=True)
+    wrong = sum(int((outputs(model, a, half).argmax(1) != b).sum()) for a, b in parts)
     model.train(training)
     return 100 * wrong / len(y)
 
@@ -254,9 +259,17 @@ class Average:
             self._sums = []
 
 
+def outputs(model: nn.Sequential, x: Tensor, half: bool) -> Tensor:
+    """What the network says of images or maps; with ``half`` all before the dense layers is done in bfloat16."""
+    if not half:
+        return model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model[:5](x)
+    return model[5:](x.float())
+
+
 def prune(
-    model: nn.Module,
-    layers: str | None,
+    model: nn.Sequential,
     noise: str,
     plan: Plan,
     stage: Stage,
@@ -270,14 +283,13 @@ def prune(
     x, y = train
     optimizer = torch.optim.Adam(model.parameters(), lr=stage.lr)
 
-    def validation(m: nn.Module) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return error(m, seen(held[0]), held[1])
+    def validation(m: nn.Sequential) -> float:
+        return error(m, seen(held[0]), held[1], half)
 
     method = NoiseOut(
         model, optimizer, data=seen(x[:2000].float()).split(1000), noise=noise, strength=plan.strength,
         threshold=plan.bar, mode="min", criterion=plan.criterion, every=stage.every, seed=seed, pace=plan.pace,
-        layers=layers, warmup=stage.before * len(x) // stage.batch // stage.every, evaluate=validation,
+        layers=plan.layers, warmup=stage.before * len(x) // stage.batch // stage.every, evaluate=validation,
         overshoot=stage.overshoot,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
@@ -293,9 +305,8 @@ def prune(
     start = time.perf_counter()
     for epoch in range(stage.before + stage.most):
         for index in torch.randperm(len(y), generator=generator).split(stage.batch):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                out = model(seen(shifts(x[index])))
-            loss = nn.functional.cross_entropy(out.float(), y[index]) + method.penalty()
+            out = outputs(model, seen(shifts(x[index])), half)
+            loss = nn.functional.cross_entropy(out, y[index]) + method.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -324,21 +335,21 @@ def run(name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespac
     start = time.perf_counter()
     torch.manual_seed(seed)
     verbose: bool = options.verbose
-    if name == "lenet-5":
+    if name.startswith("lenet-5"):
         model = base(seed, plan.base_epochs, train, options.cache)
         before = sum(p.numel() for p in model.parameters())
         maps = [(through(model[0], x), y) for x, y in (train, held)]
         base_error = error(model, *held)
         met = False
         for stage in plan.stages.values():
-            met |= prune(model[1], "5", noise, plan, stage, seed, *maps, verbose, half=True)[1]
+            met |= prune(model[1], noise, plan, stage, seed, *maps, verbose, half=True)[1]
     else:
         model = lenet_300_100()
         before = sum(p.numel() for p in model.parameters())
         first, *rest = plan.stages.values()
-        base_error, met = prune(model, None, noise, plan, first, seed, train, held, verbose)
+        base_error, met = prune(model, noise, plan, first, seed, train, held, verbose)
         for stage in rest:
-            met |= prune(model, None, noise, plan, stage, seed, train, held, verbose)[1]
+            met |= prune(model, noise, plan, stage, seed, train, held, verbose)[1]
     left = sum(p.numel() for p in model.parameters())
     return {
         "seed": seed,
@@ -347,6 +358,7 @@ def run(name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespac
         "validation_error": error(model, *held),
         "test_error": None if options.trial else error(model, *test),
         "neurons": [m.out_features for m in model.modules() if isinstance(m, nn.Linear)][:-1],
+        "channels": [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)],
         "parameters": left,
         "removed": 100 * (1 - left / before),
         "seconds": time.perf_counter() - start,

@@ -380,6 +380,23 @@ def test_in_rows_of_full_rows_and_of_nothing() -> None:
     assert topology.sample_dormant_in_rows(index, 3, 2, *pool([], torch.int64), 0, 0, 0).shape == (0,)
 
 
+def test_filling_rows_is_uniform_over_what_is_free() -> None:
+    """Row 0 has one connection and draws 2 of the 4 other columns, row 1 none of 5, row 2 all that are left."""
+    rows, cols = torch.tensor([2, 0, 2, 1]), torch.tensor([4, 1, 0, 3])
+    need = torch.tensor([2, 0, 3, 1])
+    seen: Counter[tuple[int, ...]] = Counter()
+    for step in range(2000):
+        new_rows, new_cols = topology.sample_in_rows(rows, cols, 4, 5, need, 5, step, 1)
+        assert new_rows.tolist() == [0, 0, 2, 2, 2, 3]
+        assert sorted(new_cols[2:5].tolist()) == [1, 2, 3]
+        seen[(*sorted(new_cols[:2].tolist()), int(new_cols[5]))] += 1
+    pairs = list(itertools.combinations((0, 2, 3, 4), 2))
+    assert set(seen) == {(*pair, c) for pair in pairs for c in range(5)}
+    assert stats.chisquare(list(seen.values())).pvalue > 1e-4
+    with pytest.raises(topology.TopologyError, match="row 2 has 3 columns left, not 4"):
+        topology.sample_in_rows(rows, cols, 4, 5, torch.tensor([0, 0, 4, 0]), 5, 0, 1)
+
+
 # --- large matrices --------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "sample",
     "sample_dormant",
     "sample_dormant_in_rows",
+    "sample_in_rows",
 ]
 
 
@@ -371,6 +372,28 @@ def sample_dormant_in_rows(
     origin = (first[run] + rank - dormant[run])[again]
     col[again] = dropped_cols.long()[origin]
     return col
+
+
+def sample_in_rows(
+    rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, need: Tensor, seed: int, step: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    """``need[r]`` (int64) uniformly random columns in every row r, distinct and not among those of ``rows, cols``.
+
+    rows, cols: int64, ascending by row in the result. Raises `TopologyError` where a row has not as many left.
+    O(n + sum(need) + n_rows + n_cols).
+    """
+    index = build_index(rows, cols, n_rows, n_cols)
+    free = n_cols - (index.row_ptr[1:] - index.row_ptr[:-1]).long()
+    if bool((need > free).any()):
+        row = int((need > free).nonzero()[0].item())
+        raise TopologyError(f"row {row} has {int(free[row])} columns left, not {int(need[row])}: ask for fewer")
+    new = torch.repeat_interleave(torch.arange(n_rows, device=need.device), need)
+    first = torch.cumsum(need, 0) - need
+    # Taking the first ones free and exchanging them at once makes all the free ones candidates, and no others.
+    nth = torch.arange(new.numel(), device=need.device) - first[new]
+    ahead = _nth_dormant_col(index, new, nth)
+    filled = build_index(torch.cat([rows, new]), torch.cat([cols, ahead]), n_rows, n_cols)
+    return new, sample_dormant_in_rows(filled, n_rows, n_cols, new, ahead, seed, step, stream)
 
 
 def _runs(sorted_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "mest": [{"every": 1}, {"every": 1, "soft": True, "milestones": (1, 2)}],
     "rigl": [{"every": 2}, {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7}],
     "snfs": [{"window": 2}, {"every": 3, "candidates": 6}, {"exact": True, "until": 2}],
-    "srigl": [{"every": 2, "fraction": 0.5}],
+    "srigl": [{"every": 2, "fraction": 0.5}, {"every": 3, "gamma": 0.6, "candidates": 7}],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
     "top-kast": [{"every": 3, "explore": 0.5}, {"every": 2, "l2": 0.01, "until": 6}],
     "snip": [{"density": 0.1}, {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"}],

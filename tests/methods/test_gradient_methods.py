@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_rigl import batches, dense_gradients, keys
 from torch import nn
 
-from rewire import methods, schedules
+from rewire import methods, schedules, topology
 from rewire.methods import DSR, MEST, SNFS, SRigL, itop
 from rewire.methods.mest import Margin
 from rewire.methods.redistribute import spread
@@ -295,6 +295,42 @@ def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_th
     assert live_fan_in(layer.weight) == {40 // 6}
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("candidates", [1, 20])
+def test_fan_in_is_constant_with_candidates_too(layer: str, candidates: int) -> None:
+    run = Run(("srigl", {"every": 1, "fraction": 0.5, "candidates": candidates}), layer, "adam")
+    for _ in range(10):
+        run.step()
+        for handle in run.weights().values():
+            assert len(live_fan_in(handle)) == 1
+    assert run.method.updates == 10
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.9])
+def test_all_positions_as_candidates_are_the_exact_choice(gamma: float) -> None:
+    """Candidates go another way (autograd through a larger pool) than the captured step: both choose the same."""
+
+    def train(candidates: int | None) -> tuple[SparseLinear, SRigL]:
+        g = torch.Generator().manual_seed(3)
+        layer = SparseLinear(30, 12, connections=90, generator=g, dtype=torch.float64)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
+        method = SRigL(layer, optimizer, every=2, fraction=0.4, gamma=gamma, candidates=candidates, seed=1)
+        for _ in range(20):
+            optimizer.zero_grad()
+            layer(torch.randn(16, 30, generator=g, dtype=torch.float64)).pow(2).sub(1).square().mean().backward()
+            optimizer.step()
+            method.step()
+        return layer, method
+
+    (exact, one), (sampled, other) = train(None), train(30 * 12)
+    assert one.updates == other.updates == 10
+    assert one.stats()["grown"]["weight"] > 50
+    assert topology.fingerprint(exact.weight.rows, exact.weight.cols) == topology.fingerprint(
+        sampled.weight.rows, sampled.weight.cols
+    )
+    torch.testing.assert_close(exact.weight.to_dense(), sampled.weight.to_dense(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "window"),
     [({}, 10), ({"every": 3}, 3), ({"every": 30}, 10), ({"every": 30, "window": 20}, 20), ({"window": 4}, 4)],
@@ -321,6 +357,7 @@ def test_the_window_fits_between_updates_by_itself(options: dict[str, int], wind
         (lambda m, o: DSR(m, o, threshold=0.0), "threshold must be"),
         (lambda m, o: DSR(m, o, tolerance=-1), "tolerance must be"),
         (lambda m, o: SRigL(m, o, gamma=2.0), "gamma must be"),
+        (lambda m, o: SRigL(m, o, candidates=0), "candidates must be"),
         (lambda m, o: methods.RigL(m, o, steps=0), "steps must be"),
         (lambda m, o: methods.RigL(m, o, regrown="old"), "regrown must be"),
         (lambda m, o: methods.ITOP(m, o, grow="all"), "grow must be"),

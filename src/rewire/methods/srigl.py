@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire import random, topology
+from rewire import topology
+from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Pool, Purpose
 from rewire.methods.drop import Magnitude
+from rewire.methods.gradients import CandidateCount, best_candidates
 from rewire.methods.grow import Gradient
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.rigl import decay, share_of
-from rewire.methods.topk import TILE_ELEMENTS, Gradients, gradient_block, top
+from rewire.methods.topk import TILE_ELEMENTS, Gradients, top
 from rewire.schedules import Schedule, within
 
 __all__ = ["SRigL"]
@@ -50,10 +52,13 @@ class SRigL(Rewirer):
         gamma: share of the fan-in that must be salient; 0 turns ablation off (but for neurons with nothing salient).
         every: steps between updates (Delta T).
         until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are known.
+        candidates: "auto", None (exact) or a number of random dormant positions to look at, see
+            `rewire.methods.grow.Gradient`. Besides them what is dropped is looked at; a neuron that has too few of them
+            grows uniformly random connections for the rest.
         steps: of the whole training; `rewire train` gives it.
 
-    Gradients are exact, so compiled layers cannot be trained with it. That ablated neurons may return is recalled, not
-    read. Cost: O(M samples) time per update, O(K) memory besides the step's activations.
+    That ablated neurons may return is recalled, not read. Cost: exact O(M samples) time per update and O(K) memory
+    besides the step's activations; sampled O(K samples), and O(K log K) to rank.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class SRigL(Rewirer):
         gamma: float = 0.3,
         every: int = 100,
         until: int | None = None,
+        candidates: CandidateCount = "auto",
         steps: int | None = None,
         seed: int | None = None,
     ) -> None:
@@ -74,7 +80,7 @@ class SRigL(Rewirer):
             model,
             optimizer,
             drop=Magnitude(),
-            grow=Gradient(None),
+            grow=Gradient(candidates),
             fraction=decay(fraction, until),
             every=every,
             until=until,
@@ -90,38 +96,32 @@ class SRigL(Rewirer):
         fan_in = weight.fan_in()
         if fan_in[fan_in > 0].unique().numel() <= 1:
             return
-        n_rows, n_cols = weight.matrix_shape
-        k = max(1, weight.connections // n_rows)
+        k = max(1, weight.connections // weight.matrix_shape[0])
         live = torch.zeros_like(fan_in, dtype=torch.bool)
         live[torch.sort(-fan_in, stable=True).indices[: weight.connections]] = True
-        slots = weight.active()
-        gone = slots[~largest_in_rows(pool, slots, torch.ones_like(slots, dtype=torch.bool), live, k)]
-        need = (live * (k - fan_in)).clamp(min=0)
-        dormant_before = torch.arange(n_rows, device=need.device) * n_cols - weight.index.row_ptr[:-1].long()
-        stream, ranks = pool.stream(Purpose.GROW), []
-        for row in need.nonzero().flatten().tolist():
-            free = n_cols - int(fan_in[row].item())
-            drawn = random.distinct(int(need[row].item()), free, self.seed, 0, stream, offset=row << 32)
-            ranks.append(drawn.to(need.device) + dormant_before[row])
-        rank = torch.cat(ranks) if ranks else need[:0]
-        none = rank[:0]
-        rows, cols = topology.candidates(weight.index, n_rows, n_cols, rank, none, none)
-        values = weight.values[gone][: rank.numel()].clone()
+        slots, quota = weight.active(), live * k
+        active, magnitudes = weight.rows[slots].long(), weight.values[slots].abs()
+        gone = slots[~largest_in_rows(active, magnitudes, quota)]
+        need = (quota - fan_in).clamp(min=0)
+        rows, cols = topology.sample_in_rows(
+            active, weight.cols[slots].long(), *weight.matrix_shape, need, self.seed, 0, pool.stream(Purpose.GROW)
+        )
+        values = weight.values[gone][: rows.numel()].clone()
         self._exchange(pool, gone, rows, cols, values)
         self._dropped[pool.name] = self._grown[pool.name] = 0  # this is where training starts
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         for pool in pools:
             if pool.weight.connections < pool.weight.size:  # a full pool could only grow what it dropped
-                self._restructure(pool, fraction)
+                self._restructure(pool, fraction, time)
 
-    def _restructure(self, pool: Pool, fraction: float) -> None:
+    def _restructure(self, pool: Pool, fraction: float, time: int) -> None:
         weight = pool.weight
         n_rows, n_cols = weight.matrix_shape
         fan_in = weight.fan_in()
         dropped = self.drop(pool, fraction)
-        scores = Gradients(pool)
-        grown, _, _ = top(scores.block, pool, dropped, dropped.numel(), at=scores.at, absolute=True)
+        growth = _Exact(pool) if weight.candidates is None else _Sampled(pool, self.seed, time)
+        grown = growth.strongest(dropped)
         lost = weight.rows[dropped].long()
         salient = fan_in - torch.bincount(lost, minlength=n_rows) + torch.bincount(grown, minlength=n_rows)
         bar = max(1.0, self.gamma * float(fan_in.max().item()))
@@ -136,16 +136,37 @@ class SRigL(Rewirer):
         slots = weight.active()
         survives = torch.ones(weight.capacity, dtype=torch.bool, device=weight.device)
         survives[dropped] = False
-        keep = largest_in_rows(pool, slots, survives[slots], live, k)
-        kept = slots[keep]
+        magnitudes = torch.where(survives[slots], weight.values[slots].abs(), -1.0)
+        keep = largest_in_rows(weight.rows[slots].long(), magnitudes, live * k)
+        kept, gone = slots[keep], slots[~keep]
         need = live * k - torch.bincount(weight.rows[kept].long(), minlength=n_rows)
-        rows, cols = self._best_in_rows(pool, kept, need)
-        gone = slots[~keep]
-        self._exchange(pool, gone, rows, cols)
+        self._exchange(pool, gone, *growth.in_rows(kept, gone, need))
 
-    def _best_in_rows(self, pool: Pool, kept: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"gamma": self.gamma}
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"budgets": dict(self._budgets)}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        budgets = {name: int(state["budgets"][name]) for name in self._budgets}
+        super()._load_state(state)
+        self._budgets = budgets
+
+
+class _Exact:
+    """Growth by the gradients of all positions, in tiles of rows."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self._scores = pool, Gradients(pool)
+
+    def strongest(self, dropped: Tensor) -> Tensor:
+        """The rows of as many positions as are dropped, those of largest gradient magnitude that are not kept."""
+        return top(self._scores.block, self._pool, dropped, dropped.numel(), at=self._scores.at, absolute=True)[0]
+
+    def in_rows(self, kept: Tensor, gone: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
         """The ``need[r]`` positions of largest gradient magnitude in each row r that are not ``kept`` (slots)."""
-        weight, block = pool.weight, gradient_block(pool)
+        weight, block = self._pool.weight, self._scores.block
         n_rows, n_cols = weight.matrix_shape
         row, col = weight.rows[kept].long(), weight.cols[kept].long()
         found_rows, found_cols = [row[:0]], [row[:0]]
@@ -165,26 +186,45 @@ class SRigL(Rewirer):
             found_cols.append(best[taken])
         return torch.cat(found_rows), torch.cat(found_cols)
 
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"gamma": self.gamma}
 
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"budgets": dict(self._budgets)}
+class _Sampled:
+    """Growth by the gradients of candidates and of what is dropped, of all of which there are O(K)."""
 
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        budgets = {name: int(state["budgets"][name]) for name in self._budgets}
-        super()._load_state(state)
-        self._budgets = budgets
+    def __init__(self, pool: Pool, seed: int, step: int) -> None:
+        assert pool.weight.candidates is not None
+        self._pool, self._seed, self._step = pool, seed, step
+        own, new = pool.weight.candidates.gradients()
+        both = sum_over_ranks(pool.weight, torch.cat([own, new]))
+        self._own, self._new = both.split([own.numel(), new.numel()])
+
+    def strongest(self, dropped: Tensor) -> Tensor:
+        """As `_Exact.strongest`."""
+        scores = torch.cat([self._own[dropped], self._new])
+        return best_candidates(self._pool, dropped, scores, dropped.numel(), self._seed, self._step)[0]
+
+    def in_rows(self, kept: Tensor, gone: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_Exact.in_rows`; random ones where a row has too few candidates. ``gone``: the slots not kept."""
+        weight, drawn = self._pool.weight, self._pool.weight.candidates
+        assert drawn is not None
+        rows = torch.cat([weight.rows[gone].long(), drawn.rows])
+        cols = torch.cat([weight.cols[gone].long(), drawn.cols])
+        chosen = largest_in_rows(rows, torch.cat([self._own[gone], self._new]).abs(), need)
+        rows, cols = rows[chosen], cols[chosen]
+        n_rows, n_cols = weight.matrix_shape
+        rest = need - torch.bincount(rows, minlength=n_rows)
+        taken = torch.cat([weight.rows[kept].long(), rows]), torch.cat([weight.cols[kept].long(), cols])
+        stream = self._pool.stream(Purpose.REDRAW)  # `strongest` may have drawn from GROW
+        more = topology.sample_in_rows(*taken, n_rows, n_cols, rest, self._seed, self._step, stream)
+        return torch.cat([rows, more[0]]), torch.cat([cols, more[1]])
 
 
-def largest_in_rows(pool: Pool, slots: Tensor, eligible: Tensor, live: Tensor, k: int) -> Tensor:
-    """Which of ``slots`` are ``eligible``, in a ``live`` row and among its k largest magnitudes (ties: the first)."""
-    rows = pool.weight.rows[slots].long()
-    score = torch.where(eligible, pool.weight.values[slots].abs(), -1.0)
-    order = torch.sort(-score, stable=True).indices
+def largest_in_rows(rows: Tensor, scores: Tensor, quota: Tensor) -> Tensor:
+    """Which entries are among the ``quota[row]`` largest of their row (ties: the first); never one of score below 0."""
+    scores = torch.nan_to_num(scores, nan=0.0)
+    order = torch.sort(-scores, stable=True).indices
     order = order[torch.sort(rows[order], stable=True).indices]
-    count = torch.bincount(rows, minlength=live.numel())
+    count = torch.bincount(rows, minlength=quota.numel())
     before = count.cumsum(0) - count
     rank = torch.empty_like(rows)
     rank[order] = torch.arange(rows.numel(), device=rows.device) - before[rows[order]]
-    return eligible & live[rows] & (rank < k)
+    return (scores >= 0) & (rank < quota[rows])

@@ -127,16 +127,11 @@ def updates(
 ) -> Measured:
     """Peak of the process with a layer of 10^6 x 10^6 that trains and is updated once by each method.
 
-    Gradients and similarities of sampled candidates, which is the methods' default in a layer of that size. What can
-    only look at all positions, 10^12 of them, is left out.
+    Gradients and similarities of sampled candidates, which is the methods' default in a layer of that size.
     """
     figures: list[Figure] = []
     found: dict[str, Any] = {}
     for name in names:
-        about = methods.info(name)
-        if about.needs and not {"candidates", "data"} & {*about.parameters(), *about.services}:
-            figures.append(missing(name, "looks at the gradients of all positions: O(K) memory, but O(batch M) time"))
-            continue
         arguments = {"method": name, "size": size, "connections": connections, "batch": batch}
         try:
             got = child.measure("update", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
