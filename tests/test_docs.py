@@ -122,6 +122,13 @@ def test_posterior_is_as_measured() -> None:
     for run in runs:  # the bar: averaging improves likelihood and calibration
         assert run["average"]["nll"] < run["single"]["nll"]
     assert mean("average", "ece") < mean("single", "ece")
+    different = sum(run["connections_in_any_sample"] for run in runs) / len(runs)
+    text = " ".join(POSTERIOR.split())
+    assert f"{different:,.0f} different connections, {different / runs[0]['connections']:.1f} times as many" in text
+    assert (
+        f"{mean('mutual_information', 'wrong'):.3f} nats on average on test images that the average gets wrong" in text
+    )
+    assert f"gets wrong, {mean('mutual_information', 'right'):.3f} on the others" in text
 
 
 def test_one_percent_is_what_was_measured() -> None:
