@@ -114,7 +114,9 @@ PLANS = {
         },
     ),
 }
-PLANS["lenet-5, channels too"] = replace(PLANS["lenet-5"], layers="0,5")
+PLANS["lenet-5, channels too"] = replace(PLANS["lenet-5"], layers="0,5", pace=0.03).changed(
+    ["moved.cycle=20", "moved.back=0.15"]
+)
 
 
 def lenet_300_100() -> nn.Sequential:
