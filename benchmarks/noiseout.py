@@ -367,6 +367,12 @@ def run(name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespac
     }
 
 
+def _channels(made: dict[str, Any]) -> str:
+    """How many channels of the second convolution a network has, if not all."""
+    left = made["channels"][1:]
+    return f" + {left[0]} channels" if left and left[0] < 32 else ""
+
+
 def table(report: dict[str, Any]) -> str:
     """What docs/noiseout.md shows, from the results."""
     lines = [
@@ -375,7 +381,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, entry in report["networks"].items():
         for noise, runs in entry["results"].items():
-            each = ", ".join("/".join(map(str, r["neurons"])) for r in runs)
+            each = ", ".join("/".join(map(str, r["neurons"])) + _channels(r) for r in runs)
             removed, wrong = (sum(r[k] or 0 for r in runs) / len(runs) for k in ("removed", "test_error"))
             neurons, paper = PAPER[name][noise]
             lines.append(f"| {name} | {noise} | {each} | {removed:.2f} % | {wrong:.2f} % | {neurons}, {paper:.2f} % |")

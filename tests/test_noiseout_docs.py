@@ -40,9 +40,12 @@ def test_counts_are_those_of_the_networks() -> None:
         a, b = run["neurons"]
         assert run["parameters"] == 784 * a + a + a * b + b + 10 * b + 10
         assert run["removed"] == pytest.approx(100 * (1 - run["parameters"] / 266_610))
-    for run in (r for runs in REPORT["networks"]["lenet-5"]["results"].values() for r in runs):
-        assert run["parameters"] == 10_080 + 1163 * run["neurons"][0] + 10
-        assert run["removed"] == pytest.approx(100 * (1 - run["parameters"] / 605_546))
+    for name in ("lenet-5", "lenet-5, channels too"):
+        for run in (r for runs in REPORT["networks"][name]["results"].values() for r in runs):
+            (neurons,), (_, channels) = run["neurons"], run["channels"]
+            assert channels == 32 or name != "lenet-5"
+            assert run["parameters"] == 832 + 289 * channels + neurons * (36 * channels + 1) + 10 * neurons + 10
+            assert run["removed"] == pytest.approx(100 * (1 - run["parameters"] / 605_546))
 
 
 def test_the_example_runs() -> None:
