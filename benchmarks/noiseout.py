@@ -115,7 +115,7 @@ PLANS = {
     ),
 }
 PLANS["lenet-5, channels too"] = replace(PLANS["lenet-5"], layers="0,5", pace=0.03).changed(
-    ["moved.cycle=20", "moved.back=0.15"]
+    ["moved.cycle=25", "moved.back=0.1", "moved.overshoot=undo"]
 )
 
 

@@ -39,6 +39,13 @@ def works(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
+def test_without_a_command_the_help_is_printed_and_no_empty_error(capsys) -> None:
+    assert cli.run([]) == 2
+    captured = capsys.readouterr()
+    assert "Usage" in captured.out
+    assert captured.err == ""
+
+
 def test_a_run_from_beginning_to_end(capsys, tmp_path: Path) -> None:
     out = works(capsys, "train", *QUICK)
     lines = out.splitlines()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rewire._version import __version__
 
 if TYPE_CHECKING:
-    from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
+    from rewire import budget, data, distributed, ema, export, methods, nn, ops, posterior, schedules
     from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
     from rewire.nn.cut import to_sparse
     from rewire.nn.summary import summary
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "budget",
+    "data",
     "densify",
     "distributed",
     "ema",
+    "export",
     "methods",
     "nn",
     "ops",

@@ -397,6 +397,8 @@ def run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         usage: Any = error
         message = " ".join(str(usage.format_message()).split())
+        if not message:  # without a command the help was printed, which says all
+            return USAGE
         print(f"error: {message} See {_help_of(error)}.", file=sys.stderr)
         return USAGE
     except (KeyboardInterrupt, typer.Abort):

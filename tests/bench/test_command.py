@@ -125,14 +125,16 @@ def test_a_model_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
     layers = [
         {"name": "0", "layer": "linear 5 x 6", "rows": 3, "verdict": "sparse", "dense_seconds": 2e-3,
          "sparse_seconds": 1e-3, "speedup": 2.0, "low": 1.9, "high": 2.1, "density": 0.1, "note": ""},
-        {"name": "1", "layer": "conv 3 x 3", "rows": 3, "verdict": "dense", "note": "there is no SparseConv2d yet"},
+        {"name": "1", "layer": "conv 3 x 3", "rows": 3, "verdict": "not measured", "note": "only others are"},
     ]  # fmt: skip
     found = {"model": "mine", "density": 0.1, "batch": 3, "input": [6], "layers": layers}
     monkeypatch.setattr(sections, "model", lambda *_: found)
     run = command.Run(out=Path("here"), setting=TINY, console=Console(quiet=True))
     run.model("mine", None, 0.1, 3)
     assert json.loads(Path("here/bench.json").read_text())["model"] == found
-    assert "there is no SparseConv2d yet" in Path("here/bench.html").read_text()
+    page = Path("here/bench.html").read_text()
+    assert "not measured (only others are)" in page
+    assert "mine, density 0.1" in page
 
 
 def test_load_of_others_is_a_share() -> None:

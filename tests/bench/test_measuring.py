@@ -186,6 +186,9 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "def make():\n    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 5))\n"
         "def conv():\n    return nn.Conv2d(1, 2, 3)\n"
         "def three():\n    return 3\n"
+        "class Ends(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.a, self.b = nn.Linear(4, 5), nn.LSTM(5, 3)\n"
+        "    def forward(self, x):\n        return self.b(self.a(x))[0]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -194,6 +197,9 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["name"] for row in result["layers"]] == ["0", "2", "3"]
     assert len(said) == 2  # two of the layers are alike
     assert {row["verdict"] for row in result["layers"]} <= {"sparse", "dense"}
+    result = sections.model(SETTING, "own_model_for_bench:Ends", None, 0.5, 3, said.append)
+    assert [(row["name"], row["layer"]) for row in result["layers"]] == [("a", "linear 5 x 4"), ("b", "LSTM")]
+    assert result["layers"][1]["verdict"] == "not measured"
     for wrong, line in (
         ("own_model_for_bench:conv", "give --input"),
         ("own_model_for_bench:three", "returned int"),

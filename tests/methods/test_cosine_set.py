@@ -382,5 +382,7 @@ def test_ctre_refuses_limits() -> None:
 @pytest.mark.parametrize("name", ["codacorset", "ctre"])
 def test_training_data_must_be_given(name: str) -> None:
     model = nn.Sequential(SparseLinear(6, 4, density=0.5))
-    with pytest.raises(ValueError, match=f"{name} needs data=: the training data"):
-        methods.create(name, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    cls, optimizer = methods.info(name).cls, torch.optim.SGD(model.parameters(), lr=0.1)
+    for make in (lambda: methods.create(name, model, optimizer), lambda: cls(model, optimizer)):
+        with pytest.raises(ValueError, match=f"{cls.__name__} looks at activations: give it data="):
+            make()

@@ -275,6 +275,21 @@ def test_fan_in_is_constant_at_every_moment(layer: str, gamma: float) -> None:
     assert sum(run.method.stats()["grown"].values()) > 0
 
 
+def test_what_rounding_leaves_unused_is_given_back_at_the_end() -> None:
+    layer = SparseLinear(30, 8, connections=45, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(layer.parameters())
+    method = SRigL(layer, optimizer, every=1, seed=1)
+    layer(torch.randn(4, 30)).square().sum().backward()
+    optimizer.step()
+    method.step()
+    assert layer.weight.capacity == 45 > layer.weight.connections
+    dense = layer.weight.to_dense()
+    assert method.finalize() is layer
+    assert layer.weight.capacity == layer.weight.connections == layer.weight.values.numel()
+    assert torch.equal(layer.weight.to_dense(), dense)
+    assert optimizer.state[layer.weight.values]["exp_avg"].shape == layer.weight.values.shape
+
+
 def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_the_others() -> None:
     g = torch.Generator().manual_seed(0)
     layer = SparseLinear(30, 8, connections=40, generator=g, bias=False)

@@ -54,6 +54,8 @@ def test_refused(options, message: str) -> None:
         ("noiseout", "adam", {"warmup": 10}),
         ("differentiable", "adam", {}),
         ("halo", "sgd", {"cut": 15}),
+        ("magnitude", "sgd", {"cycles": 5, "every": 3}),
+        ("one-shot", "sgd", {"after": 10}),
         ("ternary", "sgd", {}),
     ],
 )
@@ -71,6 +73,17 @@ def test_what_is_given_goes_before_what_suits() -> None:
     assert make_config({"method": "noiseout", "method_options": {"warmup": 0}}).method_options == {"warmup": 0}
     assert make_config({"method": "halo", "method_options": {"cut": None}}).method_options == {"cut": None}
     assert make_config({"method": "halo", "epochs": 1}).method_options == {}, "no epoch to train what is left"
+    for epochs, given, expected in (
+        (3, {}, {"cycles": 2, "every": 1}),
+        (1, {}, {"cycles": 1, "every": 1}),
+        (40, {"cycles": 10}, {"cycles": 10, "every": 3}),
+        (40, {"every": 2}, {"every": 2}),
+    ):
+        options = {"method": "magnitude", "epochs": epochs, "method_options": given}
+        assert make_config(options).method_options == expected
+    assert make_config({"method": "one-shot", "epochs": 1}).method_options == {"after": 1}
+    one = {"method": "one-shot", "method_options": {"unit": "step", "after": 7}}
+    assert make_config(one).method_options == {"unit": "step", "after": 7}
 
 
 def test_defaults_and_json() -> None:

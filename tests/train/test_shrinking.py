@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import toy
-from torch import nn
+from torch import Tensor, nn
 
 import rewire
 from rewire import methods, report
@@ -137,6 +137,23 @@ def test_pools_that_shrink_are_compared_with_what_is_smaller(tmp_path: Path) -> 
     result = loop.run(toy.config(), toy.dataset(), RunDir(tmp_path / "kept"))  # deep-r keeps what it has
     assert not {"before", "after", "inference"} & result.keys()
     assert display.change_line(result) is None
+
+
+def test_the_last_score_is_that_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut at the end of the last epoch: validation is scored behind it, as the connections beside it are counted."""
+    seen: list[int] = []
+
+    def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+        seen.append(sum(structure(model).connections.values()))
+        return 0.0, seen[-1] / 1000
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    changes = {"method": "one-shot", "method_options": {"after": 99}, "epochs": 2}
+    loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    left = [sum(line["connections"]) for line in lines]
+    assert left[0] > left[1]
+    assert [line["validation_accuracy"] for line in lines] == [k / 1000 for k in left]
 
 
 def test_times_are_taken_in_turns_and_compared_within_a_round() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewire.bench import networks
 from rewire.bench.errors import BenchError
 
-__all__ = ["MODELS", "Found", "layers", "load"]
+__all__ = ["MODELS", "Found", "layers", "load", "others"]
 
 #: Models known by name: what makes them, and the shape of one sample.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -129,3 +129,9 @@ def layers(model: nn.Module, shape: Sequence[int], batch: int) -> list[tuple[str
     if not seen:
         raise BenchError("--model: the model has no linear layer and no 2-D convolution to compare")
     return list(seen.items())
+
+
+def others(model: nn.Module) -> list[tuple[str, str]]:
+    """Name and type of the layers of other kinds that have a sparse twin (recurrent, attention, 1-D, 3-D)."""
+    kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Conv1d, nn.Conv3d)
+    return [(name, type(module).__name__) for name, module in model.named_modules() if isinstance(module, kinds)]

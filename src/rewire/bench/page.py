@@ -90,7 +90,10 @@ def _model(found: dict[str, Any]) -> str:
             ]
         )
     head = ["layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here"]
-    return f'<p class="soft">density {found["density"]:g}, batch {found["batch"]}</p>' + _table(head, rows)
+    return (
+        f'<p class="soft">{escape(found["model"])}, density {found["density"]:g}, batch {found["batch"]}</p>'
+        + _table(head, rows)
+    )
 
 
 def _margins(results: list[dict[str, Any]]) -> Figure:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewire import nn as sparse_nn
 from rewire.bench import child, curves, machine, models
 from rewire.bench.bars.conv import channels_last
 from rewire.bench.bars.conv import step as conv_step
@@ -17,6 +16,7 @@ from rewire.bench.contenders import LAYERS, Layer
 from rewire.bench.curves import Curve, Setting
 from rewire.bench.errors import BenchError, NotAvailable
 from rewire.bench.timing import Contender
+from rewire.nn import SparseConv2d
 
 __all__ = ["WIDE", "grid", "layer", "model", "wide"]
 
@@ -78,20 +78,17 @@ def model(
 ) -> dict[str, Any]:
     """Per layer of a model: is sparse or dense faster here? Layers of the same shape are measured once."""
     made, shape = models.load(source, shape)
-    sparse_conv: Any = getattr(sparse_nn, "SparseConv2d", None)
     measured: dict[Any, dict[str, Any]] = {}
     rows = []
     for name, found in models.layers(made, shape, batch):
         key = found.key
         if key not in measured:
             progress(f"{name}: {found.shown}")
-            if found.is_linear:
-                measured[key] = _linear(setting, found, density)
-            elif sparse_conv is None:
-                measured[key] = {"verdict": "dense", "note": "there is no SparseConv2d yet"}
-            else:
-                measured[key] = _conv(setting, found, density, sparse_conv)
+            measured[key] = (_linear if found.is_linear else _conv)(setting, found, density)
         rows.append({"name": name, "layer": found.shown, "rows": found.rows} | measured[key])
+    note = "only linear layers and 2-D convolutions are"
+    for name, kind in models.others(made):
+        rows.append({"name": name, "layer": kind, "rows": "", "verdict": "not measured", "note": note})
     return {"model": source, "density": density, "batch": batch, "input": list(shape), "layers": rows}
 
 
@@ -122,13 +119,11 @@ def _linear(setting: Setting, found: models.Found, density: float) -> dict[str, 
     return result
 
 
-def _conv(
-    setting: Setting, found: models.Found, density: float, sparse_conv: Callable[..., nn.Module]
-) -> dict[str, Any]:
+def _conv(setting: Setting, found: models.Found, density: float) -> dict[str, Any]:
     dense = found.module
     assert isinstance(dense, nn.Conv2d)
     try:
-        sparse = sparse_conv(
+        sparse = SparseConv2d(
             dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride, dense.padding, dense.dilation,
             dense.groups, dense.bias is not None, dense.padding_mode, density=density,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from rewire.methods.drop import MagnitudeBySign
 from rewire.methods.grow import Cosine, Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
+from rewire.methods.settings import needs_data
 from rewire.methods.similarity import Similarity
 from rewire.schedules import Schedule
 
@@ -37,7 +38,7 @@ class _CosineSET(Rewirer):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        data: Data,
+        data: Data | None = None,
         fraction: float | Schedule = 0.3,
         samples: int | None = None,
         mode: Mode = "eval",
@@ -49,6 +50,8 @@ class _CosineSET(Rewirer):
         until: int | None = None,
         seed: int | None = None,
     ) -> None:
+        if data is None:
+            raise needs_data(self)
         source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=output_layer)
         super().__init__(
             model,

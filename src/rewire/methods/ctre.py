@@ -17,7 +17,7 @@ from rewire.methods.drop import Magnitude
 from rewire.methods.grow import Cosine, Random, random_dormant
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
-from rewire.methods.settings import choice
+from rewire.methods.settings import choice, needs_data
 from rewire.methods.similarity import Similarity
 from rewire.schedules import Schedule
 
@@ -97,7 +97,7 @@ class CTRE(Rewirer):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        data: Data,
+        data: Data | None = None,
         variant: Literal["sim", "seq"] = "sim",
         fraction: float | Schedule = 0.2,
         patience: int = 40,
@@ -112,6 +112,8 @@ class CTRE(Rewirer):
         if not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a number of epochs of at least 1, not {patience!r}")
         choice("new_values", new_values, ("uniform", "zero"))
+        if data is None:
+            raise needs_data(self)
         source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=True)
         self._cosine = (_CosineElsewhere if variant == "sim" else Cosine)(source, "top", candidates)
         super().__init__(

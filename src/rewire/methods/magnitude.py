@@ -51,6 +51,15 @@ class Magnitude(Shrinking):
     Cuts that the training had no time for are made by finalize. Cost: that of the connections there are.
     """
 
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All cuts in the first three quarters of the run, so that what is left trains on."""
+        first = max(1, 3 * epochs // 4)
+        cycles = {} if {"cycles", "every"} & given.keys() else {"cycles": min(5, first)}
+        many = given.get("cycles", cycles.get("cycles"))
+        every = {"every": max(1, first // many)} if isinstance(many, int) and many > 0 and "every" not in given else {}
+        return cycles | every
+
     def __init__(
         self,
         model: nn.Module,

@@ -14,7 +14,7 @@ from rewire.methods.base import Data, Evaluate, Method, Pool, Purpose
 from rewire.methods.correlation import Merge, UnitMoments, measure
 from rewire.methods.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.registry import register
-from rewire.methods.settings import choice
+from rewire.methods.settings import choice, needs_data
 from rewire.methods.snapshot import Snapshot
 from rewire.nn.modes import evaluating
 from rewire.nn.surgery import UnitGraph, fit_shapes
@@ -139,7 +139,7 @@ class NoiseOut(Method):
         within("pace", pace, 0.0, 1.0)
         within("mean", mean, *((0.0, 1.0) if noise == "binomial" else (-1e6, 1e6)))
         if data is None:
-            raise ValueError("NoiseOut looks at activations: give it data=, batches of training inputs")
+            raise needs_data(self)
         if every != "epoch" and evaluate is None:
             raise ValueError(f"every={every} checks between epochs: give evaluate=, a function from model to score")
         self._data, self._samples, self._evaluate = data, samples, evaluate
@@ -161,6 +161,7 @@ class NoiseOut(Method):
         self._checks = 0
         self._score: float | None = None
         self._best: Snapshot | None = None
+        self._best_score: float | None = None
         self._outputs = None if noise == "none" else self._noise_outputs(outputs, mean, deviation)
         if self._outputs is not None:
             self._attachment.hold(self._outputs.handle)
@@ -203,6 +204,7 @@ class NoiseOut(Method):
         """Go back to the last network that met the threshold, if one did, take the noise outputs off, return it."""
         if self._attachment.attached and self._best is not None:
             self._best.restore(self.model, self.optimizers)
+            self._score = self._best_score
         return super().finalize()
 
     def stats(self) -> dict[str, Any]:
@@ -244,7 +246,7 @@ class NoiseOut(Method):
             self.threshold = score - self.slack if self.mode == "max" else score + self.slack
         if not self._meets(score):
             return
-        self._best = Snapshot.of(self.model, self.optimizers)
+        self._keep(score)
         moments = self._measure(self._names)
         left = sum(len(m.units) for m in moments.values()) if self.at_once is None else self.at_once
         limit = left
@@ -258,16 +260,20 @@ class NoiseOut(Method):
                 return
             reached = self._scored(evaluate)
             if self._meets(reached):
-                self._best = Snapshot.of(self.model, self.optimizers)
-                score, left = reached, left - len(done)
+                self._keep(reached)
+                left -= len(done)
             elif self.overshoot == "train":
                 return
             else:
-                self._undo(done, before, score)
+                self._undo(done, before)
                 limit = max(1, len(done) // 2)
                 moments = self._measure(moments.keys() - (set(done) if len(done) == 1 else set()))
 
-    def _undo(self, merged: Iterable[str], outputs: dict[str, Any] | None, score: float) -> None:
+    def _keep(self, score: float) -> None:
+        """Remember the network, which meets the threshold."""
+        self._best, self._best_score = Snapshot.of(self.model, self.optimizers), score
+
+    def _undo(self, merged: Iterable[str], outputs: dict[str, Any] | None) -> None:
         """Go back to the last network that met the threshold, before these merges, with its noise outputs and score."""
         assert self._best is not None
         self._best.restore(self.model, self.optimizers)
@@ -277,7 +283,7 @@ class NoiseOut(Method):
         for name in merged:
             self._merged[name] -= 1
             self.updates -= 1
-        self._score = score
+        self._score = self._best_score
 
     def _measure(self, names: Iterable[str]) -> dict[str, UnitMoments]:
         return measure(self._graph, [name for name in self._names if name in names], self._batches())
@@ -332,12 +338,14 @@ class NoiseOut(Method):
             "score": self._score,
             "threshold": self.threshold,
             "best": None if self._best is None else self._best.state(),
+            "best_score": self._best_score,
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; a model that was not cut gets the shapes, for its own state to be loaded."""
         shapes, merged, checks = dict(state["shapes"]), dict(state["merged"]), int(state["checks"])
         score, threshold, outputs = state["score"], state["threshold"], state["outputs"]
+        best_score = state["best_score"]
         best = None if state["best"] is None else Snapshot.from_state(state["best"])
         for parameter in fit_shapes(self.model, shapes):
             for optimizer in self.optimizers:
@@ -347,7 +355,7 @@ class NoiseOut(Method):
         if self._outputs is not None:
             self._outputs.load(outputs)
         self._merged, self._checks, self._score, self.threshold = merged, checks, score, threshold
-        self._best = best
+        self._best, self._best_score = best, best_score
 
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:

@@ -39,6 +39,11 @@ class OneShot(Shrinking):
     Cost: that of the connections there are: O(M) before the cut if all are, O(K) afterwards.
     """
 
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The cut in the middle of the run, so that what is left trains on."""
+        return {} if {"after", "unit"} & given.keys() else {"after": max(1, epochs // 2)}
+
     def __init__(
         self,
         model: nn.Module,

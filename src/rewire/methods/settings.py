@@ -10,7 +10,7 @@ from typing import TypeAlias
 from rewire.methods.base import Pool
 from rewire.schedules import Schedule, checked
 
-__all__ = ["PerLayer", "choice", "named_globs", "per_layer"]
+__all__ = ["PerLayer", "choice", "named_globs", "needs_data", "per_layer"]
 
 #: One number (or schedule) for all layers, a list of them in the model's order, or a dict from glob pattern to them.
 PerLayer: TypeAlias = float | Schedule | Sequence[float | Schedule] | Mapping[str, float | Schedule]
@@ -60,3 +60,8 @@ def per_layer(
             )
         return [checked(f"{name} of {p.name}", v, low, high) for p, v in zip(pools, given, strict=True)]
     return [checked(name, given, low, high)] * len(pools)
+
+
+def needs_data(method: object) -> ValueError:
+    """The error of a method that was made without ``data=``."""
+    return ValueError(f"{type(method).__name__} looks at activations: give it data=, batches of training inputs")

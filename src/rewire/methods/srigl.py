@@ -142,6 +142,13 @@ class SRigL(Rewirer):
         need = live * k - torch.bincount(weight.rows[kept].long(), minlength=n_rows)
         self._exchange(pool, gone, *growth.in_rows(kept, gone, need))
 
+    def finalize(self) -> nn.Module:
+        """As `Method.finalize`; what rounding left unused of the budget gives its storage back."""
+        if self._attachment.attached:
+            for pool in self.pools:
+                self._trim(pool)
+        return super().finalize()
+
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"gamma": self.gamma}
 

@@ -57,6 +57,8 @@ def _factor(before: float, after: float) -> str:
     """How many times smaller; a network may be larger as well."""
     if not before or not after:
         return ""
+    if before == after:
+        return "the same"
     ratio = before / after
     return f"{ratio:.3g} times smaller" if ratio >= 1 else f"{1 / ratio:.3g} times larger"
 

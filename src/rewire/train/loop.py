@@ -287,14 +287,18 @@ class Trainer:
 
         lr = self._lr()
         last = self.epoch + 1 == config.epochs
+        found = self._left() if last else None
         try:
             self.method.end_epoch(accuracy if scores else None, last=last)
         except ValueError as error:  # a method that decides by a score, without a validation split
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self._counts()
+        left = self._left()
+        if last and scores and left != found:  # what is cut off at the very end belongs to the score
+            scores = evaluate(self.model, held_x, held_y)
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
         change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}
-        connections = list(self._connections().values())
+        connections, units = left
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
             epoch=self.epoch,
@@ -309,7 +313,7 @@ class Trainer:
             grown=change["grown"],
             turnover=[grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)],
             seconds=self.seconds,
-            units=list(structure(self.model, self.method).units.values()),
+            units=units,
         )
         self.loss_sum.zero_()
         self.correct.zero_()
@@ -317,6 +321,10 @@ class Trainer:
         self.metrics_bytes = self.run_dir.append_metrics(record.to_line())
         self.save()
         observer.epoch_ended(record)
+
+    def _left(self) -> tuple[list[int], list[int]]:
+        """Connections and units of every layer."""
+        return list(self._connections().values()), list(structure(self.model, self.method).units.values())
 
     # --- the end ------------------------------------------------------------------------------------------
 
