@@ -166,6 +166,27 @@ class Plug(Method):
 '''
 
 
+def test_what_a_method_of_another_package_requires_is_asked_for_by_name() -> None:
+    class Needy(Static):
+        """Nothing.
+
+        Args:
+            level: how high it is.
+        """
+
+        def __init__(self, model: nn.Module, optimizer: Any, *, level: float) -> None:
+            super().__init__(model, optimizer)
+
+    about = {"paper": "none", "summary": "does nothing", "keeps_budget": "every step", "guarantees": ("K",)}
+    methods.register(name="needy", **about)(Needy)
+    try:
+        model = Net()
+        with pytest.raises(ValueError, match="needy needs level=: how high it is"):
+            methods.create("needy", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    finally:
+        _METHODS.pop("needy")
+
+
 def test_classes_of_other_packages_are_found_and_broken_ones_named(tmp_path: Path) -> None:
     (tmp_path / "plug_module.py").write_text(PLUGIN)
     info = tmp_path / "plug-1.0.dist-info"
