@@ -10,12 +10,12 @@ namespace rewire {
 
 // Fresh memory that is not cleared: what goes there is written before it is read.
 template <class T>
-class Scratch {
+class Fresh {
  public:
-  explicit Scratch(int64_t n) : data_(new T[static_cast<size_t>(n)]) {}
+  explicit Fresh(int64_t n) : data_(new T[static_cast<size_t>(n)]) {}
   T* data() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_[static_cast<size_t>(i)]; }
-  void swap(Scratch& other) { data_.swap(other.data_); }
+  void swap(Fresh& other) { data_.swap(other.data_); }
 
  private:
   std::unique_ptr<T[]> data_;
@@ -36,7 +36,7 @@ constexpr int64_t kFewChanges = 48;  // so few are sorted by comparing them
 
 // Sorts n items by key(item), in [0, bound), and leaves those with the same key in their order. `other` is as long.
 template <class T, class Key>
-void sort_by_key(Scratch<T>& items, Scratch<T>& other, int64_t n, int64_t bound, const Key& key) {
+void sort_by_key(Fresh<T>& items, Fresh<T>& other, int64_t n, int64_t bound, const Key& key) {
   constexpr int kMostBits = 12;
   const int width = bit_width(bound - 1);
   const int most = std::min(std::max(bit_width(n), 6), kMostBits);
@@ -60,7 +60,7 @@ void sort_by_key(Scratch<T>& items, Scratch<T>& other, int64_t n, int64_t bound,
 
 // Sorts by (major, minor).
 template <class I>
-void sort_changes(Scratch<Change<I>>& changes, Scratch<Change<I>>& other, int64_t n, int64_t majors, int64_t minors) {
+void sort_changes(Fresh<Change<I>>& changes, Fresh<Change<I>>& other, int64_t n, int64_t majors, int64_t minors) {
   Change<I>* first = changes.data();
   if (std::is_sorted(first, first + n, comes_first<I>)) return;
   if (n < kFewChanges) {
@@ -74,7 +74,7 @@ void sort_changes(Scratch<Change<I>>& changes, Scratch<Change<I>>& other, int64_
 // What leaves or enters both lists of an index; at most `most`.
 template <class I>
 struct Moves {
-  Scratch<Change<I>> by_row, by_col;
+  Fresh<Change<I>> by_row, by_col;
   int64_t count = 0;
 
   explicit Moves(int64_t most) : by_row(most + 1), by_col(most + 1) {}
@@ -82,12 +82,12 @@ struct Moves {
   // One list in its order, and ended as kernels want it: `by_row` as it is filled in any order, or `by_col` of the same
   // changes as they are by row. Neither needs the other.
   void sort_rows(int64_t n_rows, int64_t n_cols) {
-    Scratch<Change<I>> other(count + 1);
+    Fresh<Change<I>> other(count + 1);
     sort_changes(by_row, other, count, n_rows, n_cols);
     end(by_row, n_rows);
   }
   void sort_cols(const Change<I>* changes, int64_t n_rows, int64_t n_cols) {
-    Scratch<Change<I>> other(count + 1);
+    Fresh<Change<I>> other(count + 1);
     for (int64_t i = 0; i < count; ++i) by_col[i] = {changes[i].minor, changes[i].major, changes[i].slot};
     sort_changes(by_col, other, count, n_cols, n_rows);
     end(by_col, n_cols);
@@ -95,7 +95,7 @@ struct Moves {
 
   // Where `by_row` is in order: ends it, and brings the same into the other order, which takes half as long then.
   void from_rows(int64_t n_rows, int64_t n_cols) {
-    Scratch<Change<I>> other(count + 1);
+    Fresh<Change<I>> other(count + 1);
     for (int64_t i = 0; i < count; ++i) by_col[i] = {by_row[i].minor, by_row[i].major, by_row[i].slot};
     if (count < kFewChanges)
       std::sort(by_col.data(), by_col.data() + count, comes_first<I>);
@@ -106,7 +106,7 @@ struct Moves {
   }
 
  private:
-  void end(const Scratch<Change<I>>& list, int64_t majors) const { list[count] = {static_cast<I>(majors), 0, 0}; }
+  void end(const Fresh<Change<I>>& list, int64_t majors) const { list[count] = {static_cast<I>(majors), 0, 0}; }
 };
 
 // Both lists of a pool and what leaves and enters them, sorted; at most `most` enter.

@@ -202,10 +202,10 @@ class Exchange {
   const int64_t* slots_;
   int64_t n_;
   bool serial_;
-  Scratch<int64_t> numbers_;
+  Fresh<int64_t> numbers_;
   int64_t *ranks_, *rows_, *cols_;
-  Scratch<int8_t> sign_;
-  Scratch<Change<I>> leaves_;  // in the order of the slots
+  Fresh<int8_t> sign_;
+  Fresh<Change<I>> leaves_;  // in the order of the slots
   Moves<I> removed_, added_;
 };
 
@@ -255,7 +255,7 @@ std::tuple<Tensor, int64_t, int64_t, int64_t> walk_and_regrow_(
   require_apart(op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
   const Kept kept(values, signs, gradient.has_value() ? &*gradient : nullptr, rows.numel(), op);
   const bool full = connections(row_ptr, type) == rows.numel();
-  const Walk by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
+  const Diffusion by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
                 static_cast<uint32_t>(noise_stream)};
   const Tensor slots = walk(values, rows, signs, full, by, op);
   const auto [code, a, b] = exchange(t, static_cast<const int64_t*>(slots.const_data_ptr()), slots.numel(), kept,
