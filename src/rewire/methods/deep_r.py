@@ -116,6 +116,17 @@ class DeepR(Method):
         self._shares = [float(pool.weight.connections) for pool in self.pools]
         self._signs = SlotSigns(self.pools)
         self._begun = [signs != "neuron"] * len(self.pools)
+        # By pool: what its random numbers are drawn by, beside seed and step; asked for in every step.
+        fixed = signs == "fixed"
+        self._drawn: list[dict[str, Any]] = [
+            {
+                "noise_stream": pool.stream(Purpose.NOISE),
+                "grow_stream": pool.stream(Purpose.GROW),
+                "sign_stream": pool.stream(Purpose.SIGN if fixed else Purpose.REDRAW),
+                "fixed": fixed,
+            }
+            for pool in self.pools
+        ]
         self._waiting: list[Tensor] = [
             torch.empty(0, dtype=torch.int64, device=pool.weight.device) for pool in self.pools
         ]
@@ -179,23 +190,14 @@ class DeepR(Method):
 
     def _walk(self, pool: Pool, shrink: float, std: float) -> None:
         """Noise, L1, the sign test and new connections for what crossed zero."""
-        number, fixed = pool.number, self.signs == "fixed"
+        number = pool.number
+        drawn, signs = self._drawn[number], self._signs[number]
         self._own = True
         try:
-            slots = pool.weight.walk(
-                self._signs[number],
-                shrink,
-                std,
-                seed=self.seed,
-                step=self.steps,
-                noise_stream=pool.stream(Purpose.NOISE),
-                grow_stream=pool.stream(Purpose.GROW),
-                sign_stream=pool.stream(Purpose.SIGN if fixed else Purpose.REDRAW),
-                fixed=fixed,
-            )
+            slots = pool.weight.walk(signs, shrink, std, seed=self.seed, step=self.steps, **drawn)
         finally:
             self._own = False
-        if count := slots.numel():
+        if count := slots.shape[0]:
             self._dropped[pool.name] += count
             self._grown[pool.name] += count
             self._began(pool, slots)

@@ -288,12 +288,15 @@ class SparseWeight(nn.Module):
         """
         if self.limits is not None:
             raise ValueError(f"walk draws from all dormant connections, and this weight is limited to {self.limits}")
-        values, b = self.values, self._buffers
+        values: Any = self._parameters.get("values")  # part of every step: no look-up of attributes, where it can be
+        if values is None:
+            values = self.values
+        b = self._buffers
         slots = walk_and_regrow_(values, signs, b["rows"], b["cols"], self.index, values.grad, shrink, noise, **drawn)  # type: ignore[arg-type]
-        if slots.numel():
+        if slots.shape[0]:
             self._changed(Event(self, slots), cleared=True)
         else:
-            self.touched()
+            increment_version(values)
         return slots
 
     @torch.no_grad()
@@ -416,7 +419,10 @@ class SparseWeight(nn.Module):
     def _changed(self, event: Event, cleared: bool = False) -> None:
         """The one place through which changes of a pool go: version counters, gradient (unless it is ``cleared`` in the
         event's slots already), followers."""
-        values, buffers = self.values, self._buffers
+        values: Any = self._parameters.get("values")  # as in `walk`
+        if values is None:
+            values = self.values
+        buffers = self._buffers
         increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
         if self.candidates is not None:
             self.candidates.spoil()

@@ -43,7 +43,7 @@ class Scratch {
 };
 
 // All rows of the target, from the source.
-void run_sum(const Plan& plan, const Stream& stream, int type, const View& source, const View& target,
+void run_sum(const ConvPlan& plan, const Stream& stream, int type, const View& source, const View& target,
              const void* bias) {
   const Axis &z = plan.axis[0], &y = plan.axis[1], &x = plan.axis[2];
   const int64_t element = source.element, y_at = ceil_div(plan.buffer_elements() * element, 64) * 64;
@@ -114,7 +114,7 @@ Tensor conv(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Ten
   Tensor y = make(x, source.batch, outputs, sizes, channels_last);
   if (y.numel() == 0) return y;
   const View target(y, g.rank, type, op, "y");
-  const Plan plan(op, axes, source.batch, source.channels, outputs, type, 2 * torch::stable::get_num_threads());
+  const ConvPlan plan(op, axes, source.batch, source.channels, outputs, type, 2 * torch::stable::get_num_threads());
   const Stream stream = with_types(type, index_type(ptr, op), [&](auto t, auto i) {
     const Lists<decltype(i)> lists(op, ptr, idx, slots, columns, values.numel());
     return stream_by_row(g, plan, lists, static_cast<const decltype(t)*>(values.const_data_ptr()));
@@ -149,7 +149,7 @@ Tensor conv_input_gradient(const Tensor& ptr, const Tensor& idx, const Tensor& s
     return result;
   }
   const Axis axes[3] = {g.backward(0, sizes[0]), g.backward(1, sizes[1]), g.backward(2, sizes[2])};
-  const Plan plan(op, axes, source.batch, source.channels, inputs, type, 2 * torch::stable::get_num_threads());
+  const ConvPlan plan(op, axes, source.batch, source.channels, inputs, type, 2 * torch::stable::get_num_threads());
   const Stream stream = with_types(type, index_type(ptr, op), [&](auto t, auto i) {
     const Lists<decltype(i)> lists(op, ptr, idx, slots, source.channels, values.numel());
     return stream_by_col(g, plan, lists, static_cast<const decltype(t)*>(values.const_data_ptr()));
@@ -164,7 +164,7 @@ struct Parts {
   int64_t parts, ranges, connections;
   std::unique_ptr<char[]> sums;
 
-  Parts(const Plan& plan, int64_t rows, int64_t count, int64_t activations, int64_t element) : connections(count) {
+  Parts(const ConvPlan& plan, int64_t rows, int64_t count, int64_t activations, int64_t element) : connections(count) {
     // As many parts as cost little memory beside the activations; with too few for all cores, channels are shared out.
     parts = std::clamp<int64_t>(activations / (4 * std::max<int64_t>(count, 1)), 1, std::min<int64_t>(plan.items(), 16));
     ranges = std::min(rows, ceil_div(8, parts));
@@ -172,7 +172,7 @@ struct Parts {
   }
 };
 
-void run_dot(const Plan& plan, const Stream& stream, const Parts& parts, int type, const View& source,
+void run_dot(const ConvPlan& plan, const Stream& stream, const Parts& parts, int type, const View& source,
              const View& gradient) {
   const int64_t element = source.element, y_at = ceil_div(plan.buffer_elements() * element, 64) * 64;
   const int64_t together = plan.widths == 1 ? gradient.together() : 1;  // rows that are packed at a time
@@ -231,7 +231,7 @@ Tensor conv_value_gradient(const Tensor& ptr, const Tensor& idx, const Tensor& s
   char* out = static_cast<char*>(result.mutable_data_ptr());
   std::fill_n(out, capacity * source.element, char{0});
   if (gradient_.numel() == 0 || x.numel() == 0) return result;
-  const Plan plan(op, axes, source.batch, source.channels, outputs, type, 8);
+  const ConvPlan plan(op, axes, source.batch, source.channels, outputs, type, 8);
   with_types(type, index_type(ptr, op), [&](auto t, auto i) {
     using T = decltype(t);
     const Lists<decltype(i)> lists(op, ptr, idx, slots, columns, capacity);

@@ -93,7 +93,7 @@ inline void repeat(Numbers& numbers, int64_t count, int64_t step) {
 
 // Packs the rows of a source window for one item, each once.
 struct Packer {
-  const Plan& plan;
+  const ConvPlan& plan;
   const View& source;
   const Item& item;
   int type;
@@ -103,7 +103,7 @@ struct Packer {
   int64_t first, next, end, x0, x1, together;
   bool margins;
 
-  Packer(const Plan& p, const View& s, const Item& i, int type_, char* b)
+  Packer(const ConvPlan& p, const View& s, const Item& i, int type_, char* b)
       : plan(p), source(s), item(i), type(type_), buffer(b) {
     const Axis &z = plan.axis[0], &y = plan.axis[1], &x = plan.axis[2];
     const int64_t q = (item.z + z.shift) / z.phases, phase = (item.z + z.shift) % z.phases;

@@ -87,7 +87,7 @@ struct Geometry {
 
 // Tiles and packed layouts. A packed source is (row, plane x channel, width phase, width, batch): a window of rows is
 // contiguous, and a row is packed right before it is first used. Sizes are in positions unless they say elements.
-struct Plan {
+struct ConvPlan {
   Axis axis[3];
   int64_t batch, source_channels, target_channels, lanes;
   Numbers plane;                    // by kernel position in depth: its place among those of the same phase
@@ -98,7 +98,7 @@ struct Plan {
   int64_t phase_length, row_length, row_size;  // positions of a width phase, of a channel's row, of a packed row
   int64_t buffer_rows, y_rows, y_step;         // y: (target channel x width phase) rows of y_step elements
 
-  Plan(const char* op, const Axis (&axes)[3], int64_t batch_, int64_t from, int64_t to, int type, int64_t items)
+  ConvPlan(const char* op, const Axis (&axes)[3], int64_t batch_, int64_t from, int64_t to, int type, int64_t items)
       : axis{axes[0], axes[1], axes[2]},
         batch(batch_),
         source_channels(from),
@@ -158,7 +158,7 @@ struct Plan {
 struct Item {
   int64_t b0, batch, z, row0, row1, col0, col1;  // z: target position; rows and columns: q
 
-  Item(const Plan& p, int64_t number) {
+  Item(const ConvPlan& p, int64_t number) {
     const int64_t width = number % p.widths, chunk = number / p.widths % p.chunks;
     const int64_t rest = number / p.widths / p.chunks, tile = rest / p.axis[0].target;
     z = rest % p.axis[0].target;

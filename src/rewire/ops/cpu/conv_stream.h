@@ -14,7 +14,7 @@ struct Stream {
   std::vector<int32_t> offsets;
   std::unique_ptr<char[]> values;
 
-  ConvArgs args(int64_t bucket, const Plan& plan, int64_t batch) const {
+  ConvArgs args(int64_t bucket, const ConvPlan& plan, int64_t batch) const {
     return {ptr.data() + bucket, offsets.data(), values.get(), nullptr, nullptr, nullptr, nullptr, batch, plan.y_step};
   }
 };
@@ -65,7 +65,7 @@ inline void check_lists(const char* op, const Tensor& ptr, const Tensor& idx, co
 }
 
 // Offsets of the kernel positions, in the order of a weight's columns.
-inline std::vector<int32_t> kernel_offsets(const Geometry& g, const Plan& plan) {
+inline std::vector<int32_t> kernel_offsets(const Geometry& g, const ConvPlan& plan) {
   std::vector<int32_t> offsets;
   for (int64_t z = 0; z < g.kernel[0]; ++z)
     for (int64_t y = 0; y < g.kernel[1]; ++y)
@@ -75,7 +75,7 @@ inline std::vector<int32_t> kernel_offsets(const Geometry& g, const Plan& plan) 
 
 // By row: bucket = output channel. `values` may be null (the gradient of the values needs offsets only).
 template <class T, class I>
-Stream stream_by_row(const Geometry& g, const Plan& plan, const Lists<I>& lists, const T* values) {
+Stream stream_by_row(const Geometry& g, const ConvPlan& plan, const Lists<I>& lists, const T* values) {
   const std::vector<int32_t> kernel = kernel_offsets(g, plan);
   const int64_t per_group = plan.source_channels / g.groups, outputs = lists.rows / g.groups;
   std::vector<int32_t> table;
@@ -100,7 +100,7 @@ Stream stream_by_row(const Geometry& g, const Plan& plan, const Lists<I>& lists,
 
 // By column, for the gradient of the input: bucket = (phases, input channel, phase of the width).
 template <class T, class I>
-Stream stream_by_col(const Geometry& g, const Plan& plan, const Lists<I>& lists, const T* values) {
+Stream stream_by_col(const Geometry& g, const ConvPlan& plan, const Lists<I>& lists, const T* values) {
   const std::vector<int32_t> kernel = kernel_offsets(g, plan);
   const Axis* axis = plan.axis;
   const int64_t inputs = plan.target_channels, per_group = inputs / g.groups, outputs = plan.source_channels / g.groups;

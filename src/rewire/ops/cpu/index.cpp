@@ -172,11 +172,16 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
     }
     const I slot = static_cast<I>(slots[i]), row = p.rows[slot], col = p.cols[slot];
     if (!p.valid(row, col)) return rebuild(p, slots, rows, cols, n);
-    if (row >= 0) removed.by_row.push_back({row, col, slot});
-    if (rows[i] >= 0) added.by_row.push_back({static_cast<I>(rows[i]), static_cast<I>(cols[i]), slot});
+    if (row >= 0) removed.by_row[removed.count++] = {row, col, slot};
+    if (rows[i] >= 0)
+      added.by_row[added.count++] = {static_cast<I>(rows[i]), static_cast<I>(cols[i]), slot};
   }
   const bool serial = p.capacity < kSerialMerge;
-  for_each_item(2, serial || n < kSerialSort, [&](int64_t s) { (s == 0 ? removed : added).sort(p.n_rows, p.n_cols); });
+  for_each_item(2, serial || n < kSerialSort, [&](int64_t s) {
+    Moves<I>& moves = s == 0 ? removed : added;
+    moves.sort_rows(p.n_rows, p.n_cols);
+    moves.from_rows(p.n_rows, p.n_cols);
+  });
   const Merge<I> merge(p, removed, added, n);
   if (!merge.run(false, serial) || !merge.run(true, serial)) return rebuild(p, slots, rows, cols, n);
   write_slots(p, slots, rows, cols, n);

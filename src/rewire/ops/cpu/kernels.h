@@ -135,7 +135,13 @@ struct ConvCopy {
 };
 
 constexpr int kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 0, kInt64 = 1;
-constexpr int kVectorsPerBlock = 8;  // accumulators held in registers by one pass over a row
+// Accumulators held in registers by one pass over a row. (Under sanitizers half as many: the same code for fewer of them, of
+// which a fraction has to be built.)
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kVectorsPerBlock = 4;
+#else
+constexpr int kVectorsPerBlock = 8;
+#endif
 
 struct Kernels {
   const char* name;

@@ -5,7 +5,7 @@ namespace rewire {
 
 constexpr int64_t kPiece = 64 * kLangevinGrain;  // slots at once
 
-Tensor walk(const Tensor& values, const Tensor& rows_, const Tensor& signs_, bool full, const Walk& by,
+Tensor walk(const Tensor& values, const Tensor& rows_, const Tensor& signs_, bool full, const Diffusion& by,
             const char* op) {
   for (const Tensor* t : {&values, &rows_, &signs_}) {
     require_cpu(*t, op);
@@ -38,7 +38,7 @@ namespace {
 
 Tensor langevin_step_(const Tensor& values, const Tensor& rows, const Tensor& signs, double shrink, double noise,
                       int64_t seed, int64_t step, int64_t stream) {
-  const Walk by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
+  const Diffusion by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
   return walk(values, rows, signs, false, by, "langevin_step_");
 }
 

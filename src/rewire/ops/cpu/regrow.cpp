@@ -70,11 +70,12 @@ class Exchange {
         slots_(slots),
         n_(n),
         serial_(pool.capacity < kSerialMerge || n < kSerialSort),
-        numbers_(static_cast<size_t>(3 * n)),
+        numbers_(3 * n),
         ranks_(numbers_.data()),
         rows_(ranks_ + n),
         cols_(rows_ + n),
-        sign_(static_cast<size_t>(n)),
+        sign_(n),
+        leaves_(n),
         removed_(n),
         added_(n) {
     const int64_t free = list.dormant() + n;
@@ -83,42 +84,30 @@ class Exchange {
 
   Problem run(uint64_t seed, uint32_t step, const Streams& streams, const Kept& kept) {
     const Coordinates grow{seed, step, static_cast<uint32_t>(streams.grow)};
-    removed_.by_row.resize(static_cast<size_t>(n_));
-    added_.by_row.resize(static_cast<size_t>(n_));
-    const int64_t pieces = (n_ + kPiece - 1) / kPiece;
-    std::atomic<bool> active{true};
-    try_each_item(1 + pieces, serial_, [&](int64_t item) {
-      if (item == 0)
-        distinct_into(n_, list_.dormant() + n_, grow, 0, ranks_);
-      else if (!gather((item - 1) * kPiece, std::min(n_, item * kPiece)))
-        active = false;
-    });
-    require(active, list_.op, "a slot is empty, or the pool holds a position that is out of range");
-    try_each_item(1 + pieces, serial_, [&](int64_t item) {
-      if (item == 0) {
-        removed_.sort(pool_.n_rows, pool_.n_cols);
-      } else {
-        const int64_t begin = (item - 1) * kPiece, count = std::min(kPiece, n_ - begin);
-        place(begin, count);
-        sign(begin, count, {seed, step, static_cast<uint32_t>(streams.sign)}, streams.fixed);
-      }
-    });
-    // Now nothing can fail, where the index is that of the pool.
+    removed_.count = added_.count = n_;
     const bool merges = !too_many_to_merge(n_, pool_.capacity);
-    for_each_item(1 + pieces, serial_, [&](int64_t item) {
-      if (item == 0) {
-        if (merges) added_.sort(pool_.n_rows, pool_.n_cols);
-        return;
-      }
-      const int64_t begin = (item - 1) * kPiece, count = std::min(kPiece, n_ - begin);
-      kept.write(slots_ + begin, sign_.data() + begin, count);
-      if (merges) write(begin, count);
-    });
+    std::atomic<bool> active{true};
+    pieces(1, [&](int64_t) { distinct_into(n_, list_.dormant() + n_, grow, 0, ranks_); },
+           [&](int64_t begin, int64_t count) {
+             if (!gather(begin, count)) active = false;
+           });
+    require(active, list_.op, "a slot is empty, or the pool holds a position that is out of range");
+    pieces(2, [&](int64_t item) { sort_removed(item); },
+           [&](int64_t begin, int64_t count) {
+             place(begin, count);
+             sign(begin, count, {seed, step, static_cast<uint32_t>(streams.sign)}, streams.fixed);
+           });
+    // Now nothing can fail, where the index is that of the pool.
+    pieces(1, [&](int64_t) { if (merges) sort_added(); },
+           [&](int64_t begin, int64_t count) {
+             kept.write(slots_ + begin, sign_.data() + begin, count);
+             if (merges) write(begin, count);
+           });
     if (!merges) return rebuild(pool_, slots_, rows_, cols_, n_);
     const Merge<I> merge(pool_, removed_, added_, n_);
     if (merge.run(true, pool_.capacity < kSerialMerge)) return kNoProblem;
     for (int64_t i = 0; i < n_; ++i) {
-      const Change<I>& c = removed_.by_row[static_cast<size_t>(i)];
+      const Change<I>& c = removed_.by_row[i];
       pool_.rows[c.slot] = c.major;
       pool_.cols[c.slot] = c.minor;
     }
@@ -128,33 +117,62 @@ class Exchange {
  private:
   static constexpr int64_t kPiece = 256;
 
+  // first(0 ... firsts), and piece(begin, count) for all n connections, on all threads.
+  template <class First, class Piece>
+  void pieces(int64_t firsts, const First& first, const Piece& piece) const {
+    try_each_item(firsts + (n_ + kPiece - 1) / kPiece, serial_, [&](int64_t item) {
+      if (item < firsts)
+        first(item);
+      else
+        piece((item - firsts) * kPiece, std::min(kPiece, n_ - (item - firsts) * kPiece));
+    });
+  }
+
   // What leaves; whether it can.
-  bool gather(int64_t begin, int64_t end) {
+  bool gather(int64_t begin, int64_t count) {
     bool active = true;
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < end) {
+    for (int64_t i = begin; i < begin + count; ++i) {
+      if (i + kAhead < begin + count) {
         __builtin_prefetch(pool_.rows + slots_[i + kAhead]);
         __builtin_prefetch(pool_.cols + slots_[i + kAhead]);
       }
       const I slot = static_cast<I>(slots_[i]), row = pool_.rows[slot], col = pool_.cols[slot];
       active = active && row >= 0 && pool_.valid(row, col);
-      removed_.by_row[static_cast<size_t>(i)] = {row, col, slot};
+      leaves_[i] = {row, col, slot};
     }
     return active;
+  }
+
+  // What leaves, in the order of one list.
+  void sort_removed(int64_t list) {
+    if (list == 0) {
+      std::copy(leaves_.data(), leaves_.data() + n_, removed_.by_row.data());
+      removed_.sort_rows(pool_.n_rows, pool_.n_cols);
+    } else {
+      removed_.sort_cols(leaves_.data(), pool_.n_rows, pool_.n_cols);
+    }
   }
 
   // The new connections of some ranks.
   void place(int64_t begin, int64_t count) {
     map_ranks(list_, ranks_ + begin, count, rows_ + begin, cols_ + begin, [&](int64_t i) {
       require(i < n_, list_.op, "a rank is out of range");
-      return std::pair<int64_t, int64_t>(pool_.rows[slots_[i]], pool_.cols[slots_[i]]);
+      return std::pair<int64_t, int64_t>(leaves_[i].major, leaves_[i].minor);
     });
     for (int64_t i = begin; i < begin + count; ++i) {
       require(rows_[i] < pool_.n_rows && cols_[i] >= 0 && cols_[i] < pool_.n_cols, list_.op,
               "the lists of the index are not sorted");
-      added_.by_row[static_cast<size_t>(i)] = {static_cast<I>(rows_[i]), static_cast<I>(cols_[i]),
-                                               static_cast<I>(slots_[i])};
+      added_.by_row[i] = {static_cast<I>(rows_[i]), static_cast<I>(cols_[i]), static_cast<I>(slots_[i])};
     }
+  }
+
+  // Ranks ascend, and with them positions, but for the last few, those of connections that leave.
+  void sort_added() {
+    Change<I>* first = added_.by_row.data();
+    Change<I>* left = first + (std::lower_bound(ranks_, ranks_ + n_, list_.dormant()) - ranks_);
+    std::sort(left, first + n_, comes_first<I>);
+    std::inplace_merge(first, left, first + n_, comes_first<I>);
+    added_.from_rows(pool_.n_rows, pool_.n_cols);
   }
 
   void sign(int64_t begin, int64_t count, const Coordinates& at, bool fixed) {
@@ -184,9 +202,10 @@ class Exchange {
   const int64_t* slots_;
   int64_t n_;
   bool serial_;
-  std::vector<int64_t> numbers_;
+  Fresh<int64_t> numbers_;
   int64_t *ranks_, *rows_, *cols_;
-  std::vector<int8_t> sign_;
+  Fresh<int8_t> sign_;
+  Fresh<Change<I>> leaves_;  // in the order of the slots
   Moves<I> removed_, added_;
 };
 
@@ -236,7 +255,7 @@ std::tuple<Tensor, int64_t, int64_t, int64_t> walk_and_regrow_(
   require_apart(op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
   const Kept kept(values, signs, gradient.has_value() ? &*gradient : nullptr, rows.numel(), op);
   const bool full = connections(row_ptr, type) == rows.numel();
-  const Walk by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
+  const Diffusion by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
                 static_cast<uint32_t>(noise_stream)};
   const Tensor slots = walk(values, rows, signs, full, by, op);
   const auto [code, a, b] = exchange(t, static_cast<const int64_t*>(slots.const_data_ptr()), slots.numel(), kept,

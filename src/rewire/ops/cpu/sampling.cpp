@@ -89,7 +89,29 @@ void bucket_sort(std::vector<int64_t>& numbers, int64_t bound) {
   numbers.swap(other);
 }
 
-constexpr int64_t kFewNumbers = 32, kManyNumbers = 1 << 15;
+// Sorts numbers below 2^32 by digits of 12 bits, in half the memory: some ten thousand of them stay in the first cache.
+void digit_sort(std::vector<int64_t>& numbers, int64_t bound) {
+  constexpr int kBits = 12;
+  const size_t n = numbers.size();
+  std::vector<uint32_t> from(n), to(n), start(size_t{1} << kBits);
+  for (size_t i = 0; i < n; ++i) from[i] = static_cast<uint32_t>(numbers[i]);
+  for (int shift = 0; (bound - 1) >> shift > 0; shift += kBits) {
+    const auto digit = [shift](uint32_t x) { return static_cast<size_t>(x >> shift) & ((1 << kBits) - 1); };
+    std::fill(start.begin(), start.end(), 0u);
+    for (uint32_t x : from) ++start[digit(x)];
+    uint32_t before = 0;
+    for (uint32_t& s : start) {
+      const uint32_t here = s;
+      s = before;
+      before += here;
+    }
+    for (uint32_t x : from) to[start[digit(x)]++] = x;
+    from.swap(to);
+  }
+  for (size_t i = 0; i < n; ++i) numbers[i] = from[i];
+}
+
+constexpr int64_t kFewNumbers = 32, kSomeNumbers = 1 << 11, kManyNumbers = 1 << 15;
 
 // The first `n` distinct values of the sequence, ascending; 0 <= 2 n <= bound. O(n) expected time and memory.
 std::vector<int64_t> first_distinct(int64_t n, int64_t bound, const Coordinates& at, int64_t offset) {
@@ -128,6 +150,8 @@ std::vector<int64_t> first_distinct(int64_t n, int64_t bound, const Coordinates&
     t += lacking;
     if (lacking < kFewNumbers)
       std::sort(drawn.begin(), drawn.end());
+    else if (lacking >= kSomeNumbers && bound <= int64_t{1} << 32)
+      digit_sort(drawn, bound);
     else if (lacking < kManyNumbers)
       bucket_sort(drawn, bound);
     else

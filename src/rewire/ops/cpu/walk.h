@@ -5,13 +5,13 @@
 
 namespace rewire {
 
-struct Walk {
+struct Diffusion {
   double shrink, noise;
   uint64_t seed;
   uint32_t step, stream;
 };
 
 // One step of all values; the slots that crossed zero, ascending. `full`: there are no empty slots, so rows are not read.
-Tensor walk(const Tensor& values, const Tensor& rows, const Tensor& signs, bool full, const Walk& by, const char* op);
+Tensor walk(const Tensor& values, const Tensor& rows, const Tensor& signs, bool full, const Diffusion& by, const char* op);
 
 }  // namespace rewire
