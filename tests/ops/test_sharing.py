@@ -67,7 +67,7 @@ from problems import problem
 from rewire import ops
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    for batch, spare in ((70, 0), (128, 2), (300, 0)):
+    for batch, spare in ((35, 0), (70, 0), (128, 2), (136, 0), (300, 0)):
         p = problem(150, 400, 30_000, dtype=torch.float64 if dtype == torch.float64 else torch.float32, spare=spare)
         x, g = torch.randn(batch, 400).to(dtype), torch.randn(batch, 150).to(dtype)
         results = []

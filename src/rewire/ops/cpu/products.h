@@ -116,12 +116,15 @@ struct OneRow {
   OneRow(const OneRow&) = delete;
 };
 
+// Whether a block of the batch is wide enough for its kernels to know tiles.
+inline bool is_tiled(int64_t width, int type) { return width * 2 > kVectorsPerBlock * kernels().lanes[type]; }
+
 // How many tiles of columns a block of x (features, width) is read in, so that a tile stays in a core's own cache, with
 // `beside` bytes that go with each feature: one, unless every tile is read often enough to be worth another pass over the
 // rows.
 inline int64_t tiles_of(const CheckedList& list, int64_t features, int64_t width, int64_t size, int type,
                         int64_t beside = 0) {
-  if (width * 2 <= kVectorsPerBlock * kernels().lanes[type]) return 1;
+  if (!is_tiled(width, type)) return 1;
   const int64_t bytes = features * (width * size + beside), most = std::max<int64_t>(cache_bytes() / 3 * 2, 1);
   if (bytes <= cache_bytes() / 4 * 3) return 1;
   const int64_t tiles = std::min((bytes + most - 1) / most, features);
@@ -199,7 +202,8 @@ struct Blocks {
     count = (vectors + kVectorsPerBlock - 1) / kVectorsPerBlock;
   }
   int64_t start(int64_t block) const { return std::min(batch, vectors * block / count * lanes); }
-  int64_t widest() const { return std::min(batch, kVectorsPerBlock * lanes); }
+  int64_t width(int64_t block) const { return start(block + 1) - start(block); }
+  int64_t widest() const { return std::min(batch, count > 0 ? (vectors + count - 1) / count * lanes : 0); }
 };
 
 inline int64_t element_bytes(int type) { return type == kFloat64 ? 8 : is_narrow(type) ? 2 : 4; }
@@ -243,14 +247,17 @@ inline void require_goes_with(int own, int type, const char* op, const char* wha
 // fits the cache.
 struct Walk {
   const CheckedList& list;
-  const int64_t features, tiles;
+  const int64_t features;
+  const int type;
+  const int64_t tiles;
   const Blocks blocks;
   const Plan plan;
   const Scratch next;
 
-  Walk(const CheckedList& list_, int64_t batch, int64_t features_, int type, int64_t beside = 0)
+  Walk(const CheckedList& list_, int64_t batch, int64_t features_, int type_, int64_t beside = 0)
       : list(list_),
         features(features_),
+        type(type_),
         tiles(tiles_of(list_, features_, Blocks(batch, type).widest(), element_bytes(type), type, beside)),
         blocks(batch, type),
         plan(list_, batch),
@@ -268,9 +275,10 @@ struct Walk {
       const Tile tile{reinterpret_cast<int64_t*>(next.data()), features * (pass % tiles + 1) / tiles, pass % tiles == 0,
                       pass % tiles == tiles - 1};
       const Unit& unit = plan.units[static_cast<size_t>(number)];
-      // A part of a long row is walked at once.
-      if (unit.part >= 0 && !tile.first) return;
-      failure.note(work(unit, block, b0, blocks.start(block + 1) - b0, tiles > 1 && unit.part < 0 ? &tile : nullptr));
+      // A part of a long row is walked at once, and so are all rows of a narrow block beside wider ones.
+      const bool tiled = tiles > 1 && unit.part < 0 && is_tiled(blocks.width(block), type);
+      if (!tiled && !tile.first) return;
+      failure.note(work(unit, block, b0, blocks.width(block), tiled ? &tile : nullptr));
     };
     in_passes(blocks.count * tiles, static_cast<int64_t>(plan.units.size()), serial, ordered || tiles > 1, one);
     raise(failure.status, op);
