@@ -48,6 +48,28 @@ def test_counts_are_those_of_the_networks() -> None:
             assert run["removed"] == pytest.approx(100 * (1 - run["parameters"] / 605_546))
 
 
+def test_what_the_page_says_of_the_papers_figures() -> None:
+    def mean(network: str, noise: str, key: str) -> float:
+        runs = REPORT["networks"][network]["results"][noise]
+        assert len(runs) == 3
+        return sum(run[key] for run in runs) / len(runs)
+
+    large = REPORT["networks"]["lenet-300-100"]["results"]
+    for noise, runs in large.items():
+        assert min(run["removed"] for run in runs) > 94.33
+        assert mean("lenet-300-100", noise, "test_error") < 3.05
+    assert f"up to {max(run['test_error'] for runs in large.values() for run in runs):.2f} %" in PAGE
+    first = [run["neurons"][0] for runs in large.values() for run in runs]
+    assert f"There are {min(first)} to {max(first)} neurons in the first layer" in PAGE
+    for network, words in (
+        ("lenet-5", "with gaussian noise outputs: {:.2f} %,"),
+        ("lenet-5, channels too", "{:.2f} %"),
+    ):
+        assert words.format(mean(network, "gaussian", "removed")) in PAGE
+        assert mean(network, "gaussian", "test_error") <= 0.95
+    assert mean("lenet-5, channels too", "gaussian", "removed") >= 97.75
+
+
 def test_the_example_runs() -> None:
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert code
