@@ -393,6 +393,11 @@ def test_filling_rows_is_uniform_over_what_is_free() -> None:
     pairs = list(itertools.combinations((0, 2, 3, 4), 2))
     assert set(seen) == {(*pair, c) for pair in pairs for c in range(5)}
     assert stats.chisquare(list(seen.values())).pvalue > 1e-4
+    for wrong in (torch.tensor([1]), torch.tensor([0, -1, 0, 0])):
+        with pytest.raises(
+            topology.TopologyError, match="need must have a number of at least 0 for each of the 4 rows"
+        ):
+            topology.sample_in_rows(rows, cols, 4, 5, wrong, 5, 0, 1)
     with pytest.raises(topology.TopologyError, match="row 2 has 3 columns left, not 4"):
         topology.sample_in_rows(rows, cols, 4, 5, torch.tensor([0, 0, 4, 0]), 5, 0, 1)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rewire._version import __version__
 
-if TYPE_CHECKING:
-    from rewire import budget, data, distributed, ema, export, methods, nn, ops, posterior, schedules
+if TYPE_CHECKING:  # what stands above other parts of the house (data, export) is found by __getattr__ alone
+    from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
     from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
     from rewire.nn.cut import to_sparse
     from rewire.nn.summary import summary

@@ -377,11 +377,14 @@ def sample_dormant_in_rows(
 def sample_in_rows(
     rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, need: Tensor, seed: int, step: int, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """``need[r]`` (int64) uniformly random columns in every row r, distinct and not among those of ``rows, cols``.
+    """``need[r]`` uniformly random columns in every row r, distinct and not among those that ``rows, cols`` take.
 
-    rows, cols: int64, ascending by row in the result. Raises `TopologyError` where a row has not as many left.
-    O(n + sum(need) + n_rows + n_cols).
+    need: int64, (n_rows,), at least 0. rows, cols: int64, (n,), in any order. The result has sum(need) of both, int64,
+    its rows ascending. Raises `TopologyError` where a row has not as many columns left.
+    O(n + sum(need) + n_rows + n_cols); on other devices than the CPU with a loop over the rows that draw several.
     """
+    if need.shape != (n_rows,) or bool((need < 0).any()):
+        raise TopologyError(f"need must have a number of at least 0 for each of the {n_rows} rows, not {need.tolist()}")
     index = build_index(rows, cols, n_rows, n_cols)
     free = n_cols - (index.row_ptr[1:] - index.row_ptr[:-1]).long()
     if bool((need > free).any()):
@@ -389,7 +392,8 @@ def sample_in_rows(
         raise TopologyError(f"row {row} has {int(free[row])} columns left, not {int(need[row])}: ask for fewer")
     new = torch.repeat_interleave(torch.arange(n_rows, device=need.device), need)
     first = torch.cumsum(need, 0) - need
-    # Taking the first ones free and exchanging them at once makes all the free ones candidates, and no others.
+    # Draws are made for connections that leave: let the first free columns be taken and leave again, so that the draw
+    # is among all columns that were free, and no others.
     nth = torch.arange(new.numel(), device=need.device) - first[new]
     ahead = _nth_dormant_col(index, new, nth)
     filled = build_index(torch.cat([rows, new]), torch.cat([cols, ahead]), n_rows, n_cols)

@@ -172,7 +172,9 @@ def test_the_line_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_models() -> None:
     model, shape = models.load("resnet18", None)
-    found = dict(models.layers(model, shape, 32))
+    layers, others = models.layers(model, shape, 32)
+    found = dict(layers)
+    assert others == []
     assert sum(p.numel() for p in model.parameters()) == 11_689_512
     linear = [f for f in found.values() if f.is_linear]
     assert [(f.inputs, f.outputs, f.rows) for f in linear] == [(512, 1000, 32)]
@@ -187,7 +189,8 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "def conv():\n    return nn.Conv2d(1, 2, 3)\n"
         "def three():\n    return 3\n"
         "class Ends(nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.a, self.b = nn.Linear(4, 5), nn.LSTM(5, 3)\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.a, self.b, self.unused = nn.Linear(4, 5), nn.LSTM(5, 3), nn.Conv1d(2, 2, 2)\n"
         "    def forward(self, x):\n        return self.b(self.a(x))[0]\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -287,6 +287,10 @@ def test_what_rounding_leaves_unused_is_given_back_at_the_end() -> None:
     assert method.finalize() is layer
     assert layer.weight.capacity == layer.weight.connections == layer.weight.values.numel()
     assert torch.equal(layer.weight.to_dense(), dense)
+    roomy = SparseLinear(30, 8, connections=45, capacity=60)
+    method = SRigL(roomy, torch.optim.SGD(roomy.parameters(), lr=0.1))
+    method.finalize()
+    assert roomy.weight.capacity == 60 - (45 - roomy.weight.connections)  # what was asked for stays
     assert optimizer.state[layer.weight.values]["exp_avg"].shape == layer.weight.values.shape
 
 

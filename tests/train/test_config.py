@@ -77,11 +77,16 @@ def test_what_is_given_goes_before_what_suits() -> None:
         (3, {}, {"cycles": 2, "every": 1}),
         (1, {}, {"cycles": 1, "every": 1}),
         (40, {"cycles": 10}, {"cycles": 10, "every": 3}),
-        (40, {"every": 2}, {"every": 2}),
+        (40, {"every": 2}, {"cycles": 5, "every": 2}),
+        (4, {"every": 2}, {"cycles": 1, "every": 2}),
+        (4, {"cycles": 10}, {"cycles": 10, "every": 1}),
+        (40, {"cycles": 4, "every": 3}, {"cycles": 4, "every": 3}),
     ):
         options = {"method": "magnitude", "epochs": epochs, "method_options": given}
         assert make_config(options).method_options == expected
     assert make_config({"method": "one-shot", "epochs": 1}).method_options == {"after": 1}
+    options = {"method": "one-shot", "epochs": 12, "method_options": {"unit": "epoch"}}
+    assert make_config(options).method_options == {"unit": "epoch", "after": 6}
     one = {"method": "one-shot", "method_options": {"unit": "step", "after": 7}}
     assert make_config(one).method_options == {"unit": "step", "after": 7}
 

@@ -139,8 +139,19 @@ def test_pools_that_shrink_are_compared_with_what_is_smaller(tmp_path: Path) -> 
     assert display.change_line(result) is None
 
 
-def test_the_last_score_is_that_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut at the end of the last epoch: validation is scored behind it, as the connections beside it are counted."""
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("one-shot", {"after": 1}),
+        ("one-shot", {"after": 99}),
+        ("magnitude", {"cycles": 10}),
+        ("noiseout", {"threshold": 0.8, "warmup": 1}),
+    ],
+)
+def test_scores_are_those_of_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]
+) -> None:
+    """Validation is scored behind a cut or merge, as connections are counted, and at last that of what is returned."""
     seen: list[int] = []
 
     def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -148,11 +159,12 @@ def test_the_last_score_is_that_of_what_is_left(tmp_path: Path, monkeypatch: pyt
         return 0.0, seen[-1] / 1000
 
     monkeypatch.setattr(loop, "evaluate", evaluated)
-    changes = {"method": "one-shot", "method_options": {"after": 99}, "epochs": 2}
-    loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))
+    budget = {} if method == "noiseout" else {"density": [0.2]}
+    config = make_config(DENSE | budget | {"method": method, "method_options": options, "epochs": 2})
+    result = loop.run(config, toy.dataset(), RunDir(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     left = [sum(line["connections"]) for line in lines]
-    assert left[0] > left[1]
+    assert result["connections"] == left[-1] < POSSIBLE
     assert [line["validation_accuracy"] for line in lines] == [k / 1000 for k in left]
 
 

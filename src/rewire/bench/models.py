@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from rewire.bench import networks
 from rewire.bench.errors import BenchError
 
-__all__ = ["MODELS", "Found", "layers", "load", "others"]
+__all__ = ["MODELS", "Found", "layers", "load"]
 
 #: Models known by name: what makes them, and the shape of one sample.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (networks.set_mlp, (3072,)),
     "resnet18": (networks.resnet18, (3, 224, 224)),
 }
+
+
+#: Layers that have a sparse twin but are not measured.
+_OTHERS = nn.RNNBase | nn.MultiheadAttention | nn.Conv1d | nn.Conv3d
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,19 @@ def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int
 
 
 @torch.no_grad()
-def layers(model: nn.Module, shape: Sequence[int], batch: int) -> list[tuple[str, Found]]:
-    """The linear layers and 2-D convolutions of ``model`` that a sample passes, in order, with their inputs' shapes."""
+def layers(model: nn.Module, shape: Sequence[int], batch: int) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
+    """The linear layers and 2-D convolutions of ``model`` that a sample passes, in order, with their inputs' shapes.
+
+    Also the name and type of layers of other kinds that have a sparse twin and that it passes.
+    """
     seen: dict[str, Found] = {}
+    others: dict[str, str] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if isinstance(module, _OTHERS):
+                others[name] = type(module).__name__
+                return
             x = inputs[0]
             # One sample went in: for a linear layer every leading dimension is another row.
             rows = x.shape[:-1].numel() if isinstance(module, nn.Linear) else x.shape[0]
@@ -113,7 +124,7 @@ def layers(model: nn.Module, shape: Sequence[int], batch: int) -> list[tuple[str
     handles = [
         module.register_forward_pre_hook(watch(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv2d | _OTHERS)
     ]
     training = model.training
     try:
@@ -127,11 +138,6 @@ def layers(model: nn.Module, shape: Sequence[int], batch: int) -> list[tuple[str
         for handle in handles:
             handle.remove()
     if not seen:
-        raise BenchError("--model: the model has no linear layer and no 2-D convolution to compare")
-    return list(seen.items())
-
-
-def others(model: nn.Module) -> list[tuple[str, str]]:
-    """Name and type of the layers of other kinds that have a sparse twin (recurrent, attention, 1-D, 3-D)."""
-    kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Conv1d, nn.Conv3d)
-    return [(name, type(module).__name__) for name, module in model.named_modules() if isinstance(module, kinds)]
+        only = f", only {', '.join(sorted({*others.values()}))}" if others else ""
+        raise BenchError(f"--model: the model has no linear layer and no 2-D convolution to compare{only}")
+    return list(seen.items()), list(others.items())

@@ -80,14 +80,15 @@ def model(
     made, shape = models.load(source, shape)
     measured: dict[Any, dict[str, Any]] = {}
     rows = []
-    for name, found in models.layers(made, shape, batch):
+    layers, others = models.layers(made, shape, batch)
+    for name, found in layers:
         key = found.key
         if key not in measured:
             progress(f"{name}: {found.shown}")
             measured[key] = (_linear if found.is_linear else _conv)(setting, found, density)
         rows.append({"name": name, "layer": found.shown, "rows": found.rows} | measured[key])
     note = "only linear layers and 2-D convolutions are"
-    for name, kind in models.others(made):
+    for name, kind in others:
         rows.append({"name": name, "layer": kind, "rows": "", "verdict": "not measured", "note": note})
     return {"model": source, "density": density, "batch": batch, "input": list(shape), "layers": rows}
 

@@ -278,12 +278,8 @@ class Method(ABC):
         if slots.numel():
             nothing = slots.new_empty(0)
             self._exchange(pool, slots, nothing, nothing)
-            self._trim(pool)
-
-    def _trim(self, pool: Pool) -> None:
-        """Give the storage of empty slots back (not under DDP, where that cannot be)."""
-        if pool.weight.shared_seed is None:
-            pool.weight.resize(pool.weight.connections, [pool.optimizer])
+            if pool.weight.shared_seed is None:
+                pool.weight.resize(pool.weight.connections, [pool.optimizer])
 
     def _trained(self) -> list[Pool]:
         """The pools that are not frozen (``values.requires_grad``)."""

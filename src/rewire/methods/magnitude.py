@@ -55,10 +55,11 @@ class Magnitude(Shrinking):
     def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """All cuts in the first three quarters of the run, so that what is left trains on."""
         first = max(1, 3 * epochs // 4)
-        cycles = {} if {"cycles", "every"} & given.keys() else {"cycles": min(5, first)}
-        many = given.get("cycles", cycles.get("cycles"))
-        every = {"every": max(1, first // many)} if isinstance(many, int) and many > 0 and "every" not in given else {}
-        return cycles | every
+        each, many = given.get("every", 1), given.get("cycles", 5)
+        if not all(isinstance(n, int) and n > 0 for n in (each, many)):
+            return {}  # to be refused with what is allowed
+        options = {"cycles": max(1, min(5, first // each)), "every": max(1, first // min(many, first))}
+        return {name: value for name, value in options.items() if name not in given}
 
     def __init__(
         self,
@@ -96,7 +97,11 @@ class Magnitude(Shrinking):
         self.cuts = 0
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if self.epochs % self.every == 0 and self.cuts < self.cycles:
+        # At the last epoch all that `finalize` would cut, before it is scored.
+        if last and self.final is not None and self.cuts < self.cycles:
+            self.cuts = self.cycles
+            self._cut(self._targets())
+        elif self.epochs % self.every == 0 and self.cuts < self.cycles:
             self.cuts += 1
             self._cut(self._targets())
 

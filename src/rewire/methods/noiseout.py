@@ -75,16 +75,17 @@ class NoiseOut(Method):
         at_once: merges per check at most; none is as many as the threshold allows.
         overshoot: what becomes of merges that break the threshold. "train": they stay, and training brings the score
             back or not; the way to few units, each of which is missed at first. "undo": they are taken back at once,
-            half as many are tried, and at last pairs of the other layers, until each layer's next merge would break
-            the threshold; so training only ever sees networks that met it.
+            half as many are tried for the rest of the check, and at last pairs of the other layers, until each layer's
+            next merge would break the threshold (or ``at_once`` are done). Training after a check may still lose the
+            threshold: then nothing is merged before it is met again.
         samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
 
     ``data`` is what correlations are taken over; it must give the same batches each time. ``evaluate`` (model -> score)
     is asked at checks between epochs, and at the end of epochs where `end_epoch` is not given one.
 
     Cost: a check passes over the samples once, O(units^2) per position, and one evaluation and a copy of the model
-    and its optimizer state per merge; another pass for each that is undone. Between checks nothing costs beyond the
-    noise outputs.
+    and its optimizer state per merge; for each that is undone, at every check anew, another evaluation and pass.
+    Between checks nothing costs beyond the noise outputs.
     """
 
     starts_dense: ClassVar[bool] = True
@@ -161,7 +162,7 @@ class NoiseOut(Method):
         self._checks = 0
         self._score: float | None = None
         self._best: Snapshot | None = None
-        self._best_score: float | None = None
+        self._beside: dict[str, Any] = {}  # what belongs to the best
         self._outputs = None if noise == "none" else self._noise_outputs(outputs, mean, deviation)
         if self._outputs is not None:
             self._attachment.hold(self._outputs.handle)
@@ -199,12 +200,13 @@ class NoiseOut(Method):
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.every == "epoch" or last:
             self._check(evaluate if evaluate is not None else self._evaluate)
+        if last and self._best is not None:  # what is scored now is what `finalize` gives
+            self._go_back()
 
     def finalize(self) -> nn.Module:
         """Go back to the last network that met the threshold, if one did, take the noise outputs off, return it."""
         if self._attachment.attached and self._best is not None:
-            self._best.restore(self.model, self.optimizers)
-            self._score = self._best_score
+            self._go_back()
         return super().finalize()
 
     def stats(self) -> dict[str, Any]:
@@ -252,7 +254,6 @@ class NoiseOut(Method):
         limit = left
         while left > 0:
             wanted = min(left, limit, max(1, int(self.pace * sum(len(m.units) for m in moments.values()))))
-            before = self._outputs.state() if self._outputs is not None and self.overshoot == "undo" else None
             done: list[str] = []
             while len(done) < wanted and (name := self._merge(moments)):
                 done.append(name)
@@ -265,25 +266,28 @@ class NoiseOut(Method):
             elif self.overshoot == "train":
                 return
             else:
-                self._undo(done, before)
+                self._go_back()
                 limit = max(1, len(done) // 2)
-                moments = self._measure(moments.keys() - (set(done) if len(done) == 1 else set()))
+                names = moments.keys() - (set(done) if len(done) == 1 else set())
+                if not names:
+                    return
+                moments = self._measure(names)
 
     def _keep(self, score: float) -> None:
-        """Remember the network, which meets the threshold."""
-        self._best, self._best_score = Snapshot.of(self.model, self.optimizers), score
+        """Remember the network, which meets the threshold, its noise outputs, and what is counted of it."""
+        self._best = Snapshot.of(self.model, self.optimizers)
+        outputs = None if self._outputs is None else self._outputs.state()
+        self._beside = {"score": score, "merged": dict(self._merged), "updates": self.updates, "outputs": outputs}
 
-    def _undo(self, merged: Iterable[str], outputs: dict[str, Any] | None) -> None:
-        """Go back to the last network that met the threshold, before these merges, with its noise outputs and score."""
+    def _go_back(self) -> None:
+        """Take the last network that met the threshold."""
         assert self._best is not None
         self._best.restore(self.model, self.optimizers)
         self._graph = UnitGraph(self.model, self._example)
-        if self._outputs is not None and outputs is not None:
-            self._outputs.load(outputs)
-        for name in merged:
-            self._merged[name] -= 1
-            self.updates -= 1
-        self._score = self._best_score
+        self._score, self.updates = self._beside["score"], self._beside["updates"]
+        self._merged = dict(self._beside["merged"])
+        if self._outputs is not None:
+            self._outputs.load(self._beside["outputs"])
 
     def _measure(self, names: Iterable[str]) -> dict[str, UnitMoments]:
         return measure(self._graph, [name for name in self._names if name in names], self._batches())
@@ -338,14 +342,14 @@ class NoiseOut(Method):
             "score": self._score,
             "threshold": self.threshold,
             "best": None if self._best is None else self._best.state(),
-            "best_score": self._best_score,
+            "beside": dict(self._beside),
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; a model that was not cut gets the shapes, for its own state to be loaded."""
         shapes, merged, checks = dict(state["shapes"]), dict(state["merged"]), int(state["checks"])
         score, threshold, outputs = state["score"], state["threshold"], state["outputs"]
-        best_score = state["best_score"]
+        beside = dict(state["beside"])
         best = None if state["best"] is None else Snapshot.from_state(state["best"])
         for parameter in fit_shapes(self.model, shapes):
             for optimizer in self.optimizers:
@@ -355,7 +359,7 @@ class NoiseOut(Method):
         if self._outputs is not None:
             self._outputs.load(outputs)
         self._merged, self._checks, self._score, self.threshold = merged, checks, score, threshold
-        self._best, self._best_score = best, best_score
+        self._best, self._beside = best, beside
 
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:

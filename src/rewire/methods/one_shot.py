@@ -42,7 +42,7 @@ class OneShot(Shrinking):
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """The cut in the middle of the run, so that what is left trains on."""
-        return {} if {"after", "unit"} & given.keys() else {"after": max(1, epochs // 2)}
+        return {} if "after" in given or given.get("unit", "epoch") != "epoch" else {"after": max(1, epochs // 2)}
 
     def __init__(
         self,

@@ -54,7 +54,8 @@ class SRigL(Rewirer):
         until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are known.
         candidates: "auto", None (exact) or a number of random dormant positions to look at, see
             `rewire.methods.grow.Gradient`. Besides them what is dropped is looked at; a neuron that has too few of them
-            grows uniformly random connections for the rest.
+            grows uniformly random connections for the rest. Where they are fewer than n, random positions count among
+            the n largest, so fewer neurons are ablated.
         steps: of the whole training; `rewire train` gives it.
 
     That ablated neurons may return is recalled, not read. Cost: exact O(M samples) time per update and O(K) memory
@@ -143,10 +144,12 @@ class SRigL(Rewirer):
         self._exchange(pool, gone, *growth.in_rows(kept, gone, need))
 
     def finalize(self) -> nn.Module:
-        """As `Method.finalize`; what rounding left unused of the budget gives its storage back."""
+        """As `Method.finalize`; what rounding left unused of the budget gives its storage back (not under DDP)."""
         if self._attachment.attached:
             for pool in self.pools:
-                self._trim(pool)
+                unused = self._budgets[pool.name] - pool.weight.connections
+                if pool.weight.shared_seed is None:
+                    pool.weight.resize(pool.weight.capacity - unused, [pool.optimizer])
         return super().finalize()
 
     def _settings(self) -> dict[str, Any]:

@@ -287,14 +287,14 @@ class Trainer:
 
         lr = self._lr()
         last = self.epoch + 1 == config.epochs
-        found = self._left() if last else None
+        found = self._left()
         try:
             self.method.end_epoch(accuracy if scores else None, last=last)
         except ValueError as error:  # a method that decides by a score, without a validation split
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self._counts()
         left = self._left()
-        if last and scores and left != found:  # what is cut off at the very end belongs to the score
+        if scores and left != found:  # the score is that of the connections and units beside it
             scores = evaluate(self.model, held_x, held_y)
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
         change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}

@@ -180,7 +180,8 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
   for_each_item(2, serial || n < kSerialSort, [&](int64_t s) {
     Moves<I>& moves = s == 0 ? removed : added;
     moves.sort_rows(p.n_rows, p.n_cols);
-    moves.from_rows(p.n_rows, p.n_cols);
+    Fresh<Change<I>> other(moves.count + 1);
+    moves.from_rows(p.n_rows, p.n_cols, other);
   });
   const Merge<I> merge(p, removed, added, n);
   if (!merge.run(false, serial) || !merge.run(true, serial)) return rebuild(p, slots, rows, cols, n);

@@ -93,9 +93,9 @@ struct Moves {
     end(by_col, n_cols);
   }
 
-  // Where `by_row` is in order: ends it, and brings the same into the other order, which takes half as long then.
-  void from_rows(int64_t n_rows, int64_t n_cols) {
-    Fresh<Change<I>> other(count + 1);
+  // Where `by_row` is in order: ends it, and brings the same into the other order, in half the time of a whole sort.
+  // other: as long as by_col, with which it may trade places.
+  void from_rows(int64_t n_rows, int64_t n_cols, Fresh<Change<I>>& other) {
     for (int64_t i = 0; i < count; ++i) by_col[i] = {by_row[i].minor, by_row[i].major, by_row[i].slot};
     if (count < kFewChanges)
       std::sort(by_col.data(), by_col.data() + count, comes_first<I>);

@@ -1,6 +1,7 @@
 // DEEP R's exchange of connections: draw dormant ones, find their signs, replace; see rewire/ops/regrow.py.
 #include <algorithm>
 #include <atomic>
+#include <optional>
 
 #include "merge.h"
 #include "sampling.h"
@@ -97,15 +98,17 @@ class Exchange {
              place(begin, count);
              sign(begin, count, {seed, step, static_cast<uint32_t>(streams.sign)}, streams.fixed);
            });
-    // Now nothing can fail, where the index is that of the pool.
-    pieces(1, [&](int64_t) { if (merges) sort_added(); },
+    // Now nothing can fail, where the index is that of the pool and is not built anew: all memory is there.
+    Fresh<Change<I>> other(merges ? n_ + 1 : 0);
+    std::optional<Merge<I>> merge;
+    if (merges) merge.emplace(pool_, removed_, added_, n_);
+    pieces(1, [&](int64_t) { if (merges) sort_added(other); },
            [&](int64_t begin, int64_t count) {
              kept.write(slots_ + begin, sign_.data() + begin, count);
              if (merges) write(begin, count);
            });
     if (!merges) return rebuild(pool_, slots_, rows_, cols_, n_);
-    const Merge<I> merge(pool_, removed_, added_, n_);
-    if (merge.run(true, pool_.capacity < kSerialMerge)) return kNoProblem;
+    if (merge->run(true, pool_.capacity < kSerialMerge)) return kNoProblem;
     for (int64_t i = 0; i < n_; ++i) {
       const Change<I>& c = removed_.by_row[i];
       pool_.rows[c.slot] = c.major;
@@ -167,12 +170,12 @@ class Exchange {
   }
 
   // Ranks ascend, and with them positions, but for the last few, those of connections that leave.
-  void sort_added() {
+  void sort_added(Fresh<Change<I>>& other) {
     Change<I>* first = added_.by_row.data();
     Change<I>* left = first + (std::lower_bound(ranks_, ranks_ + n_, list_.dormant()) - ranks_);
     std::sort(left, first + n_, comes_first<I>);
     std::inplace_merge(first, left, first + n_, comes_first<I>);
-    added_.from_rows(pool_.n_rows, pool_.n_cols);
+    added_.from_rows(pool_.n_rows, pool_.n_cols, other);
   }
 
   void sign(int64_t begin, int64_t count, const Coordinates& at, bool fixed) {
