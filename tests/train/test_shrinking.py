@@ -168,6 +168,19 @@ def test_scores_are_those_of_what_is_left(
     assert [line["validation_accuracy"] for line in lines] == [k / 1000 for k in left]
 
 
+def test_methods_that_keep_their_budget_are_scored_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SET changes connections and perhaps active units at the end of an epoch: the score is of the trained network."""
+    calls: list[int] = []
+
+    def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+        calls.append(len(y))
+        return evaluate(model, x, y)
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    loop.run(toy.config(method="set", method_options={}, epochs=3), toy.dataset(), RunDir(tmp_path / "run"))
+    assert len(calls) == 3 + 1  # and the test set
+
+
 def test_times_are_taken_in_turns_and_compared_within_a_round() -> None:
     order: list[str] = []
 

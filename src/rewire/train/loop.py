@@ -287,18 +287,17 @@ class Trainer:
 
         lr = self._lr()
         last = self.epoch + 1 == config.epochs
-        found = self._left()
+        found = sum(self._connections().values())
         try:
             self.method.end_epoch(accuracy if scores else None, last=last)
         except ValueError as error:  # a method that decides by a score, without a validation split
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self._counts()
-        left = self._left()
-        if scores and left != found:  # the score is that of the connections and units beside it
+        connections = list(self._connections().values())
+        if scores and sum(connections) != found:  # cut or merged: the score is that of what is left
             scores = evaluate(self.model, held_x, held_y)
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
         change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}
-        connections, units = left
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
             epoch=self.epoch,
@@ -313,7 +312,7 @@ class Trainer:
             grown=change["grown"],
             turnover=[grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)],
             seconds=self.seconds,
-            units=units,
+            units=list(structure(self.model, self.method).units.values()),
         )
         self.loss_sum.zero_()
         self.correct.zero_()
@@ -321,10 +320,6 @@ class Trainer:
         self.metrics_bytes = self.run_dir.append_metrics(record.to_line())
         self.save()
         observer.epoch_ended(record)
-
-    def _left(self) -> tuple[list[int], list[int]]:
-        """Connections and units of every layer."""
-        return list(self._connections().values()), list(structure(self.model, self.method).units.values())
 
     # --- the end ------------------------------------------------------------------------------------------
 
