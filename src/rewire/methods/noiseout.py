@@ -283,11 +283,11 @@ class NoiseOut(Method):
         """Take the last network that met the threshold."""
         assert self._best is not None
         self._best.restore(self.model, self.optimizers)
+        if self._outputs is not None:  # first, because what they hold of forward passes cannot be copied with the model
+            self._outputs.load(self._beside["outputs"])
         self._graph = UnitGraph(self.model, self._example)
         self._score, self.updates = self._beside["score"], self._beside["updates"]
         self._merged = dict(self._beside["merged"])
-        if self._outputs is not None:
-            self._outputs.load(self._beside["outputs"])
 
     def _measure(self, names: Iterable[str]) -> dict[str, UnitMoments]:
         return measure(self._graph, [name for name in self._names if name in names], self._batches())
