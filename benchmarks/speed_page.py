@@ -81,13 +81,14 @@ def wide(results: dict[str, Any]) -> list[str]:
 
 def headline(results: dict[str, Any]) -> str:
     """What README says."""
-    figures = {f["name"]: f["value"] for bar in results["bars"] for f in bar["figures"]}
+    # Names are unique within a bar only: P4 has layers of the same names.
+    figures = {(bar["name"], f["name"]): f["value"] for bar in results["bars"] for f in bar["figures"]}
     over = {
-        density: [figures[f"{size} x {size}, {density}, {layout}"] for size in (1024, 4096) for layout in LAYOUTS]
+        density: [figures["p1", f"{size} x {size}, {density}, {layout}"] for size in (1024, 4096) for layout in LAYOUTS]
         for density in ("10%", "5%", "1%")
     }
     shown = ", ".join(f"{min(o):.0f} to {max(o):.0f} times at {density[:-1]} %" for density, o in over.items())
-    breaks = figures["break-even with nn.Linear, contiguous"]
+    breaks = figures["p3", "break-even with nn.Linear, contiguous"]
     return (
         "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside `nn.Linear` on the same two\n"
         f"cores: {shown} of the connections; both take equally long\n"

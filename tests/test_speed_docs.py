@@ -41,3 +41,13 @@ def test_a_full_run_of_a_quiet_machine():
 
 def test_readme_says_what_was_measured():
     assert page.headline(RESULTS) in (ROOT / "README.md").read_text()
+
+
+def test_readme_says_what_p1_measured() -> None:
+    """Other bars have figures of the same names."""
+    text = (ROOT / "README.md").read_text()
+    (p1,) = (bar for bar in RESULTS["bars"] if bar["name"] == "p1")
+    for density in ("10", "5", "1"):
+        found = [f["value"] for f in p1["figures"] if f", {density}%," in f["name"]]
+        assert len(found) == 4
+        assert f"{min(found):.0f} to {max(found):.0f} times at {density} %" in text
