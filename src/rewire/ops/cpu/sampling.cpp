@@ -2,6 +2,8 @@
 // these follow to the letter.
 #include "sampling.h"
 
+#include "sort.h"
+
 namespace rewire {
 namespace {
 
@@ -51,25 +53,6 @@ struct Draws {
   }
 };
 
-// Sorts non-negative numbers below `bound` by their digits of 11 bits.
-void radix_sort(std::vector<int64_t>& numbers, int64_t bound) {
-  constexpr int kBits = 11;
-  std::vector<int64_t> other(numbers.size());
-  for (int shift = 0; shift < 63 && (bound - 1) >> shift > 0; shift += kBits) {
-    size_t count[1 << kBits] = {};
-    const auto digit = [shift](int64_t x) { return static_cast<size_t>(x >> shift) & ((1 << kBits) - 1); };
-    for (int64_t x : numbers) ++count[digit(x)];
-    size_t before = 0;
-    for (size_t& c : count) {
-      const size_t here = c;
-      c = before;
-      before += here;
-    }
-    for (int64_t x : numbers) other[count[digit(x)]++] = x;
-    numbers.swap(other);
-  }
-}
-
 // Sorts evenly spread non-negative numbers below `bound`: into buckets of about one, then by insertion.
 void bucket_sort(std::vector<int64_t>& numbers, int64_t bound) {
   const int64_t n = static_cast<int64_t>(numbers.size());
@@ -89,26 +72,15 @@ void bucket_sort(std::vector<int64_t>& numbers, int64_t bound) {
   numbers.swap(other);
 }
 
-// Sorts numbers below 2^32 by digits of 12 bits, in half the memory: some ten thousand of them stay in the first cache.
+// Sorts non-negative numbers below `bound`, which T holds, by their digits. With 32 bits some ten thousand of them stay in
+// the first cache.
+template <class T>
 void digit_sort(std::vector<int64_t>& numbers, int64_t bound) {
-  constexpr int kBits = 12;
-  const size_t n = numbers.size();
-  std::vector<uint32_t> from(n), to(n), start(size_t{1} << kBits);
-  for (size_t i = 0; i < n; ++i) from[i] = static_cast<uint32_t>(numbers[i]);
-  for (int shift = 0; (bound - 1) >> shift > 0; shift += kBits) {
-    const auto digit = [shift](uint32_t x) { return static_cast<size_t>(x >> shift) & ((1 << kBits) - 1); };
-    std::fill(start.begin(), start.end(), 0u);
-    for (uint32_t x : from) ++start[digit(x)];
-    uint32_t before = 0;
-    for (uint32_t& s : start) {
-      const uint32_t here = s;
-      s = before;
-      before += here;
-    }
-    for (uint32_t x : from) to[start[digit(x)]++] = x;
-    from.swap(to);
-  }
-  for (size_t i = 0; i < n; ++i) numbers[i] = from[i];
+  const int64_t n = static_cast<int64_t>(numbers.size());
+  Fresh<T> items(n), other(n);
+  for (int64_t i = 0; i < n; ++i) items[i] = static_cast<T>(numbers[static_cast<size_t>(i)]);
+  sort_by_key<std::make_unsigned_t<T>>(items, other, n, bound, [](T x) { return x; });
+  std::copy(items.data(), items.data() + n, numbers.begin());
 }
 
 constexpr int64_t kFewNumbers = 32, kSomeNumbers = 1 << 11, kManyNumbers = 1 << 15;
@@ -151,11 +123,11 @@ std::vector<int64_t> first_distinct(int64_t n, int64_t bound, const Coordinates&
     if (lacking < kFewNumbers)
       std::sort(drawn.begin(), drawn.end());
     else if (lacking >= kSomeNumbers && bound <= int64_t{1} << 32)
-      digit_sort(drawn, bound);
+      digit_sort<uint32_t>(drawn, bound);
     else if (lacking < kManyNumbers)
       bucket_sort(drawn, bound);
     else
-      radix_sort(drawn, bound);
+      digit_sort<int64_t>(drawn, bound);
     const auto middle = found.insert(found.end(), drawn.begin(), drawn.end()) - found.begin();
     std::inplace_merge(found.begin(), found.begin() + middle, found.end());
     found.erase(std::unique(found.begin(), found.end()), found.end());
