@@ -287,11 +287,11 @@ def test_what_rounding_leaves_unused_is_given_back_at_the_end() -> None:
     assert method.finalize() is layer
     assert layer.weight.capacity == layer.weight.connections == layer.weight.values.numel()
     assert torch.equal(layer.weight.to_dense(), dense)
+    assert optimizer.state[layer.weight.values]["exp_avg"].shape == layer.weight.values.shape
     roomy = SparseLinear(30, 8, connections=45, capacity=60)
     method = SRigL(roomy, torch.optim.SGD(roomy.parameters(), lr=0.1))
     method.finalize()
     assert roomy.weight.capacity == 60 - (45 - roomy.weight.connections)  # what was asked for stays
-    assert optimizer.state[layer.weight.values]["exp_avg"].shape == layer.weight.values.shape
 
 
 def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_the_others() -> None:

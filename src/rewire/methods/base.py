@@ -274,12 +274,16 @@ class Method(ABC):
                 self._sorted[pool.name] = self._grown[pool.name]
 
     def _shrink(self, pool: Pool, slots: Tensor) -> None:
-        """Drop ``slots`` and give their storage back (under DDP, where that cannot be, they stay empty)."""
+        """Drop ``slots`` and give their storage back, and that of all other empty ones."""
         if slots.numel():
             nothing = slots.new_empty(0)
             self._exchange(pool, slots, nothing, nothing)
-            if pool.weight.shared_seed is None:
-                pool.weight.resize(pool.weight.connections, [pool.optimizer])
+            self._give_back(pool, pool.weight.capacity - pool.weight.connections)
+
+    def _give_back(self, pool: Pool, slots: int) -> None:
+        """Make the pool shorter by so many of its empty slots (under DDP, where that cannot be, they stay)."""
+        if pool.weight.shared_seed is None:
+            pool.weight.resize(pool.weight.capacity - slots, [pool.optimizer])
 
     def _trained(self) -> list[Pool]:
         """The pools that are not frozen (``values.requires_grad``)."""

@@ -147,9 +147,7 @@ class SRigL(Rewirer):
         """As `Method.finalize`; what rounding left unused of the budget gives its storage back (not under DDP)."""
         if self._attachment.attached:
             for pool in self.pools:
-                unused = self._budgets[pool.name] - pool.weight.connections
-                if pool.weight.shared_seed is None:
-                    pool.weight.resize(pool.weight.capacity - unused, [pool.optimizer])
+                self._give_back(pool, self._budgets[pool.name] - pool.weight.connections)
         return super().finalize()
 
     def _settings(self) -> dict[str, Any]:

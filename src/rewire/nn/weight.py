@@ -184,10 +184,13 @@ class SparseWeight(nn.Module):
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             self.traced = True
         extra = self.candidates
-        values = self._parameters.get("values")  # as a look-up of an attribute ends, but at once
-        if values is None:
-            values = self.values
+        values = self._own_values()
         return (values, self.index) if extra is None else (extra.values(values), extra.index)
+
+    def _own_values(self) -> Any:
+        """`values`, as a look-up of the attribute ends, but at once: part of every step."""
+        values = self._parameters.get("values")
+        return self.values if values is None else values
 
     def active(self) -> Tensor:
         """The active slots in (row, col) order; int64, length K."""
@@ -288,10 +291,7 @@ class SparseWeight(nn.Module):
         """
         if self.limits is not None:
             raise ValueError(f"walk draws from all dormant connections, and this weight is limited to {self.limits}")
-        values: Any = self._parameters.get("values")  # part of every step: no look-up of attributes, where it can be
-        if values is None:
-            values = self.values
-        b = self._buffers
+        values, b = self._own_values(), self._buffers
         slots = walk_and_regrow_(values, signs, b["rows"], b["cols"], self.index, values.grad, shrink, noise, **drawn)  # type: ignore[arg-type]
         if slots.shape[0]:
             self._changed(Event(self, slots), cleared=True)
@@ -419,10 +419,7 @@ class SparseWeight(nn.Module):
     def _changed(self, event: Event, cleared: bool = False) -> None:
         """The one place through which changes of a pool go: version counters, gradient (unless it is ``cleared`` in the
         event's slots already), followers."""
-        values: Any = self._parameters.get("values")  # as in `walk`
-        if values is None:
-            values = self.values
-        buffers = self._buffers
+        values, buffers = self._own_values(), self._buffers
         increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
         if self.candidates is not None:
             self.candidates.spoil()
