@@ -8,10 +8,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.nn import Follower, SparseWeight, follow_optimizer, sparse_weights
+from rewire.methods.watch import Watch
+from rewire.nn import Event, Follower, SparseWeight, follow_optimizer, sparse_weights
+from rewire.nn.wrappers import is_plain, listed, movers, trainers
 
 __all__ = ["Attachment", "Pool", "Purpose", "only"]
 
@@ -41,7 +44,10 @@ class Purpose:
 
 
 class Pool:
-    """A sparse weight as a method sees it: with its name, number in the model, optimizer and parameter group."""
+    """A sparse weight as a method sees it: with its name, number in the model, optimizer and parameter group.
+
+    ``optimizer`` is the one that moves the values: of a wrapper, the innermost that has them.
+    """
 
     def __init__(
         self,
@@ -51,13 +57,14 @@ class Pool:
         optimizer: Optimizer,
         group_number: int,
         place: int | None = None,
+        index: int = 0,
     ) -> None:
         self.number = number
         self._place = number if place is None else place  # among all pools of the model, other methods' too
         self.name = name
         self.weight = weight
         self.optimizer = optimizer
-        self._group_number = group_number
+        self._group_number, self._index = group_number, index
         #: Learning rate that the last optimizer step used, even where a scheduler has changed it since.
         self.lr = float(self.group["lr"])
 
@@ -65,6 +72,20 @@ class Pool:
     def group(self) -> dict[str, Any]:
         """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes new ones."""
         return self.optimizer.param_groups[self._group_number]
+
+    def at_home(self) -> bool:
+        """Whether the values are still where they were in the optimizer's groups, or else a new place was found."""
+        groups, values = self.optimizer.param_groups, self.weight._parameters["values"]
+        if self._group_number < len(groups):
+            members = groups[self._group_number]["params"]
+            if self._index < len(members) and members[self._index] is values:
+                return True
+        for number, group in enumerate(groups):
+            for index, member in enumerate(group["params"]):
+                if member is values:
+                    self._group_number, self._index = number, index
+                    return True
+        return False
 
     def stream(self, purpose: int) -> int:
         """The random stream of this pool for ``purpose``."""
@@ -74,13 +95,18 @@ class Pool:
 class Attachment:
     """The tie between a method and the optimizers: checks, followers, counting real steps, learning rates.
 
+    An optimizer may have others inside (`rewire.nn.wrappers`): the state of all of them follows, and a step is one of
+    the innermost that has the pool.
+
     Raises ValueError at construction if a pool is in no optimizer or in two groups (the usual cause: `sparsify` after
-    the optimizer was made), or the optimizer cannot train pools (`rewire.nn.followers.check_optimizer`). ``dense`` is
-    for methods that start from a dense model: then there need not be any pools.
+    the optimizer was made), or the optimizer cannot train pools (`rewire.nn.followers.check_optimizer`) or keeps what
+    cannot follow (`rewire.nn.wrappers.refuse_unknown`). ``dense`` is for methods that start from a dense model: then
+    there need not be any pools.
     """
 
     def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *, dense: bool = False) -> None:
-        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self.optimizers = listed(optimizers)
+        self._model = weakref.ref(model)
         known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         # A frozen pool that no optimizer has is none of ours; a trainable one that was forgotten is found below.
         weights = [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
@@ -98,23 +124,30 @@ class Attachment:
         self.attached = True
         for optimizer in self.optimizers:
             self._handles += follow_optimizer(optimizer, (p.weight for p in self.pools))
-        # The hook keeps no strong reference to self: an abandoned method must not live as long as its optimizer.
-        here = weakref.ref(self)
-
-        def stepped(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            attachment = here()
-            if attachment is not None:
-                attachment._stepped(optimizer)
-
-        self._handles += [o.register_step_post_hook(stepped) for o in self.optimizers]
+        self._readers: list[Callable[[Optimizer], None]] = []
+        self._skips: list[Callable[[], bool]] = []
+        #: Gradients taken away for the time of a step, by optimizer (``id``) and parameter.
+        self._hidden: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}
+        self._part: dict[int, set[int]] = {}  # pools that had a gradient before the step, by optimizer
+        self._void: set[int] = set()  # optimizers in a step that a GradScaler has it skip
+        self._movers: dict[int, list[Pool]] = {}  # what the steps of an optimizer (``id``) move
         self._fresh: set[int] = set()
-        self._kept: list[tuple[Tensor, Tensor | None]] = []
+        self._seen: set[int] = set()  # pools that took part in a step of this epoch
+        self._recent: set[int] = set()  # and since the last audit
         self._moved = False
+        #: Whether an optimizer has stepped in this epoch.
         self.seen = False
+        self._hook()
+        self._counts = self._counted()
         for pool in self.pools:
             earlier = pool.weight.claim(self)
             if isinstance(earlier, Attachment):
                 earlier.detach()
+        # The hooks keep no strong reference to self: an abandoned method must not live as long as its optimizer.
+        here = weakref.ref(self)
+        self._watch = Watch(lambda: _watched(here))
+        for pool in self.pools:
+            self.follow(pool, lambda event: _told(here, event))
         if dense:
             claim = _CLAIMS.get(model)
             before = claim() if claim is not None else None
@@ -123,59 +156,142 @@ class Attachment:
             _CLAIMS[model] = here
 
     def _pool(self, number: int, name: str, weight: SparseWeight, place: int) -> Pool:
-        homes = [
-            (optimizer, i)
-            for optimizer in self.optimizers
-            for i, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-            if parameter is weight.values
-        ]
+        homes = _homes(self.optimizers, weight.values)
         if len(homes) != 1:
             where = "in no optimizer" if not homes else f"in the optimizer {len(homes)} times"
             raise ValueError(
                 f"{name}.values is {where}, and must be there exactly once: make the optimizer after "
                 "rewire.sparsify or loading, from model.parameters(), and pass all optimizers to the method"
             )
-        return Pool(number, name, weight, *homes[0], place)
+        mover = movers(homes[0][0], weight.values)[0]
+        _, group, index = _homes([mover], weight.values)[0]
+        return Pool(number, name, weight, mover, group, place, index)
+
+    def _hook(self) -> None:
+        """Put hooks on all optimizers whose steps move parameters; again later, for those made since."""
+        here = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            attachment = here()
+            return None if attachment is None else attachment._before(optimizer, args, kwargs)
+
+        def stepped(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            attachment = here()
+            if attachment is not None:
+                attachment._stepped(optimizer)
+
+        for optimizer in self.optimizers:
+            for member in trainers(optimizer):
+                # A wrapper that does not call Optimizer.__init__ has no hooks; if it moves weights, the watch finds it.
+                if id(member) not in self._movers and hasattr(member, "_optimizer_step_pre_hooks"):
+                    self._handles.append(member.register_step_pre_hook(before))
+                    self._handles.append(member.register_step_post_hook(stepped))
+                self._movers[id(member)] = [p for p in self.pools if member in movers(optimizer, p.weight.values)]
 
     def parameters(self, optimizer: Optimizer) -> list[Tensor]:
         """What a method that acts on all parameters of ``optimizer`` may touch: of one in a group, its own pools."""
         own = {id(pool.weight.values) for pool in self.pools}
         return [p for group in optimizer.param_groups for p in group["params"] if self._alone or id(p) in own]
 
+    # --- before a step ----------------------------------------------------------------------------------------------
+
+    def before_step(self, hook: Callable[[Optimizer], None]) -> None:
+        """Call ``hook`` before each step with the optimizer that makes it, until `detach`; gradients are then what the
+        step will use, times `gradient_scale`.
+
+        That optimizer is ``pool.optimizer`` of the pools it moves (the innermost, where optimizers wrap others). With a
+        closure the hook is called after each time that the closure has been: of several calls before `Method.step`, the
+        last one counts. It is called under `torch.no_grad`, and not for a step that a GradScaler has a fused optimizer
+        skip. Let it hold its method weakly, as our own hook does.
+        """
+        self._readers.append(hook)
+
     def skip_steps(self, when: Callable[[], bool]) -> None:
         """Before an optimizer step with ``when()``, take the gradients away: it then moves neither values nor optimizer
         state of any parameter (in a group of methods: of any pool of this one). They are back when the step is done,
         and it counts as one.
 
-        ``when`` shall hold its method weakly.
+        ``when`` shall hold its method weakly. What `before_step` asked for is done before.
         """
-        here = weakref.ref(self)
+        self._skips.append(when)
 
-        def hide(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            attachment = here()
-            if attachment is not None and when():
-                for parameter in attachment.parameters(optimizer):
-                    attachment._kept.append((parameter, parameter.grad))
-                    parameter.grad = None
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = id(optimizer)
+        self._hidden.pop(key, None)  # of a step that ended in an error
+        self._void.discard(key)
+        inf = optimizer.__dict__.get("found_inf")  # a GradScaler leaves skipping to fused optimizers
+        if inf is not None and float(inf) > 0:
+            self._void.add(key)
+            return None
+        plain = is_plain(optimizer)
+        if plain and not self._readers and not self._skips:
+            return None
+        place = next((i for i, a in enumerate(args) if i and callable(a)), None)
+        closure = kwargs.get("closure") if place is None else args[place]
+        if not callable(closure):
+            self._ready(optimizer, plain)
+            return None
 
-        self._handles += [o.register_step_pre_hook(hide) for o in self.optimizers]
+        def evaluated() -> Any:
+            self._restore(key)
+            loss = closure()
+            self._ready(optimizer, plain)
+            return loss
+
+        if place is None:
+            return args, kwargs | {"closure": evaluated}
+        return (*args[:place], evaluated, *args[place + 1 :]), kwargs
+
+    @torch.no_grad()
+    def _ready(self, optimizer: Optimizer, plain: bool) -> None:
+        """The gradients are what the step will use."""
+        if not plain:  # it may clear gradients within its step
+            self._part[id(optimizer)] = {p.number for p in self._own(optimizer) if _has_gradient(p)}
+        for reader in self._readers:
+            reader(optimizer)
+        if any(when() for when in self._skips):
+            hidden = self._hidden.setdefault(id(optimizer), {})
+            for parameter in self.parameters(optimizer):
+                hidden[id(parameter)] = parameter, parameter.grad
+                parameter.grad = None
+
+    def _restore(self, key: int) -> None:
+        for parameter, gradient in self._hidden.pop(key, {}).values():
+            parameter.grad = gradient
+
+    def _own(self, optimizer: Optimizer) -> list[Pool]:
+        """The pools that a step of ``optimizer`` moves. Where several have the same pools, it takes them over."""
+        pools = self._movers.get(id(optimizer), [])
+        for pool in pools:
+            if pool.optimizer is not optimizer:
+                pool.optimizer = optimizer
+                pool.at_home()
+        return pools
+
+    # --- after a step -----------------------------------------------------------------------------------------------
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        while self._kept:
-            parameter, gradient = self._kept.pop()
-            parameter.grad = gradient
+        key = id(optimizer)
+        if self._hidden:
+            self._restore(key)
+        if self._void and key in self._void:
+            self._void.discard(key)
+            return
+        part = self._part.pop(key, ()) if self._part else ()
         self.seen = self._moved = True
-        for pool in self.pools:
-            values = pool.weight.values
+        self._watch.stepped()
+        for pool in self._own(optimizer):
             # Frozen values, and those that got no gradient, have not been moved: they took no part in this step.
-            if pool.optimizer is optimizer and values.requires_grad and values.grad is not None:
+            if pool.number in part or _has_gradient(pool):
                 self._fresh.add(pool.number)
-                pool.lr = float(pool.group["lr"])
+                self._seen.add(pool.number)
+                if pool._group_number < len(optimizer.param_groups):
+                    pool.lr = float(pool.group["lr"])
 
     def take(self) -> list[Pool]:
         """The pools that optimizers have really moved since the last call (a GradScaler may skip a step)."""
         fresh, self._fresh = self._fresh, set()
+        self._recent |= fresh
         return [pool for pool in self.pools if pool.number in fresh]
 
     def moved(self) -> bool:
@@ -183,17 +299,84 @@ class Attachment:
         moved, self._moved = self._moved, False
         return moved
 
+    # --- what must not happen silently ------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """RuntimeError if a pool has left the optimizers, or one has come in that the method does not know."""
+        counts = self._counted()
+        if counts == self._counts and all(pool.at_home() for pool in self.pools):
+            return
+        self._hook()
+        for pool in self.pools:
+            if not pool.at_home():
+                raise RuntimeError(
+                    f"{pool.name}.values is in no parameter group of the method's optimizer any more, so nothing would "
+                    "train it: put it back, or freeze it with requires_grad_(False) instead of taking it out"
+                )
+        self._refuse_strangers({id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]})
+        self._counts = counts
+
+    def _counted(self) -> list[int]:
+        return [len(group["params"]) for o in self.optimizers for group in o.param_groups]
+
+    def _refuse_strangers(self, trained: set[int]) -> None:
+        """RuntimeError if one of the parameters ``trained`` (by ``id``) is a pool of the model that no method has."""
+        model = self._model()
+        if model is None:
+            return
+        own = {id(pool.weight) for pool in self.pools}
+        for name, weight in sparse_weights(model):
+            if id(weight) in own or id(weight.values) not in trained:
+                continue
+            owner = weight.owner()
+            if not isinstance(owner, Attachment) or not owner.attached:
+                raise RuntimeError(
+                    f"{name}.values is trained now, but the method was made when it was not, and does not know it: "
+                    "give the optimizer all parameters from the start and freeze layers with requires_grad_(False), or "
+                    "finalize() the method and make a new one after add_param_group()"
+                )
+
+    def idle(self) -> None:
+        """`Method.step` was called without an optimizer's step before it: a skipped one, or one that is not seen."""
+        self._hook()
+        self._watch.nothing_stepped()
+
+    def audit(self) -> None:
+        """RuntimeError if pools that took no part in any step since the last audit are trained nevertheless."""
+        recent, self._recent = self._recent, set()
+        if self.pools:
+            self._watch.audit(recent)
+
+    def end_epoch(self) -> int:
+        """RuntimeError if weights are trained that the method sees no steps of.
+
+        Returns how many steps were asked for, if all of them were skipped; else 0.
+        """
+        seen = self._seen
+        if not self.pools and self.seen:
+            seen = set(range(len(_parameters(self))))
+        skipped = self._watch.end_epoch(seen)
+        model = self._model()
+        if model is not None:
+            pools = [w.values for _, w in sparse_weights(model)]
+            self._refuse_strangers({id(v) for v in pools if v.requires_grad and v.grad is not None})
+        return self._watch.idle if skipped else 0
+
+    def begin_epoch(self) -> None:
+        """What is compared at the end of an epoch, starts anew."""
+        self._seen.clear()
+        self.seen = False
+        self._watch.begin_epoch()
+
+    def resumed(self) -> None:
+        """The method goes on where another has stopped: that its optimizer steps has been seen."""
+        self._watch.loaded(resumed=True)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
     def follow(self, pool: Pool, follower: Follower) -> None:
         """Tell ``follower`` of the pool's changes until `detach`."""
         self._handles.append(pool.weight.follow(follower))
-
-    def before_step(self, hook: Callable[[Optimizer], None]) -> None:
-        """Call ``hook`` with the optimizer before each of its steps, while gradients are there, until `detach`.
-
-        Let it hold its method weakly, as our own hook does.
-        """
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(lambda o, args, kwargs: hook(o)))
 
     def hold(self, *handles: Any) -> None:
         """Remove these handles too at `detach`."""
@@ -205,3 +388,46 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self.attached = False
+
+
+def gradient_scale(optimizer: Optimizer) -> float:
+    """What gradients are still multiplied by when ``optimizer`` steps: a GradScaler leaves it to fused optimizers to
+    divide by it. 1 elsewhere."""
+    scale = optimizer.__dict__.get("grad_scale")
+    return 1.0 if scale is None else float(scale)
+
+
+def _homes(optimizers: Iterable[Optimizer], values: Tensor) -> list[tuple[Optimizer, int, int]]:
+    return [
+        (optimizer, i, k)
+        for optimizer in optimizers
+        for i, group in enumerate(optimizer.param_groups)
+        for k, parameter in enumerate(group["params"])
+        if parameter is values
+    ]
+
+
+def _has_gradient(pool: Pool) -> bool:
+    values = pool.weight._parameters["values"]
+    return values is not None and values.requires_grad and values.grad is not None
+
+
+def _parameters(attachment: Attachment) -> list[Tensor]:
+    return [p for o in attachment.optimizers for group in o.param_groups for p in group["params"]]
+
+
+def _watched(attachment: weakref.ref[Attachment]) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    """What the watch looks at: pools, or all parameters of a method that has none."""
+    here = attachment()
+    if here is None:
+        return []
+    if here.pools:
+        weights = [(pool.name, pool.weight) for pool in here.pools]
+        return [(f"{name}.values", w.values, (id(w.rows), w.rows._version)) for name, w in weights]
+    return [(f"parameter {i} of shape {tuple(p.shape)}", p, ()) for i, p in enumerate(_parameters(here))]
+
+
+def _told(attachment: weakref.ref[Attachment], event: Event) -> None:
+    here = attachment()
+    if here is not None and event.loaded:
+        here._watch.loaded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, final
@@ -24,6 +25,9 @@ Data = Iterable[Any]
 
 #: Weights that an error names; the others it counts.
 _NAMED = 5
+
+#: Steps between looks at weights that take part in none of them.
+_AUDIT = 64
 
 _NO_COPY = (
     "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, make a new method for "
@@ -111,12 +115,17 @@ class Method(ABC):
     def step(self) -> None:
         """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does nothing."""
         self._check_attached()
-        pools = self._attachment.take()
-        if not (pools or (self.starts_dense and self._attachment.moved())):
+        self._attachment.look()
+        pools, moved = self._attachment.take(), self._attachment.moved()
+        if not (pools or (self.starts_dense and moved)):
+            if not moved:
+                self._attachment.idle()
             self._release(self.pools)  # what was captured belongs to no step
             self._request_capture()
             return
         self.steps += 1
+        if not self.steps % _AUDIT:
+            self._attachment.audit()
         self._after_step(pools)
         self._tidy()
         self._release(pools)
@@ -131,14 +140,18 @@ class Method(ABC):
         whose paper does not rewire after the last epoch then leave the topology alone.
         """
         self._check_attached()
-        if not self._attachment.seen:
-            raise RuntimeError(
-                "no step of the method's optimizer was seen before the end of the epoch: make the method with the "
-                "optimizer that trains the model (a copy or a new optimizer needs a method of its own)"
+        self._attachment.look()
+        skipped = self._attachment.end_epoch()
+        if skipped:
+            warnings.warn(
+                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was made (a GradScaler "
+                "skips those with infinities), so nothing was trained or rewired",
+                stacklevel=2,
             )
         self.epochs += 1
         self._after_epoch(evaluate, last)
         self._tidy()
+        self._attachment.begin_epoch()
 
     def finalize(self) -> nn.Module:
         """Take the method's hooks and followers off and return the model, ready for use or further training."""
@@ -200,6 +213,8 @@ class Method(ABC):
             raise ValueError(f"this state is incomplete or damaged: {error!r}") from None
         self.seed, self.steps, self.epochs, self.updates = numbers
         self._dropped, self._grown, self._sorted = counts
+        if self.steps:
+            self._attachment.resumed()
         self._release(self.pools)
         self._request_capture()
 

@@ -14,6 +14,7 @@ from rewire import budget
 from rewire.nn.convert import refuse_shared
 from rewire.nn.cut import dense_weights
 from rewire.nn.kinds import kind_of
+from rewire.nn.wrappers import movers
 
 __all__ = ["DenseWeight", "Patterns", "in_scope", "largest", "refuse_patterns"]
 
@@ -85,7 +86,8 @@ def _homes(name: str, weight: Tensor, optimizers: Sequence[Optimizer]) -> Iterat
     owner = weight if isinstance(weight, nn.Parameter) else weight._base
     places = [
         (optimizer, i)
-        for optimizer in optimizers
+        for given in optimizers
+        for optimizer in movers(given, owner)[:1]
         for i, group in enumerate(optimizer.param_groups)
         if any(parameter is owner for parameter in group["params"])
     ]

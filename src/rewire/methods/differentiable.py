@@ -14,6 +14,7 @@ from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.methods.targets import Branches, Heads, Target, Units, Weights, chosen
 from rewire.nn.gates import GateKind, Recover, p_norm
+from rewire.nn.wrappers import listed
 from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["Differentiable"]
@@ -178,7 +179,7 @@ class Differentiable(Method):
 def _home(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module) -> dict[str, Any]:
     """The parameter group the gates join: the first that trains the model without weight decay."""
     mine = {id(p) for p in model.parameters()}
-    for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers):
+    for optimizer in listed(optimizers):
         for group in optimizer.param_groups:
             if not group.get("weight_decay", 0) and any(id(p) in mine for p in group["params"]):
                 return group

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rewire import random
 from rewire.methods.base import Evaluate, Method, only
 from rewire.nn import sparse_weights
+from rewire.nn.wrappers import listed
 
 __all__ = ["Group"]
 
@@ -43,7 +44,7 @@ class Group:
         seed: int | None = None,
     ) -> None:
         self.model = model
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.optimizers = listed(optimizer)
         known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         weights = [(n, w) for n, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
         if seed is None:

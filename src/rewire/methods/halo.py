@@ -15,6 +15,7 @@ from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
+from rewire.nn.wrappers import listed
 from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["FLOOR", "Halo", "Variant", "penalty_of"]
@@ -136,7 +137,7 @@ class Halo(Method):
         self.decay = None if decay is None else within("decay", decay, 0.0)
         refuse_patterns(only=only, exclude=exclude)
         self.variant, self.shared, self.density = variant, shared, density
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = listed(optimizer)
         self.weights = in_scope(model, optimizers, only, exclude)
         budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
         super().__init__(model, optimizers, seed=seed)

@@ -18,6 +18,7 @@ from rewire.methods.grow import Grow
 from rewire.methods.redistribute import Share, spread
 from rewire.methods.settings import choice
 from rewire.nn import Event
+from rewire.nn.followers import restart_optimizer_state
 from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["NewValues", "Rewirer", "normal_values"]
@@ -188,7 +189,7 @@ class Rewirer(Method):
         if self.momentum == "reset":
             for optimizer in self.optimizers:
                 for parameter in self._attachment.parameters(optimizer):
-                    optimizer.state.pop(parameter, None)
+                    restart_optimizer_state(optimizer, parameter)
         self.updates += 1
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:

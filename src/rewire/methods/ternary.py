@@ -16,6 +16,7 @@ from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
+from rewire.nn.wrappers import listed
 from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["Ternary", "quantize", "threshold_slope"]
@@ -152,7 +153,7 @@ class Ternary(Method):
         self.clip, self.threshold_lr = float(clip), within("threshold_lr", threshold_lr, 0.0)
         refuse_patterns(only=only, exclude=exclude)
         self.trainable, self.density, self.prune, self.scale = bool(trainable), density, prune, scale
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = listed(optimizer)
         self.weights = in_scope(model, optimizers, only, exclude)
         budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
         super().__init__(model, optimizers, seed=seed)

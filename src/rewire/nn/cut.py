@@ -15,6 +15,7 @@ from rewire.nn.convert import join, keep_frozen, layers_of, refuse_shared, swap
 from rewire.nn.followers import check_optimizer, reset_optimizer_state
 from rewire.nn.kinds import KINDS, Kind, kind_of
 from rewire.nn.weight import SparseWeight
+from rewire.nn.wrappers import listed
 
 __all__ = ["dense_weights", "to_sparse"]
 
@@ -65,7 +66,7 @@ def to_sparse(
     share, an optimizer that cannot train pools or keeps state of another shape; the model and the optimizers are then
     unchanged. Cost: O(M) time, as for reading the masks.
     """
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    optimizers = listed(optimizers)
     chosen = _chosen(model, masks)
     refuse_shared(model, {name: layer for name, (layer, _, _) in chosen.items()})
     cuts = [cut for _, _, weights in chosen.values() for cut in weights]

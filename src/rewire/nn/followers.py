@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rewire.nn.events import Event
+from rewire.nn.wrappers import Kept, inner_optimizers, is_plain, kept_beside, refuse_unknown, shares_storage
 
 if TYPE_CHECKING:
     from rewire.nn.weight import SparseWeight
@@ -23,13 +26,24 @@ __all__ = [
     "gathered",
     "register_initial_state",
     "reset_optimizer_state",
+    "restart_optimizer_state",
 ]
 
-#: What a per-connection state tensor starts at, where that is not 0: a function of the parameter group.
-_INITIAL: dict[tuple[str, str], Callable[[dict[str, Any]], float]] = {
+#: What a per-connection state tensor starts at, where that is not 0: a function of the parameter group, or "values" for
+#: a copy of the connection's own value.
+_INITIAL: dict[tuple[str, str], Callable[[dict[str, Any]], float] | Literal["values"]] = {
     ("Rprop", "step_size"): lambda group: float(group["lr"]),
     ("Adagrad", "sum"): lambda group: float(group["initial_accumulator_value"]),
+    ("AdamWScheduleFree", "z"): "values",
+    ("RAdamScheduleFree", "z"): "values",
+    ("SGDScheduleFree", "z"): "values",
 }
+
+#: Names of state that is a copy of values (slow weights, master weights), not a moment of gradients.
+_COPY = re.compile(r"slow|master|anchor|old_p$|p0$|(^|_)(param|weight|value)s?(_|$)")
+
+#: Of each optimizer, the names of what was equal to the values when a follower was made: copies of them, then.
+_COPIES: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
 #: Optimizers whose state or update rule is not one number per connection.
 _REFUSED = {
@@ -39,10 +53,14 @@ _REFUSED = {
 }
 
 
-def register_initial_state(optimizer: str, key: str, value: Callable[[dict[str, Any]], float]) -> None:
+def register_initial_state(
+    optimizer: str, key: str, value: Callable[[dict[str, Any]], float] | Literal["values"]
+) -> None:
     """Declare that state ``key`` of the optimizer class named ``optimizer`` starts at ``value(param_group)``, not at 0.
 
-    For optimizers from other packages; those of `torch.optim` are known.
+    "values" says that it is a copy of the values, such as Lookahead's slow weights: a new connection's starts at its
+    own value. For optimizers from other packages; those of `torch.optim` are known, and so are copies that were equal
+    to the values when the method was made or whose name says it (slow, master, old_p, ..._param, ..._weight).
     """
     _INITIAL[optimizer, key] = value
 
@@ -53,45 +71,104 @@ def _known_name(optimizer: Optimizer, table: Iterable[str]) -> str | None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer that cannot train a pool, by name and with the reason."""
-    name = _known_name(optimizer, _REFUSED)
-    if name:
-        raise ValueError(
-            f"{name} cannot train sparse weights: {_REFUSED[name]}; use it for the dense parameters "
-            "and another optimizer, such as SGD or Adam, for the sparse ones"
-        )
+    """Raise ValueError for an optimizer that cannot train a pool, or has such a one inside, by name and why."""
+    for member in inner_optimizers(optimizer):
+        name = _known_name(member, _REFUSED)
+        if name:
+            inside = "" if member is optimizer else f" ({type(optimizer).__name__} has it inside)"
+            raise ValueError(
+                f"{name} cannot train sparse weights{inside}: {_REFUSED[name]}; use it for the dense parameters "
+                "and another optimizer, such as SGD or Adam, for the sparse ones"
+            )
 
 
-def _per_slot(optimizer: Optimizer, parameter: Tensor, length: int) -> Iterable[tuple[str, Tensor, float]]:
-    """State tensors with one number per slot: (key, tensor, initial value)."""
+def _kept(optimizer: Optimizer, parameter: Tensor, *, resized: bool = False) -> Iterator[Kept]:
+    """All tensors that an optimizer keeps for a parameter, those of optimizers inside it left out.
+
+    Not what shares its storage: SAM hands a tensor it kept back as the parameter's data.
+    """
     state = optimizer.state.get(parameter)
-    if not state:
-        return
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    classes = [c.__name__ for c in type(optimizer).__mro__]
-    for key, value in list(state.items()):
-        if isinstance(value, Tensor) and value.dim() == 1 and value.numel() == length:
-            rule = next((_INITIAL[c, key] for c in classes if (c, key) in _INITIAL), None)
-            # A pool with one slot: a step counter is 0-dim in torch.optim, so a 1-D tensor is state all the same.
-            yield key, value, rule(group) if rule else 0.0
+    if state:
+        for key, value in list(state.items()):
+            if isinstance(value, Tensor) and not shares_storage(value, parameter):
+                yield Kept(state, key, value, str(key), parameter)
+    if not is_plain(optimizer):
+        for kept in kept_beside(optimizer, parameter if resized else None):
+            if kept.parameter is parameter and not shares_storage(kept.tensor, parameter):
+                yield kept
+
+
+def _start(optimizer: Optimizer, kept: Kept) -> float | None:
+    """What a new connection's number starts at; None for its own value."""
+    for c in type(optimizer).__mro__:
+        rule = _INITIAL.get((c.__name__, kept.name))
+        if rule == "values":
+            return None
+        if rule is not None:
+            group = next((g for g in optimizer.param_groups if any(p is kept.parameter for p in g["params"])), {})
+            return rule(group)
+    if is_plain(optimizer):
+        return 0.0
+    return None if _COPY.search(kept.name) or kept.name in _COPIES.get(optimizer, ()) else 0.0
+
+
+def _per_slot(optimizer: Optimizer, parameter: Tensor, length: int) -> Iterator[tuple[Kept, float | None]]:
+    """What has one number per slot, with what a new connection's starts at."""
+    for kept in _kept(optimizer, parameter, resized=length != parameter.numel()):
+        # A pool with one slot: a step counter is 0-dim in torch.optim, so a 1-D tensor is state all the same.
+        if kept.tensor.dim() == 1 and kept.tensor.numel() == length:
+            yield kept, _start(optimizer, kept)
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None:
     """Put the optimizer's state of ``slots`` to its initial value, which is not always 0."""
-    for _, value, initial in _per_slot(optimizer, parameter, parameter.numel()):
-        value.index_fill_(0, slots, initial)
+    for kept, initial in _per_slot(optimizer, parameter, parameter.numel()):
+        if initial is not None:
+            kept.tensor.index_fill_(0, slots, initial)
+        else:
+            kept.tensor.index_copy_(0, slots, parameter.detach()[slots].to(kept.tensor))
+
+
+def restart_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Put all state of a parameter, its counters too, to what it was before the first step."""
+    for member in inner_optimizers(optimizer):
+        if is_plain(member):
+            state = member.state.get(parameter, {})
+            copies = {k: v for k, v in state.items() if _COPY.search(str(k))}  # a wrapper's, in its inner one's state
+            if not copies:
+                member.state.pop(parameter, None)
+                continue
+        # Some make their state at construction only, and would miss it.
+        for kept in list(_kept(member, parameter)):
+            initial = _start(member, kept) if kept.tensor.shape == parameter.shape else 0.0
+            if initial is None:
+                kept.tensor.copy_(parameter.detach())
+            else:
+                kept.tensor.fill_(initial)
+        for key, value in member.state.get(parameter, {}).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key in ("step", "steps", "t"):
+                member.state[parameter][key] = type(value)(0)
 
 
 def carry_optimizer_state(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
     """Move per-slot state as the pool moved: slot k takes what slot ``source[k]`` had, -1 starts afresh.
 
-    State whose length is already the pool's new one is taken to have been carried before.
+    State whose length is already the pool's new one is taken to have been carried before. Optimizers inside another
+    are carried along.
     """
-    state = optimizer.state.get(parameter, {})
-    lengths = {v.numel() for v in state.values() if isinstance(v, Tensor) and v.dim() == 1}
-    for length in lengths - {source.numel()}:
-        for key, value, initial in _per_slot(optimizer, parameter, length):
-            state[key] = gathered(value, source, initial)
+    for member in inner_optimizers(optimizer):
+        _carry(member, parameter, source)
+
+
+def _carry(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
+    least = None  # the old length is not known, but it was at least this
+    for kept in list(_kept(optimizer, parameter, resized=True)):
+        length = kept.tensor.numel()
+        if kept.tensor.dim() != 1 or length == source.numel():
+            continue
+        least = int(source.max()) + 1 if least is None else least
+        if length >= least:
+            kept.put(gathered(kept.tensor, source, _start(optimizer, kept) or 0.0))
 
 
 def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = False) -> Tensor:
@@ -109,7 +186,7 @@ _DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Event]] = weakref.WeakKe
 
 
 class OptimizerFollower:
-    """Keeps one optimizer in step with the pools it follows. Holds the optimizer weakly."""
+    """Keeps one optimizer, and all inside it, in step with the pools it follows. Holds the optimizer weakly."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         check_optimizer(optimizer)
@@ -117,33 +194,63 @@ class OptimizerFollower:
 
     def __call__(self, event: Event) -> None:
         optimizer = self._optimizer()
-        if optimizer is None:
-            return
+        if optimizer is not None:
+            for member in inner_optimizers(optimizer):  # looked for anew: some are made in the first step
+                self._follow(member, event)
+
+    @staticmethod
+    def _follow(optimizer: Optimizer, event: Event) -> None:
         parameter = event.weight.values
-        if not optimizer.state.get(parameter):  # plain SGD, or no step yet
+        if not optimizer.state.get(parameter) and is_plain(optimizer):  # plain SGD, or no step yet
             return
         done = _DONE.get(optimizer)
         if done is not None and done() is event:
             return
         _DONE[optimizer] = weakref.ref(event)
         if event.loaded:
-            # Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of another length
-            # belongs to the pool that was there before, and is created anew.
-            state = optimizer.state.get(parameter, {})
-            if any(isinstance(v, Tensor) and v.dim() == 1 and v.numel() != parameter.numel() for v in state.values()):
-                del optimizer.state[parameter]
+            _loaded(optimizer, parameter)
             return
         if event.source is not None:
-            for _, value, initial in _per_slot(optimizer, parameter, event.source.numel()):
+            for kept, initial in list(_per_slot(optimizer, parameter, event.source.numel())):
                 full = event.weight.connections == event.source.numel()
-                value.copy_(gathered(value, event.source, initial, full=full))
+                kept.tensor.copy_(gathered(kept.tensor, event.source, initial or 0.0, full=full))
             carry_optimizer_state(optimizer, parameter, event.source)
         if event.slots.numel():
             reset_optimizer_state(optimizer, parameter, event.slots)
 
 
+def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of another length belongs to
+    the pool that was there before, and is created anew."""
+    state = optimizer.state.get(parameter, {})
+    if any(isinstance(v, Tensor) and v.dim() == 1 and v.numel() != parameter.numel() for v in state.values()):
+        del optimizer.state[parameter]
+    if not is_plain(optimizer):  # what no state_dict has
+        for kept in list(kept_beside(optimizer, parameter)):
+            if kept.parameter is parameter and kept.tensor.dim() == 1 and kept.tensor.numel() != parameter.numel():
+                initial = _start(optimizer, kept)
+                new = parameter.detach().to(kept.tensor, copy=True)
+                kept.put(new if initial is None else new.fill_(initial))
+
+
+@torch.no_grad()
 def follow_optimizer(optimizer: Optimizer, weights: Iterable[SparseWeight]) -> list[RemovableHandle]:
-    """Let ``optimizer`` follow every pool that it trains; returns the handles that end it."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """Let ``optimizer``, and all inside it, follow every pool that it trains; returns the handles that end it.
+
+    Raises ValueError for an optimizer that cannot train pools, or keeps numbers that could not follow.
+    """
+    members = inner_optimizers(optimizer)
+    trained = {id(p) for member in members for group in member.param_groups for p in group["params"]}
+    mine = [w for w in weights if id(w.values) in trained]
     follower = OptimizerFollower(optimizer)
-    return [w.follow(follower) for w in weights if id(w.values) in trained]
+    refuse_unknown(optimizer, {f"a weight of shape {tuple(w.shape)}": w.values for w in mine})
+    for member in members:
+        if not is_plain(member):
+            equal = {k.name for w in mine for k in _kept(member, w.values) if _equal(k.tensor, w.values)}
+            _COPIES.setdefault(member, set()).update(equal)
+    return [w.follow(follower) for w in mine]
+
+
+def _equal(kept: Tensor, values: Tensor) -> bool:
+    same = kept.shape == values.shape and kept.device == values.device
+    return same and kept.is_floating_point() and bool(values.any()) and torch.equal(kept.to(values.dtype), values)

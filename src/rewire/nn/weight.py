@@ -373,6 +373,10 @@ class SparseWeight(nn.Module):
         self._owner = weakref.ref(owner)
         return before
 
+    def owner(self) -> object | None:
+        """What decides over this pool's topology (see `claim`), if it is alive."""
+        return self._owner() if self._owner is not None else None
+
     @torch.no_grad()
     def draw(self, generator: torch.Generator | None = None) -> None:
         """Draw a new random topology of K connections, in the first K slots, with values 0.

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewire.nn.surgery.kinds import Side, axes, depthwise, holds_units, reads_units, why_not
 from rewire.nn.surgery.resize import Keep, apply_cuts, check_state
 from rewire.nn.surgery.trace import Trace, call
+from rewire.nn.wrappers import listed
 
 __all__ = ["Group", "Site", "UnitGraph", "remove_units"]
 
@@ -160,7 +161,7 @@ class UnitGraph:
         lost: fold it first (`fold`). ValueError, before anything changes, if a layer cannot be cut, a number is not
         there, nothing would be left, or an optimizer has state that cannot be cut.
         """
-        given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        given = listed(optimizers)
         dead = {name: self._traced(self.group(name), units) for name, units in cuts.items()}
         alive, gone, tensors = self._plan([(self.group(name), units) for name, units in dead.items()])
         names = dict(self.model.named_parameters())
