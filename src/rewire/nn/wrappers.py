@@ -183,14 +183,14 @@ class _Beside:
             for key in list(group):
                 if key != "params":
                     yield from self.visit(group, key, f"param_groups[...][{key!r}]", None, params)
-        state = self.optimizer.state
-        for key in list(state):
-            if not isinstance(key, Tensor):
-                yield from self.visit(state, key, f"state[{key!r}]", None)
-            elif isinstance(state[key], dict):
-                for deeper, value in list(state[key].items()):
+        state: dict[Any, Any] = self.optimizer.state
+        for owner in list(state):
+            if not isinstance(owner, Tensor):
+                yield from self.visit(state, owner, f"state[{owner!r}]", None)
+            elif isinstance(state[owner], dict):
+                for deeper, value in list(state[owner].items()):
                     if not isinstance(value, Tensor):
-                        yield from self.visit(state[key], deeper, str(deeper), key)
+                        yield from self.visit(state[owner], deeper, str(deeper), owner)
 
     def visit(
         self, holder: Any, key: Any, name: str, parameter: Tensor | None, own: list[Tensor] | None = None
