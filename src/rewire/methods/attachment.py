@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rewire.methods.layer_hooks import release
 from rewire.methods.watch import Watch
 from rewire.nn import Event, Follower, SparseWeight, follow_optimizer, sparse_weights
 from rewire.nn.wrappers import is_plain, listed, movers, trainers
@@ -153,6 +154,7 @@ class Attachment:
             before = claim() if claim is not None else None
             if before is not None:
                 before.detach()
+            release(model)
             _CLAIMS[model] = here
 
     def _pool(self, number: int, name: str, weight: SparseWeight, place: int) -> Pool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.base import Data, Method
+from rewire.methods.layer_hooks import LayerHook
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.methods.targets import Branches, Heads, Target, Units, Weights, chosen
@@ -117,11 +118,21 @@ class Differentiable(Method):
         if found["branches"]:
             self.targets.append(Branches(model, found["branches"], gate, options))
         self._parameters = [parameter for target in self.targets for parameter in target.parameters()]
-        self._group["params"].extend(self._parameters)
+        self._take_in()
         self._example: Any = None if data is None else _few(_first(data))
-        self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True) if data is None else None
+        self._handle: Any = None
+        if data is None:
+            self._handle = model.register_forward_pre_hook(_Look(self).before, with_kwargs=True)
 
-    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _take_in(self) -> None:
+        """Let the gates be trained in their group, and nowhere else (the optimizer of a copied model has them)."""
+        ours = {id(parameter) for parameter in self._parameters}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"][:] = [p for p in group["params"] if id(p) not in ours]
+        self._group["params"].extend(self._parameters)
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a few rows of the first batch, to trace the network with."""
         self._example = kwargs if kwargs else _few(args if len(args) > 1 else args[0])
         if self._handle is not None:
@@ -174,6 +185,14 @@ class Differentiable(Method):
 
     def _settings(self) -> dict[str, Any]:
         return {**self._names, **self._gates, "p": self.p, "normalise": self.normalise}
+
+
+class _Look(LayerHook):
+    """Shows its method the first batch; in copies of the model it does nothing."""
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.method is not None:
+            self.method._look(args, kwargs)
 
 
 def _home(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module) -> dict[str, Any]:

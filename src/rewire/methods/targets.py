@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,52 @@ class Target(ABC):
         """Take out what is zero; the function stays the same."""
 
 
+_G = TypeVar("_G", bound=nn.Module)
+
+
+def _gate(owner: nn.Module, name: str, count: int, kind: Any, options: Mapping[str, Any]) -> Gate:
+    """The gate of ``owner``: a new one, or what a copied model has there from the method of its original."""
+    there = owner._modules.get(GATE)
+    if isinstance(there, Gate):
+        return _fitting(there, name, (kind, count), (there.kind, there.count))
+    gate = Gate(count, kind, **options)
+    owner.add_module(GATE, gate)
+    return gate
+
+
+def _fitting(gate: _G, name: str, wanted: object, has: object) -> _G:
+    if wanted != has:
+        raise ValueError(
+            f"{name} has a gate of {has} from another Differentiable, and this one wants {wanted}: give the same "
+            "settings, or copy the model before the other method is made"
+        )
+    return gate
+
+
+def _parametrization(module: nn.Module) -> nn.Module | None:
+    """What alone computes the weight of ``module``, if it is a gate of ours."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    found = list(module.parametrizations["weight"])  # type: ignore[index]
+    return found[0] if len(found) == 1 and isinstance(found[0], Elementwise | _Columns) else None
+
+
+def _bake(module: nn.Module) -> None:
+    """Leave the weight that is computed now as an ordinary parameter."""
+    # Copies share the class that torch has made for the parametrized module, and it is about to lose its weight.
+    kind = type(module)
+    members = {k: v for k, v in kind.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, members)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def _take_off(module: nn.Module, function: Any) -> None:
+    """Remove the hook that applied a gate for another method (also in copies, which have it too)."""
+    for number, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, partial) and hook.func is function:
+            del module._forward_hooks[number]
+
+
 class Units(Target):
     """Output units of a Linear, Conv or BatchNorm layer."""
 
@@ -76,8 +122,9 @@ class Units(Target):
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         self.count = weight.shape[0]
-        self.gate = Gate(self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options)
-        self.module.add_module(GATE, self.gate)
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.gate = _gate(self.module, name, self.count, kind, {**options, **like, "keep_one": True})
+        _take_off(self.module, _gate_output)
         dim = -1 if isinstance(self.module, nn.Linear) else 1
         self._handle = self.module.register_forward_hook(partial(_gate_output, self.gate, dim))
 
@@ -197,8 +244,12 @@ class Weights(Target):
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         self.count = weight.numel()
-        self.gate = Elementwise(weight, kind, **options)
-        parametrize.register_parametrization(self.module, "weight", self.gate)
+        there = _parametrization(self.module)
+        if isinstance(there, Elementwise):
+            self.gate = _fitting(there, name, kind, there.kind)
+        else:
+            self.gate = Elementwise(weight, kind, **options)
+            parametrize.register_parametrization(self.module, "weight", self.gate)
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.gate.beta]
@@ -209,7 +260,7 @@ class Weights(Target):
         return weight
 
     def bake(self) -> None:
-        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=True)
+        _bake(self.module)
 
     def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
         there = next((name for name, module in self.model.named_modules() if module is self.module), None)
@@ -242,8 +293,12 @@ class Heads(Target):
         assert isinstance(module, nn.MultiheadAttention)
         self.module, self.count = module, module.num_heads
         weight = module.out_proj.weight
-        self.gate = Gate(self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options)
-        parametrize.register_parametrization(module.out_proj, "weight", _Columns(self.gate, module.head_dim))
+        there = _parametrization(module.out_proj)
+        if isinstance(there, _Columns):
+            self.gate = _fitting(there.gate, name, kind, there.gate.kind)
+        else:
+            self.gate = Gate(self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options)
+            parametrize.register_parametrization(module.out_proj, "weight", _Columns(self.gate, module.head_dim))
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.gate.parameters())
@@ -254,7 +309,7 @@ class Heads(Target):
 
     def bake(self) -> None:
         self.alive = self.gate() != 0
-        parametrize.remove_parametrizations(self.module.out_proj, "weight", leave_parametrized=True)
+        _bake(self.module.out_proj)
 
     def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
         there = next((name for name, module in self.model.named_modules() if module is self.module), None)
@@ -280,8 +335,10 @@ class Branches(Target):
         self.model, self.names, self.count = model, list(names), len(names)
         self.modules = [model.get_submodule(name) for name in names]
         like = next(self.modules[0].parameters())
-        self.gate = Gate(self.count, kind, device=like.device, dtype=like.dtype, **options)
-        model.add_module(GATE, self.gate)
+        options = {**options, "device": like.device, "dtype": like.dtype}
+        self.gate = _gate(model, self.name, self.count, kind, options)
+        for module in self.modules:
+            _take_off(module, _gate_branch)
         self._handles = [
             module.register_forward_hook(partial(_gate_branch, self.gate, i)) for i, module in enumerate(self.modules)
         ]
@@ -378,13 +435,14 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
 
 def _fits(kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str, str]]) -> str | None:
     """Why the module cannot be such a target; None if it can. ``tied``: see `rewire.nn.convert.ties`."""
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) and not (kind == "weights" and _parametrization(module)):
         return "is parametrized already"
+    own = type(module) if not parametrize.is_parametrized(module) else type(module).__bases__[0]
     scaled = module if kind != "branches" else _last_affine(module) or module
     for part in scaled.modules():
         if id(part) in tied:  # baking the gate into one layer would scale the other as well
             return f"shares its {tied[id(part)][1]}: untie them first, or leave it out"
-    what = type(module).__name__
+    what = own.__name__
     if kind == "heads":
         return None if type(module) is nn.MultiheadAttention else f"is a {what}, and only MultiheadAttention has heads"
     if kind == "branches":
@@ -394,7 +452,7 @@ def _fits(kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str,
     allowed = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if kind == "units" and gate != "group" and isinstance(module, _BatchNorm):
         return None if module.affine else "has no affine parameters to take the gate (affine=False)"
-    if type(module) in allowed:
+    if own in allowed:
         return None
     more = "" if kind == "weights" or gate == "group" else ", BatchNorm"
     return f"is a {what}: allowed are Linear, Conv1d, Conv2d, Conv3d{more}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from rewire import budget
 from rewire.methods.base import Evaluate, Method, Pool
 from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
+from rewire.methods.layer_hooks import LayerHook
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
@@ -69,6 +71,32 @@ def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bo
     scale = float((size * keep).sum()) / count if scaled and count else 1.0
     edge = (size > threshold - half) & (size < threshold + half)
     return -scale * float((w.sign() * gradient * edge).sum()) / (2 * half), count
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How one weight is quantized: by its frozen mask, or else by the threshold, a share of its largest magnitude."""
+
+    mask: Tensor | None
+    threshold: float
+    scaled: bool
+    clip: float
+
+    def keep(self, w: Tensor) -> Tensor:
+        """Which entries are not 0; ``w`` without gradient."""
+        if self.mask is not None:
+            return self.mask
+        size = w.abs()
+        return size > self.threshold * size.max()
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """What the forward pass uses in place of the dense values ``w``."""
+        keep = self.keep(w.detach()).to(w.device)
+        return quantize(w, keep, scaled=self.scaled, clip=self.clip, frozen=self.mask is not None)
+
+    def copied(self) -> _Rule:
+        """With a mask of its own."""
+        return self if self.mask is None else replace(self, mask=self.mask.clone())
 
 
 @register(
@@ -172,7 +200,7 @@ class Ternary(Method):
 
     def masks(self) -> dict[str, Tensor]:
         """Which entries are not zero now, by name of the weight."""
-        return {w.name: self._keep(i, w.tensor.detach()) for i, w in enumerate(self.weights)}
+        return {w.name: self._rule(i).keep(w.tensor.detach()) for i, w in enumerate(self.weights)}
 
     def thresholds(self) -> dict[str, float]:
         """The thresholds t, shares of the largest magnitude, by name of the weight."""
@@ -182,16 +210,10 @@ class Ternary(Method):
         """Share of the entries in scope that are not zero now. Cost: O(M)."""
         return sum(self.connections().values()) / sum(w.tensor.numel() for w in self.weights)
 
-    def _keep(self, number: int, w: Tensor) -> Tensor:
-        if self.stage == 3:
-            return self._masks[number]
-        size = w.abs()
-        return size > self._thresholds[number] * size.max()
-
-    def _quantized(self, number: int, w: Tensor) -> Tensor:
-        """What the forward pass uses in place of weight ``number``, whose dense values are ``w``."""
-        keep = self._keep(number, w.detach())
-        return quantize(w, keep, scaled=self.scale == "mean", clip=self.clip, frozen=self.stage == 3)
+    def _rule(self, number: int) -> _Rule:
+        """How the forward pass quantizes weight ``number`` now."""
+        mask = self._masks[number] if self.stage == 3 else None
+        return _Rule(mask, self._thresholds[number], self.scale == "mean", self.clip)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -274,7 +296,7 @@ class Ternary(Method):
         super().finalize()
         for i, weight in enumerate(self.weights):
             w = weight.tensor
-            w.copy_(self._quantized(i, w))
+            w.copy_(self._rule(i)(w))
         self.model = to_sparse(self.model, self.masks(), self.optimizers)
         return self.model
 
@@ -315,45 +337,69 @@ def _tell(method: weakref.ref[Ternary], optimizer: Optimizer) -> None:
         here._before_step(optimizer)
 
 
-def _hooks(method: Ternary, layer: nn.Module) -> list[Any]:
-    """Hooks that put quantized weights in the place of a layer's parameters for the time of its forward pass."""
-    here = weakref.ref(method)
-    parts: dict[str, list[tuple[int, int | None]]] = {}  # parameter -> (number, which third of it or None: all)
-    for number, weight in enumerate(method.weights):
-        if weight.layer is layer:
-            name, third = _place(layer, weight.path)
-            parts.setdefault(name, []).append((number, third))
-    # By module, because a copy of the model has these hooks too.
-    replaced: dict[int, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+class _Quantizer(LayerHook):
+    """Puts quantized weights in the place of a layer's parameters for the time of its forward pass.
 
-    def before(module: nn.Module, args: Any) -> None:
-        found = here()
-        if found is None:
+    That of a copy goes on with the thresholds or masks of the moment of copying.
+    """
+
+    def __init__(self, method: Ternary, layer: nn.Module) -> None:
+        super().__init__(method)
+        self._parts: dict[str, list[tuple[int, int | None]]] = {}  # parameter -> (number, which third; None: all)
+        for number, weight in enumerate(method.weights):
+            if weight.layer is layer:
+                name, third = _place(layer, weight.path)
+                self._parts.setdefault(name, []).append((number, third))
+        self._rules: dict[int, _Rule] = {}  # of a copy, by number of the weight
+        # By module, because shallow copies and replicas of the layer share this hook.
+        self._replaced: dict[int, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+
+    def copied(self) -> _Quantizer:
+        method = self.method
+        found = _Quantizer.__new__(_Quantizer)
+        found.__dict__ |= {"_parts": self._parts, "_rules": self._rules, "_replaced": {}}
+        if method is not None:
+            numbers = [number for members in self._parts.values() for number, _ in members]
+            found._rules = {number: method._rule(number).copied() for number in numbers}
+        return found
+
+    def _quantized(self, number: int, w: Tensor) -> Tensor:
+        rule = self._rules.get(number) if self.method is None else self.method._rule(number)
+        return w if rule is None else rule(w)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        if self.method is None and not self._rules:
             return
         swaps: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
-        for name, members in parts.items():
+        for name, members in self._parts.items():
             parent, _, leaf = name.rpartition(".")
             owner = module.get_submodule(parent)
             dense = owner.get_parameter(leaf)
             if members[0][1] is None:
-                swaps.append((owner, leaf, dense, found._quantized(members[0][0], dense)))
+                swaps.append((owner, leaf, dense, self._quantized(members[0][0], dense)))
                 continue
             thirds = list(dense.chunk(3))
             for number, third in members:
                 assert third is not None
-                thirds[third] = found._quantized(number, thirds[third])
+                thirds[third] = self._quantized(number, thirds[third])
             swaps.append((owner, leaf, dense, torch.cat(thirds)))
-        replaced[id(module)] = [(owner, leaf, dense) for owner, leaf, dense, _ in swaps]
+        self._replaced[id(module)] = [(owner, leaf, dense) for owner, leaf, dense, _ in swaps]
         for owner, leaf, _, tensor in swaps:
             owner._parameters[leaf] = tensor  # type: ignore[assignment]
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        for owner, leaf, parameter in replaced.pop(id(module), []):
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        for owner, leaf, parameter in self._replaced.pop(id(module), []):
             owner._parameters[leaf] = parameter
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # its list of weights, where the quantized ones must not stay
 
-    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
+
+def _hooks(method: Ternary, layer: nn.Module) -> list[Any]:
+    quantizer = _Quantizer(method, layer)
+    return [
+        layer.register_forward_pre_hook(quantizer.before),
+        layer.register_forward_hook(quantizer.after, always_call=True),
+    ]
 
 
 _STACKED = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -16,6 +16,8 @@ __all__ = ["Keys", "Saved", "keys", "note", "read"]
 
 _POOL = ("values", "rows", "cols")
 _FACTS = ("shape", "limits")
+#: What most often makes a topology that cannot be.
+_AVERAGE = " (an average of state_dicts would be like that: it mixes connections; average with rewire.ema)"
 
 
 class Keys(NamedTuple):
@@ -82,10 +84,13 @@ def read(
             f"not {tuple(values.shape)}, {tuple(rows.shape)} and {tuple(cols.shape)}"
         )
     if any(t.is_floating_point() or t.is_complex() for t in (rows, cols)) or not values.is_floating_point():
-        raise TopologyError("rows and cols must be integers and values floating-point")
+        raise TopologyError(f"rows and cols must be integers and values floating-point{_AVERAGE}")
     rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
     size = topology.matrix_size(shape)
-    index = topology.build_index(rows, cols, *size)
+    try:
+        index = topology.build_index(rows, cols, *size)
+    except TopologyError as error:
+        raise TopologyError(f"{error}{_AVERAGE}") from None
     broken = limited.violation(index, *size, limits) if limits is not None else None
     if broken:
         raise TopologyError(broken)

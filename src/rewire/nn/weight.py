@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rewire import budget, limited, random, topology
 from rewire.budget import Limits
-from rewire.nn import followers, loading
+from rewire.nn import followers, loading, seal
 from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
@@ -65,6 +65,8 @@ class SparseWeight(nn.Module):
     candidates: Candidates | None
     _owner: weakref.ref[object] | None
     _drawn: bool
+    _seal: seal.Seal | None
+    _mark: int | None
 
     def __init__(
         self,
@@ -181,11 +183,47 @@ class SparseWeight(nn.Module):
 
     def operand(self) -> tuple[Tensor, Index]:
         """What layers multiply by: `values` and `index`, or those of candidates as well while there are any."""
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            self.traced = True
+        if torch.compiler.is_dynamo_compiling():
+            if not torch.compiler.is_exporting():
+                self.traced = True
+        else:
+            self._check_seal()
         extra = self.candidates
         values = self._own_values()
         return (values, self.index) if extra is None else (extra.values(values), extra.index)
+
+    def _check_seal(self) -> None:
+        """Raise `TopologyError` if positions were written behind the pool's back (`rewire.nn.seal`)."""
+        b, s = self._buffers, self._seal
+        rows, cols = b["rows"], b["cols"]
+        # Part of every forward pass: where nothing happened, two numbers are compared.
+        if (
+            s is None
+            or rows is not s.rows
+            or cols is not s.cols
+            or rows._version != s.row_version
+            or cols._version != s.col_version
+        ):
+            self._inspect()
+
+    @torch.no_grad()
+    def _inspect(self) -> None:
+        """The seal does not fit: go on if the topology is what it was all the same."""
+        rows, cols = self.rows, self.cols
+        if torch.compiler.is_compiling():
+            return
+        if not seal.unchanged(self._seal, self._mark, rows, cols, self.index, self.matrix_shape):
+            raise seal.refusal(tuple(self._shape))
+        if self._seal is not None and rows is self._seal.rows and cols is self._seal.cols:
+            self._set_seal()  # not where other tensors stand in for one call
+
+    def _set_seal(self, marked: bool = False) -> None:
+        """Values, positions and lists belong together now; ``marked``: note as well what is in which slot."""
+        rows, cols = self._buffers["rows"], self._buffers["cols"]
+        own = self.__dict__  # setting an attribute of a module takes longer
+        own["_seal"] = seal.seal_of(rows, cols, self.index)  # type: ignore[arg-type]
+        if marked:
+            own["_mark"] = seal.mark_of(rows, cols)  # type: ignore[arg-type]
 
     def _own_values(self) -> Any:
         """`values`, as a look-up of the attribute ends, but at once: part of every step."""
@@ -202,6 +240,7 @@ class SparseWeight(nn.Module):
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns (int64) and values of the active connections, sorted by (row, col); differentiable."""
+        self._check_seal()
         # A view of the index, which autograd saves: so a rewire before backward raises here as well.
         slots = self.index.row_slots[: self._connections]
         return self.rows[slots].long(), self.cols[slots].long(), self.values[slots]
@@ -249,6 +288,7 @@ class SparseWeight(nn.Module):
         if not slots.numel() and not rows.numel() and not cols.numel():
             return
         topology.check_integers(slots=slots)
+        self._check_seal()
         slots = slots.long()
         before = None if self.limits is None else (self.rows.clone(), self.cols.clone())
         connections = topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, rows, cols)
@@ -324,6 +364,7 @@ class SparseWeight(nn.Module):
             )
         if capacity == self.capacity:
             return
+        self._check_seal()
         old = self.capacity
         if capacity > old:
             source = torch.full((capacity,), -1, dtype=torch.int64, device=self.device)
@@ -342,6 +383,7 @@ class SparseWeight(nn.Module):
 
         A permutation: connections, values, gradients and followers' state stay together.
         """
+        self._check_seal()
         k, index = self._connections, self.index
         source = torch.full((self.capacity,), -1, dtype=torch.int64, device=self.device)
         source[:k] = self.active()
@@ -388,6 +430,7 @@ class SparseWeight(nn.Module):
         self.values.zero_()
         self._fill(*self._drawn_topology(generator))
         self._changed(Event(self, torch.arange(self.capacity, device=self.device)))
+        self._set_seal(marked=True)
 
     def _drawn_topology(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         size, seed = self.matrix_shape, random.seed_from(generator)
@@ -425,6 +468,8 @@ class SparseWeight(nn.Module):
         event's slots already), followers."""
         values, buffers = self._own_values(), self._buffers
         increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
+        self._set_seal()
+        self.__dict__["_mark"] = None
         if self.candidates is not None:
             self.candidates.spoil()
             self.candidates = None
@@ -467,6 +512,7 @@ class SparseWeight(nn.Module):
         self.limits = limits
         self._owner = None
         self._drawn = False
+        self._seal = self._mark = None
         rows, cols = self.matrix_shape
         capacity = connections if capacity is None else capacity
         if not connections <= capacity <= rows * cols:
@@ -483,6 +529,7 @@ class SparseWeight(nn.Module):
         lists = topology.empty_index(rows, cols, capacity, kind, device)
         for name, tensor in zip(_LISTS, lists, strict=True):
             self.register_buffer(name, tensor, persistent=False)
+        self._set_seal()
 
     def _fill(self, rows: Tensor, cols: Tensor) -> None:
         topology.check_integers(rows=rows, cols=cols)
@@ -496,6 +543,7 @@ class SparseWeight(nn.Module):
             )
         topology.build_index(self.rows, self.cols, *self.matrix_shape, out=self.index)
         self._drawn = True
+        self._set_seal(marked=True)
 
     def _replace_storage(self, values: Tensor, rows: Tensor, cols: Tensor) -> None:
         """Swap in pools of another capacity; the Parameter object stays the one the optimizer knows."""
@@ -516,9 +564,20 @@ class SparseWeight(nn.Module):
             setattr(self, name, tensor)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_seal()
         # Followers (an optimizer, a method) and a place among DDP's ranks are not part of the weight: a copy has none.
-        own: dict[str, Any] = dict.fromkeys(("capture", "candidates", "shared_seed", "_owner"))
+        own: dict[str, Any] = dict.fromkeys(("capture", "candidates", "shared_seed", "_owner", "_seal", "_mark"))
         return self.__dict__ | own | {"_followers": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._set_seal(marked=True)  # a copy may be averaged into: so it notes what its slots hold
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._check_seal()  # moved to another device, the buffers are other tensors
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._set_seal()
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -576,3 +635,4 @@ class SparseWeight(nn.Module):
             mine.copy_(new)
         self._connections = int(self.index.row_ptr[-1].item())
         self._changed(Event(self, torch.arange(capacity, device=self.device), loaded=True))
+        self._set_seal(marked=True)
