@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rewire import budget
 from rewire.budget import Limits
 from rewire.nn.kinds import KINDS, Kind, kind_of, sparse_kind_of
+from rewire.nn.scatter import Target, moves_to_dense, refuse_followed
 from rewire.nn.weight import SparseWeight
+from rewire.nn.wrappers import listed
 
 __all__ = ["densify", "param_groups", "sparse_weights", "sparsify"]
 
@@ -108,13 +111,24 @@ def sparsify(
     return model
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> nn.Module:
     """Replace sparse layers by dense ones with zeros where no connection is, in place; returns the model.
 
     A model that is itself a sparse layer is not replaced in place: use the returned module.
+
+    Args:
+        optimizers: those that train the model and go on doing so. The dense parameter takes the place of the pool's
+            values in its parameter group, with their gradient and state, and the state of positions without a
+            connection is what it starts at; biases stay the parameters they are.
+
+    Raises ValueError, and changes nothing, while a method or an optimizer not given still follows a pool, and where an
+    optimizer keeps what cannot be made dense.
     """
+    optimizers = listed(optimizers)
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
+    refuse_followed(dict(sparse_weights(model)), optimizers)
     parameters: dict[int, nn.Parameter] = {}
+    targets: dict[int, Target] = {}
 
     def dense(name: str) -> nn.Module:
         layer, kind = found[name]
@@ -129,9 +143,41 @@ def densify(model: nn.Module) -> nn.Module:
                 setattr(made.get_submodule(parent), leaf, parameters.setdefault(id(pool), weight))
             elif weight._base is not None:  # attention stacks its projections
                 weight._base.requires_grad_(trained)
+        if optimizers:
+            _hand_over(name, made, layer, kind, targets)
         return made.train(layer.training)
 
-    return swap(model, found, dense)
+    made = {name: dense(name) for name in found}
+    moves = moves_to_dense(optimizers, targets)
+    model = swap(model, made, made.__getitem__)
+    for move in moves:
+        move.make()
+    return model
+
+
+@torch.no_grad()
+def _hand_over(name: str, made: nn.Module, layer: nn.Module, kind: Kind, targets: dict[int, Target]) -> None:
+    """Let a dense layer have the biases of the sparse one themselves, and its pools' gradients; note what goes where.
+
+    ``targets``: by the ``id`` of a pool's values.
+    """
+    weights = kind.weights(made)
+    for path, parameter in list(layer.named_parameters()):
+        if path.removesuffix(".values") not in weights:
+            parent, _, leaf = path.rpartition(".")
+            setattr(made.get_submodule(parent), leaf, parameter)
+    names = {id(parameter): path for path, parameter in made.named_parameters()}
+    for path, weight in kind.weights(made).items():
+        pool = layer.get_submodule(path)
+        assert isinstance(pool, SparseWeight)
+        owner = weight if isinstance(weight, nn.Parameter) else weight._base
+        assert isinstance(owner, nn.Parameter)
+        first = 0 if owner is weight else int(weight.storage_offset() - owner.storage_offset())
+        target = Target(join(name, names[id(owner)]), pool, owner, first)
+        if id(pool.values) not in targets and pool.values.grad is not None:
+            owner.grad = torch.zeros_like(owner) if owner.grad is None else owner.grad
+            target.scatter(pool.values.grad, owner.grad)
+        targets.setdefault(id(pool.values), target)
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, decay_sparse: bool = True) -> list[dict[str, Any]]:

@@ -23,7 +23,9 @@ __all__ = [
     "carry_optimizer_state",
     "check_optimizer",
     "follow_optimizer",
+    "following",
     "gathered",
+    "initial_of",
     "register_initial_state",
     "reset_optimizer_state",
     "restart_optimizer_state",
@@ -100,16 +102,25 @@ def _kept(optimizer: Optimizer, parameter: Tensor, *, resized: bool = False) -> 
 
 def _start(optimizer: Optimizer, kept: Kept) -> float | None:
     """What a new connection's number starts at; None for its own value."""
+    group = next((g for g in optimizer.param_groups if any(p is kept.parameter for p in g["params"])), {})
+    return initial_of(optimizer, kept.name, group)
+
+
+def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float | None:
+    """What state ``key`` of a new connection starts at, in a parameter group; None for the connection's own value."""
     for c in type(optimizer).__mro__:
-        rule = _INITIAL.get((c.__name__, kept.name))
+        rule = _INITIAL.get((c.__name__, key))
         if rule == "values":
             return None
         if rule is not None:
-            group = next((g for g in optimizer.param_groups if any(p is kept.parameter for p in g["params"])), {})
             return rule(group)
-    if is_plain(optimizer):
-        return 0.0
-    return None if _COPY.search(kept.name) or kept.name in _COPIES.get(optimizer, ()) else 0.0
+    return None if _COPY.search(key) or key in _COPIES.get(optimizer, ()) else 0.0
+
+
+def following(weight: SparseWeight) -> list[Optimizer]:
+    """The optimizers that follow a pool and are alive."""
+    mine = [f for f in weight._followers.values() if isinstance(f, OptimizerFollower)]
+    return [optimizer for f in mine if (optimizer := f._optimizer()) is not None]
 
 
 def _per_slot(optimizer: Optimizer, parameter: Tensor, length: int) -> Iterator[tuple[Kept, float | None]]:
