@@ -23,7 +23,7 @@ X = torch.randn(9, 12, generator=torch.Generator().manual_seed(5))
 #: Every method once, and once more those of which another setting keeps other things for the next step.
 SPARSE = [case for i, case in enumerate(CASES) if i == 0 or case[0] != CASES[i - 1][0] or case[1].get("candidates")]
 SPARSE = [("l1", {"l1": 0.005}) if name == "l1" else (name, settings) for name, settings in SPARSE]
-DENSE = [*(c for c in DENSE_CASES if "threshold" not in c[1]), ("ternary", {"threshold": 0.3, "density": 0.5, "prune": 2})]
+DENSE = [*DENSE_CASES, ("ternary", {"threshold": 0.3, "density": 0.5, "prune": 2})]
 DIFFERENTIABLE: list[dict[str, Any]] = [
     {"weights": "*"},
     {"weights": "0", "weight_gate": "exclusive", "units": "2"},

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rewire.bench import networks
 from rewire.bench.errors import BenchError
+from rewire.nn.tensors import first_input
 
 __all__ = ["MODELS", "Found", "layers", "load"]
 
@@ -110,11 +111,11 @@ def layers(model: nn.Module, shape: Sequence[int], batch: int) -> tuple[list[tup
     others: dict[str, str] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if isinstance(module, _OTHERS):
                 others[name] = type(module).__name__
                 return
-            x = inputs[0]
+            x = first_input(module, args, kwargs)
             # One sample went in: for a linear layer every leading dimension is another row.
             rows = x.shape[:-1].numel() if isinstance(module, nn.Linear) else x.shape[0]
             seen.setdefault(name, Found(module, tuple(x.shape), rows * batch))
@@ -122,7 +123,7 @@ def layers(model: nn.Module, shape: Sequence[int], batch: int) -> tuple[list[tup
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(name))
+        module.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d | _OTHERS)
     ]

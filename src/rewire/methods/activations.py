@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
 
 from rewire import random
 from rewire.methods.base import Data, Pool
@@ -34,6 +33,7 @@ from rewire.methods.settings import choice
 from rewire.nn import SparseWeight
 from rewire.nn.conv import _SparseConv
 from rewire.nn.layer import SparseLayer
+from rewire.nn.tensors import first_input, first_tensor, tensors_in
 from rewire.ops.kernels import spmm
 from rewire.ops.pairs import Pair
 
@@ -192,7 +192,7 @@ class _Run:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = [layer.register_forward_hook(self._called) for layer in self.layers]
+        handles = [layer.register_forward_hook(self._called, with_kwargs=True) for layer in self.layers]
         # What runs inside or behind these does not follow what ran before, whatever the shapes.
         handles += [layer.register_forward_pre_hook(self._apart) for layer in self.outer]
         handles += [layer.register_forward_hook(self._apart) for layer in self.outer]
@@ -205,9 +205,13 @@ class _Run:
     def _apart(self, *_: Any) -> None:
         self.calls.append(None)
 
-    def _called(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+    def _called(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x, y = first_tensor(first_input(layer, args, kwargs)), first_tensor(output)
+        if x is None or y is None:
+            self.calls.append(None)
+            return
         # Copies, because an activation may be made in place, and so may a residual sum on the input.
-        self.calls.append(_Call(layer, args[0].detach().clone(), y.detach().clone()))
+        self.calls.append(_Call(layer, x.detach().clone(), y.detach().clone()))
 
     def batch(self, x: Batch) -> None:
         """Run one batch and keep what is wanted of it."""
@@ -254,7 +258,7 @@ class _Run:
 
     def _inside(self, result: Any) -> None:
         """Inner weights tell their inputs to ``capture`` in a backward pass, whatever the gradient is."""
-        reached = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+        reached = [t for t in tensors_in(result) if t.requires_grad]
         values = [weight.values for weight in self.inner]
         if reached:
             torch.autograd.grad(reached, values, [torch.ones_like(t) for t in reached], allow_unused=True)

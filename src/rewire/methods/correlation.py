@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire.nn.modes import evaluating
 from rewire.nn.surgery import Group, Site, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
+from rewire.nn.tensors import first_input
 
 __all__ = ["Merge", "UnitMoments", "measure"]
 
@@ -203,7 +204,9 @@ def _watch(site: Site, table: Tensor, add: Callable[[Tensor], None], *, own: boo
 
     if own:
         return site.module.register_forward_hook(lambda module, args, out: see(out[0]))
-    return site.module.register_forward_pre_hook(lambda module, args: see(args[0]))
+    return site.module.register_forward_pre_hook(
+        lambda module, args, kwargs: see(first_input(module, args, kwargs)), with_kwargs=True
+    )
 
 
 def measure(graph: UnitGraph, names: Iterable[str], batches: Iterable[Any]) -> dict[str, UnitMoments]:

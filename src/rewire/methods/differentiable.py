@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from rewire.methods.base import Data, Method
@@ -15,6 +16,8 @@ from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.methods.targets import Branches, Heads, Target, Units, Weights, chosen
 from rewire.nn.gates import GateKind, Recover, p_norm
+from rewire.nn.surgery.trace import Arguments
+from rewire.nn.tensors import head
 from rewire.nn.wrappers import listed
 from rewire.schedules import Schedule, at, checked, within
 
@@ -119,10 +122,11 @@ class Differentiable(Method):
             self.targets.append(Branches(model, found["branches"], gate, options))
         self._parameters = [parameter for target in self.targets for parameter in target.parameters()]
         self._take_in()
-        self._example: Any = None if data is None else _few(_first(data))
+        self._example: Any = None if data is None else head(_first(data), 2)
         self._handle: Any = None
         if data is None:
             self._handle = model.register_forward_pre_hook(_Look(self).before, with_kwargs=True)
+            self._attachment.hold(self._handle)
 
     def _take_in(self) -> None:
         """Let the gates be trained in their group, and nowhere else (the optimizer of a copied model has them)."""
@@ -134,7 +138,9 @@ class Differentiable(Method):
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a few rows of the first batch, to trace the network with."""
-        self._example = kwargs if kwargs else _few(args if len(args) > 1 else args[0])
+        few = head((*args, *kwargs.values()), 2)
+        named = dict(zip(kwargs, few[len(args) :], strict=True))
+        self._example = Arguments(few[: len(args)], named)
         if self._handle is not None:
             self._handle.remove()
 
@@ -208,14 +214,7 @@ def _home(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module) -> dict
     )
 
 
-def _few(x: Any) -> Any:
-    """Two rows of a batch (or of several arguments), detached."""
-    if isinstance(x, tuple):
-        return tuple(_few(part) for part in x)
-    return x[:2].detach().clone() if isinstance(x, Tensor) else x
-
-
 def _first(data: Data) -> Any:
     """The input of the first batch."""
     batch = next(iter(data))
-    return batch[0] if isinstance(batch, tuple | list) else batch
+    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) else batch

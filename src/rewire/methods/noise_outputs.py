@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 
 from rewire import random
+from rewire.methods.layer_hooks import LayerHook
+from rewire.nn.modes import in_backward
 from rewire.nn.surgery.resize import apply_cuts, fit_shapes
+from rewire.nn.tensors import first_input
 
 __all__ = ["NoiseOutputs", "Targets", "noise_targets"]
 
@@ -33,16 +37,47 @@ def noise_targets(
     return (drawn < math.floor(mean * bound)).float().view(rows, cols)
 
 
+_NOTHING_SEEN = (
+    "the noise outputs' penalty saw no forward pass before this step: call model.train() before training and "
+    "method.penalty() after model(x), with gradients on (not within a checkpoint of use_reentrant=True)"
+)
+
+
+class _Seen:
+    """The head's input of one forward pass, alive as long as the graph that it hangs on."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def hang_on(self, gradients: Any) -> None:
+        """A hook of the graph that changes nothing."""
+
+
+class _Watch(LayerHook):
+    """Tells its noise outputs of the head's calls; in copies of the model it does nothing."""
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if self.method is not None:
+            self.method._capture(module, args, kwargs, output)
+
+
 class NoiseOutputs:
     """Noise outputs beside the outputs of ``head``, of which the task's loss knows nothing.
 
     ``loss`` reaches the network through the head's input only; the outputs' own weights are trained by `update`, from
     the same batches, by an optimizer of the same class and options as the head's (SGD with its rate for classes that
     cannot be made so). So the user's optimizer keeps its groups, and a GradScaler's factor stays out of the weights.
+
+    Forward passes count that are of ``model`` itself (not of a copy), in training mode, with gradients, outside of
+    backward passes (where a checkpoint computes again what was seen before), and whose graph is still alive when
+    `loss` is asked: what is held of a forward pass hangs on its graph, so a pass that was thrown away is gone. Only
+    the last pass is held beyond that, until the next one or the end of the step: it counts where no other does. In
+    compiled code, where nothing can hang on a graph, all since the last call or step count.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         head: nn.Linear,
         optimizer: Optimizer,
         *,
@@ -53,7 +88,7 @@ class NoiseOutputs:
         seed: int,
         stream: int,
     ) -> None:
-        self.head, self.kind, self.mean, self.deviation = head, kind, mean, deviation
+        self.model, self.head, self.kind, self.mean, self.deviation = model, head, kind, mean, deviation
         self._stream, self._optimizer = stream, optimizer
         weight = head.weight
         self.layer = nn.Linear(head.in_features, outputs, device=weight.device, dtype=weight.dtype)
@@ -64,10 +99,13 @@ class NoiseOutputs:
             self.layer.weight.copy_(flat[: -outputs or None].view(outputs, -1)[:, : head.in_features])
             self.layer.bias.copy_(flat[-outputs:])
         self.own = self._make_optimizer()
-        self._waiting: list[Tensor] = []
+        self._waiting: list[weakref.ref[_Seen]] = []
+        self._last: Tensor | None = None
+        self._compiled: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._asked = False
         #: The hook on the head.
-        self.handle: Any = head.register_forward_pre_hook(self._capture)
+        self.handle: Any = head.register_forward_hook(_Watch(self).after, with_kwargs=True)
 
     def _group(self) -> dict[str, Any]:
         for group in self._optimizer.param_groups:
@@ -85,9 +123,17 @@ class NoiseOutputs:
                 pass
         return SGD(parameters, lr=float(self._group().get("lr", 0.01)))
 
-    def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is self.head and torch.is_grad_enabled() and args[0].requires_grad:  # not in copies of the model
-            self._waiting.append(args[0])
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x: Tensor = first_input(module, args, kwargs)
+        if not (self.model.training and torch.is_grad_enabled() and x.requires_grad):
+            return
+        if torch.compiler.is_compiling():
+            self._compiled.append(x)
+        elif output.grad_fn is not None and not in_backward():
+            seen = _Seen(x)
+            output.grad_fn.register_prehook(seen.hang_on)  # x comes before the output's graph: no cycle
+            self._waiting.append(weakref.ref(seen))
+            self._last = x
 
     def loss(self, seed: int, step: int) -> Tensor:
         """Mean over the batch of the summed squared errors, for the forward passes since the last call.
@@ -95,7 +141,11 @@ class NoiseOutputs:
         Targets are those of (seed, step).
         """
         total = torch.zeros((), device=self.layer.weight.device)
-        for x in self._waiting:
+        self._asked = True
+        alive = [seen.x for reference in self._waiting if (seen := reference()) is not None]
+        if not alive and self._last is not None:
+            alive = [self._last]
+        for x in [*alive, *self._compiled]:
             h = x.reshape(-1, x.shape[-1]).to(self.layer.weight.dtype)
             # A stream of its own for each call of a step; targets are drawn anew for every batch.
             stream = self._stream + 2**16 * (len(self._pairs) + 1)
@@ -106,13 +156,24 @@ class NoiseOutputs:
             self._pairs.append((h.detach(), y))
             out = nn.functional.linear(h, self.layer.weight.detach(), self.layer.bias.detach())
             total = total + (out - y).square().sum(1).mean()
-        self._waiting.clear()
+        self._drop_graphs()
         return total
+
+    def _drop_graphs(self) -> None:
+        self._waiting.clear()
+        self._compiled.clear()
+        self._last = None
 
     @torch.enable_grad()
     def update(self, strength: float) -> None:
-        """One step of the outputs' own weights, on what `loss` saw since the last one."""
+        """One step of the outputs' own weights, on what `loss` saw since the last one.
+
+        RuntimeError if `loss` was asked since, and there was nothing to see.
+        """
         if not self._pairs:
+            if self._asked and any(p.requires_grad for p in self.model.parameters() if p is not self.head.weight):
+                self.forget()
+                raise RuntimeError(_NOTHING_SEEN)
             return
         options = {k: v for k, v in self._group().items() if k != "params" and k in self.own.param_groups[0]}
         self.own.param_groups[0].update(options)
@@ -120,8 +181,12 @@ class NoiseOutputs:
         losses = [(self.layer(h) - y).square().sum(1).mean() for h, y in self._pairs]
         (strength * torch.stack(losses).sum()).backward()
         self.own.step()
+
+    def forget(self) -> None:
+        """Hold nothing of forward passes any more: a step is over, or the network has another shape."""
+        self._drop_graphs()
         self._pairs.clear()
-        self._waiting.clear()
+        self._asked = False
 
     @torch.no_grad()
     def merge(self, at: Tensor, into: Tensor | None, alpha: float, beta: float) -> None:
@@ -148,5 +213,4 @@ class NoiseOutputs:
             self.layer.bias.copy_(state["bias"])
         kept = {i: dict(s) for i, s in enumerate(state["optimizer"]) if s}
         self.own.load_state_dict({**self.own.state_dict(), "state": kept})
-        self._pairs.clear()
-        self._waiting.clear()
+        self.forget()

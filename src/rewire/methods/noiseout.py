@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from rewire.methods.base import Data, Evaluate, Method, Pool, Purpose
@@ -18,6 +19,7 @@ from rewire.methods.settings import choice, needs_data
 from rewire.methods.snapshot import Snapshot
 from rewire.nn.modes import evaluating
 from rewire.nn.surgery import UnitGraph, fit_shapes
+from rewire.nn.tensors import head, rows
 from rewire.schedules import within
 
 __all__ = ["NoiseOut"]
@@ -148,7 +150,7 @@ class NoiseOut(Method):
         example = next(iter(self._batches()), None)
         if example is None:
             raise ValueError("data has no batch: give at least one, of training inputs")
-        self._example = _head(example, 2)
+        self._example = head(example, 2)
         self._layers = layers
         graph = UnitGraph(model, self._example)
         chosen, refused = _choose(graph, layers)
@@ -168,18 +170,18 @@ class NoiseOut(Method):
             self._attachment.hold(self._outputs.handle)
 
     def _noise_outputs(self, outputs: int, mean: float, deviation: float) -> NoiseOutputs:
-        head = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
-        if not isinstance(head, nn.Linear):
+        last = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
+        if not isinstance(last, nn.Linear):
             raise ValueError(
                 f"noise outputs stand beside the outputs of a last nn.Linear, and this network ends with "
-                f"{self._graph.last} ({type(head).__name__}): use noise='none'"
+                f"{self._graph.last} ({type(last).__name__}): use noise='none'"
             )
         trains = next(
-            (o for o in self.optimizers for g in o.param_groups for p in g["params"] if p is head.weight),
+            (o for o in self.optimizers for g in o.param_groups for p in g["params"] if p is last.weight),
             self.optimizers[0],
         )
         return NoiseOutputs(
-            head, trains, kind=self.noise, outputs=outputs, mean=mean, deviation=deviation,
+            self.model, last, trains, kind=self.noise, outputs=outputs, mean=mean, deviation=deviation,
             seed=self.seed, stream=Purpose.NOISE,
         )  # fmt: skip
 
@@ -191,9 +193,16 @@ class NoiseOut(Method):
             return super().penalty()
         return self.strength * self._outputs.loss(self.seed, self.steps + 1)
 
+    def _release(self, pools: Iterable[Pool]) -> None:
+        """A step is over, made or skipped: what was seen of its forward passes is of no use to the next."""
+        super()._release(pools)
+        if self._outputs is not None:
+            self._outputs.forget()
+
     def _after_step(self, pools: list[Pool]) -> None:
         if self._outputs is not None:
             self._outputs.update(self.strength)
+            self._outputs.forget()
         if self.every != "epoch" and self.steps % self.every == 0:
             self._check(self._evaluate)
 
@@ -240,6 +249,8 @@ class NoiseOut(Method):
                 "NoiseOut decides by the task's score: give end_epoch(evaluate) a function from model to score "
                 "(rewire train needs --validation for it)"
             )
+        if self._outputs is not None:
+            self._outputs.forget()  # a graph from before a merge cannot be gone through after it
         self._checks += 1
         if self._checks <= self.warmup:
             return
@@ -368,11 +379,7 @@ def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
 
 def _input(batch: Any) -> Any:
     """A batch is the input, or a tuple or list that begins with it."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
-
-
-def _head(batch: Any, n: int) -> Any:
-    return batch[:n] if isinstance(batch, Tensor) else batch
+    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) else batch
 
 
 def _first(data: Data, samples: int) -> list[Any]:
@@ -380,9 +387,8 @@ def _first(data: Data, samples: int) -> list[Any]:
     kept: list[Any] = []
     left = samples
     for batch in map(_input, data):
-        part = batch[:left] if isinstance(batch, Tensor) else batch
-        kept.append(part.clone() if isinstance(part, Tensor) else part)
-        left -= len(part)
+        kept.append(head(batch, left))
+        left -= max(rows(batch), 1)
         if left <= 0:
             break
     return kept

@@ -26,6 +26,7 @@ from rewire.nn.gates import Elementwise, Gate
 from rewire.nn.modes import evaluating
 from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
+from rewire.nn.tensors import first_input, first_tensor
 
 __all__ = ["Branches", "Heads", "Target", "Units", "Weights", "chosen"]
 
@@ -210,10 +211,15 @@ def _constants(
     """What each unit gives its consumers, for those units that give all of them the same constant."""
     if not units:
         return {}
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in group.consumers}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor(first_input(module, args, kwargs))
+        if x is not None:
+            seen[name].append(x)
+
     handles = [
-        site.module.register_forward_pre_hook(lambda _, args, name=site.name: seen.__setitem__(name, args[0]))
-        for site in group.consumers
+        site.module.register_forward_pre_hook(partial(note, site.name), with_kwargs=True) for site in group.consumers
     ]
     try:
         with evaluating(model):
@@ -223,10 +229,10 @@ def _constants(
             handle.remove()
     given = []
     for site in group.consumers:
-        x = seen[site.name]
-        dim = 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
-        places = graph.positions(site, torch.tensor(units, dtype=torch.int64)).to(x.device)  # (units, places of each)
-        given.append(x.movedim(dim, 0)[places].reshape(len(units), -1))
+        for x in seen[site.name]:
+            dim = x.dim() - len(site.module.kernel_size) - 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
+            places = graph.positions(site, torch.tensor(units, dtype=torch.int64)).to(x.device)  # (units, places)
+            given.append(x.movedim(dim, 0)[places].reshape(len(units), -1))
     values = torch.cat(given, 1) if given else torch.zeros(len(units), 1)
     first = values[:, :1]
     same = ((values - first).abs() <= CONSTANT * first.abs().clamp(min=1)).all(1).tolist()

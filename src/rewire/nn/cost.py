@@ -15,6 +15,7 @@ from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.linear import SparseLinear
 from rewire.nn.modes import evaluating
 from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
+from rewire.nn.tensors import first_input, first_tensor
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["Cost", "LayerCost", "cost"]
@@ -63,19 +64,20 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
     positions: dict[str, int] = {}
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            y = first_tensor(output)
+            assert y is not None  # layers with weights give one
             features = y.shape[1] if isinstance(module, (_ConvNd, *_SPARSE_CONV)) else y.shape[-1]
             uses = y.numel() // max(features, 1)
             if isinstance(module, _ConvTransposeNd):
-                uses = args[0].numel() // args[0].shape[1]
+                x = first_input(module, args, kwargs)
+                uses = x.numel() // x.shape[1]
             positions[name] = positions.get(name, 0) + uses
 
         return hook
 
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, _COUNTED) and not _within_attention(model, n)]
-    handles = [module.register_forward_hook(note(name)) for name, module in found]
+    handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in found]
     try:
         with evaluating(model):
             model(x)

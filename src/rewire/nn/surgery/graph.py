@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from rewire.nn.surgery.kinds import Side, axes, depthwise, holds_units, reads_units, why_not
 from rewire.nn.surgery.resize import Keep, apply_cuts, check_state
 from rewire.nn.surgery.trace import Trace, call
+from rewire.nn.tensors import map_tensors
 from rewire.nn.wrappers import listed
 
 __all__ = ["Group", "Site", "UnitGraph", "remove_units"]
@@ -122,7 +124,9 @@ class UnitGraph:
             if name not in dict(self.model.named_modules()):
                 raise ValueError(f"the model has no layer {name!r}: it has {', '.join(self.names)}")
             try:
-                self._groups[name] = self._find(name)
+                with warnings.catch_warnings():  # the model's own, about the trial copies
+                    warnings.simplefilter("ignore")
+                    self._groups[name] = self._find(name)
             except ValueError as error:
                 self._groups[name] = str(error)
         found = self._groups[name]
@@ -301,7 +305,7 @@ class UnitGraph:
             return  # a single unit: nothing can be removed anyway
         twin = copy.deepcopy(self.model).eval().double()
         _randomize(twin)
-        inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, self.inputs)
+        inputs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, self.inputs)
         cut = copy.deepcopy(twin)
         for site in group.consumers:
             _zero_columns(twin.get_submodule(site.name), "in", self.positions(site, lost).flatten())

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire.nn.surgery.kinds import RECURRENT, Side, why_not
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["Reached", "Trace", "call", "torch_pruning"]
+__all__ = ["Arguments", "Reached", "Trace", "call", "torch_pruning"]
 
 
 def torch_pruning() -> Any:
@@ -30,11 +30,22 @@ def torch_pruning() -> Any:
     return package
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """All that a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    """``model(inputs)``: a tuple or list gives the arguments, a dict the keyword arguments."""
+    """``model(inputs)``: a tuple or list gives the arguments, a dict the keyword arguments, `Arguments` both."""
     if isinstance(inputs, dict):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    if isinstance(inputs, Arguments):
+        return model(*inputs.args, **inputs.kwargs)
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    return model(*inputs) if several else model(inputs)
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,9 @@ class _Opaque(torch.autograd.Function):
         raise RuntimeError("this node is for tracing only")
 
 
-def _stand_in(module: Any, x: Any, hx: Any = None) -> Any:
+def _stand_in(module: Any, input: Any, hx: Any = None) -> Any:
     """Forward of a recurrent layer in the traced copy: output, and last states cut out of it."""
+    x = input
     data = x.data if isinstance(x, PackedSequence) else x
     weight = torch.ones(data.shape[-1], module.hidden_size, dtype=data.dtype, device=data.device, requires_grad=True)
     out = _Opaque.apply(data, weight)  # type: ignore[no-untyped-call]
