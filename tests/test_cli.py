@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rewire import cli
-from rewire.data import files
+from rewire import cli, files
 from rewire.train import display
 
 QUICK = ["--hidden", "10", "--epochs", "2", "--batch-size", "300", "--threads", "1"]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from rewire import interrupts, memory
 from rewire.bench import entry as bench
 from rewire.train.config import OPTIMIZERS, TrainConfig, read_number, read_numbers
 from rewire.train.errors import StoppedError, TrainError
@@ -52,31 +55,32 @@ def _resume_command(run_dir: Path) -> str:
 def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator[None]:
     """Turn what can go wrong into a `CliError` that says what to do."""
     from rewire.data import DataError
-    from rewire.train import checkpoint
+    from rewire.report.read import ReportError
+    from rewire.run_files import COMMIT
 
     def how_to_go_on() -> str:
         folder = run_dir()
-        if folder is None or not checkpoint.exists(folder):
+        # os.path.exists, unlike Path.exists, has no error of its own.
+        if folder is None or not os.path.exists(folder / COMMIT):
             return ""
         return f"; the last checkpoint is whole, go on with: {_resume_command(folder)}"
 
     try:
         yield
-    except (DataError, TrainError) as error:
+    except (DataError, TrainError, ReportError) as error:
         raise CliError(str(error)) from None
     except StoppedError as error:
+        interrupts.leave()
         raise CliError(f"stopped after step {error.step}{how_to_go_on()}", 128 + error.signal) from None
     except KeyboardInterrupt:
         raise CliError(f"stopped{how_to_go_on()}", 128 + (signals.received or signal.SIGINT)) from None
-    except MemoryError:
-        raise CliError(f"out of memory{how_to_go_on()}") from None
     except BrokenPipeError:
         raise  # not a file of the run: `run` deals with it
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # how torch says MemoryError
+    except Exception as error:
+        if memory.is_exhausted(error):
+            raise CliError(f"out of memory{how_to_go_on()}") from None
+        if not isinstance(error, OSError):
             raise
-        raise CliError(f"out of memory{how_to_go_on()}") from None
-    except OSError as error:
         room = "make room" if error.errno in FULL else ""
         where = f" {error.filename}" if error.filename else ""
         line = f"cannot read or write{where}: {error.strerror or error}"
@@ -235,9 +239,10 @@ def train(
             config = command.config_to_start(given, set_)
             folder = folder or command.fresh_folder(config)
             place = RunDir(folder)
-        command.execute(config, place, signals, resume=resume, overwrite=overwrite, quiet=quiet)
-        signals.training = False
-        _show_result(place, quiet)
+        with place.lock():  # until the report is written
+            command.execute(config, place, signals, resume=resume, overwrite=overwrite, quiet=quiet)
+            signals.training = False
+            _show_result(place, quiet)
 
 
 def _show_result(place: RunDir, quiet: bool) -> None:
@@ -349,10 +354,14 @@ def report_command(
         print(report.write(run_dir))
     except report.ReportError as error:
         raise CliError(str(error)) from None
-    except (KeyError, TypeError, ValueError) as error:  # files that parse, but do not say what a run's files say
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # files that say what no run's files say
+        if memory.is_exhausted(error):
+            raise
         raise CliError(f"a file in {run_dir} is damaged or of another run: {error!r}") from None
     except OSError as error:
-        raise CliError(f"cannot write {error.filename}: {error.strerror}") from None
+        if memory.is_exhausted(error):
+            raise
+        raise CliError(f"cannot read or write {error.filename}: {error.strerror}") from None
 
 
 app.command("bench")(bench.bench)
@@ -385,36 +394,46 @@ UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
+    interrupts.stay()
+    for stream in (sys.stdout, sys.stderr):  # the name of a folder may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=list(arguments), prog_name="rewire", standalone_mode=False)
         sys.stdout.flush()
     except CliError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(str(error))
         return error.code
     except (TrainError, bench.BenchError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(str(error))
         return USAGE
     except UsageError as error:
         usage: Any = error
         message = " ".join(str(usage.format_message()).split())
         if not message:  # without a command the help was printed, which says all
             return USAGE
-        print(f"error: {message} See {_help_of(error)}.", file=sys.stderr)
+        _say(f"{message} See {_help_of(error)}.")
         return USAGE
     except (KeyboardInterrupt, typer.Abort):
-        print("error: stopped", file=sys.stderr)
+        interrupts.leave()
+        _say("stopped")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if not memory.is_exhausted(error):
+            raise
+        _say("out of memory")
+        return USAGE
     return code if isinstance(code, int) else 0
+
+
+def _say(line: str) -> None:
+    """The one line of an error: names of files and folders may hold line ends and other control characters."""
+    print("error:", re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda c: repr(c[0])[1:-1], line), file=sys.stderr)
 
 
 def _help_of(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     return f"{context.command_path if context else 'rewire'} --help"
-
-
-def main() -> NoReturn:
-    """The `rewire` command."""
-    sys.exit(run(sys.argv[1:]))

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rewire import reading, tensor_file
 from rewire.nn import SparseWeight, sparse_weights
 
 __all__ = [
@@ -333,32 +332,36 @@ class Posterior:
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write samples and counters to a safetensors file."""
-        tensors = {f"{i}/{k}": v.contiguous().clone() for i, s in enumerate(self.samples) for k, v in s.items()}
+        """Write samples and counters to a safetensors file, which is whole or as it was before at every moment."""
+        tensors = {f"{i}/{k}": v for i, s in enumerate(self.samples) for k, v in s.items()}
         numbers = {"burn_in": self.burn_in, "every": self.every, "limit": self.limit, "steps": self.steps}
         about = {"rewire.posterior": json.dumps(numbers | {"samples": len(self.samples)})}
-        safetensors.torch.save_file(tensors, str(path), metadata=about)
+        about["sha256"] = tensor_file.content_sha256(tensors, about)
+        tensor_file.write(Path(path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Posterior:
         """Read what `save` wrote, for the model the samples are of; collecting can go on.
 
-        Raises ValueError for a file that is something else, is damaged, or belongs to another model.
+        Raises OSError if there is no such file, ValueError for one that is something else, is damaged or was changed,
+        or belongs to another model. Memory: twice the size of the file.
         """
         try:
-            with safetensors.safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["rewire.posterior"])
-                flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            self = cls(model, burn_in=about["burn_in"], every=about["every"], limit=about["limit"])
-            self.steps, count = int(about["steps"]), int(about["samples"])
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            flat, metadata = tensor_file.read(Path(path))
+            about = reading.parse_json(metadata["rewire.posterior"].encode(), str(path))
+            self = cls(model, **{name: about[name] for name in ("burn_in", "every", "limit")})
+            self.steps, count = (_natural(name, about[name]) for name in ("steps", "samples"))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no samples that rewire.posterior can read: {error!r}") from None
-        self.samples = [{} for _ in range(count)]
+        if (found := tensor_file.content_sha256(flat, metadata)) != metadata.get("sha256"):
+            raise ValueError(f"{path} is damaged: sha256 {found}, expected {metadata.get('sha256')}")
+        samples: dict[str, dict[str, Tensor]] = {}  # no list of a length that the file merely claims
         for key, tensor in flat.items():
             number, _, name = key.partition("/")
-            if not number.isdigit() or int(number) >= count:
-                raise ValueError(f"{path} is damaged: it says {count} samples and has {key!r}")
-            self.samples[int(number)][name] = tensor
+            samples.setdefault(number, {})[name] = tensor
+        if len(samples) != count or not all(str(i) in samples for i in range(count)):
+            raise ValueError(f"{path} is damaged: it says {count} samples and has {len(samples)}")
+        self.samples = [samples[str(i)] for i in range(count)]
         self._check_fit(path)
         return self
 
@@ -368,8 +371,14 @@ class Posterior:
         try:
             for sample in self.samples:
                 network.load_state_dict(sample)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"samples of {path} do not fit this model: {' '.join(str(error).split())}") from None
+
+
+def _natural(name: str, number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError(f"{name} must be a whole number of at least 0, not {number!r}")
+    return number
 
 
 _PARTS = ("values", "rows", "cols")

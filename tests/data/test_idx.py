@@ -1,8 +1,6 @@
 import gzip
-import os
 import struct
-import tempfile
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,25 +58,33 @@ def test_one_wrong_byte_in_gzip_never_passes_unseen(at: int, byte: int) -> None:
     at = 10 + at % (len(packed) - 10)  # the ten header bytes hold a time and a system: not content
     changed = packed[at] != byte
     packed[at] = byte
-    path = Path(tempfile.gettempdir()) / f"rewire-idx-{os.getpid()}-{at}-{byte}.gz"
-    path.write_bytes(bytes(packed))
     try:
-        content = idx.unzip(path)
+        content = idx.unzip(bytes(packed), len(GOOD))
     except idx.IdxError:
         assert changed
     else:
         assert content == GOOD
-    finally:
-        path.unlink()
 
 
-def test_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "a.gz"
+def test_cut_short() -> None:
     packed = gzip.compress(GOOD)
     for length in range(len(packed)):
-        path.write_bytes(packed[:length])
         if length == 0:
-            assert idx.unzip(path) == b""  # gzip calls an empty file empty; the idx header is then missing
+            assert idx.unzip(b"", 100) == b""  # gzip calls an empty file empty; the idx header is then missing
             continue
         with pytest.raises(idx.IdxError, match=r"cut short|damaged"):
-            idx.unzip(path)
+            idx.unzip(packed[:length], len(GOOD))
+
+
+def test_no_more_is_unpacked_than_there_may_be() -> None:
+    """A file of 100 kB that holds 100 MB costs what the 12 bytes cost that it should hold."""
+    bomb = gzip.compress(bytes(100 << 20), 9)
+    assert len(bomb) < 200_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(idx.IdxError, match="holds more than 12 bytes"):
+            idx.unzip(bomb, 12)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert idx.unzip(gzip.compress(GOOD), idx.content_size((3, 2, 2))) == GOOD

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewire.data import files
+from rewire import files
 from rewire.export import load_ternary, pack_ternary, save_ternary
 from rewire.export.ternary import _deltas, _encode, _to_bits
 from rewire.methods import Ternary

@@ -1,6 +1,7 @@
 """The report: right numbers, whole page, nothing from the network, nothing that breaks out of its place."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rewire import report
+from rewire import files, report, run_files
 from rewire.report import figures
 from rewire.report.page import render
-from rewire.report.read import Run, read_run
+from rewire.report.read import Fan, Run, read_run
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 
@@ -39,7 +40,7 @@ def make_run(folder: Path, *, finished: bool = True, inputs: int = 6, epochs: in
     )
     lines = [
         {
-            "epoch": e, "train_accuracy": e / 10, "train_loss": 1 / e, "validation_accuracy": 0.5,
+            "epoch": e, "step": e, "train_accuracy": e / 10, "train_loss": 1 / e, "validation_accuracy": 0.5,
             "validation_loss": 0.7, "connections": [3, 2], "turnover": [0.5, 0.0],
         }
         for e in range(1, epochs + 1)
@@ -50,15 +51,30 @@ def make_run(folder: Path, *, finished: bool = True, inputs: int = 6, epochs: in
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         result = {
             "test_accuracy": 0.75, "test_loss": 0.4, "seconds": 125.0, "steps": 1234, "info": info,
-            "versions": {"torch": "2.x"},
+            "versions": {"torch": "2.x"}, "connections": 5, "possible_connections": 24, "density": 5 / 24,
         }  # fmt: skip
         (folder / "result.json").write_text(json.dumps(result))
+        bind(folder)
     else:
         (folder / "metrics.jsonl").write_text(text + '{"epoch": 4, "torn')
         tensors = {f"state.model.{name}": tensor for name, tensor in tensors.items()}
         safetensors.numpy.save_file(tensors, folder / "checkpoint-9.safetensors")
         commit = {"file": "checkpoint-9.safetensors", "info": info}
+        config = json.loads((folder / "config.json").read_text())
+        commit |= {
+            "format": 2, "epoch": epochs, "step": 9, "seconds": 1.5, "state": {"minus infinity": -math.inf},
+            "sha256": files.sha256_file(folder / "checkpoint-9.safetensors"), "metrics_bytes": len(text),
+            "metrics_sha256": files.sha256_bytes(text.encode()), "config_sha256": run_files.config_sum(config),
+        }  # fmt: skip
+        commit["this_sha256"] = run_files.own_sum(commit)
         (folder / "checkpoint.json").write_text(json.dumps(commit))
+
+
+def bind(folder: Path) -> None:
+    """Write the checksums of a finished run as it is now."""
+    sums = {name: files.sha256_file(folder / name) for name in ("metrics.jsonl", "model.safetensors", "result.json")}
+    config = run_files.config_sum(json.loads((folder / "config.json").read_text()))
+    (folder / "checksums.json").write_text(json.dumps({"format": 2, "config_sha256": config, "files": sums}))
 
 
 class Balanced(HTMLParser):
@@ -105,8 +121,11 @@ def run(tmp_path: Path) -> Run:
 
 def test_topology_is_counted(run: Run) -> None:
     first, second = run.layers
-    assert first.fan_in.tolist() == [2, 0, 1]
-    assert first.fan_out.tolist() == [0, 2, 0, 0, 0, 1]
+    assert first.fan_in is not None
+    assert first.fan_out is not None
+    assert first.fan_in.all().tolist() == [2, 0, 1]
+    assert first.fan_out.all().tolist() == [0, 2, 0, 0, 0, 1]
+    assert (first.fan_out.unused, first.fan_out.mean, first.fan_out.low, first.fan_out.high) == (4, 0.5, 0, 2)
     assert (first.connections, second.connections) == (3, 2)
     picture = figures.pixels(run)
     assert picture is not None
@@ -154,6 +173,7 @@ def test_text_cannot_become_markup(tmp_path: Path) -> None:
     make_run(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"method": evil, "data": evil, evil: evil}))
+    bind(tmp_path)
     page = report.write(tmp_path).read_text()
     parse(page)
     assert "<script>alert" not in page
@@ -162,7 +182,8 @@ def test_text_cannot_become_markup(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spread", [0, 5, 39, 40, 41, 1000])
 def test_histogram_counts_everything_in_few_bars(spread: int) -> None:
     counts = np.concatenate([np.arange(7, 8 + spread), [7, 7]])
-    chart = figures._histogram("", "", counts, "x", "y", "#000")
+    fan = Fan(len(counts), np.arange(len(counts)), counts)
+    chart = figures._histogram("", "", fan, "x", "y", "#000")
     bars = chart.data[0]
     assert sum(bars["y"]) == len(counts)
     assert 1 <= len(bars["x"]) <= figures.BARS
@@ -174,9 +195,10 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         report.write(tmp_path)
     make_run(tmp_path)
     for name, content, message in (
-        ("model.safetensors", b"x", r"cannot read .*model\.safetensors"),
-        ("result.json", b"{", r"result\.json is damaged"),
-        ("metrics.jsonl", b"{\n", r"metrics\.jsonl is damaged"),
+        ("model.safetensors", b"x", r"model\.safetensors is damaged: it was changed after the run was finished"),
+        ("result.json", b"{", r"result\.json is damaged: it was changed"),
+        ("metrics.jsonl", b"{\n", r"metrics\.jsonl is damaged: it was changed"),
+        ("checksums.json", b"{}", r"checksums\.json is damaged: 'format' is missing"),
         ("config.json", b"[]", "not an object"),
     ):
         good = (tmp_path / name).read_bytes()

@@ -181,8 +181,8 @@ def test_limits_of_hardware_hold_to_the_end(tmp_path: Path) -> None:
     result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "deep-r"))
     assert result["connections"] == 200
     for layer in read_run(tmp_path / "deep-r").layers:
-        assert layer.fan_in.max() <= 15
-        assert layer.fan_out.max() <= 8
+        assert layer.fan_in.high <= 15
+        assert layer.fan_out.high <= 8
     made = trainer(tmp_path, method="snip", method_options={}, **changes)  # a dense start: what the limits allow
     assert [w.connections for w in made.weights.values()] == [160, 40, 40]
     with pytest.raises(TrainError, match=r"--block: layer 1 \(64 inputs, 12 outputs\).* at most 12 fit"):

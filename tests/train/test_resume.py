@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import toy
 
-from rewire.data import files
+from rewire import files
+from rewire.run_files import EMPTY
 from rewire.train import checkpoint, loop
 from rewire.train.errors import StoppedError, TrainError
 from rewire.train.run_dir import RunDir
@@ -140,14 +141,23 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
 
 
 def test_torn_and_superfluous_metrics_are_cut(tmp_path: Path) -> None:
-    place = RunDir(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n')
-    length = place.append_metrics('{"epoch": 2}\n')
+    place, metrics = RunDir(tmp_path), tmp_path / "metrics.jsonl"
+    place.cut_metrics(EMPTY)
+    place.append_metrics('{"epoch": 1}\n')
+    prefix = place.append_metrics('{"epoch": 2}\n')
     place.append_metrics('{"epoch": 3}\n{"epo')
-    place.cut_metrics(length)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
-    with pytest.raises(TrainError, match=f"has {length} bytes, its checkpoint was made at {length + 1}"):
-        place.cut_metrics(length + 1)
+    again = RunDir(tmp_path)
+    again.cut_metrics(prefix)
+    assert metrics.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    third = again.append_metrics('{"epoch": 3}\n')
+    assert third == (metrics.stat().st_size, files.sha256_file(metrics))
+    metrics.write_bytes(metrics.read_bytes()[:-1])
+    with pytest.raises(TrainError, match=f"has {third.bytes - 1} bytes, its checkpoint was made at {third.bytes}"):
+        again.cut_metrics(third)
+    metrics.write_text('{"epoch": 1}\n{"epoch": 7}\n')
+    with pytest.raises(TrainError, match=r"metrics\.jsonl was changed after the checkpoint was made"):
+        again.cut_metrics(prefix)
+    assert metrics.read_text() == '{"epoch": 1}\n{"epoch": 7}\n'  # refused before anything is cut
 
 
 def damaged_run(folder: Path) -> tuple[RunDir, Path]:
@@ -178,7 +188,7 @@ def test_damaged_commit_is_named(tmp_path: Path) -> None:
         ("[]", "not an object"),
         ("{}", "'format' is missing"),
         (text.replace('"step": 12', '"step": 13'), r"is damaged: sha256 \w{64}, expected \w{64}"),
-        (text.replace('"format": 1', '"format": 2'), "has format 2, this version of rewire reads 1"),
+        (text.replace('"format": 2', '"format": 3'), "has format 3, this version of rewire reads 2"),
         (text.replace(tensors.name, "../" + tensors.name), r"is damaged: sha256"),
     ):
         assert changed != text
@@ -199,7 +209,8 @@ def test_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     place = RunDir(tmp_path)
-    with place.lock(), pytest.raises(TrainError, match="another process is training here"), place.lock():
+    other = RunDir(tmp_path)
+    with place.lock(), pytest.raises(TrainError, match="another process is training here"), other.lock():
         pass
     with place.lock():
         pass

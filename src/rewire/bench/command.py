@@ -15,7 +15,7 @@ from rich.console import Console
 from rewire.bench import bars, machine, page, sections, tables
 from rewire.bench.curves import Setting
 from rewire.bench.errors import BenchError, NotAvailable
-from rewire.data.files import write_atomic
+from rewire.files import write_atomic
 
 __all__ = ["EXTRA", "FORMAT", "Run", "most_threads"]
 

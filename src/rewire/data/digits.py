@@ -9,17 +9,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rewire.files import sha256_bytes
+
 from .dataset import DataError, Dataset
-from .files import sha256_bytes
 
 FILE = "digits.csv.gz"
 SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+SIZE = 57523  # bytes
 MAXIMUM = 16  # a pixel counts the ink of a 4 x 4 block
 
 
 def read() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """All images as (1797, 64) and their digits, in the order of the file."""
-    packed = (resources.files("rewire.data") / "embedded" / FILE).read_bytes()
+    try:
+        with (resources.files("rewire.data") / "embedded" / FILE).open("rb") as file:
+            packed = file.read(SIZE + 1)
+    except OSError as error:
+        raise DataError(f"{FILE} inside the installed package: {error.strerror}; reinstall rewire") from None
     found = sha256_bytes(packed)
     if found != SHA256:
         raise DataError(

@@ -1,7 +1,8 @@
-"""Downloads that continue where they stopped and are checked before they get their name."""
+"""Downloads that continue where they stopped, one process at a time, and are checked before they get their name."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import urllib.error
@@ -9,8 +10,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from rewire.files import lock_folder, remove, rename, sha256_file, sync_file, sync_folder, write_bytes
+
 from .dataset import DataError
-from .files import remove, rename, sha256_file, sync_file, sync_folder, write_bytes
 
 Progress = Callable[[str, int, int], None]  # (file name, bytes so far, bytes in all)
 
@@ -80,12 +82,47 @@ def download(
     """Fetch `url` into `target`.
 
     Bytes gather in `<target>.part`, which survives an interruption and is continued by the next call; the
-    file gets its name only when its checksum is right. `help_line` ends every error message: what else one
-    can do.
+    file gets its name only when its checksum is right. The folder is locked meanwhile: of several processes that want
+    the file one fetches it, and the others wait and find it. Where there are no locks (Windows) each gathers bytes
+    under a name of its own, which no other call continues. `help_line` ends every error message: what else one can do.
     """
     part = target.with_name(target.name + ".part")
+
+    def wait() -> None:
+        if progress is not None:
+            with contextlib.suppress(OSError):
+                progress(target.name, part.stat().st_size, size)
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(target.parent, wait=wait) as held:
+            if is_whole(target, sha256=sha256, size=size):  # by another process, while this one waited
+                return
+            own = part if held else part.with_name(f"{part.name}-{os.getpid()}")
+            _fetch(url, target, own, sha256, size, help_line, timeout, progress)
+    except OSError as error:
+        raise DataError(f"cannot write {part}: {os.strerror(error.errno or 0)}; {help_line}") from None
+
+
+def is_whole(path: Path, *, sha256: str, size: int) -> bool:
+    """Whether the file is there and is the right one; nothing of another size is read."""
+    try:
+        return path.is_file() and path.stat().st_size == size and sha256_file(path) == sha256
+    except OSError:
+        return False
+
+
+def _fetch(
+    url: str,
+    target: Path,
+    part: Path,
+    sha256: str,
+    size: int,
+    help_line: str,
+    timeout: float,
+    progress: Progress | None,
+) -> None:
+    try:
         for attempt in range(1, ATTEMPTS + 1):
             before = part.stat().st_size if part.exists() else 0
             try:
@@ -107,8 +144,6 @@ def download(
         raise DataError(f"{url}: cannot be reached ({_reason(error)}); {help_line}") from None
     except ValueError:
         raise DataError(f"{url!r} is not a URL that can be fetched; {help_line}") from None
-    except OSError as error:
-        raise DataError(f"cannot write {part}: {os.strerror(error.errno or 0)}; {help_line}") from None
     found = sha256_file(part)
     if found != sha256:
         remove(part)

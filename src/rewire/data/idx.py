@@ -4,10 +4,10 @@ as big-endian 32-bit integers, then the values and nothing else."""
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,23 @@ class IdxError(ValueError):
     """Bytes that are not the idx file they should be."""
 
 
-def unzip(path: Path) -> bytes:
-    """The content of a gzip file, its CRC and length checked; a file cut short or damaged raises IdxError."""
+def content_size(shape: Sequence[int]) -> int:
+    """Bytes of an unsigned-byte idx file of this shape."""
+    return 4 + 4 * len(shape) + math.prod(shape)
+
+
+def unzip(packed: bytes, size: int) -> bytes:
+    """The content of a gzip file, its CRC and length checked.
+
+    ``size`` is the most bytes that it may have: a small file can hold a thousand times its size, of which no more
+    than this is ever unpacked. One that is cut short, damaged or holds more raises IdxError.
+    """
     try:
-        with gzip.open(path, "rb") as file:
-            return file.read()
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            content = file.read(size + 1)
+            if len(content) > size:
+                raise IdxError(f"the gzip file holds more than {size} bytes")
+            return content
     except EOFError:
         raise IdxError("the gzip file is cut short") from None
     except (gzip.BadGzipFile, zlib.error) as error:

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rewire import reading
+from rewire.files import sha256_bytes
+
 from . import idx
 from .dataset import DataError, Dataset
-from .download import Progress, download
-from .files import sha256_bytes
+from .download import Progress, download, is_whole
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,19 @@ def cache_folder() -> Path:
 
 def read(path: Path, file: IdxFile) -> NDArray[np.uint8]:
     """Read and check one file. A copy that someone compressed anew is accepted: what is inside decides."""
+    size = idx.content_size(file.shape)
     try:
-        packed = path.read_bytes()
+        # Compressed badly it may be a little larger than what is inside, but not much.
+        packed = reading.read_bytes(path, 2 * size + reading.MEBIBYTE)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except reading.FileError as error:
+        raise DataError(f"{error}; it cannot be {file.name}") from None
     packed_sum = sha256_bytes(packed)
     wrong = f"{path}: sha256 {packed_sum}, expected {file.sha256}"
     advice = "replace the file, or leave out --data-dir to have it downloaded"
     try:
-        content = idx.unzip(path)
+        content = idx.unzip(packed, size)
         values = idx.parse(content, file.shape)
     except idx.IdxError as error:
         raise DataError(f"{wrong}: {error}; {advice}") from None
@@ -168,7 +174,7 @@ def _downloaded_folder(family: Family, mirror: str | None, progress: Progress | 
     )
     for file in family.files.values():
         path = folder / file.name
-        if path.is_file() and sha256_bytes(path.read_bytes()) == file.sha256:
+        if is_whole(path, sha256=file.sha256, size=file.size):
             continue  # anything else there is ours and damaged: fetched anew
         download(base + file.name, path, sha256=file.sha256, size=file.size, help_line=help_line, progress=progress)
     return folder

@@ -12,7 +12,8 @@ weight has three tensors, of which the first two are fields of bits, least signi
     name.signs   K fields of one bit, 1 for negative, in the same order
     name.scale   one number of the weight's dtype, the magnitude of all values
 
-Everything else of the model's state_dict (biases, normalization, weights of other layers) is there as it is.
+Everything else of the model's state_dict (biases, normalization, weights of other layers) is there as it is. The
+metadata ``sha256`` is the checksum of all the rest (`rewire.tensor_file.content_sha256`).
 """
 
 from __future__ import annotations
@@ -24,14 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rewire import topology
-from rewire.data import files
+from rewire import files, reading, tensor_file, topology
 from rewire.nn import SparseWeight, sparse_weights
 
 __all__ = ["PackResult", "PackedWeight", "load_ternary", "pack_ternary", "save_ternary"]
@@ -101,7 +99,7 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
     """
     if code not in ("auto", "delta", "position"):
         raise ValueError(f"code must be 'auto', 'delta' or 'position', not {code!r}")
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    state = dict(model.state_dict())
     packed, several = [], []
     for name, weight in sparse_weights(model):
         found = _pack(name, weight, code)
@@ -118,7 +116,9 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
         raise ValueError(f"no weight of this model is sparse and ternary: {what}; train it with the method ternary")
     keys = ("name", "shape", "connections", "code", "bits", "entries")
     listed = json.dumps([{key: getattr(w, key) for key in keys} for w in packed])
-    content = safetensors.torch.save(state, {"format": FORMAT, "weights": listed})
+    metadata = {"format": FORMAT, "weights": listed}
+    metadata["sha256"] = tensor_file.content_sha256(state, metadata)
+    content = tensor_file.pack(state, metadata)
     return content, PackResult(tuple(packed), len(content))
 
 
@@ -136,23 +136,20 @@ def load_ternary(path: str | Path) -> dict[str, Tensor]:
     """Read what `save_ternary` wrote: a state_dict for ``model.load_state_dict``, values exact to the last bit.
 
     The model must have sparse layers of the same shapes; their topology and number of connections come from the file.
-    Raises ValueError for a file that is not one or is damaged; everything is checked. Cost: O(K bits).
+    Raises OSError if there is no such file, ValueError for one that is not of this kind or was changed; everything is
+    checked. Cost: O(K bits).
     """
-    content = Path(path).read_bytes()
-    try:
-        state = safetensors.torch.load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    state, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file of packed ternary weights: its format is {metadata.get('format')!r}")
+    if (found := tensor_file.content_sha256(state, metadata)) != metadata.get("sha256"):
+        raise ValueError(f"{path} is damaged: sha256 {found}, expected {metadata.get('sha256')}")
     try:
-        for entry in json.loads(metadata["weights"]):
+        for entry in reading.parse_json(metadata["weights"].encode(), f"{path}, weights,"):
             name = str(entry["name"])
             parts = {part: state.pop(f"{name}.{part}") for part in ("index", "signs", "scale")}
             state |= {f"{name}.{part}": t for part, t in _unpack(entry, **parts).items()}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     return state
 

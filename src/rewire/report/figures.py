@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .read import Counts, Layer, Run
+from .read import Fan, Layer, Run
 
 # Told apart by people with any colour vision, readable on white and on near-black.
 COLOURS = ("#2f7fc1", "#e0762f", "#1d9a78", "#c0568f", "#8a6fd1", "#b58a1b", "#4aa5b8", "#a05a4a")
 BARS = 40  # at most, in a histogram
+PIXELS = 1 << 18  # at most, in a picture: a larger one would make the page slow
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,13 @@ def _over_time(run: Run, title: str, what: str, note: str, lines: list[dict[str,
     return Figure(title, note, lines, _falling_axes(run, what, lines))
 
 
-def _histogram(title: str, note: str, counts: Counts, x: str, y: str, colour: str) -> Figure:
-    low, high = int(counts.min()), int(counts.max())
+def _histogram(title: str, note: str, fan: Fan, x: str, y: str, colour: str) -> Figure:
+    low, high = fan.low, fan.high
     width = max(1, math.ceil((high - low + 1) / BARS))
     edges = np.arange(low, high + width + 1, width)
-    heights, _ = np.histogram(counts, bins=edges)
+    heights, _ = np.histogram(fan.counts, bins=edges)
+    if fan.unused:
+        heights[0] += fan.unused  # low is 0 then
     centres = edges[:-1] + (width - 1) / 2
     spans = [str(e) if width == 1 else f"{e} to {e + width - 1}" for e in edges[:-1].tolist()]
     bars = {
@@ -211,11 +214,10 @@ def fans(run: Run) -> list[Figure]:
             continue
         colour = COLOURS[i % len(COLOURS)]
         label = layer_label(i + 1, layer)
-        for kind, counts, unit in (("Fan-in", layer.fan_in, "outputs"), ("Fan-out", layer.fan_out, "inputs")):
-            none = int((counts == 0).sum())
-            note = f"Mean {counts.mean():.1f}, largest {counts.max()}; {none} of {len(counts)} {unit} have none."
+        for kind, fan, unit in (("Fan-in", layer.fan_in, "outputs"), ("Fan-out", layer.fan_out, "inputs")):
+            note = f"Mean {fan.mean:.1f}, largest {fan.high}; {fan.unused} of {fan.size} {unit} have none."
             x = f"connections of one {unit[:-1]} ({kind.lower()})"
-            figures.append(_histogram(f"{kind}, {label}", note, counts, x, f"number of {unit}", colour))
+            figures.append(_histogram(f"{kind}, {label}", note, fan, x, f"number of {unit}", colour))
     return figures
 
 
@@ -224,10 +226,11 @@ def pixels(run: Run) -> Figure | None:
     shape = run.info.get("image_shape")
     if not shape or len(shape) != 2 or not run.layers or math.prod(shape) != run.layers[0].inputs:
         return None
-    counts = run.layers[0].fan_out
-    if counts is None:
+    fan = run.layers[0].fan_out
+    if fan is None or fan.size > PIXELS:
         return None
     height, width = shape
+    counts = fan.all()
     data = {
         "type": "heatmap",
         "z": counts.reshape(height, width).tolist(),
@@ -240,10 +243,9 @@ def pixels(run: Run) -> Figure | None:
     layout = _axes("column (pixels)", "row (pixels)", yaxis_autorange="reversed", yaxis_scaleanchor="x")
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"constrain": "domain", "showgrid": False, "zeroline": False}
-    none = int((counts == 0).sum())
     return Figure(
         "Where the network looks",
-        f"How many connections lead from each pixel into the first layer; {none} of {height * width} pixels have none.",
+        f"How many connections lead from each pixel into the first layer; {fan.unused} of {fan.size} pixels have none.",
         [data],
         layout | {"height": 460},
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rewire.data.files import write_atomic
+from rewire.files import write_atomic
 
 from . import comparison, figures
 from .figures import Figure
@@ -21,7 +22,11 @@ REPORT = "report.html"
 def write(folder: Path) -> Path:
     """Make `report.html` of the run in `folder`, finished or not, and return its path."""
     path = folder / REPORT
-    write_atomic(path, render(read_run(folder)).encode())
+    page = render(read_run(folder)).encode("utf-8", "replace")  # the folder's name may be no text
+    try:
+        write_atomic(path, page)
+    except FileNotFoundError:  # a run that was resumed meanwhile took our temporary file for a killed write's
+        write_atomic(path, page)
     return path
 
 
@@ -38,16 +43,15 @@ def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
 
     own = resources.files("rewire.report")
     charts = json.dumps({name: figure.to_json() for name, figure in drawn.items()}, allow_nan=False)
-    page = (own / "page.html").read_text("utf-8")
-    for mark, text in (
-        ("@TITLE@", escape(title)),
-        ("@CSS@", (own / "page.css").read_text("utf-8")),
-        ("@BODY@", body),
-        ("@FIGURES@", charts.replace("</", "<\\/")),  # nothing in the data may end the script element
-        ("@PLOTLY@", get_plotlyjs()),  # the last, so that no mark is looked for in it
-    ):
-        page = page.replace(mark, text, 1)
-    return page
+    texts = {
+        "@TITLE@": escape(title),
+        "@CSS@": (own / "page.css").read_text("utf-8"),
+        "@BODY@": body,
+        "@FIGURES@": charts.replace("<", "\\u003c"),  # nothing in the data may end the script element
+        "@PLOTLY@": get_plotlyjs(),
+    }
+    # All in one pass: what is put in may hold such marks itself.
+    return re.sub("|".join(texts), lambda found: texts[found[0]], (own / "page.html").read_text("utf-8"))
 
 
 def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
@@ -156,9 +160,9 @@ def _layer_table(run: Run) -> str:
         numbers = [f"{layer.connections:,}", f"{possible:,}", f"{layer.connections / max(possible, 1):.2%}"]
         if layer.fan_in is not None and layer.fan_out is not None:
             numbers += [
-                f"{layer.fan_in.mean():.1f}",
-                f"{int((layer.fan_out == 0).sum()):,}",
-                f"{int((layer.fan_in == 0).sum()):,}",
+                f"{layer.fan_in.mean:.1f}",
+                f"{layer.fan_out.unused:,}",
+                f"{layer.fan_in.unused:,}",
             ]
         elif len(head) > 4:
             numbers += ["dense", "", ""]

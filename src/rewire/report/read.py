@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import safetensors
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+
+from rewire import files, reading, run_files
+from rewire.run_files import COMMIT, CONFIG, MODEL, RESULT, Prefix, RunFileError
 
 Counts = NDArray[np.int64]
+
+_ATTEMPTS = 5  # at a run that goes on while it is read
+
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
 
 
 class ReportError(Exception):
     """A folder of which no report can be made; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Fan:
+    """How many connections each of ``size`` units has: ``counts`` of the ``units`` that have any, in ascending order.
+
+    A layer may have more units than there is memory for: only those with connections are kept.
+    """
+
+    size: int
+    units: Counts
+    counts: Counts
+
+    @property
+    def unused(self) -> int:
+        """Units without a connection."""
+        return self.size - len(self.units)
+
+    @property
+    def mean(self) -> float:
+        """Connections of a unit."""
+        return int(self.counts.sum()) / self.size
+
+    @property
+    def low(self) -> int:
+        """Fewest connections of a unit."""
+        return 0 if self.unused else int(self.counts.min())
+
+    @property
+    def high(self) -> int:
+        """Most connections of a unit."""
+        return int(self.counts.max()) if len(self.counts) else 0
+
+    def all(self) -> Counts:
+        """Connections of every unit, (size,)."""
+        found = np.zeros(self.size, np.int64)
+        found[self.units] = self.counts
+        return found
 
 
 @dataclass(frozen=True)
@@ -30,8 +77,8 @@ class Layer:
     inputs: int
     outputs: int
     connections: int
-    fan_in: Counts | None = None
-    fan_out: Counts | None = None
+    fan_in: Fan | None = None
+    fan_out: Fan | None = None
 
 
 @dataclass(frozen=True)
@@ -65,47 +112,61 @@ class Run:
         return found
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ReportError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ReportError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ReportError(f"{path} is damaged: it is not an object")
-    return value
+class _Tensors:
+    """The tensors of a safetensors file, made into arrays when they are asked for."""
+
+    def __init__(self, path: Path, sha256: str | None = None) -> None:
+        """``sha256`` is what the file must have; None where it was verified already."""
+        self.path = path
+        try:
+            content = reading.read_bytes(path)
+            if sha256 is not None and (found := files.sha256_bytes(content)) != sha256:
+                raise ReportError(f"{path} is damaged: sha256 {found}, expected {sha256}")
+            self.found: dict[str, Any] = dict(safetensors.deserialize(content))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise ReportError(f"cannot read {path}: {error.strerror}") from None
+        except reading.FileError as error:
+            raise ReportError(str(error)) from None
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ReportError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+
+    def get(self, name: str) -> NDArray[Any] | None:
+        """A tensor; None if there is none of this name or of its dtype in numpy."""
+        view = self.found.get(name)
+        if view is None or view["dtype"] not in _DTYPES:
+            return None
+        flat: NDArray[Any] = np.frombuffer(view["data"], dtype=_DTYPES[view["dtype"]])
+        shaped: NDArray[Any] = flat.reshape(view["shape"])
+        return shaped
+
+    def refuse(self, name: str, reason: str) -> ReportError:
+        """The error for a tensor that cannot be."""
+        return ReportError(f"{self.path} is damaged: {name} {reason}")
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; one that a killed run left torn is passed over."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    whole, _, _ = text.rpartition("\n")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ReportError(f"{path} is damaged: {error}") from None
-
-
-def _layers(info: dict[str, Any], path: Path, prefix: str, last: dict[str, Any] | None) -> list[Layer]:
+def _layers(info: Mapping[str, Any], tensors: _Tensors, prefix: str, last: Mapping[str, Any] | None) -> list[Layer]:
     """The layers in a safetensors file; ``last`` is the last epoch's line of a run that goes on."""
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ReportError(f"cannot read {path}: {error}") from None
     layers: list[Layer] = []
     for number, entry in enumerate(info["layers"]):
         name = entry["name"]
-        rows, cols = (tensors.get(f"{prefix}{name}.{part}") for part in ("rows", "cols"))
+        rows, cols, shape = (tensors.get(f"{prefix}{name}.{part}") for part in ("rows", "cols", "shape"))
         weight = tensors.get(prefix + name)
         if rows is not None and cols is not None:
-            # Layers that were dense may have lost units before they became sparse.
-            outputs, inputs = (
-                int(n) for n in tensors.get(f"{prefix}{name}.shape", (entry["outputs"], entry["inputs"]))
-            )
+            outputs, inputs = entry["outputs"], entry["inputs"]
+            if shape is not None:  # layers that were dense may have lost units before they became sparse
+                if shape.shape != (2,) or shape.dtype.kind not in "iu" or int(shape.min()) < 1:
+                    raise tensors.refuse(f"{name}.shape", "is no size of a matrix")
+                outputs, inputs = (int(n) for n in shape)
+            for part, index in (("rows", rows), ("cols", cols)):
+                if index.ndim != 1 or index.dtype.kind != "i" or index.shape != rows.shape:
+                    raise tensors.refuse(f"{name}.{part}", "is no list of positions")
+            if not np.array_equal(rows >= 0, cols >= 0):
+                raise tensors.refuse(f"{name}.rows", "has other empty slots than its columns")
             active = rows >= 0  # an empty slot has row and column -1
-            fan_in = np.bincount(rows[active], minlength=outputs)
-            fan_out = np.bincount(cols[active], minlength=inputs)
+            fan_in, fan_out = (
+                _fan(index[active], size, tensors, f"{name}.{part}")
+                for index, size, part in ((rows, outputs, "rows"), (cols, inputs, "cols"))
+            )
             layers.append(Layer(name, inputs, outputs, int(active.sum()), fan_in, fan_out))
         elif prefix and info.get("starts_dense"):  # what takes part is for the method to say: gates, thresholds
             inputs = layers[-1].outputs if layers else entry["inputs"]
@@ -116,23 +177,66 @@ def _layers(info: dict[str, Any], path: Path, prefix: str, last: dict[str, Any] 
             layers.append(Layer(name, weight.shape[1], weight.shape[0], int(np.count_nonzero(weight))))
         else:
             missing = "cols" if rows is not None else "rows"
-            raise ReportError(f"{path} has no tensor '{prefix}{name}.{missing}'")
+            raise ReportError(f"{tensors.path} has no tensor '{prefix}{name}.{missing}'")
     return layers
 
 
+def _fan(index: NDArray[Any], size: int, tensors: _Tensors, name: str) -> Fan:
+    units, counts = np.unique(index, return_counts=True)
+    if len(units) and int(units[-1]) >= size:
+        raise tensors.refuse(name, f"has {int(units[-1])}, allowed are 0 to {size - 1}")
+    return Fan(size, units.astype(np.int64), counts.astype(np.int64))
+
+
 def read_run(folder: Path) -> Run:
-    """Read a run directory; of an unfinished run the last checkpoint counts."""
-    if not (folder / "config.json").exists():
+    """Read a run directory; of an unfinished run the last checkpoint counts.
+
+    Everything is verified against the checksums first; raises ReportError. Memory: twice the size of the tensors.
+    """
+    if not (folder / CONFIG).exists():
         raise ReportError(f"there is no run in {folder}: it has no config.json")
-    config = _object(folder / "config.json")
-    metrics = _metrics(folder / "metrics.jsonl")
-    result = _object(folder / "result.json") if (folder / "result.json").exists() else None
-    if result is not None:
-        info, path, prefix = result["info"], folder / "model.safetensors", ""
+    for _ in range(_ATTEMPTS):
+        before = _moment(folder)
+        try:
+            return _read(folder)
+        except (ReportError, RunFileError) as error:
+            # A run that goes on may have replaced its checkpoint meanwhile: then look again.
+            if _moment(folder) == before:
+                raise ReportError(str(error)) from None
+    raise ReportError(f"the run in {folder} goes on faster than it can be read; try again")
+
+
+def _moment(folder: Path) -> list[tuple[int, int] | None]:
+    """What changes whenever a run in the folder goes on."""
+
+    def moment(path: Path) -> tuple[int, int] | None:
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    return [moment(folder / name) for name in (COMMIT, RESULT)]
+
+
+def _read(folder: Path) -> Run:
+    config = run_files.read_object(folder / CONFIG)
+    config_sha256 = run_files.config_sum(config)
+    if (folder / RESULT).exists():
+        result: dict[str, Any] | None = run_files.read_result(folder, config_sha256)
+        assert result is not None
+        info, prefix, length = result["info"], "", None
+        tensors = _Tensors(folder / MODEL)
     else:
-        if not (folder / "checkpoint.json").exists():
+        if not (folder / COMMIT).exists():
             raise ReportError(f"the run in {folder} has neither a result nor a checkpoint yet")
-        commit = _object(folder / "checkpoint.json")
-        info, path, prefix = commit["info"], folder / commit["file"], "state.model."
-    layers = _layers(info, path, prefix, metrics[-1] if metrics else None)
+        commit = run_files.read_commit(folder)
+        if commit["config_sha256"] != config_sha256:
+            raise ReportError(f"{folder / CONFIG} was changed after the checkpoint was made, or is of another run")
+        result, info, prefix, length = None, commit["info"], "state.model.", commit["metrics_bytes"]
+        run_files.metrics_prefix(folder, Prefix(length, commit["metrics_sha256"]))
+        tensors = _Tensors(folder / commit["file"], commit["sha256"])
+    metrics = run_files.read_metrics(folder, length)
+    run_files.check_together(folder, metrics, info)
+    layers = _layers(info, tensors, prefix, metrics[-1] if metrics else None)
     return Run(folder.resolve().name, config, metrics, result, info, layers)

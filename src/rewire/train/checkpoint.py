@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from rewire.data import files
+from rewire import files, reading, run_files, tensor_file
+from rewire.run_files import COMMIT, FORMAT, Prefix, RunFileError
 
 from .errors import TrainError
 
-FORMAT = 1
-COMMIT = "checkpoint.json"
+ADVICE = "the run cannot be resumed; start it again with --overwrite"
 TENSORS = "checkpoint-*.safetensors"
 
 
@@ -33,7 +30,7 @@ class Checkpoint:
     epoch: int
     step: int
     config_sha256: str
-    metrics_bytes: int
+    metrics: Prefix
     seconds: float
     info: dict[str, Any]
     state: dict[str, Any]
@@ -45,8 +42,7 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     Dicts with keys that are no strings (optimizer state) and tuples come back as they were.
     """
     if isinstance(value, Tensor):
-        # A copy of its own: safetensors refuses tensors that share memory or are not contiguous.
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[path] = value.detach()  # no copy: it is written before anything can change it
         return {"$tensor": path}
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
@@ -79,32 +75,26 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; at every moment of it the previous one or the new one can be loaded."""
     tensors: dict[str, Tensor] = {}
     skeleton = flatten(checkpoint.state, tensors)
-    packed = safetensors.torch.save(tensors)
     name = f"checkpoint-{checkpoint.step}.safetensors"
     if name == committed_file(folder):  # the one file that must not be touched before the commit
         name = f"checkpoint-{checkpoint.step}-again.safetensors"
-    files.write_atomic(folder / name, packed)
+    written = tensor_file.write(folder / name, tensors)
     commit = {
         "format": FORMAT,
         "file": name,
-        "sha256": files.sha256_bytes(packed),
+        "sha256": written,
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
         "config_sha256": checkpoint.config_sha256,
-        "metrics_bytes": checkpoint.metrics_bytes,
+        "metrics_bytes": checkpoint.metrics.bytes,
+        "metrics_sha256": checkpoint.metrics.sha256,
         "seconds": checkpoint.seconds,
         "info": checkpoint.info,
         "state": skeleton,
     }
-    commit["this_sha256"] = _own_sum(commit)
+    commit["this_sha256"] = run_files.own_sum(commit)
     files.write_atomic(folder / COMMIT, (json.dumps(commit) + "\n").encode())
     remove_orphans(folder, keep=name)
-
-
-def _own_sum(commit: dict[str, Any]) -> str:
-    """Checksum of all of `checkpoint.json` but the checksum itself."""
-    rest = {key: value for key, value in commit.items() if key != "this_sha256"}
-    return files.sha256_bytes(json.dumps(rest, sort_keys=True).encode())
 
 
 def exists(folder: Path) -> bool:
@@ -115,7 +105,7 @@ def exists(folder: Path) -> bool:
 def committed_file(folder: Path) -> str | None:
     """Name of the tensor file of the checkpoint in `folder`; None without one."""
     try:
-        name = json.loads((folder / COMMIT).read_text("utf-8"))["file"]
+        name = reading.read_json(folder / COMMIT, finite=False)["file"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return name if isinstance(name, str) else None
@@ -128,58 +118,34 @@ def remove_orphans(folder: Path, keep: str | None) -> None:
             files.remove(path)
 
 
-def read_commit(folder: Path) -> dict[str, Any]:
-    """`checkpoint.json`, checked for form."""
-    path = folder / COMMIT
-    advice = "the run cannot be resumed; start it again with --overwrite"
-    try:
-        commit = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise TrainError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise TrainError(f"{path} is damaged ({error}); {advice}") from None
-    wanted = {"format": int, "file": str, "sha256": str, "epoch": int, "step": int, "config_sha256": str}
-    wanted |= {"metrics_bytes": int, "info": dict, "state": dict}
-    if not isinstance(commit, dict):
-        raise TrainError(f"{path} is damaged (not an object); {advice}")
-    for key, kind in wanted.items():
-        if not isinstance(commit.get(key), kind):
-            raise TrainError(f"{path} is damaged ({key!r} is missing or of the wrong kind); {advice}")
-    if commit["format"] != FORMAT:
-        raise TrainError(f"{path} has format {commit['format']}, this version of rewire reads {FORMAT}")
-    if (found := _own_sum(commit)) != commit.get("this_sha256"):
-        raise TrainError(
-            f"checkpoint {path} is damaged: sha256 {found}, expected {commit.get('this_sha256')}; {advice}"
-        )
-    if Path(commit["file"]).name != commit["file"]:
-        raise TrainError(f"{path} is damaged (it names {commit['file']!r}, not a file beside it); {advice}")
-    return commit
-
-
 def load(folder: Path) -> Checkpoint:
-    """Load the committed checkpoint, its checksum verified."""
-    commit = read_commit(folder)
-    path = folder / commit["file"]
-    advice = "the run cannot be resumed; start it again with --overwrite"
+    """Load the committed checkpoint, its checksums verified. Memory: twice its size."""
     try:
-        packed = path.read_bytes()
+        commit = run_files.read_commit(folder)
+    except RunFileError as error:
+        raise TrainError(f"{error}; {ADVICE}") from None
+    path = folder / commit["file"]
+    try:
+        packed = reading.read_bytes(path)
     except OSError as error:
-        raise TrainError(f"cannot read checkpoint {path}: {error.strerror}; {advice}") from None
+        raise TrainError(f"cannot read checkpoint {path}: {error.strerror}; {ADVICE}") from None
+    except reading.FileError as error:
+        raise TrainError(f"{error}; {ADVICE}") from None
     found = files.sha256_bytes(packed)
     if found != commit["sha256"]:
         raise TrainError(
-            f"checkpoint {path} is damaged: sha256 {found} ({len(packed)} bytes), expected {commit['sha256']}; {advice}"
+            f"checkpoint {path} is damaged: sha256 {found} ({len(packed)} bytes), expected {commit['sha256']}; {ADVICE}"
         )
     try:
-        state = unflatten(commit["state"], safetensors.torch.load(packed))
-    except (SafetensorError, KeyError) as error:
-        raise TrainError(f"checkpoint {path} does not fit {folder / COMMIT} ({error}); {advice}") from None
+        state = unflatten(commit["state"], tensor_file.parse(packed, str(path))[0])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainError(f"checkpoint {path} does not fit {folder / COMMIT} ({error}); {ADVICE}") from None
     return Checkpoint(
         epoch=commit["epoch"],
         step=commit["step"],
         config_sha256=commit["config_sha256"],
-        metrics_bytes=commit["metrics_bytes"],
-        seconds=float(commit.get("seconds", 0.0)),
+        metrics=Prefix(commit["metrics_bytes"], commit["metrics_sha256"]),
+        seconds=float(commit["seconds"]),
         info=commit["info"],
         state=state,
     )

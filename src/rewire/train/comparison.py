@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rewire import tensor_file
 from rewire.nn.cost import cost
 from rewire.nn.modes import evaluating
 
 from .structure import structure
 
-__all__ = ["ROWS", "Timing", "compare", "in_turns", "packed", "size"]
+__all__ = ["ROWS", "Timing", "compare", "file_size", "in_turns", "size"]
 
 ROWS = 256  # samples at a time whose inference is timed
 SECONDS = 0.5  # for all rounds
@@ -38,13 +38,9 @@ class Timing:
     quartiles: tuple[float, float]
 
 
-def packed(model: nn.Module) -> bytes:
-    """The model's ``state_dict`` as a safetensors file."""
-    tensors: dict[str, Tensor] = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
-    }
-    return safetensors.torch.save(tensors)
+def file_size(model: nn.Module) -> int:
+    """Bytes of the model's ``state_dict`` as a safetensors file."""
+    return tensor_file.size(model.state_dict())
 
 
 def size(model: nn.Module, x: Tensor, file_bytes: int) -> dict[str, Any]:
@@ -66,7 +62,7 @@ def compare(before: nn.Module, after: nn.Module, x: Tensor, file_bytes: int) -> 
     """
     x = x[:ROWS]
     return {
-        "before": size(before, x, len(packed(before))),
+        "before": size(before, x, file_size(before)),
         "after": size(after, x, file_bytes),
         "inference": asdict(in_turns(before, after, x)),
     }

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rewire import methods
+from rewire import methods, reading, run_files
 
 from .errors import TrainError
 
 INITS = ("dense", "sparse")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 
-# What may differ when a run is resumed: where the data lie and how often to save decide no number.
-FREE_ON_RESUME = frozenset({"data_dir", "mirror", "checkpoint_every"})
+# What may differ when a run is resumed: where the data lie and how often to save decide no number. The number of
+# threads decides none either, but a run keeps it.
+FREE_ON_RESUME = frozenset(run_files.FREE) - {"threads"}
 
 MethodOption = bool | int | float | str | list[int | float] | dict[str, int | float] | None
 Size = Annotated[int, Field(gt=0, lt=2**40)]  # beyond that torch cannot count the elements of a weight
@@ -64,8 +64,7 @@ class TrainConfig(BaseModel):
 
     def sha256(self) -> str:
         """Checksum over all that decides the numbers of the run."""
-        decisive = self.model_dump(exclude={*FREE_ON_RESUME, "threads"})
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return run_files.config_sum(self.model_dump())
 
 
 def option_name(field: str) -> str:
@@ -200,12 +199,12 @@ def _with_rate(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def parse_config(text: str, where: str) -> TrainConfig:
+def parse_config(text: str | bytes, where: str) -> TrainConfig:
     """Read `config.json` back."""
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise TrainError(f"{where} is not readable JSON ({error}); the run cannot be resumed") from None
+        values = reading.parse_json(text.encode() if isinstance(text, str) else text, where)
+    except reading.FileError as error:
+        raise TrainError(f"{error}; the run cannot be resumed") from None
     if not isinstance(values, dict):
         raise TrainError(f"{where} does not hold options; the run cannot be resumed")
     try:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import rewire
-from rewire import methods
-from rewire.data import Dataset, files
+from rewire import files, memory, methods, tensor_file
+from rewire.data import Dataset
 from rewire.nn.surgery import load_resized
+from rewire.run_files import COMMIT, EMPTY
 
 from . import checkpoint, comparison
 from .batches import Batches, derive_seed, make_generator, split
@@ -32,7 +33,7 @@ from .model import (
     start_connections,
 )
 from .observer import Observer, Progress, Silent
-from .run_dir import MODEL, RunDir
+from .run_dir import METRICS, MODEL, RunDir
 from .structure import layer_counts, structure
 
 PROGRESS_SECONDS = 0.2
@@ -113,7 +114,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.correct = torch.zeros((), dtype=torch.int64)
         self.before = self._counts()  # dropped and grown when this epoch began
-        self.metrics_bytes = 0
+        self.metrics = EMPTY
         self.seconds_before, self.clock = 0.0, time.perf_counter()
 
     # --- state --------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class Trainer:
                 epoch=self.epoch,
                 step=self.step,
                 config_sha256=self.config.sha256(),
-                metrics_bytes=self.metrics_bytes,
+                metrics=self.metrics,
                 seconds=self.seconds,
                 info=self.info,
                 state=state,
@@ -175,23 +176,29 @@ class Trainer:
 
     def begin(self) -> None:
         """The first moment of a new run."""
-        self.run_dir.cut_metrics(0)
+        self.run_dir.cut_metrics(EMPTY)
         self.save()
 
     def restore(self) -> None:
         """Go back to the last checkpoint; what was written after it is taken back."""
-        files.remove_unfinished(self.run_dir.path)
-        if not checkpoint.exists(self.run_dir.path):  # killed before the first one
-            checkpoint.remove_orphans(self.run_dir.path, keep=None)
+        folder = self.run_dir.path
+        if not checkpoint.exists(folder):  # killed before the first one
+            if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
+                raise TrainError(
+                    f"{folder / COMMIT} is missing, and {folder / METRICS} says that the run had begun; restore it, "
+                    "or start the run again with --overwrite"
+                )
+            files.remove_unfinished(folder)
+            checkpoint.remove_orphans(folder, keep=None)
             self.begin()
             return
-        saved = checkpoint.load(self.run_dir.path)
+        saved = checkpoint.load(folder)
         if saved.config_sha256 != self.config.sha256():
             raise TrainError(
-                f"{self.run_dir.path}: config.json was changed after the checkpoint was made; restore it, "
+                f"{folder}: config.json was changed after the checkpoint was made; restore it, "
                 "or start the run again with --overwrite"
             )
-        checkpoint.remove_orphans(self.run_dir.path, keep=checkpoint.committed_file(self.run_dir.path))
+        self.run_dir.check_metrics(saved.metrics)
         state = saved.state
         try:
             if self.dense:  # it may have fewer units by now
@@ -203,12 +210,17 @@ class Trainer:
             self.batch, self.before = int(state["batch"]), state["before"]
             self.loss_sum, self.correct = state["loss_sum"], state["correct"]
             torch.set_rng_state(state["torch_random"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise TrainError(f"the checkpoint in {self.run_dir.path} does not fit its options: {reason}") from None
+        except Exception as error:  # whatever the file's content made of it
+            if memory.is_exhausted(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrainError(f"the checkpoint in {folder} does not fit its options: {reason}") from None
+        # Everything fits: only now may anything be removed.
+        files.remove_unfinished(folder)
+        checkpoint.remove_orphans(folder, keep=checkpoint.committed_file(folder))
         self.epoch, self.step = saved.epoch, saved.step
-        self.metrics_bytes = saved.metrics_bytes
-        self.run_dir.cut_metrics(self.metrics_bytes)
+        self.metrics = saved.metrics
+        self.run_dir.cut_metrics(self.metrics)
         self.seconds_before, self.clock = saved.seconds, time.perf_counter()
 
     # --- training -----------------------------------------------------------------------------------------
@@ -275,10 +287,7 @@ class Trainer:
         config, samples = self.config, self._samples_seen()
         train_loss = float(self.loss_sum) / samples
         if not math.isfinite(train_loss):
-            raise TrainError(
-                f"training diverged in epoch {self.epoch + 1}: the loss is {train_loss}; try a smaller --lr "
-                f"(it is {config.lr}); the checkpoint of epoch {self.epoch} is whole"
-            )
+            raise TrainError(self._diverged(f"the loss is {train_loss}"))
         held_x, held_y = self.held_out
         scores = evaluate(self.model, held_x, held_y) if len(held_y) else None
 
@@ -296,6 +305,8 @@ class Trainer:
         connections = list(self._connections().values())
         if scores and sum(connections) != found:  # cut or merged: the score is that of what is left
             scores = evaluate(self.model, held_x, held_y)
+        if scores and not math.isfinite(scores[0]):
+            raise TrainError(self._diverged(f"the loss on the validation samples is {scores[0]}"))
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
         change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}
         self.epoch, self.batch = self.epoch + 1, 0
@@ -317,18 +328,27 @@ class Trainer:
         self.loss_sum.zero_()
         self.correct.zero_()
         self.before = counts
-        self.metrics_bytes = self.run_dir.append_metrics(record.to_line())
+        self.metrics = self.run_dir.append_metrics(record.to_line())
         self.save()
         observer.epoch_ended(record)
+
+    def _diverged(self, what: str) -> str:
+        epoch = min(self.epoch + 1, self.config.epochs)
+        return (
+            f"training diverged in epoch {epoch}: {what}; try a smaller --lr (it is {self.config.lr}); "
+            f"the checkpoint of epoch {self.epoch} is whole"
+        )
 
     # --- the end ------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
         """Score the test set, this once, and write model and result. The result is the last to be written."""
         model = self.method.finalize()
-        packed = comparison.packed(model)
-        files.write_atomic(self.run_dir.path / MODEL, packed)
         loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
+        if not math.isfinite(loss):
+            raise TrainError(self._diverged(f"the loss on the test set is {loss}"))
+        state = model.state_dict()
+        written = tensor_file.write(self.run_dir.path / MODEL, state)
         connections, possible = sum(layer_counts(model).values()), sum(self.possible)
         result = {
             "test_accuracy": accuracy,
@@ -343,9 +363,9 @@ class Trainer:
             "config_sha256": self.config.sha256(),
             "versions": versions(),
             "info": self.info,
-            **self._comparison(model, len(packed)),
+            **self._comparison(model, tensor_file.size(state)),
         }
-        self.run_dir.write_result(result)
+        self.run_dir.write_result(result, written)
         return result
 
     def _comparison(self, model: nn.Module, file_bytes: int) -> dict[str, Any]:
@@ -382,17 +402,18 @@ def run(
 ) -> dict[str, Any]:
     """Train from the start or from the last checkpoint; returns the result.
 
-    The folder is touched only after everything that can be refused has been built.
+    A folder that exists is locked from the first moment; a new one is made only after everything that can be refused
+    has been built. Nothing in it is written or removed without its lock.
     """
-    if not resume:
-        run_dir.check_free(overwrite=overwrite)
-    trainer = Trainer(config, dataset, run_dir)
-    if not resume:
-        run_dir.start(trainer.config, overwrite=overwrite)
     with run_dir.lock():
-        if resume:
-            trainer.restore()
-        else:
-            trainer.begin()
-        trainer.train(observer or Silent(), stop)
-        return trainer.finish()
+        if not resume:
+            run_dir.check_free(overwrite=overwrite)
+        trainer = Trainer(config, dataset, run_dir)
+        with run_dir.lock(create=not resume):
+            if resume:
+                trainer.restore()
+            else:
+                run_dir.start(trainer.config, overwrite=overwrite)
+                trainer.begin()
+            trainer.train(observer or Silent(), stop)
+            return trainer.finish()

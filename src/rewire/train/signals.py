@@ -7,9 +7,12 @@ import signal
 from types import FrameType
 from typing import Any
 
+from rewire import interrupts
+
 
 class Signals:
     """While training they ask to stop at the next step; a second one, or one before, stops at once.
+    All that come while the process says how it ended are passed over.
 
     A context manager; the former handlers are back when it ends.
     """
@@ -29,9 +32,11 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if interrupts.is_late(number):
+            return
         again, self.received = self.received, number
         if again or not self.training:
-            raise KeyboardInterrupt
+            interrupts.interrupt()
 
     def __call__(self) -> int:
         """The signal that arrived, or 0."""

@@ -1,0 +1,148 @@
+"""Reading files that may hold anything: bounded by their size, checked, and one clear line for whatever is wrong.
+
+All readers of the project begin here. What the system refuses (no such file, no permission) stays an OSError that
+names the file; what is in the file and should not be is a `FileError`. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["FileError", "parse_json", "parse_metadata", "read_bytes", "read_json"]
+
+MEBIBYTE = 1 << 20
+
+#: Most brackets within brackets in a JSON file of ours: ten would do.
+DEPTH = 64
+
+_LONGEST_INTEGER = 40  # digits; the largest that is ever written, an unsigned 64-bit number, has 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class FileError(ValueError):
+    """A file whose content is not what it should be; the message is one line that begins with the file."""
+
+
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """The content of an ordinary file.
+
+    Args:
+        path: any path; a folder, a device or a pipe is refused, without waiting for anyone to write to it.
+        limit: the most bytes that the file may have; None for no limit.
+
+    Raises OSError, with the file's name, or FileError. Memory: the size of the file.
+    """
+    try:
+        # Opening a pipe would wait for a writer.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError:  # a null character
+        raise FileError(f"{str(path)!r} cannot be the name of a file") from None
+    with open(handle, "rb", buffering=0) as file:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError(f"{path} is no ordinary file")
+        size = status.st_size
+        if limit is not None and size > limit:
+            raise FileError(f"{path} has {size} bytes, allowed are {limit}")
+        content = bytearray()
+        try:
+            # One byte more than there should be: a file that grows while it is read has no size.
+            while len(content) <= size and (piece := file.read(size + 1 - len(content))):
+                content += piece
+        except OSError as error:
+            error.filename = str(path)
+            raise
+    if len(content) > size:
+        raise FileError(f"{path} grew while it was read")
+    return bytes(content)
+
+
+def read_json(path: Path, limit: int = 64 * MEBIBYTE, *, finite: bool = True) -> Any:
+    """The JSON value in a file; see `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, limit), str(path), finite=finite)
+
+
+def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
+    """Parse strict JSON in UTF-8.
+
+    Args:
+        data: the text. where: what it is from, for messages.
+        finite: refuse NaN, Infinity and numbers that are too large for a float.
+
+    Refused as well: names that occur twice in an object, nesting deeper than `DEPTH`, integers of more than 40
+    digits, and half a surrogate pair, which no file could be written with. Raises FileError.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise FileError(f"{where} is damaged: {reason}")
+
+    def integer(text: str) -> int:
+        return int(text) if len(text) <= _LONGEST_INTEGER else refuse(f"an integer of {len(text)} digits")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) or not finite else refuse(f"the number {text[:40]} is too large")
+
+    def constant(text: str) -> float:
+        return float(text) if not finite else refuse(f"{text} is not a number of JSON")
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            refuse(f"{next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice in an object")
+        return found
+
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_int=integer,
+            parse_float=number,
+            parse_constant=constant,
+            object_pairs_hook=members,
+        )
+        if data.count(b"[") + data.count(b"{") > DEPTH and _depth(value) > DEPTH:
+            refuse(f"brackets are nested deeper than {DEPTH} times")
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except FileError:
+        raise
+    except UnicodeDecodeError as error:
+        refuse(f"it is not UTF-8 text (byte {error.start})")
+    except UnicodeEncodeError:
+        refuse("it has half of a surrogate pair")
+    except RecursionError:
+        refuse(f"brackets are nested deeper than {DEPTH} times")
+    except ValueError as error:
+        refuse(f"it is not JSON ({error})")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Most containers within each other, without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return depth
+
+
+def parse_metadata(content: bytes, where: str) -> dict[str, str]:
+    """The metadata of a safetensors file: strings by name. Raises FileError."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise FileError(f"{where} is damaged: it is no safetensors file")
+    header = parse_json(content[8 : 8 + length], where)
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise FileError(f"{where} is damaged: it is no safetensors file")
+    return metadata
