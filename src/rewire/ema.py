@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewire.nn import Event, sparse_weights
+from rewire.nn import Event, SparseWeight, sparse_weights
+from rewire.nn.structure import Part, follow_structure
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -18,91 +20,204 @@ __all__ = ["ExponentialMovingAverage"]
 class ExponentialMovingAverage:
     """``average <- decay * average + (1 - decay) * parameter`` over every parameter of a model.
 
-    Unlike `torch.optim.swa_utils.AveragedModel`, which averages slot by slot whatever the slots hold, this one follows
-    rewiring: the average of a new connection starts at its new value, moved and resized pools move their averages.
+    Unlike `torch.optim.swa_utils.AveragedModel` with a function of torch's, which averages slot by slot whatever the
+    slots hold, this one follows the model: the average of a new connection starts at its new value, moved and resized
+    pools move their averages. Where a layer is cut or made sparse (`rewire.to_sparse`, `remove_units`, the methods that
+    start dense) the averages are cut along, and where a method goes back to an earlier network they start there.
+    What a merge of units adds to other weights reaches the average as any update does.
+
+    Buffers are not averaged: the statistics of a BatchNorm are those of the model (`applied`), or of the copy that
+    `copy_to` writes to; `torch.optim.swa_utils.update_bn` measures them anew.
 
     Args:
-        model: averaged; its pools are followed until `detach`.
+        model: averaged; its parameters are followed until `detach`.
         decay: in [0, 1).
 
     Cost: one more number per parameter; O(parameters) per update.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be at least 0 and below 1, not {decay}")
-        self.decay = decay
+        self.decay = _checked(decay)
         self._model = model
-        self._average: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
-        here = weakref.ref(self)
-        self._handles = [
-            weight.follow(lambda event, name=name: _tell(here, name, event)) for name, weight in _named(model)
-        ]
+        self._average: dict[Tensor, Tensor] = {}
+        #: Tensors that go with the parameters: the averages and, while those are in the model, its own values.
+        self._kept = [self._average]
+        self._handles: dict[Tensor, list[Any]] = {}
+        self._arrived: list[Tensor] = []  # what took the place of a parameter since the last look at the model
+        pools = {w.values: w for _, w in sparse_weights(model)}
+        for parameter in model.parameters():
+            self._join(parameter, pools.get(parameter))
+            self._average[parameter] = parameter.detach().clone()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are now into the average; call after each optimizer (and method) step."""
-        for name, parameter in self._model.named_parameters():
-            self._average[name].lerp_(parameter.detach().to(self._average[name]), 1.0 - self.decay)
+        """Take the parameters as they are now into the average; call after each optimizer (and method) step.
+
+        Raises RuntimeError where parameters were replaced by others in a way that was not announced
+        (`rewire.nn.structure`): by `rewire.sparsify`, say, or by hand.
+        """
+        for _, parameter, average in self._pairs():
+            average.lerp_(parameter.detach().to(average), 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model with averaged weights inside the ``with``, its own afterwards. Do not rewire inside."""
-        own = {n: p.detach().clone() for n, p in self._model.named_parameters()}
-        self.copy_to(self._model)
+        """The model with averaged weights inside the ``with``, its own afterwards, whatever is raised inside."""
+        pairs = self._pairs()
+        own = {p: p.detach().clone() for _, p, _ in pairs}
+        self._kept.append(own)
         try:
+            with torch.no_grad():
+                for _, parameter, average in pairs:
+                    parameter.copy_(average)
             yield self._model
         finally:
+            self._kept = self._kept[:1]
             with torch.no_grad():
-                for name, parameter in self._model.named_parameters():
-                    parameter.copy_(own[name])
+                for parameter, value in own.items():
+                    parameter.copy_(value)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Write the averages into a model of the same structure and topology (a deepcopy, say)."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self._average[name])
+        """Write the averages into a model of the same structure and topology (a deepcopy, say).
+
+        Raises ValueError if names or shapes differ; nothing has changed then.
+        """
+        averages = {n: average for n, _, average in self._pairs()}
+        theirs = dict(model.named_parameters())
+        if {n: p.shape for n, p in theirs.items()} != {n: t.shape for n, t in averages.items()}:
+            raise ValueError("names or shapes of this model's parameters are not those of the averages: copy to a copy")
+        mine = dict(sparse_weights(self._model))
+        for name, weight in sparse_weights(model):
+            same = name in mine and torch.equal(weight.rows, mine[name].rows.to(weight.rows))
+            if not same or not torch.equal(weight.cols, mine[name].cols.to(weight.cols)):
+                raise ValueError(f"{name} has other connections than the averages are of: copy to a copy made now")
+        for name, parameter in theirs.items():
+            parameter.copy_(averages[name])
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the decay."""
-        return {"decay": self.decay, "average": {n: t.clone() for n, t in self._average.items()}}
+        return {"decay": self.decay, "average": {n: average.clone() for n, _, average in self._pairs()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; ValueError if the names or shapes are not this model's (load the model first)."""
-        new = state["average"]
-        shapes = {n: p.shape for n, p in self._model.named_parameters()}
-        if {n: t.shape for n, t in new.items()} != shapes:
+        """Restore; ValueError if it is damaged or its names or shapes are not this model's (load the model first)."""
+        try:
+            decay, new = _checked(state["decay"]), dict(state["average"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this state of an average is incomplete or damaged: {error!r}") from None
+        odd = [n for n, t in new.items() if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex())]
+        if odd:
+            raise ValueError(f"this state of an average is damaged: {odd[0]!r} is no tensor of floating-point numbers")
+        pairs = self._pairs()
+        if {n: t.shape for n, t in new.items()} != {n: p.shape for n, p, _ in pairs}:
             raise ValueError("these averages belong to another model: names or shapes differ; load the model first")
-        self.decay = float(state["decay"])
-        self._average = {n: t.detach().clone() for n, t in new.items()}
+        self.decay = decay
+        self._average.update({p: new[n].detach().to(p.device, copy=True) for n, p, _ in pairs})
 
     def detach(self) -> None:
-        """Stop following the model's pools."""
-        for handle in self._handles:
-            handle.remove()
+        """Stop following the model."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles.clear()
 
-    def _follow(self, name: str, event: Event) -> None:
-        values = event.weight.values.detach().to(self._average[name])
-        if event.loaded:
-            self._average[name] = values.clone()
-            return
-        average = self._average[name]
-        if event.source is not None:
-            source = event.source
-            average = torch.where(source >= 0, average[source.clamp(min=0)], average.new_zeros(()))
-        average[event.slots] = values[event.slots]
-        self._average[name] = average
+    # --- following the model ----------------------------------------------------------------------------------------
+
+    def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, parameter and average of everything in the model now; averages of what is new start at its value."""
+        there = dict(self._model.named_parameters())
+        present = set(there.values())
+        lost = [parameter for parameter in self._average if parameter not in present]
+        new = {n: p for n, p in there.items() if p not in self._average and p not in self._handles}
+        if any(parameter not in present for parameter in self._arrived):
+            raise RuntimeError(
+                "the model is one layer and was replaced as a whole: make a new average, of the model that finalize() "
+                "or to_sparse() returned"
+            )
+        if lost and new:
+            raise RuntimeError(
+                f"parameters of the model were replaced ({', '.join(new)} are new): make a new average after "
+                "layers were converted (rewire.sparsify, rewire.densify)"
+            )
+        self._arrived.clear()
+        for parameter in lost:
+            self._leave(parameter)
+        if new:
+            pools = {w.values: w for _, w in sparse_weights(self._model)}
+            for parameter in new.values():
+                self._join(parameter, pools.get(parameter))
+        found = []
+        for name, parameter in there.items():
+            average = self._average.get(parameter)
+            if average is None:
+                average = self._average[parameter] = parameter.detach().clone()
+            if average.shape != parameter.shape:
+                raise RuntimeError(
+                    f"{name} was of shape {tuple(average.shape)} and is of shape {tuple(parameter.shape)} now, and "
+                    "nothing announced it: make a new average after tensors were exchanged by hand"
+                )
+            found.append((name, parameter, average))
+        return found
+
+    def _join(self, parameter: Tensor, weight: SparseWeight | None) -> None:
+        here = weakref.ref(self)
+        handles = [follow_structure(parameter, lambda old, parts: _tell(here, lambda e: e._restructure(old, parts)))]
+        if weight is not None:
+            handles.append(weight.follow(lambda event: _tell(here, lambda e: e._follow(event))))
+        self._handles[parameter] = handles
+
+    def _leave(self, parameter: Tensor) -> None:
+        for handle in self._handles.pop(parameter, ()):
+            handle.remove()
+        for kept in self._kept:
+            kept.pop(parameter, None)
+
+    @torch.no_grad()
+    def _follow(self, event: Event) -> None:
+        """A pool has changed."""
+        values = event.weight.values
+        for kept in self._kept:
+            if values in kept:
+                kept[values] = _moved(kept[values], event)
+
+    @torch.no_grad()
+    def _restructure(self, old: Tensor, parts: Sequence[Part]) -> None:
+        """Another parameter has changed, or others are in its place."""
+        for kept in self._kept:
+            before = kept.pop(old, None)
+            for part in parts:
+                if before is not None and part.take is not None:
+                    kept[part.parameter] = part.take(before)
+        if all(part.parameter is not old for part in parts):
+            self._leave(old)
+            for part in parts:
+                self._join(part.parameter, part.weight)
+                self._arrived.append(part.parameter)
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Pools by the name of their values in ``named_parameters``, which lists shared ones once."""
-    names = {n for n, _ in model.named_parameters()}
-    found = ((f"{n}.values" if n else "values", w) for n, w in sparse_weights(model))
-    return ((n, w) for n, w in found if n in names)
+def _checked(decay: Any) -> float:
+    if (
+        isinstance(decay, bool)
+        or not isinstance(decay, int | float)
+        or not (0.0 <= decay < 1.0 and math.isfinite(decay))
+    ):
+        raise ValueError(f"decay must be at least 0 and below 1, not {decay!r}")
+    return float(decay)
 
 
-def _tell(average: weakref.ref[ExponentialMovingAverage], name: str, event: Event) -> None:
+def _moved(average: Tensor, event: Event) -> Tensor:
+    """What goes with the slots of a pool now; new connections start at their values."""
+    values = event.weight.values.detach().to(average)
+    if event.loaded:
+        return values.clone()
+    if event.source is not None:
+        source = event.source
+        taken = average[source.clamp(min=0)] if average.numel() else average.new_zeros(source.numel())
+        average = torch.where(source >= 0, taken, taken.new_zeros(()))
+    average[event.slots] = values[event.slots]
+    return average
+
+
+def _tell(average: weakref.ref[ExponentialMovingAverage], what: Callable[[ExponentialMovingAverage], None]) -> None:
     here = average()
     if here is not None:
-        here._follow(name, event)
+        what(here)

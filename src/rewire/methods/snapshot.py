@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from rewire.nn.structure import Part, announce
 from rewire.nn.surgery import load_resized
 
 __all__ = ["Snapshot"]
@@ -41,6 +42,8 @@ class Snapshot:
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         """Put model and optimizer state back; parameters stay the same objects and gradients of other shapes go."""
         load_resized(model, self._model)
+        for parameter in model.parameters():
+            announce(parameter, [Part(parameter)])  # an average of what came later is none of this network
         for optimizer in optimizers:
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in model.named_parameters():

@@ -24,6 +24,7 @@ from rewire.nn.convert import ties
 from rewire.nn.cut import to_sparse
 from rewire.nn.gates import Elementwise, Gate
 from rewire.nn.modes import evaluating
+from rewire.nn.structure import Part, announce
 from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
 from rewire.nn.tensors import first_input, first_tensor
@@ -102,7 +103,11 @@ def _bake(module: nn.Module) -> None:
     kind = type(module)
     members = {k: v for k, v in kind.__dict__.items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, members)
+    gates = list(module.parametrizations["weight"])  # type: ignore[index]
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    weight = module._parameters["weight"]
+    assert weight is not None
+    announce(weight, [Part(weight, gates[0])])  # an average of the weight goes through the same gate
 
 
 def _take_off(module: nn.Module, function: Any) -> None:
@@ -176,7 +181,9 @@ def _scale(module: nn.Module, a: Tensor) -> None:
     """Multiply the outputs (dimension 0 of weight and bias) of a layer by ``a`` (n or scalar)."""
     for tensor in (module._parameters["weight"], module._parameters.get("bias")):
         if tensor is not None:
-            tensor.mul_(a if a.dim() == 0 else a.view(-1, *[1] * (tensor.dim() - 1)))
+            factor = (a if a.dim() == 0 else a.view(-1, *[1] * (tensor.dim() - 1))).detach()
+            tensor.mul_(factor)
+            announce(tensor, [Part(tensor, factor.mul)])
 
 
 def _group_of(graph: UnitGraph, name: str) -> Group | None:

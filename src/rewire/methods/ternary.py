@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from rewire.methods.layer_hooks import LayerHook
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
 from rewire.nn.cut import to_sparse
+from rewire.nn.structure import Part, announce
 from rewire.nn.wrappers import listed
 from rewire.schedules import Schedule, at, checked, within
 
@@ -294,9 +296,17 @@ class Ternary(Method):
             return self.model
         self.freeze(cut=False)
         super().finalize()
+        owners: dict[Tensor, list[tuple[int, int]]] = {}
         for i, weight in enumerate(self.weights):
             w = weight.tensor
-            w.copy_(self._rule(i)(w))
+            owner = w if w._base is None else w._base  # attention stacks three weights in one parameter
+            owners.setdefault(owner, []).append((i, w.storage_offset() - owner.storage_offset()))
+        for owner, places in owners.items():
+            take = partial(
+                _quantize_parts, parts=[(self._rule(i), first, self.weights[i].tensor) for i, first in places]
+            )
+            owner.copy_(take(owner))
+            announce(owner, [Part(owner, take)])
         self.model = to_sparse(self.model, self.masks(), self.optimizers)
         return self.model
 
@@ -328,6 +338,16 @@ class Ternary(Method):
             raise ValueError("this is the state of weights of other shapes")
         self.stage, self._reached = stage, reached
         self._thresholds, self._masks = thresholds, [m.clone() for m in masks]
+
+
+@torch.no_grad()
+def _quantize_parts(stacked: Tensor, parts: list[tuple[_Rule, int, Tensor]]) -> Tensor:
+    """A parameter with its weights quantized, each of which begins at a place of its own and has the shape given."""
+    flat = stacked.detach().clone(memory_format=torch.contiguous_format).view(-1)
+    for rule, first, like in parts:
+        part = flat[first : first + like.numel()].view(like.shape)
+        part.copy_(rule(part))
+    return flat.view(stacked.shape)
 
 
 @torch.no_grad()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.nn.convert import join, keep_frozen, layers_of, refuse_shared, swap
+from rewire.nn.convert import join, keep_frozen, layers_of, refuse_shared, sparse_weights, swap
 from rewire.nn.followers import check_optimizer, reset_optimizer_state
 from rewire.nn.kinds import KINDS, Kind, kind_of
+from rewire.nn.structure import Part, announce
 from rewire.nn.weight import SparseWeight
 from rewire.nn.wrappers import listed
 
@@ -98,6 +100,10 @@ def to_sparse(
             module.use_nested_tensor = False
     for move in moves:
         move.to(values[id(move.parameter)])
+    pools = {id(weight.values): weight for _, weight in sparse_weights(model)}
+    for parts in values.values():
+        old = parts[0][0].parameter
+        announce(old, [Part(new, partial(_taken, cut), pools[id(new)]) for cut, new in parts])
     return model
 
 
@@ -177,6 +183,11 @@ def _gather(cut: _Cut, dense: Tensor) -> Tensor:
     """What a tensor of the dense parameter's shape has for each slot."""
     found = dense.detach().reshape(-1)[cut.first + cut.kept]
     return found if found.numel() else found.new_zeros(1)
+
+
+def _taken(cut: _Cut, dense: Tensor) -> Tensor:
+    """`_gather`, with 0 in the empty slot of a pool of nothing."""
+    return _gather(cut, dense) if cut.kept.numel() else dense.new_zeros(1)
 
 
 def _twin(layer: nn.Module, kind: Kind) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import LBFGS, Optimizer
 
+from rewire.nn.structure import Part, announce
 from rewire.nn.surgery.kinds import refresh
 
 __all__ = ["Keep", "check_state", "fit_shapes", "load_resized", "put", "select", "slice_state"]
@@ -118,6 +120,8 @@ def apply_cuts(
             slice_lbfgs(optimizer, before)
     for module in modules:
         refresh(module)
+    for name, keep in cuts.items():
+        announce(tensors[name], [Part(tensors[name], partial(select, keep=keep))])
 
 
 def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Tensor]:
@@ -144,6 +148,8 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Te
         for module in model.modules():
             if any(id(t) in touched for t in (*module._parameters.values(), *module._buffers.values())):
                 refresh(module)
+    for tensor in changed:
+        announce(tensor, [Part(tensor)])
     return changed
 
 
