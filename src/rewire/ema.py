@@ -145,7 +145,7 @@ class ExponentialMovingAverage:
             pools = {w.values: w for _, w in sparse_weights(self._model)}
             for parameter in new.values():
                 self._join(parameter, pools.get(parameter))
-        found = []
+        found: list[tuple[str, Tensor, Tensor]] = []
         for name, parameter in there.items():
             average = self._average.get(parameter)
             if average is None:

@@ -300,7 +300,7 @@ class Ternary(Method):
         for i, weight in enumerate(self.weights):
             w = weight.tensor
             owner = w if w._base is None else w._base  # attention stacks three weights in one parameter
-            owners.setdefault(owner, []).append((i, w.storage_offset() - owner.storage_offset()))
+            owners.setdefault(owner, []).append((i, int(w.storage_offset() - owner.storage_offset())))
         for owner, places in owners.items():
             take = partial(
                 _quantize_parts, parts=[(self._rule(i), first, self.weights[i].tensor) for i, first in places]
