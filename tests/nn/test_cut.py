@@ -298,8 +298,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "list": (lambda: made("linear"), {"0": [[True]]}, "not list"),
     "twice": (lambda: made("linear"), {"0": yes(16, 12), "0.weight": yes(16, 12)}, "two masks are for 0.weight"),
     "shared": (Shared, {"a": yes(5, 5)}, "a shares its weight with b.weight"),
-    "pruned": (pruned, {"0": yes(6, 12)}, "0.weight is no parameter but computed"),
-    "parametrized": (parametrized, {"0": yes(6, 12)}, "without parametrization"),
+    "pruned": (pruned, {"0": yes(6, 12)}, "the mask of 0.weight is not the prune mask"),
+    "parametrized": (parametrized, {"0": yes(6, 12)}, "0 has a parametrization of weight .*remove_parametrizations"),
 }
 
 

@@ -56,9 +56,9 @@ class SReLU(nn.Module):
         self.t_right.uniform_(0, 5, generator=generator)
         self.a_right.fill_(1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the unit's own curve to each number."""
-        beyond, width = x - self.t_left, self.t_right.abs()
+        beyond, width = input - self.t_left, self.t_right.abs()
         right = beyond.relu()
         middle = torch.minimum(right, width)
         return self.t_left + middle + self.a_right * (right - middle) + self.a_left * (beyond - right)

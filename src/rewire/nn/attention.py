@@ -12,12 +12,13 @@ from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
 from rewire.nn.layer import autocast_dtype
 from rewire.nn.linear import SparseLinear, input_dtype, product
+from rewire.nn.twin import Twin
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["SparseMultiheadAttention"]
 
 
-class SparseMultiheadAttention(nn.Module):
+class SparseMultiheadAttention(Twin):
     """Attention of several heads whose projections have a connection budget.
 
     Arguments are those of `torch.nn.MultiheadAttention`, plus:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire import budget
+from rewire import budget, limited
 from rewire.budget import Limits
-from rewire.nn.kinds import KINDS, Kind, kind_of, sparse_kind_of
+from rewire.nn import attached
+from rewire.nn.kinds import KINDS, Kind, join, kind_of, sparse_kind_of
 from rewire.nn.scatter import Target, moves_to_dense, refuse_followed
 from rewire.nn.weight import SparseWeight
 from rewire.nn.wrappers import listed
@@ -57,13 +58,22 @@ def sparsify(
             the limits of the layers or weights it matches. With select="random" only.
         generator: for the random draws.
 
+    A weight with a mask of `torch.nn.utils.prune` gets the mask for its topology and the masked weights for its values,
+    whatever ``select`` says, and is pruned no more. Without ``density`` and ``connections`` only layers with such
+    masks are converted (their other weights stay complete). A budget beside masks must agree with them: other layers
+    get what the masks leave of it. To choose anew, make the masks permanent first (`torch.nn.utils.prune.remove`).
+
+    What else belongs to a layer stays with it: biases (the same parameters), hooks, mode, whatever was set on it.
+    A layer whose weight is computed (parametrizations, weight norm, spectral norm), has a hook on its gradient, or has
+    a forward of its own is refused by name.
+
     Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, `RNN`, `LSTM`, `GRU` and `MultiheadAttention`
     themselves (not subclasses, whose forward may differ). Make the optimizer afterwards: the old parameters are gone.
     Transformer encoders stop using nested tensors, which their fused kernels for dense weights need. Raises ValueError
     if nothing matches, the budget cannot be met or a parameter to be replaced is shared with another layer; the model
     is then unchanged.
     """
-    if (density is None) == (connections is None):
+    if density is not None and connections is not None:
         raise ValueError("give exactly one of density= and connections=")
     if select not in ("random", "magnitude"):
         raise ValueError(f"select must be 'random' or 'magnitude', not {select!r}")
@@ -74,8 +84,17 @@ def sparsify(
         for name, module, kind in layers_of(model, kind_of)
         if (only is None or _matches(name, only)) and not (exclude is not None and _matches(name, exclude))
     }
+    _refuse_disguised(model, only, exclude, density if density is not None else connections)
+    masks = {name: attached.prune_masks(module, kind) for name, (module, kind) in found.items()}
+    if density is None and connections is None:
+        found = {name: layer for name, layer in found.items() if masks[name]}
+        if not found:
+            raise ValueError("give exactly one of density= and connections=: no layer has a prune mask to take instead")
     weights = {name: kind.weights(module) for name, (module, kind) in found.items()}
-    counts = _counts(weights, density, connections, distribution)
+    if density is None and connections is None:
+        counts = {name: {p: _kept(masks[name].get(p), w) for p, w in parts.items()} for name, parts in weights.items()}
+    else:
+        counts = _counts(weights, density, connections, distribution, masks)
     if not counts:
         kinds = ", ".join(kind.dense.__name__ for kind in KINDS)
         raise ValueError(
@@ -83,6 +102,11 @@ def sparsify(
             "of the budget leave none of them"
         )
     refuse_shared(model, {name: found[name][0] for name in counts})
+    for name in counts:
+        attached.check_dense(name, *found[name])
+        meta = next((p for p, w in weights[name].items() if w.device.type == "meta"), None)
+        if meta is not None and select == "magnitude":
+            raise ValueError(f"{join(name, meta)} is on the meta device, where no value is the largest: load it first")
     if isinstance(limits, Mapping):
         names = {name for layer in counts for path in weights[layer] for name in (layer, join(layer, path))}
         for pattern in limits:
@@ -91,19 +115,25 @@ def sparsify(
 
     def sparse(name: str) -> nn.Module:
         layer, kind = found[name]
-        made = kind.to_sparse(layer, counts[name], generator)
-        if select == "magnitude":
-            for path, dense in weights[name].items():
-                parent, _, leaf = path.rpartition(".")
-                pool = SparseWeight.from_dense(dense, connections=counts[name][path])
-                setattr(made.get_submodule(parent), leaf, pool)
-        _restrict(made, name, weights[name], limits, generator)
-        keep_frozen(made, layer)
+        made = kind.to_sparse(layer, {path: max(count, 1) for path, count in counts[name].items()}, generator)
         for path, dense in weights[name].items():
-            made.get_parameter(f"{path}.values").requires_grad_(dense.requires_grad)
-        return made.train(layer.training)
+            parent, _, leaf = path.rpartition(".")
+            pool = None
+            if path in masks[name]:
+                pool = _masked(kind.part(layer, path, attached.parameter(layer, kind, path)), masks[name][path])
+            elif select == "magnitude" or density is connections is None:
+                pool = SparseWeight.from_dense(dense, connections=counts[name][path])
+            if pool is not None:
+                setattr(made.get_submodule(parent), leaf, pool)
+        _restrict(made, name, weights[name], limits, generator, masks[name])
+        for path in weights[name]:
+            trained = attached.parameter(layer, kind, path).requires_grad
+            made.get_parameter(f"{path}.values").requires_grad_(trained)
+        attached.move(made, layer, kind.plain(), set(kind.places(layer).values()))
+        return made
 
-    model = swap(model, counts, sparse)
+    places = {name: set(found[name][1].places(found[name][0]).values()) for name in counts}
+    model = swap(model, counts, sparse, lambda name, made: attached.settle(made, found[name][0], places[name]))
     for module in model.modules():
         # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
         if isinstance(module, nn.TransformerEncoder) and any(True for _ in sparse_weights(module)):
@@ -114,18 +144,22 @@ def sparsify(
 def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> nn.Module:
     """Replace sparse layers by dense ones with zeros where no connection is, in place; returns the model.
 
-    A model that is itself a sparse layer is not replaced in place: use the returned module.
+    Biases, hooks, modes and what else belongs to a layer stay with it. A model that is itself a sparse layer is not
+    replaced in place: use the returned module.
 
     Args:
         optimizers: those that train the model and go on doing so. The dense parameter takes the place of the pool's
             values in its parameter group, with their gradient and state, and the state of positions without a
-            connection is what it starts at; biases stay the parameters they are.
+            connection is what it starts at.
 
-    Raises ValueError, and changes nothing, while a method or an optimizer not given still follows a pool, and where an
-    optimizer keeps what cannot be made dense.
+    Raises ValueError, and changes nothing, while a method or an optimizer not given still follows a pool, where an
+    optimizer keeps what cannot be made dense, and for a layer with a parametrization, a hook on the gradient of its
+    values, or a forward of its own.
     """
     optimizers = listed(optimizers)
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
+    for name, (layer, _) in found.items():
+        attached.check_sparse(name, layer)
     refuse_followed(dict(sparse_weights(model)), optimizers)
     parameters: dict[int, nn.Parameter] = {}
     targets: dict[int, Target] = {}
@@ -133,7 +167,6 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
     def dense(name: str) -> nn.Module:
         layer, kind = found[name]
         made = kind.to_dense(layer)
-        keep_frozen(made, layer)
         for path, weight in kind.weights(made).items():
             pool = layer.get_submodule(path)
             trained = layer.get_parameter(f"{path}.values").requires_grad
@@ -143,13 +176,14 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
                 setattr(made.get_submodule(parent), leaf, parameters.setdefault(id(pool), weight))
             elif weight._base is not None:  # attention stacks its projections
                 weight._base.requires_grad_(trained)
+        attached.move(made, layer, kind.plain_sparse(), set())
         if optimizers:
             _hand_over(name, made, layer, kind, targets)
-        return made.train(layer.training)
+        return made
 
     made = {name: dense(name) for name in found}
     moves = moves_to_dense(optimizers, targets)
-    model = swap(model, made, made.__getitem__)
+    model = swap(model, made, made.__getitem__, lambda name, new: attached.settle(new, found[name][0], set()))
     for move in moves:
         move.make()
     return model
@@ -157,15 +191,10 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
 
 @torch.no_grad()
 def _hand_over(name: str, made: nn.Module, layer: nn.Module, kind: Kind, targets: dict[int, Target]) -> None:
-    """Let a dense layer have the biases of the sparse one themselves, and its pools' gradients; note what goes where.
+    """Let a dense layer have the gradients of the sparse one's pools; note what goes where.
 
     ``targets``: by the ``id`` of a pool's values.
     """
-    weights = kind.weights(made)
-    for path, parameter in list(layer.named_parameters()):
-        if path.removesuffix(".values") not in weights:
-            parent, _, leaf = path.rpartition(".")
-            setattr(made.get_submodule(parent), leaf, parameter)
     names = {id(parameter): path for path, parameter in made.named_parameters()}
     for path, weight in kind.weights(made).items():
         pool = layer.get_submodule(path)
@@ -204,6 +233,7 @@ def _restrict(
     paths: Iterable[str],
     limits: Limits | Mapping[str, Limits] | None,
     generator: torch.Generator | None,
+    masks: Mapping[str, Tensor],
 ) -> None:
     """Give the pools of a layer that was just made the limits that are meant for them."""
     for path in paths:
@@ -214,18 +244,36 @@ def _restrict(
             own = limits
         pool = made.get_submodule(path)
         if own is not None and isinstance(pool, SparseWeight):
+            broken = limited.violation(pool.index, *pool.matrix_shape, own) if path in masks else None
+            if broken:
+                raise ValueError(f"the prune mask of {both[1]} does not keep the limits: {broken}")
             try:
                 pool.restrict(own, generator)
             except ValueError as error:
                 raise ValueError(f"{both[1]}: {error}") from None
 
 
-def keep_frozen(made: nn.Module, layer: nn.Module) -> None:
-    """Parameters of the same name (biases) stay trainable or frozen as they were."""
-    before = dict(layer.named_parameters())
-    for name, parameter in made.named_parameters():
-        if name in before:
-            parameter.requires_grad_(before[name].requires_grad)
+def _refuse_disguised(model: nn.Module, only: Patterns | None, exclude: Patterns | None, given: Any) -> None:
+    """A layer that is meant but has become of another type must not stay dense in silence."""
+    for name, module in model.named_modules():
+        what = attached.disguised(module)
+        meant = what is not None and (only is None or _matches(name, only))
+        if isinstance(given, Mapping):
+            meant = meant and any(fnmatchcase(n, p) for n in (name, join(name, "weight")) for p in given)
+        if meant and given is not None and not (exclude is not None and _matches(name, exclude)):
+            raise ValueError(f"{name or 'the model'} {what}")
+
+
+def _kept(mask: Tensor | None, weight: Tensor) -> int:
+    return weight.numel() if mask is None else int(mask.sum().item())
+
+
+def _masked(weight: Tensor, mask: Tensor) -> SparseWeight:
+    """A pool of the entries of ``weight`` where ``mask`` is true; of one empty slot if it is nowhere."""
+    kept = mask.reshape(-1).nonzero().flatten()
+    columns = weight.shape[1:].numel()
+    values = weight.detach().reshape(-1)[kept]
+    return SparseWeight.from_coo(weight.shape, kept // columns, kept % columns, values, capacity=max(kept.numel(), 1))
 
 
 def _matches(name: str, patterns: Patterns) -> bool:
@@ -246,8 +294,12 @@ def _counts(
     density: float | Mapping[str, float] | None,
     connections: int | Mapping[str, int] | None,
     distribution: str,
+    masks: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, dict[str, int]]:
-    """Connections of each weight of each layer to convert; ``weights`` has the candidates, layer by layer."""
+    """Connections of each weight of each layer to convert; ``weights`` has the candidates, layer by layer.
+
+    A weight with a prune mask has those of the mask; the others of its group share what is left of the budget.
+    """
     given = density if density is not None else connections
     every = {(layer, name): tensor for layer, tensors in weights.items() for name, tensor in tensors.items()}
     if not every:
@@ -256,8 +308,22 @@ def _counts(
     for (title, budgeted), members in _groups(given, every).items():
         size = sum(every[key].numel() for key in members)
         total = budget.connections_of(budgeted, size) if density is not None else _within(title, budgeted, size)
+        pruned = {key: _kept(masks[key[0]][key[1]], every[key]) for key in members if key[1] in masks[key[0]]}
+        members = [key for key in members if key not in pruned]
+        total -= sum(pruned.values())
+        # Pruning a share of a weight rounds for each weight, a density once.
+        slack = len(pruned) if density is not None else 0
+        if pruned and (total < len(members) if members else abs(total) > slack):
+            kept, names = sum(pruned.values()), ", ".join(join(*key) for key in pruned)
+            raise ValueError(
+                f"the prune masks of {names} keep {kept} connections, which does not agree with {kept + total}, what "
+                f"{title} may have{' together with other weights' if members else ''}: leave density= and connections= "
+                "out to take the masks as they are, or call torch.nn.utils.prune.remove(layer, name) to choose anew"
+            )
+        counts |= pruned
         shapes = [tuple(every[key].shape) for key in members]
-        counts |= zip(members, budget.distribute(distribution, shapes, total), strict=True)
+        if members:
+            counts |= zip(members, budget.distribute(distribution, shapes, total), strict=True)
     chosen = {layer for layer, _ in counts}
     for layer, name in every:
         if layer in chosen and (layer, name) not in counts:
@@ -282,10 +348,6 @@ def _groups(given: Any, every: Mapping[tuple[str, str], Tensor]) -> dict[tuple[s
             title = both[0] if fnmatchcase(both[0], pattern) else both[1]
             groups.setdefault((title, given[pattern]), []).append(key)
     return groups
-
-
-def join(layer: str, name: str) -> str:
-    return f"{layer}.{name}" if layer else name
 
 
 def _within(name: str, connections: float | None, size: int) -> int:
@@ -320,10 +382,20 @@ def ties(model: nn.Module) -> dict[int, tuple[str, str]]:
     return found
 
 
-def swap(model: nn.Module, names: Sequence[str] | Mapping[str, Any], make: Callable[[str], nn.Module]) -> nn.Module:
-    """Make all replacements first, then put them in, under every name a module has: on an error nothing has changed."""
+def swap(
+    model: nn.Module,
+    names: Sequence[str] | Mapping[str, Any],
+    make: Callable[[str], nn.Module],
+    settle: Callable[[str, nn.Module], None],
+) -> nn.Module:
+    """Make all replacements first, then put them in, under every name a module has: on an error nothing has changed.
+
+    ``settle`` does what must not be done before, with the name and what was made.
+    """
     made = {name: make(name) for name in names}
     old = {id(model.get_submodule(name)): module for name, module in made.items()}
+    for name in made:
+        settle(name, made[name])
     if id(model) in old:
         return old[id(model)]
     for parent in list(model.modules()):

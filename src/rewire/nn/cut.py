@@ -12,20 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.nn.convert import join, keep_frozen, layers_of, refuse_shared, sparse_weights, swap
+from rewire.nn import attached
+from rewire.nn.convert import layers_of, refuse_shared, sparse_weights, swap
 from rewire.nn.followers import check_optimizer, reset_optimizer_state
-from rewire.nn.kinds import KINDS, Kind, kind_of
+from rewire.nn.kinds import KINDS, Kind, join, kind_of
 from rewire.nn.structure import Part, announce
 from rewire.nn.weight import SparseWeight
 from rewire.nn.wrappers import listed
 
 __all__ = ["dense_weights", "to_sparse"]
-
-#: What a layer's hooks are kept in; handed on as the objects they are, so that the handles users hold stay valid.
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class _Cut:
 
 
 def to_sparse(
-    model: nn.Module, masks: Mapping[str, Tensor], optimizers: Optimizer | Iterable[Optimizer] = ()
+    model: nn.Module, masks: Mapping[str, Tensor] | None = None, optimizers: Optimizer | Iterable[Optimizer] = ()
 ) -> nn.Module:
     """Replace dense layers by sparse ones that hold exactly the connections of ``masks``, in place; returns the model.
 
@@ -53,20 +48,21 @@ def to_sparse(
         masks: boolean tensor of the weight's shape by the name of the weight (``"fc1.weight"``,
             ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for layers of one weight, of the layer
             (``"fc1"``). True stays, also where the value is 0. The other weights of a chosen layer (a layer is sparse
-            as a whole) stay complete.
+            as a whole) stay complete. A weight that `torch.nn.utils.prune` masks has its prune mask, which a mask given
+            for it must equal; None (the default) takes the layers that have prune masks.
         optimizers: those that train the model. The pool's values take the place of the dense parameter in its
             parameter group, with the state and the gradient of the entries that stay, so training goes on as that of
             the masked dense model would. Every elementwise optimizer of `torch.optim` can; Adafactor's factored
             second moment is multiplied out.
 
     Values, gradients and state are exact copies, in (row, column) order of the slots; biases and all other parameters
-    stay the objects they are. Forward and backward hooks of a layer move to its sparse twin, hooks on the weight tensor
-    are lost. A weight of which nothing stays keeps a pool of one empty slot: its layer then gives its bias alone.
+    stay the objects they are, and so do a layer's hooks and whatever else was set on it. A weight of which nothing
+    stays keeps a pool of one empty slot: its layer then gives its bias alone.
 
     Layers that can be cut are those `sparsify` converts. Raises ValueError for a name or shape that does not fit, a
-    layer of another type (also one with a parametrization or `torch.nn.utils.prune` on it), a parameter that layers
-    share, an optimizer that cannot train pools or keeps state of another shape; the model and the optimizers are then
-    unchanged. Cost: O(M) time, as for reading the masks.
+    layer of another type (also one with a parametrization), a weight that something else computes or whose gradient has
+    a hook, a parameter that layers share, an optimizer that cannot train pools or keeps state of another shape; the
+    model and the optimizers are then unchanged. Cost: O(M) time, as for reading the masks.
     """
     optimizers = listed(optimizers)
     chosen = _chosen(model, masks)
@@ -74,26 +70,20 @@ def to_sparse(
     cuts = [cut for _, _, weights in chosen.values() for cut in weights]
     moves = [move for o in optimizers for move in _moves(o, {id(cut.parameter) for cut in cuts})]
     values: dict[int, list[tuple[_Cut, nn.Parameter]]] = {}
+    places = {name: set(kind.places(layer).values()) for name, (layer, kind, _) in chosen.items()}
 
     def sparse(name: str) -> nn.Module:
         layer, kind, weights = chosen[name]
         made = _twin(layer, kind)
-        keep_frozen(made, layer)
         for cut in weights:
             pool = _pool(cut)
             parent, _, leaf = cut.path.rpartition(".")
             setattr(made.get_submodule(parent), leaf, pool)
             values.setdefault(id(cut.parameter), []).append((cut, pool.values))
-        replaced = {id(cut.parameter) for cut in weights}
-        for path, parameter in list(layer.named_parameters()):
-            if id(parameter) not in replaced:
-                parent, _, leaf = path.rpartition(".")
-                made.get_submodule(parent).register_parameter(leaf, parameter)
-        for hooks in _HOOKS:
-            setattr(made, hooks, getattr(layer, hooks))
-        return made.train(layer.training)
+        attached.move(made, layer, kind.plain(), places[name])
+        return made
 
-    model = swap(model, chosen, sparse)
+    model = swap(model, chosen, sparse, lambda name, made: attached.settle(made, chosen[name][0], places[name]))
     for module in model.modules():
         # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SparseWeight) for m in module.modules()):
@@ -117,11 +107,42 @@ def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tenso
             yield join(name, path), name, layer, weight
 
 
-def _chosen(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
+def _chosen(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
     """The layers that masks are for, with what stays of each of their weights; everything about names and shapes."""
-    if not masks:
-        raise ValueError("there is no mask, so there is nothing to cut: give one for at least one weight")
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, kind_of)}
+    pruned = {
+        (name, path): mask
+        for name, (layer, kind) in found.items()
+        for path, mask in attached.prune_masks(layer, kind).items()
+    }
+    given = {} if masks is None else _given(model, masks, found)
+    if not given and not (masks is None and pruned):
+        raise ValueError(
+            "there is no mask, so there is nothing to cut: give one for at least one weight"
+            + (", or prune layers with torch.nn.utils.prune" if masks is None else "")
+        )
+    for key in given:
+        if key in pruned and not torch.equal(given[key].to(pruned[key].device), pruned[key]):
+            raise ValueError(
+                f"the mask of {join(*key)} is not the prune mask that it has: leave masks= out to take that one, or "
+                "call torch.nn.utils.prune.remove(layer, name) first"
+            )
+    chosen: dict[str, tuple[nn.Module, Kind, list[_Cut]]] = {}
+    for name in dict.fromkeys(layer for layer, _ in (pruned if masks is None else given)):
+        layer, kind = found[name]
+        attached.check_dense(name, layer, kind)
+        cuts = []
+        for path, weight in kind.weights(layer).items():
+            mask = given.get((name, path), pruned.get((name, path)))
+            cuts.append(_cut(layer, kind, path, weight, mask))
+        chosen[name] = layer, kind, cuts
+    return chosen
+
+
+def _given(
+    model: nn.Module, masks: Mapping[str, Tensor], found: Mapping[str, tuple[nn.Module, Kind]]
+) -> dict[tuple[str, str], Tensor]:
+    """The masks by layer and weight."""
     weights = {(name, path): w for name, (layer, kind) in found.items() for path, w in kind.weights(layer).items()}
     names = {join(*key): key for key in weights}
     for name in found:
@@ -131,6 +152,10 @@ def _chosen(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn
     given: dict[tuple[str, str], Tensor] = {}
     for name, mask in masks.items():
         if name not in names:
+            layer = name if name in dict(model.named_modules()) else name.rpartition(".")[0]
+            what = attached.disguised(dict(model.named_modules()).get(layer, model))
+            if what is not None:
+                raise ValueError(f"{layer or 'the model'} {what}")
             raise ValueError(
                 f"{name!r} is no weight that can be cut: there are {', '.join(map(repr, names)) or 'none'} (layers "
                 f"{', '.join(kind.dense.__name__ for kind in KINDS)} of torch.nn themselves, without parametrization)"
@@ -143,26 +168,17 @@ def _chosen(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"the mask of {name} must be a boolean tensor of shape {shape}, not {got}")
         given[key] = mask
-    chosen: dict[str, tuple[nn.Module, Kind, list[_Cut]]] = {}
-    for name in dict.fromkeys(layer for layer, _ in given):
-        layer, kind = found[name]
-        parts = kind.weights(layer).items()
-        chosen[name] = layer, kind, [_cut(name, layer, path, w, given.get((name, path))) for path, w in parts]
-    return chosen
+    return given
 
 
-def _cut(name: str, layer: nn.Module, path: str, weight: Tensor, mask: Tensor | None) -> _Cut:
-    owner = weight if isinstance(weight, nn.Parameter) else weight._base
-    if not isinstance(owner, nn.Parameter) or not any(owner is p for p in layer.parameters()):
-        raise ValueError(
-            f"{join(name, path)} is no parameter but computed from others: remove what computes it "
-            "(torch.nn.utils.prune, a weight norm) first"
-        )
+def _cut(layer: nn.Module, kind: Kind, path: str, weight: Tensor, mask: Tensor | None) -> _Cut:
+    owner = attached.parameter(layer, kind, path)
     if mask is None:
         kept = torch.arange(weight.numel(), device=weight.device)
     else:
         kept = mask.reshape(-1).nonzero().flatten().to(weight.device)
-    first = 0 if owner is weight else int(weight.storage_offset() - owner.storage_offset())
+    part = kind.part(layer, path, owner)
+    first = 0 if part is owner else int(part.storage_offset() - owner.storage_offset())
     return _Cut(path, owner, weight.shape, first, kept)
 
 
@@ -221,8 +237,9 @@ class _Move:
         members[at : at + 1] = [values for _, values in parts]
         if "param_names" in self.group:
             names: list[str] = self.group["param_names"]
-            layer = names[at].rpartition(".")[0]
-            new = [join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [names[at]]
+            layer, _, leaf = names[at].rpartition(".")
+            own = join(layer, leaf.removesuffix("_orig"))  # the name that torch.nn.utils.prune gave it
+            new = [join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [own]
             names[at : at + 1] = [f"{name}.values" for name in new]
         if self.parameter not in self.optimizer.state:
             return

@@ -16,7 +16,7 @@ from rewire.nn.linear import SparseLinear
 from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["KINDS", "Kind", "kind_of", "sparse_kind_of"]
+__all__ = ["KINDS", "Kind", "join", "kind_of", "sparse_kind_of"]
 
 Counts = Mapping[str, int]
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,7 +28,9 @@ class Kind:
 
     Attributes:
         dense, sparse: the two classes.
-        weights: the tensors of a dense layer that become pools, under the names the pools have in the sparse layer.
+        names: of the tensors of a dense layer that become pools, by the names that the pools have in the sparse layer.
+            Several pools with one name are stacked in that tensor, along its rows.
+        sizes: first arguments of both classes for the smallest layer there is.
         to_sparse: (dense layer, connections of each weight, generator) -> a sparse layer with a random topology and
             fresh values, and the other parameters (biases) of the dense one.
         to_dense: sparse layer -> the dense layer that computes the same.
@@ -36,9 +38,43 @@ class Kind:
 
     dense: type[nn.Module]
     sparse: type[nn.Module]
-    weights: Callable[[Any], dict[str, Tensor]]
+    names: Callable[[Any], dict[str, str]]
+    sizes: tuple[int, ...]
     to_sparse: Callable[[Any, Counts, torch.Generator | None], nn.Module]
     to_dense: Callable[[Any], nn.Module]
+
+    def plain(self) -> nn.Module:
+        """A fresh dense layer without values, to compare with: what another has beyond it was added by somebody."""
+        return self.dense(*self.sizes, device="meta")
+
+    def plain_sparse(self) -> nn.Module:
+        """The same of the sparse class."""
+        make: Any = self.sparse
+        made: nn.Module = make(*self.sizes, density=1.0, device="meta")
+        return made
+
+    def places(self, layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """Where each weight of a dense layer is, by the pool's name: the module and its attribute."""
+        found = {}
+        for path, name in self.names(layer).items():
+            parent, _, leaf = name.rpartition(".")
+            found[path] = layer.get_submodule(parent), leaf
+        return found
+
+    def weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a dense layer that become pools, by the pools' names; views where several are stacked."""
+        return {path: self.part(layer, path, getattr(*place)) for path, place in self.places(layer).items()}
+
+    def part(self, layer: nn.Module, path: str, tensor: Tensor) -> Tensor:
+        """The part of a weight in ``tensor``, which is of the shape of the parameter that holds it."""
+        names = self.names(layer)
+        stacked = [other for other, name in names.items() if name == names[path]]
+        return tensor if len(stacked) == 1 else tensor.chunk(len(stacked))[stacked.index(path)]
+
+
+def join(layer: str, name: str) -> str:
+    """The full name of something within a layer; the layer of no name is the model itself."""
+    return f"{layer}.{name}" if layer and name else layer or name
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
@@ -79,7 +115,7 @@ def _layer_kind(
     """
 
     def to_sparse(layer: nn.Module, counts: Counts, generator: torch.Generator | None) -> nn.Module:
-        weight = layer.get_parameter("weight")
+        weight: Any = layer.weight
         make: Any = sparse
         made: nn.Module = make(
             *(getattr(layer, name) for name in sizes),
@@ -103,7 +139,7 @@ def _layer_kind(
         _copy(made, layer, "bias")
         return made
 
-    return Kind(dense, sparse, lambda layer: {"weight": layer.weight}, to_sparse, to_dense)
+    return Kind(dense, sparse, lambda layer: {"weight": "weight"}, (1,) * len(sizes), to_sparse, to_dense)
 
 
 _CONV = ("in_channels", "out_channels", "kernel_size"), ("stride", "padding", "dilation", "groups", "padding_mode")
@@ -114,8 +150,8 @@ _CONV = ("in_channels", "out_channels", "kernel_size"), ("stride", "padding", "d
 Recurrent = SparseRNN | SparseGRU | SparseLSTM
 
 
-def _recurrent_weights(layer: nn.RNNBase) -> dict[str, Tensor]:
-    return {name: p for name, p in layer.named_parameters() if name.startswith("weight_")}
+def _recurrent_weights(layer: nn.RNNBase) -> dict[str, str]:
+    return {name: name for names in layer._all_weights for name in names if name.startswith("weight_")}
 
 
 def _recurrent_arguments(layer: nn.RNNBase | Recurrent) -> dict[str, Any]:
@@ -132,7 +168,7 @@ def _recurrent_to_sparse(
     sparse: type[Recurrent],
 ) -> Callable[[nn.RNNBase, Counts, torch.Generator | None], nn.Module]:
     def to_sparse(layer: nn.RNNBase, counts: Counts, generator: torch.Generator | None) -> nn.Module:
-        weight = layer.get_parameter("weight_ih_l0")
+        weight: Any = layer.weight_ih_l0
         made = sparse(
             **_recurrent_arguments(layer), device=weight.device, dtype=weight.dtype,
             connections=counts, generator=generator,
@@ -167,10 +203,9 @@ _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _ATTENTION_REST = ("in_proj_bias", "out_proj.bias", "bias_k", "bias_v")
 
 
-def _attention_weights(layer: nn.MultiheadAttention) -> dict[str, Tensor]:
-    stacked: Tensor | None = layer.in_proj_weight
-    parts = [getattr(layer, name) for name in _PROJECTIONS] if stacked is None else stacked.chunk(3)
-    return dict(zip(_PROJECTIONS, parts, strict=True)) | {"out_proj.weight": layer.out_proj.weight}
+def _attention_weights(layer: nn.MultiheadAttention) -> dict[str, str]:
+    stacked = layer._qkv_same_embed_dim
+    return {p: "in_proj_weight" if stacked else p for p in _PROJECTIONS} | {"out_proj.weight": "out_proj.weight"}
 
 
 def _attention_arguments(layer: nn.MultiheadAttention | SparseMultiheadAttention) -> dict[str, Any]:
@@ -196,13 +231,17 @@ def _sparse_attention(
 def _dense_attention(layer: SparseMultiheadAttention) -> nn.Module:
     made = _blank(layer.q_proj_weight, nn.MultiheadAttention, **_attention_arguments(layer))
     with torch.no_grad():
-        for name, weight in _attention_weights(made).items():
+        for name, weight in _ATTENTION.weights(made).items():
             source = layer.get_submodule(name)
             assert isinstance(source, SparseWeight)
             weight.copy_(source.to_dense())
     _copy(made, layer, *_ATTENTION_REST)
     return made
 
+
+_ATTENTION = Kind(
+    nn.MultiheadAttention, SparseMultiheadAttention, _attention_weights, (1, 1), _sparse_attention, _dense_attention
+)
 
 #: All of them.
 KINDS: tuple[Kind, ...] = (
@@ -211,8 +250,8 @@ KINDS: tuple[Kind, ...] = (
     _layer_kind(nn.Conv2d, SparseConv2d, *_CONV),
     _layer_kind(nn.Conv3d, SparseConv3d, *_CONV),
     *(
-        Kind(dense, sparse, _recurrent_weights, _recurrent_to_sparse(sparse), _recurrent_to_dense(dense))
+        Kind(dense, sparse, _recurrent_weights, (1, 1), _recurrent_to_sparse(sparse), _recurrent_to_dense(dense))
         for dense, sparse in ((nn.RNN, SparseRNN), (nn.GRU, SparseGRU), (nn.LSTM, SparseLSTM))
     ),
-    Kind(nn.MultiheadAttention, SparseMultiheadAttention, _attention_weights, _sparse_attention, _dense_attention),
+    _ATTENTION,
 )

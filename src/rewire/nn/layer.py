@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rewire.nn.twin import Twin
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["SparseLayer", "autocast_dtype"]
@@ -22,7 +23,7 @@ def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(Twin):
     """A layer of one `SparseWeight` and perhaps a bias of one number per row of it; subclasses say how to apply them.
 
     Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
@@ -71,13 +72,13 @@ class SparseLayer(nn.Module):
         if self.bias is not None:
             self.bias.uniform_(-dense, dense, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; shapes as in the layer's description."""
-        narrow = autocast_dtype(x, self._modules["weight"])  # type: ignore[arg-type]  # without a look-up of attributes
+        narrow = autocast_dtype(input, self._modules["weight"])  # type: ignore[arg-type]  # no look-up of attributes
         if narrow is None:
-            return self._product(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._product(x.to(self._input_dtype(narrow))).to(narrow)
+            return self._product(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return self._product(input.to(self._input_dtype(narrow))).to(narrow)
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
         """What x is converted to under autocast, whose dtype is ``narrow``."""

@@ -17,13 +17,14 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
 from rewire.nn.layer import autocast_dtype
+from rewire.nn.twin import Twin
 from rewire.nn.weight import SparseWeight
 from rewire.ops.recurrence import GRU, LSTM, RELU, TANH, Cell, State, Weight, recurrence
 
 __all__ = ["SparseGRU", "SparseLSTM", "SparseRNN"]
 
 
-class _Recurrent(nn.Module):
+class _Recurrent(Twin):
     """What the three have in common: weights, layers, directions, packed sequences. A leaf adds its cell."""
 
     #: Gates whose weights are stacked in one matrix.
@@ -282,9 +283,11 @@ class SparseRNN(_Recurrent):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
-    def forward(self, x: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """(time, batch, input_size) -> output (time, batch, directions x hidden_size), h_n."""
-        y, states = self._forward(x, None if hx is None else (hx,))
+        y, states = self._forward(input, None if hx is None else (hx,))
         return y, states[0]
 
     def _cell(self) -> Cell:
@@ -319,9 +322,11 @@ class SparseGRU(_Recurrent):
             connections, density, distribution, generator,
         )  # fmt: skip
 
-    def forward(self, x: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """(time, batch, input_size) -> output (time, batch, directions x hidden_size), h_n."""
-        y, states = self._forward(x, None if hx is None else (hx,))
+        y, states = self._forward(input, None if hx is None else (hx,))
         return y, states[0]
 
     def _biases(self, suffix: str) -> tuple[Tensor | None, Tensor | None]:
@@ -364,10 +369,10 @@ class SparseLSTM(_Recurrent):
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """(time, batch, input_size) -> output (time, batch, directions x output_size), (h_n, c_n)."""
-        y, states = self._forward(x, hx)
+        y, states = self._forward(input, hx)
         return y, (states[0], states[1])
 
     def _states(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from rewire.nn import followers, loading, seal
 from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
+from rewire.nn.twin import refuse_data_parallel, refuse_torchscript
 from rewire.ops import Capture, regrow_, walk_and_regrow_
 from rewire.topology import Index, TopologyError
 
@@ -447,7 +448,7 @@ class SparseWeight(nn.Module):
         """
         if limits is not None:
             limits.check(*self.matrix_shape, self._connections)
-        self.limits = limits
+        self._limit(limits)
         if limits is None or not self._drawn or not limited.violation(self.index, *self.matrix_shape, limits):
             return
         values = self.values.detach()[self.active()]
@@ -509,7 +510,6 @@ class SparseWeight(nn.Module):
         self.candidates = None
         self.traced = False
         self.shared_seed: int | None = None
-        self.limits = limits
         self._owner = None
         self._drawn = False
         self._seal = self._mark = None
@@ -529,7 +529,20 @@ class SparseWeight(nn.Module):
         lists = topology.empty_index(rows, cols, capacity, kind, device)
         for name, tensor in zip(_LISTS, lists, strict=True):
             self.register_buffer(name, tensor, persistent=False)
+        self._note("shape", shape)
+        self._limit(limits)
         self._set_seal()
+
+    def _note(self, name: str, numbers: Sequence[int] | None) -> None:
+        """Let `torch.func.functional_call` take what a state_dict holds besides the pool: it puts every entry in the
+        place of a parameter or buffer of that name. Nothing reads these; `shape` and `limits` themselves count."""
+        self._buffers.pop(name, None)
+        if numbers is not None:
+            self._buffers[name] = torch.tensor(numbers, dtype=torch.int64)
+
+    def _limit(self, limits: Limits | None) -> None:
+        self.__dict__["limits"] = limits
+        self._note("limits", None if limits is None else limits.as_numbers())
 
     def _fill(self, rows: Tensor, cols: Tensor) -> None:
         topology.check_integers(rows=rows, cols=cols)
@@ -562,6 +575,12 @@ class SparseWeight(nn.Module):
             strict=True,
         ):
             setattr(self, name, tensor)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript("torch.jit.script", self)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_seal()
@@ -629,7 +648,7 @@ class SparseWeight(nn.Module):
         self.values.masked_fill_(rows < 0, 0.0)  # an optimizer that does not follow may have moved empty slots
         self.rows.copy_(rows)
         self.cols.copy_(cols)
-        self.limits = limits
+        self._limit(limits)
         self._drawn = True
         for mine, new in zip(self.index, lists, strict=True):
             mine.copy_(new)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rewire.ops.conv_kernels import conv, conv_input_gradient, conv_value_gradient
 from rewire.ops.geometry import Geometry, is_channels_last
 from rewire.ops.pairs import Capture, Pair
+from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
@@ -134,6 +135,8 @@ def sparse_conv(
     Cost: O(K * output positions * batch) time for the product and for each gradient; beyond the result, keeps x
     itself for backward.
     """
+    if not torch.compiler.is_compiling() and transformed():
+        raise refuse_transforms()
     rank = len(geometry.kernel)
     if x.dtype != values.dtype:
         raise RuntimeError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rewire import _native
-from rewire.ops import conv_reference
+from rewire.ops import conv_reference, flops
 from rewire.ops.geometry import Geometry
 
 __all__ = ["conv", "conv_input_gradient", "conv_value_gradient"]
@@ -37,7 +37,9 @@ def conv(
         columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel)
         y: Tensor = torch.ops.rewire.conv(ptr, idx, slots, values, x, bias, columns, *geometry, channels_last)
         return y
-    return conv_reference.conv(ptr, idx, slots, values, x, bias, geometry, channels_last)
+    out = conv_reference.conv(ptr, idx, slots, values, x, bias, geometry, channels_last)
+    flops.note("conv", ptr, idx, out=out)
+    return out
 
 
 def conv_input_gradient(
@@ -50,6 +52,7 @@ def conv_input_gradient(
             ptr, idx, slots, values, g, sizes, inputs, *geometry, channels_last
         )
         return out
+    flops.note("conv_input_gradient", ptr, idx, slots, values, g)
     return conv_reference.conv_input_gradient(ptr, idx, slots, values, g, sizes, inputs, geometry, channels_last)
 
 
@@ -61,6 +64,7 @@ def conv_value_gradient(
         columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel)
         out: Tensor = torch.ops.rewire.conv_value_gradient(ptr, idx, slots, capacity, g, x, columns, *geometry)
         return out
+    flops.note("conv_value_gradient", ptr, idx, slots, capacity, g)
     return conv_reference.conv_value_gradient(ptr, idx, slots, capacity, g, x, geometry)
 
 
@@ -81,6 +85,7 @@ def _like(x: Tensor, channels: int, sizes: Sequence[int], channels_last: bool) -
 
 
 if _NATIVE:
+    flops.announce(["conv", "conv_input_gradient", "conv_value_gradient"])
 
     @_fake("conv")
     def _(

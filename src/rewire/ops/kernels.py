@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewire import _native
-from rewire.ops import reference
+from rewire.ops import flops, reference
 
 __all__ = ["batch_major", "feature_major", "sddmm", "spmm", "spmm_sddmm"]
 
@@ -42,6 +42,7 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
     """
     if _SPMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SPMM(ptr, idx, slots, values, x, bias)
+    flops.note("spmm", ptr, idx, slots, values, x)
     return reference.spmm(ptr, idx, slots, values, x, bias)
 
 
@@ -53,6 +54,7 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
     """
     if _SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SDDMM(ptr, idx, slots, capacity, g, x)
+    flops.note("sddmm", ptr, idx, slots, capacity, g)
     return reference.sddmm(ptr, idx, slots, capacity, g, x)
 
 
@@ -64,6 +66,7 @@ def spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tenso
     """
     if _SPMM_SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SPMM_SDDMM(ptr, idx, slots, values, g, x)
+    flops.note("spmm_sddmm", ptr, idx, slots, values, g)
     return reference.spmm_sddmm(ptr, idx, slots, values, g, x)
 
 
@@ -89,6 +92,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 if _NATIVE:
+    flops.announce(["spmm", "sddmm", "spmm_sddmm"])
 
     def _sums(ptr: Tensor, x: Tensor) -> Tensor:
         return torch.empty_strided((x.shape[0], ptr.shape[0] - 1), (1, x.shape[0]), dtype=x.dtype, device=x.device)

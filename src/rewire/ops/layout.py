@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops import kernels
+from rewire.ops.transforms import refuse_transforms, transformed
 
 __all__ = ["in_rows", "in_runs"]
 
@@ -39,6 +40,8 @@ def in_runs(x: Tensor) -> Tensor:
     """
     if x.stride(0) == 1 or x.shape[0] == 1:
         return x
+    if not torch.compiler.is_compiling() and transformed():
+        raise refuse_transforms()
     out: Tensor = _Runs.apply(x)  # type: ignore[no-untyped-call]
     return out
 
@@ -47,5 +50,7 @@ def in_rows(x: Tensor) -> Tensor:
     """``x`` (batch, features) in ordinary row-major memory, as dense layers and `.view` expect it."""
     if x.is_contiguous():
         return x
+    if not torch.compiler.is_compiling() and transformed():
+        raise refuse_transforms()
     out: Tensor = _Rows.apply(x)  # type: ignore[no-untyped-call]
     return out

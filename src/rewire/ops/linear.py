@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.pairs import Capture, Pair
+from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
@@ -58,8 +59,13 @@ def _apply(
     y: Tensor
     if torch.compiler.is_compiling():
         y = _Linear.apply(x, values, bias, *index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
-    else:
+        return y
+    try:
         y = _Packed.apply(x, values, bias, index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        if transformed():
+            raise refuse_transforms() from None
+        raise
     return y
 
 

@@ -17,6 +17,7 @@ from rewire.ops.kernels import sddmm, spmm
 from rewire.ops.layout import in_runs
 from rewire.ops.linear import sparse_linear
 from rewire.ops.pairs import Capture, Pair
+from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
@@ -332,6 +333,8 @@ def recurrence(
     entry per weight for the whole sequence (per step when compiled or under ``create_graph=True``). O(K positions).
     Raises RuntimeError where dtypes differ.
     """
+    if not torch.compiler.is_compiling() and transformed():
+        raise refuse_transforms()
     for given, what in ((x, "x"), *((s, "an initial state") for s in start)):
         if given.dtype != weights[0].values.dtype:
             raise RuntimeError(

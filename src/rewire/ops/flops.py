@@ -1,0 +1,122 @@
+"""Tells `torch.utils.flop_counter.FlopCounterMode` what the products cost: 2 K N for K connections and N uses of each.
+
+As for the dense layers there, a multiply-add counts twice, additions of a bias not at all, and positions that a
+convolution reads from its padding as any others; each of the two gradients costs as much as the product.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+__all__ = ["announce", "note"]
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _connections(ptr: Tensor, idx: Tensor) -> int:
+    """K; where it cannot be read (meta and fake tensors), the slots there are, which is at least as many."""
+    if type(ptr) is not Tensor or ptr.device.type == "meta":
+        return idx.shape[0]
+    return int(ptr[-1].item())
+
+
+def _spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, *rest: Any, **named: Any) -> int:
+    return 2 * _connections(ptr, idx) * x.shape[0]
+
+
+def _sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, *rest: Any, **named: Any) -> int:
+    return 2 * _connections(ptr, idx) * g.shape[0]
+
+
+def _spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, *rest: Any, **named: Any) -> int:
+    return 4 * _connections(ptr, idx) * g.shape[0]
+
+
+def _positions(y: Tensor) -> int:
+    return y.shape[0] * math.prod(y.shape[2:])
+
+
+def _conv(ptr: Tensor, idx: Tensor, *rest: Any, out_val: Any, **named: Any) -> int:
+    return 2 * _connections(ptr, idx) * _positions(out_val)
+
+
+def _conv_gradient(ptr: Tensor, idx: Tensor, slots: Tensor, pool: Any, g: Tensor, *rest: Any, **named: Any) -> int:
+    return 2 * _connections(ptr, idx) * _positions(g)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "spmm": _spmm,
+    "sddmm": _sddmm,
+    "spmm_sddmm": _spmm_sddmm,
+    "conv": _conv,
+    "conv_input_gradient": _conv_gradient,
+    "conv_value_gradient": _conv_gradient,
+}
+
+
+def announce(operators: Sequence[str]) -> None:
+    """Register the formulas of the native operators of these names: now, or as soon as the counter is imported.
+
+    A counter knows what was registered before it was made. Importing its module here would make every import of this
+    library slower, for a tool that few programs use.
+    """
+    names = [name for name in operators if name in _FORMULAS]
+    if not names:
+        return
+    module = sys.modules.get(_COUNTER)
+    if module is not None:
+        _register(module, names)
+    else:
+        sys.meta_path.insert(0, _WhenImported(names))
+
+
+def _register(module: ModuleType, names: Sequence[str]) -> None:
+    for name in names:
+        packet = getattr(torch.ops.rewire, name)
+        if packet not in module.flop_registry:
+            module.register_flop_formula([packet], get_raw=True)(_FORMULAS[name])
+
+
+class _WhenImported:
+    """Finds nothing itself: has the formulas registered when the counter's module has been imported, then goes away."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute, names = spec.loader.exec_module, self._names
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module, names)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def note(name: str, *args: Any, out: Any = None) -> None:
+    """Count a product that plain PyTorch computes, whose operations the counter does not know. Called beside it."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return
+    module = sys.modules.get(_COUNTER)
+    for mode in _get_current_dispatch_mode_stack() if module is not None else ():
+        if isinstance(mode, module._FlopCounterMode):  # type: ignore[union-attr]
+            counter = mode.counter
+            flops = _FORMULAS[name](*args, out_val=out)
+            for parent in set(counter.mod_tracker.parents):
+                counter.flop_counts[parent][f"rewire.{name}"] += flops
