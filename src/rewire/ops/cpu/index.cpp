@@ -26,14 +26,19 @@ void accumulate(std::vector<I>& counts) {
 }  // namespace
 
 // Three counting sorts: slots by column, those by row (so columns ascend within a row), those by column again.
+// The pool is read once, into copies: another thread may write to it, and what was checked must be what is used.
 template <class I>
 Problem build(const Pool<I>& p) {
   std::vector<I> row_start(static_cast<size_t>(p.n_rows) + 1), col_start(static_cast<size_t>(p.n_cols) + 1);
+  const auto rows = uninitialized<I>(p.capacity), cols = uninitialized<I>(p.capacity);
   for (int64_t k = 0; k < p.capacity; ++k) {
-    if (!p.valid(p.rows[k], p.cols[k])) return {kRange, k, 0};
-    if (p.rows[k] < 0) continue;
-    ++row_start[static_cast<size_t>(p.rows[k]) + 1];
-    ++col_start[static_cast<size_t>(p.cols[k]) + 1];
+    const I row = read_once(p.rows + k), col = read_once(p.cols + k);
+    if (!p.valid(row, col)) return {kRange, k, 0};
+    rows[k] = row;
+    cols[k] = col;
+    if (row < 0) continue;
+    ++row_start[static_cast<size_t>(row) + 1];
+    ++col_start[static_cast<size_t>(col) + 1];
   }
   accumulate(row_start);
   accumulate(col_start);
@@ -44,23 +49,23 @@ Problem build(const Pool<I>& p) {
     auto by_col = uninitialized<I>(count);
     std::vector<I> next(col_start);
     for (int64_t k = 0; k < p.capacity; ++k)
-      if (p.rows[k] >= 0) by_col[next[p.cols[k]]++] = static_cast<I>(k);
+      if (rows[k] >= 0) by_col[next[cols[k]]++] = static_cast<I>(k);
     next = row_start;
-    for (int64_t i = 0; i < count; ++i) by_row[next[p.rows[by_col[i]]]++] = by_col[i];
+    for (int64_t i = 0; i < count; ++i) by_row[next[rows[by_col[i]]]++] = by_col[i];
   }
   for (int64_t i = 1; i < count; ++i) {
     const I a = by_row[i - 1], b = by_row[i];
-    if (p.rows[a] == p.rows[b] && p.cols[a] == p.cols[b]) return {kDuplicate, p.rows[b], p.cols[b]};
+    if (rows[a] == rows[b] && cols[a] == cols[b]) return {kDuplicate, rows[b], cols[b]};
   }
 
   std::memcpy(p.by_row.ptr, row_start.data(), row_start.size() * sizeof(I));
   std::memcpy(p.by_col.ptr, col_start.data(), col_start.size() * sizeof(I));
   for (int64_t i = 0; i < count; ++i) {
-    const I slot = by_row[i], col = p.cols[slot];
+    const I slot = by_row[i], col = cols[slot];
     p.by_row.minor[i] = col;
     p.by_row.slots[i] = slot;
     const I place = col_start[col]++;
-    p.by_col.minor[place] = p.rows[slot];
+    p.by_col.minor[place] = rows[slot];
     p.by_col.slots[place] = slot;
   }
   for (I* list : {p.by_row.minor, p.by_row.slots, p.by_col.minor, p.by_col.slots})
@@ -170,7 +175,7 @@ Problem replace(const Pool<I>& p, const int64_t* slots, const int64_t* rows, con
       prefetch_from(p.rows, slots[ahead - 1], slots[ahead]);
       prefetch_from(p.cols, slots[ahead - 1], slots[ahead]);
     }
-    const I slot = static_cast<I>(slots[i]), row = p.rows[slot], col = p.cols[slot];
+    const I slot = static_cast<I>(slots[i]), row = read_once(p.rows + slot), col = read_once(p.cols + slot);
     if (!p.valid(row, col)) return rebuild(p, slots, rows, cols, n);
     if (row >= 0) removed.by_row[removed.count++] = {row, col, slot};
     if (rows[i] >= 0)
@@ -193,10 +198,6 @@ template Problem replace(const Pool<int32_t>&, const int64_t*, const int64_t*, c
 template Problem replace(const Pool<int64_t>&, const int64_t*, const int64_t*, const int64_t*, int64_t);
 
 namespace {
-
-bool is_integer(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
-}
 
 // The memory of a list, from its first element to its last. (Asked for once: every question to a tensor is a call.)
 struct Extent {
@@ -224,14 +225,6 @@ void require_apart(const char* op, std::initializer_list<const Tensor*> written,
       require(!all[a].meets(all[b]), op, "rows, cols and the lists of the index must not share memory");
 }
 
-// As as_integers, in memory of its own.
-Integers own_integers(const Tensor& t, const char* op) {
-  Integers result = as_integers(t, op);
-  if (result.converted.empty()) result.converted.assign(result.data, result.data + result.count);
-  result.data = result.converted.data();
-  return result;
-}
-
 namespace {
 
 Problem build_index_(const Tensor& rows_, const Tensor& cols_, int64_t n_rows, int64_t n_cols, const Tensor& row_ptr,
@@ -250,14 +243,9 @@ Problem replace_(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr, 
                  const Tensor& new_cols_) {
   const char* op = "replace_";
   const PoolTensors t{rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots, n_rows, n_cols};
-  // The caller's may be parts of what is written below.
-  const auto apart = [&](const Tensor& own) {
-    for (const Tensor* t : {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots})
-      if (own.dim() != 1 || t->dim() != 1 || !is_integer(*t) || !is_integer(own) || Extent(own).meets(Extent(*t)))
-        return own_integers(own, op);
-    return as_integers(own, op);
-  };
-  const Integers slots = apart(slots_), new_rows = apart(new_rows_), new_cols = apart(new_cols_);
+  // Copies: the caller's may be parts of what is written below, and another thread may write to them.
+  const Integers slots = own_integers(slots_, op), new_rows = own_integers(new_rows_, op),
+                 new_cols = own_integers(new_cols_, op);
   require(slots.count == new_rows.count && slots.count == new_cols.count, op,
           "slots, new rows and new columns must be equally many");
   const int type = t.check(op);

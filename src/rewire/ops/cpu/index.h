@@ -99,7 +99,4 @@ struct PoolTensors {
 void require_apart(const char* op, std::initializer_list<const Tensor*> written,
                    std::initializer_list<const Tensor*> read);
 
-// As as_integers, in memory of its own.
-Integers own_integers(const Tensor& t, const char* op);
-
 }  // namespace rewire

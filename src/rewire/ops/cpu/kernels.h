@@ -108,10 +108,11 @@ struct MergeArgs {
 constexpr int64_t kMergeChunk = 2048;  // entries that the room is there for, and more
 REWIRE_STATIC int64_t merge_room(int64_t n_added) { return 2 * (2 * n_added + kMergeChunk + 64); }
 
-// The list by row, whose pointers start at 0 and end at `length` at most, but may be anything in between.
+// The list by row, whose pointers start at 0 and end at `length` at most, but may be anything in between. `dormant`: positions
+// that are not in it.
 struct DormantArgs {
   const void *ptr, *cols;
-  int64_t rows, length, n_cols;
+  int64_t rows, length, n_cols, dormant;
 };
 
 // One packed row of a convolution: rows of y are output channels, x the source row (see conv.cpp for the layout).

@@ -79,8 +79,6 @@ class Exchange {
         leaves_(n),
         removed_(n),
         added_(n) {
-    const int64_t free = list.dormant() + n;
-    if (n > free || free < 0) fail(list.op, "the index has more connections than there are positions");
   }
 
   Problem run(uint64_t seed, uint32_t step, const Streams& streams, const Kept& kept) {
@@ -88,7 +86,7 @@ class Exchange {
     removed_.count = added_.count = n_;
     const bool merges = !too_many_to_merge(n_, pool_.capacity);
     std::atomic<bool> active{true};
-    pieces(1, [&](int64_t) { distinct_into(n_, list_.dormant() + n_, grow, 0, ranks_); },
+    pieces(1, [&](int64_t) { distinct_into(n_, list_.dormant + n_, grow, 0, ranks_); },
            [&](int64_t begin, int64_t count) {
              if (!gather(begin, count)) active = false;
            });
@@ -139,7 +137,7 @@ class Exchange {
         __builtin_prefetch(pool_.rows + slots_[i + kAhead]);
         __builtin_prefetch(pool_.cols + slots_[i + kAhead]);
       }
-      const I slot = static_cast<I>(slots_[i]), row = pool_.rows[slot], col = pool_.cols[slot];
+      const I slot = static_cast<I>(slots_[i]), row = read_once(pool_.rows + slot), col = read_once(pool_.cols + slot);
       active = active && row >= 0 && pool_.valid(row, col);
       leaves_[i] = {row, col, slot};
     }
@@ -172,7 +170,7 @@ class Exchange {
   // Ranks ascend, and with them positions, but for the last few, those of connections that leave.
   void sort_added(Fresh<Change<I>>& other) {
     Change<I>* first = added_.by_row.data();
-    Change<I>* left = first + (std::lower_bound(ranks_, ranks_ + n_, list_.dormant()) - ranks_);
+    Change<I>* left = first + (std::lower_bound(ranks_, ranks_ + n_, list_.dormant) - ranks_);
     std::sort(left, first + n_, comes_first<I>);
     std::inplace_merge(first, left, first + n_, comes_first<I>);
     added_.from_rows(pool_.n_rows, pool_.n_cols, other);

@@ -99,4 +99,11 @@ Integers as_integers(const Tensor& t, const char* op) {
   return result;
 }
 
+Integers own_integers(const Tensor& t, const char* op) {
+  Integers result = as_integers(t, op);
+  if (result.converted.empty()) result.converted.assign(result.data, result.data + result.count);
+  result.data = result.converted.data();
+  return result;
+}
+
 }  // namespace rewire

@@ -39,6 +39,13 @@ inline void require(bool fine, const char* op, const char* what) {
   if (!fine) fail(op, what);
 }
 
+// What is at `from` now. The compiler must not read it again instead of keeping what was checked: another thread may write
+// to a caller's tensor meanwhile.
+template <class T>
+inline T read_once(const T* from) {
+  return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+
 // Work below this many multiply-adds is done by the caller: waking a second thread costs more.
 constexpr int64_t kSerialWork = 1 << 18;
 
@@ -125,6 +132,8 @@ struct Integers {
   int64_t count;
 };
 Integers as_integers(const Tensor& t, const char* op);
+// As as_integers, in memory of its own.
+Integers own_integers(const Tensor& t, const char* op);
 
 // A (batch, features) tensor as a matrix of contiguous runs over the batch. `kept` owns the memory.
 struct Runs {

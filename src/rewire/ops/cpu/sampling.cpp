@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> map_to_tensors(const Complement<I>& list, const int64
 
 std::tuple<Tensor, Tensor> candidates(const Tensor& row_ptr, const Tensor& row_cols, int64_t n_cols,
                                       const Tensor& ranks_, const Tensor& dropped_rows, const Tensor& dropped_cols) {
-  const Integers ranks = as_integers(ranks_, "candidates");
+  const Integers ranks = own_integers(ranks_, "candidates");
   return with_complement(row_ptr, row_cols, n_cols, "candidates", [&](const auto& list) {
     return map_to_tensors(list, ranks.data, ranks.count, dropped_rows, dropped_cols);
   });
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> sample_dormant(const Tensor& row_ptr, const Tensor& r
                                           const Tensor& dropped_rows, const Tensor& dropped_cols, int64_t seed,
                                           int64_t step, int64_t stream) {
   return with_complement(row_ptr, row_cols, n_cols, "sample_dormant", [&](const auto& list) {
-    const int64_t free = list.dormant() + dropped_rows.numel();
+    const int64_t free = list.dormant + dropped_rows.numel();
     if (n < 0 || n > free)
       fail("sample_dormant", "cannot draw " + std::to_string(n) + " of " + std::to_string(free) + " candidates");
     const Tensor ranks = distinct(n, free, seed, step, stream, 0);
@@ -208,18 +208,24 @@ Tensor sample_dormant_in_rows(const Tensor& row_ptr, const Tensor& row_cols, int
   Tensor result = empty_1d(rows.count, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(result.mutable_data_ptr());
   with_complement(row_ptr, row_cols, n_cols, op, [&](const auto& list) {
+    using I = std::remove_const_t<std::remove_pointer_t<decltype(list.ptr)>>;
     for (int64_t first = 0, last = 0; first < rows.count; first = last) {
       const int64_t row = rows.data[first];
       require(row >= 0 && row < list.rows, op, "a dropped row is out of range");
       for (last = first + 1; last < rows.count && rows.data[last] == row; ++last) {
       }
       require(last == rows.count || rows.data[last] > row, op, "dropped rows must be sorted");
-      list.require_range(row);
-      const int64_t count = last - first, dormant = n_cols - (list.ptr[row + 1] - list.ptr[row]);
+      const auto [active, fan_in] = list.row(row);
+      const I* const columns = active;  // (a lambda cannot take a structured binding along)
+      const int64_t count = last - first, dormant = n_cols - fan_in;
       require(dormant >= 0, op, "a row has more connections than columns");
       distinct_into(count, dormant + count, at, row << 32, out + first);
-      for (int64_t i = first; i < last; ++i)
-        out[i] = out[i] < dormant ? list.col_of(row, out[i]) : cols.data[first + out[i] - dormant];
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t nth = out[i];
+        // The nth dormant column is nth + j, where j of the active columns c_k have c_k - k <= nth.
+        out[i] = nth < dormant ? nth + count_first(fan_in, [&](int64_t k) { return columns[k] - k <= nth; })
+                               : cols.data[first + nth - dormant];
+      }
     }
     return 0;
   });

@@ -26,6 +26,7 @@ struct Complement {
   const char* op;
   const I *ptr, *cols;
   int64_t rows, length, n_cols;
+  int64_t dormant;  // positions that are not in the list
 
   Complement(const Tensor& ptr_, const Tensor& cols_, int64_t n_cols_, const char* op_)
       : op(op_),
@@ -34,26 +35,21 @@ struct Complement {
         rows(ptr_.numel() - 1),
         length(cols_.numel()),
         n_cols(n_cols_) {
-    require(ptr[0] == 0 && ptr[rows] >= 0 && ptr[rows] <= length, op,
+    const int64_t connections = read_once(ptr + rows);
+    require(ptr[0] == 0 && connections >= 0 && connections <= length, op,
             "row_ptr must start at 0 and end at the number of connections, at most the length of row_cols");
+    dormant = rows * n_cols - connections;
+    require(dormant >= 0, op, "the index has more connections than there are positions");
   }
 
-  int64_t dormant_before(int64_t row) const { return row * n_cols - ptr[row]; }
-  int64_t dormant() const { return dormant_before(rows); }
-
-  void require_range(int64_t row) const {
-    const int64_t begin = ptr[row], end = ptr[row + 1];
+  // The active columns of a row.
+  std::pair<const I*, int64_t> row(int64_t row) const {
+    const int64_t begin = read_once(ptr + row), end = read_once(ptr + row + 1);
     require(begin >= 0 && begin <= end && end <= length, op, "row_ptr must never fall and stay within row_cols");
+    return {cols + begin, end - begin};
   }
 
-  // The nth dormant column of a row: nth + j, where j of its active columns c_i have c_i - i <= nth.
-  int64_t col_of(int64_t row, int64_t nth) const {
-    require_range(row);
-    const I* active = cols + ptr[row];
-    return nth + count_first(ptr[row + 1] - ptr[row], [&](int64_t i) { return active[i] - i <= nth; });
-  }
-
-  DormantArgs args() const { return {ptr, cols, rows, length, n_cols}; }
+  DormantArgs args() const { return {ptr, cols, rows, length, n_cols, dormant}; }
 
   // topology.candidates of some ranks; those of dropped connections are left to the caller.
   void find(const int64_t* ranks, int64_t n, int64_t* row, int64_t* col) const {
@@ -78,14 +74,14 @@ auto with_complement(const Tensor& ptr_, const Tensor& cols_, int64_t n_cols, co
                         : work(Complement<int64_t>(ptr, cols, n_cols, op));
 }
 
-// topology.candidates: row[i] and col[i] of ranks[i]; dropped(i) is the i-th dropped connection, or an exception.
+// topology.candidates: row[i] and col[i] of ranks[i]; dropped(i) is the i-th dropped connection, or an exception. Nobody else
+// may write to `ranks` meanwhile.
 template <class I, class Dropped>
 void map_ranks(const Complement<I>& list, const int64_t* ranks, int64_t n, int64_t* row, int64_t* col,
                const Dropped& dropped) {
   list.find(ranks, n, row, col);
-  const int64_t dormant = list.dormant();
   for (int64_t i = 0; i < n; ++i)
-    if (ranks[i] >= dormant) std::tie(row[i], col[i]) = dropped(ranks[i] - dormant);
+    if (ranks[i] >= list.dormant) std::tie(row[i], col[i]) = dropped(ranks[i] - list.dormant);
 }
 
 }  // namespace rewire

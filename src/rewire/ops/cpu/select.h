@@ -52,6 +52,7 @@ struct Ranges {
 
 // Bit i % 64 of word i / 64 is set for the `count` smallest of the keys key(i), 0 <= i < n; among equals the first.
 // 0 <= count <= n. O(n) time; O(n / 64 + those whose first digits are those of the last one taken) memory.
+// Keys are asked for twice. Where another thread changes them meanwhile, other bits are set, and other numbers of them.
 template <class U, class Key>
 std::vector<uint64_t> smallest_bits(int64_t n, int64_t count, const Key& key) {
   constexpr int kBits = 11, kBins = 1 << kBits, kCopies = 4;  // copies: equal digits in a row do not wait
@@ -73,7 +74,7 @@ std::vector<uint64_t> smallest_bits(int64_t n, int64_t count, const Key& key) {
   for (;; ++digit) {
     int64_t here = 0;
     for (int64_t item = 0; item < ranges.items; ++item) here += bins[static_cast<size_t>(item) * kBins + digit];
-    if (here >= left) break;
+    if (here >= left || digit + 1 == kBins) break;
     left -= here;
   }
 
@@ -89,6 +90,7 @@ std::vector<uint64_t> smallest_bits(int64_t n, int64_t count, const Key& key) {
   const U low = static_cast<U>(digit) << kShift, span = (U{1} << kShift) - 1;
   for_each_item(ranges.items, serial, [&](int64_t item) {
     Candidate* next = level.data() + start[static_cast<size_t>(item)];
+    Candidate* const end = level.data() + start[static_cast<size_t>(item) + 1];
     for (int64_t first = ranges.begin(item); first < ranges.end(item); first += 64) {
       const int many = static_cast<int>(std::min<int64_t>(64, ranges.end(item) - first));
       uint64_t below = 0, same = 0;
@@ -98,7 +100,7 @@ std::vector<uint64_t> smallest_bits(int64_t n, int64_t count, const Key& key) {
         same |= static_cast<uint64_t>(static_cast<U>(k - low) <= span) << j;
       }
       taken[static_cast<size_t>(first / 64)] = below;
-      for (; same != 0; same &= same - 1) {
+      for (; same != 0 && next != end; same &= same - 1) {
         const int64_t at = first + __builtin_ctzll(same);
         *next++ = {key(at), at};
       }
@@ -113,7 +115,7 @@ std::vector<uint64_t> smallest_bits(int64_t n, int64_t count, const Key& key) {
     uint32_t found[kBins] = {};
     for (const Candidate& c : level) ++found[digit_of(c.key)];
     size_t bar = 0;
-    for (; found[bar] < left; ++bar) left -= found[bar];
+    for (; found[bar] < left && bar + 1 < kBins; ++bar) left -= found[bar];
     size_t kept = 0;
     for (const Candidate& c : level) {
       const size_t d = digit_of(c.key);
@@ -124,13 +126,14 @@ std::vector<uint64_t> smallest_bits(int64_t n, int64_t count, const Key& key) {
     level.resize(kept);
     high = shift;
   }
+  left = std::min(left, static_cast<int64_t>(level.size()));
   for (int64_t i = 0; i < left; ++i) set(level[static_cast<size_t>(i)].at);
   return taken;
 }
 
-// put(place, i) for every bit i that is set, places counting from 0.
+// put(place, i) for every bit i that is set, places counting from 0; raises where they are not `count`.
 template <class Put>
-void for_each_bit(const std::vector<uint64_t>& bits, const Put& put) {
+void for_each_bit(const std::vector<uint64_t>& bits, int64_t count, const char* op, const Put& put) {
   const int64_t words = static_cast<int64_t>(bits.size());
   constexpr int64_t kWords = 512;
   const int64_t items = (words + kWords - 1) / kWords;
@@ -138,6 +141,7 @@ void for_each_bit(const std::vector<uint64_t>& bits, const Put& put) {
   for (int64_t w = 0; w < words; ++w)
     start[static_cast<size_t>(w / kWords) + 1] += __builtin_popcountll(bits[static_cast<size_t>(w)]);
   for (size_t item = 0; item < static_cast<size_t>(items); ++item) start[item + 1] += start[item];
+  require(start.back() == count, op, "the scores were changed while they were read");
   for_each_item(items, items < 2, [&](int64_t item) {
     int64_t place = start[static_cast<size_t>(item)];
     for (int64_t w = item * kWords; w < std::min(words, (item + 1) * kWords); ++w)

@@ -151,24 +151,26 @@ std::tuple<Tensor, Tensor, Tensor> survivors(const char* op, const Tensor& score
       Found<T>& own = found[static_cast<size_t>(item)];
       std::vector<uint8_t> taken(static_cast<size_t>(cols) + 128);
       for (int64_t r = item * each; r < std::min(rows, (item + 1) * each); ++r) {
-        const int64_t begin = ptr[r], end = ptr[r + 1];
+        const int64_t begin = read_once(ptr + r), end = read_once(ptr + r + 1);
         if (begin < 0 || begin > end || end > length) {
           trouble = kBadPointer;
           return;
         }
         for (int64_t i = begin; i < end; ++i) {
-          if (col[i] < 0 || col[i] >= cols || slot[i] < 0 || slot[i] >= capacity) {
+          const int64_t c = read_once(col + i), s = read_once(slot + i);
+          if (c < 0 || c >= cols || s < 0 || s >= capacity) {
             trouble = kBadIndex;
             return;
           }
-          taken[static_cast<size_t>(col[i])] = keeps[slot[i]];
+          taken[static_cast<size_t>(c)] = keeps[s];
         }
         for (int j = 0; j < 128; ++j) taken[static_cast<size_t>(cols + j)] = 1;
         own.reserve(cols, draw != nullptr);
         const Survivors<T> out{own.keys.get() + own.count, own.scores.get() + own.count,
                                draw != nullptr ? own.uniforms.get() + own.count : nullptr};
         own.count += scan(score + r * cols, taken.data(), cols, (first_row + r) * cols, static_cast<T>(bar), draw, out);
-        for (int64_t i = begin; i < end; ++i) taken[static_cast<size_t>(col[i])] = 0;
+        for (int64_t i = begin; i < end; ++i)
+          if (const int64_t c = read_once(col + i); c >= 0 && c < cols) taken[static_cast<size_t>(c)] = 0;
       }
     } catch (const std::bad_alloc&) {
       trouble = kBadSlot;
@@ -259,7 +261,7 @@ Tensor extremes_of(const Tensor& scores_, int64_t count, bool largest) {
   int64_t* out = static_cast<int64_t*>(result.mutable_data_ptr());
   const auto bits = largest ? smallest_bits<U>(n, count, [score](int64_t i) { return descending(score[i]); })
                             : smallest_bits<U>(n, count, [score](int64_t i) { return ascending(score[i]); });
-  for_each_bit(bits, [out](int64_t place, int64_t i) { out[place] = i; });
+  for_each_bit(bits, count, "extremes", [out](int64_t place, int64_t i) { out[place] = i; });
   return result;
 }
 
@@ -290,7 +292,7 @@ Tensor weakest_of(const Tensor& values_, const std::optional<Tensor>& factors_, 
   for_each_item(ranges.items, ranges.items < 2, [&](int64_t item) {
     int64_t up = 0, down = 0;
     for (int64_t i = ranges.begin(item); i < ranges.end(item); ++i) {
-      const int64_t s = slot[i];
+      const int64_t s = read_once(slot + i);
       if (s < 0 || s >= capacity) {
         fine = false;
         return;
@@ -315,7 +317,7 @@ Tensor weakest_of(const Tensor& values_, const std::optional<Tensor>& factors_, 
   Tensor result = empty_1d(count[0] + count[1], ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(result.mutable_data_ptr());
   const auto choose = [&](int64_t most, int64_t* to, const auto& key) {
-    for_each_bit(smallest_bits<U>(n, most, key), [&](int64_t place, int64_t i) { to[place] = slot[i]; });
+    for_each_bit(smallest_bits<U>(n, most, key), most, "weakest", [&](int64_t place, int64_t i) { to[place] = slot[i]; });
   };
   // As integers, positive numbers come in order of magnitude and before the negative ones; with the sign bit turned,
   // after them. Those of the other side are never reached, and neither is NaN.

@@ -14,6 +14,7 @@ namespace rewire {
 template <class I>
 struct Arrivals {
   std::vector<I> start, leave;  // by major
+  std::vector<I> old;           // the pointers of the list there is, read once
   std::unique_ptr<I[]> minor, slot;
   int64_t active = 0;  // old entries as the pool has them
 };
@@ -49,8 +50,9 @@ class Weaver {
   // occur twice.
   bool weave(bool by_row, Woven<I>& woven) {
     const Side<I>& side = by_row ? p_.by_row : p_.by_col;
-    const Arrivals<I>& comes = by_row ? by_row_ : by_col_;
-    if (!measure(side, comes, woven.ptr)) return false;
+    Arrivals<I>& comes = by_row ? by_row_ : by_col_;
+    comes.old.assign(side.ptr, side.ptr + side.majors + 1);
+    if (!measure(comes, woven.ptr)) return false;
     const int64_t total = woven.ptr.back();
     if (woven.minor == nullptr) {
       woven.minor.reset(new I[static_cast<size_t>(p_.capacity)]);
@@ -62,7 +64,7 @@ class Weaver {
     for (int64_t item = 0; item < items; ++item) {
       int64_t longest = 0;
       for (int64_t m = item * each; m < std::min(side.majors, (item + 1) * each); ++m)
-        longest = std::max<int64_t>(longest, side.ptr[m + 1] - side.ptr[m]);
+        longest = std::max<int64_t>(longest, comes.old[static_cast<size_t>(m) + 1] - comes.old[static_cast<size_t>(m)]);
       for (size_t half : {0, 1}) kept[2 * static_cast<size_t>(item) + half].reset(new I[static_cast<size_t>(longest + 1)]);
     }
     for_each_item(items, total < (1 << 15), [&](int64_t item) {
@@ -92,7 +94,7 @@ class Weaver {
          {std::tuple(&by_row_, p_.rows, p_.n_rows), std::tuple(&by_col_, p_.cols, p_.n_cols)}) {
       for (int64_t k = 0; k < p_.capacity; ++k) comes->active += major_of[k] >= 0;
       for (int64_t i = 0; i < n_; ++i) {
-        const int64_t major = major_of[slots_[i]];
+        const int64_t major = read_once(major_of + slots_[i]);
         if (major >= 0 && major < majors) ++comes->leave[static_cast<size_t>(major)];
       }
     }
@@ -140,15 +142,15 @@ class Weaver {
   }
 
   // Where each major begins afterwards; false where the list cannot be that of the pool.
-  bool measure(const Side<I>& side, const Arrivals<I>& comes, std::vector<I>& ptr) {
-    ptr.resize(static_cast<size_t>(side.majors) + 1);
-    if (side.ptr[0] != 0 || side.ptr[side.majors] != comes.active) return false;
+  bool measure(const Arrivals<I>& comes, std::vector<I>& ptr) {
+    const std::vector<I>& old = comes.old;
+    ptr.resize(old.size());
+    if (old.front() != 0 || old.back() != comes.active) return false;
     int64_t place = ptr[0] = 0;
-    for (int64_t m = 0; m < side.majors; ++m) {
-      const size_t at = static_cast<size_t>(m);
+    for (size_t at = 0; at + 1 < old.size(); ++at) {
       // Before it is computed with: of any integers differences may overflow.
-      if (side.ptr[m + 1] < side.ptr[m] || side.ptr[m + 1] > p_.capacity) return false;
-      const int64_t here = static_cast<int64_t>(side.ptr[m + 1]) - side.ptr[m], stays = here - comes.leave[at];
+      if (old[at + 1] < old[at] || old[at + 1] > p_.capacity) return false;
+      const int64_t here = static_cast<int64_t>(old[at + 1]) - old[at], stays = here - comes.leave[at];
       if (stays < 0) return false;
       place += stays + comes.start[at + 1] - comes.start[at];
       if (place > p_.capacity) return false;
@@ -165,8 +167,8 @@ class Weaver {
     const size_t at = static_cast<size_t>(m);
     int64_t kept = 0;
     bool fine = true;
-    for (int64_t i = side.ptr[m]; i < side.ptr[m + 1]; ++i) {
-      const I slot = side.slots[i];
+    for (int64_t i = comes.old[at]; i < comes.old[at + 1]; ++i) {
+      const I slot = read_once(side.slots + i);
       const bool inside = slot >= 0 && slot < p_.capacity;
       const int64_t place = inside ? slot : 0;
       fine &= inside;
