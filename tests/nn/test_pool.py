@@ -420,3 +420,42 @@ def test_a_rewire_under_activation_checkpointing_raises() -> None:
     layer.weight.rewire(torch.tensor([0]), torch.tensor([-1]), torch.tensor([-1]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.zeros(3, dtype=torch.complex64), "real numbers"),
+        (torch.zeros(3, device="meta"), "on the meta device"),
+        (torch.zeros(3).to_sparse(), "ordinary tensor"),
+        (1j, "a real number"),
+        ("1", "a real number"),
+        (torch.zeros(2), "as many as slots"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_before_anything_changes(values: Any, message: str, dormant: Any) -> None:
+    weight = SparseWeight((8, 6), connections=12)
+    before = {name: t.clone() for name, t in weight.state_dict().items()}
+    with pytest.raises(TopologyError, match=message):
+        weight.rewire(torch.arange(3), *dormant(weight, 3), values)
+    assert all(torch.equal(t, before[name]) for name, t in weight.state_dict().items())
+
+
+def test_an_emptied_slot_is_zero_whatever_value_is_given(check_pool: Any) -> None:
+    weight = SparseWeight((8, 6), connections=12)
+    nowhere = torch.full((2,), -1)
+    weight.rewire(torch.tensor([0, 1]), nowhere, nowhere, float("nan"))
+    weight.rewire(torch.tensor([2, 3]), nowhere, nowhere, torch.full((2,), torch.inf))
+    check_pool(weight)
+    assert weight.connections == 8
+
+
+@pytest.mark.parametrize("name", ["values", "rows", "cols"])
+def test_loading_from_the_meta_device_changes_nothing(name: str) -> None:
+    weight = SparseWeight((8, 6), connections=12)
+    before = {n: t.clone() for n, t in weight.state_dict().items()}
+    state = SparseWeight((8, 6), connections=12).state_dict()
+    state[name] = state[name].to("meta")
+    with pytest.raises(RuntimeError, match=f"{name} must be an ordinary tensor, not one on the meta device"):
+        weight.load_state_dict(state)
+    assert all(torch.equal(t, before[n]) for n, t in weight.state_dict().items())

@@ -83,6 +83,10 @@ def read(
             "values, rows and cols must be 1-D and equally long, "
             f"not {tuple(values.shape)}, {tuple(rows.shape)} and {tuple(cols.shape)}"
         )
+    for name, tensor in zip(_POOL, (values, rows, cols), strict=True):
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "on the meta device, without numbers" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise TopologyError(f"{prefix}{name} must be an ordinary tensor, not one {kind}")
     if any(t.is_floating_point() or t.is_complex() for t in (rows, cols)) or not values.is_floating_point():
         raise TopologyError(f"rows and cols must be integers and values floating-point{_AVERAGE}")
     rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)

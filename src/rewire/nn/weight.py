@@ -6,6 +6,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -284,8 +285,7 @@ class SparseWeight(nn.Module):
         before raises on backward. Raises `TopologyError` (nothing changed) on a bad slot or position, a duplicate, or
         more connections than `limits` allow. Cost: one pass over the index lists; see `rewire.topology.replace_`.
         """
-        if isinstance(values, Tensor) and values.shape != slots.shape:
-            raise TopologyError(f"values must be as many as slots, not {tuple(values.shape)} for {tuple(slots.shape)}")
+        new = self._values_for(slots, values)
         if not slots.numel() and not rows.numel() and not cols.numel():
             return
         topology.check_integers(slots=slots)
@@ -300,14 +300,28 @@ class SparseWeight(nn.Module):
                 topology.replace_(self.rows, self.cols, self.index, *self.matrix_shape, slots, *old)
                 raise TopologyError(broken)
         self._connections = connections
-        if isinstance(values, Tensor):
-            values = values.to(self.values)
-            self.values[slots] = torch.where(rows >= 0, values, torch.zeros_like(values))
-        elif values:
-            self.values[slots] = (rows >= 0).to(self.values.dtype) * values
-        else:
+        if new is None:
             self.values.index_fill_(0, slots, 0.0)
+        else:
+            self.values[slots] = torch.where(rows.to(new.device) >= 0, new, torch.zeros_like(new))
         self._changed(Event(self, slots))
+
+    def _values_for(self, slots: Tensor, values: object) -> Tensor | None:
+        """``values`` of new connections as this weight holds them, ``(len(slots),)``; None for all 0.
+
+        Raises `TopologyError` for anything but real numbers, one or as many as slots: before anything changes.
+        """
+        if not isinstance(values, Tensor):
+            if not isinstance(values, Real):
+                raise TopologyError(f"values must be a real number or a tensor of them, not {values!r}")
+            number = float(values)
+            return torch.full(slots.shape, number, dtype=self.dtype, device=self.device) if number else None
+        if values.shape != slots.shape:
+            raise TopologyError(f"values must be as many as slots, not {tuple(values.shape)} for {tuple(slots.shape)}")
+        if values.is_complex() or values.is_quantized or values.is_meta or values.layout != torch.strided:
+            kind = "on the meta device" if values.is_meta else f"{values.dtype} and {values.layout}"
+            raise TopologyError(f"values must be an ordinary tensor of real numbers, not {kind}")
+        return values.detach().to(self.values)
 
     def regrow(self, slots: Tensor, signs: Tensor, **drawn: Any) -> None:
         """Drop ``slots`` and grow as many random dormant connections there, at zeros whose signs go into ``signs``.
@@ -386,20 +400,34 @@ class SparseWeight(nn.Module):
         """
         self._check_seal()
         k, index = self._connections, self.index
+        slots = self.active()
+        rows, cols = self._ordered_positions(slots)
         source = torch.full((self.capacity,), -1, dtype=torch.int64, device=self.device)
-        source[:k] = self.active()
+        source[:k] = slots
         # The connections stay what they are, so do their lists: only slots have new numbers.
         number = torch.empty(self.capacity, dtype=self.rows.dtype, device=self.device)
-        number[source[:k]] = torch.arange(k, dtype=number.dtype, device=self.device)
+        number[slots] = torch.arange(k, dtype=number.dtype, device=self.device)
         index.col_slots[:k] = number[index.col_slots[:k].long()]
         index.row_slots[:k] = torch.arange(k, dtype=number.dtype, device=self.device)
-        fan_in = torch.diff(index.row_ptr)
-        self.rows[:k] = torch.repeat_interleave(torch.arange(fan_in.numel(), device=self.device), fan_in, output_size=k)
-        self.cols[:k] = index.row_cols[:k]
-        for positions in (self.rows, self.cols):
-            positions[k:] = -1
+        for own, new in ((self.rows, rows), (self.cols, cols)):
+            own[:k] = new
+            own[k:] = -1
         self.values.copy_(followers.gathered(self.values, source, 0.0, full=k == self.capacity))
         self._changed(Event(self, source.new_empty(0), source))
+
+    def _ordered_positions(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and cols of ``slots``, which the index lists as the active ones in (row, col) order; `TopologyError` if
+        they are not, because something has written to the index or to the pool."""
+        inside = not slots.numel() or bool(((slots >= 0) & (slots < self.capacity)).all())
+        if inside:
+            rows, cols = self.rows[slots], self.cols[slots]
+            keys = rows.long() * self.matrix_shape[1] + cols.long()
+            if bool((rows >= 0).all()) and bool((keys[1:] > keys[:-1]).all()):
+                return rows, cols
+        raise TopologyError(
+            "the index does not list the pool's connections: something has written to its buffers; change a weight "
+            "through rewire() or load_state_dict only"
+        )
 
     def follow(self, follower: Follower) -> RemovableHandle:
         """Tell ``follower`` of every change from now on; ``.remove()`` on the handle ends it.
