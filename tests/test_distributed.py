@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn, optim
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import rewire
@@ -152,7 +153,7 @@ def every_layer_type_trains() -> None:
         torch.manual_seed(100 + dist.get_rank())
         plain = prepare(build())
         ddp = DistributedDataParallel(plain)  # the ranks agree on the values from here on
-        alone = copy.deepcopy(plain)
+        alone = rewire.distributed.alone(copy.deepcopy(plain))
         alone_optimizer = optim.SGD(alone.parameters(), lr=0.2)
         alone_method = rewire.methods.DeepR(alone, alone_optimizer, l1=1e-2, noise=0.1, seed=5)
         optimizer = optim.SGD(plain.parameters(), lr=0.2)
@@ -188,7 +189,7 @@ def growth_by_gradients_is_that_of_one_process() -> None:
         )
         plain = prepare(nn.Sequential(first, nn.ReLU(), last)).double()
         ddp = DistributedDataParallel(plain)
-        alone = copy.deepcopy(plain)
+        alone = rewire.distributed.alone(copy.deepcopy(plain))
         networks = []
         for own, network in ((plain, ddp), (alone, alone)):
             optimizer = optim.SGD(own.parameters(), lr=0.2)
@@ -292,6 +293,202 @@ def different_sizes_are_refused() -> None:
         prepare(plain, check_every=0)
 
 
+def step(ddp: nn.Module, optimizer: optim.Optimizer, method: Any = None) -> None:
+    optimizer.zero_grad()
+    ddp(torch.randn(16, 20)).square().mean().backward()
+    optimizer.step()
+    if method is not None:
+        method.step()
+
+
+def unprepared_models_are_refused() -> None:
+    for wrap in (False, True):
+        plain = model()
+        network = DistributedDataParallel(plain) if wrap else plain
+        optimizer = optim.SGD(plain.parameters(), 0.1)
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight is not prepared.*SET.*\n    model = rewire\.distributed\.prepare"
+        ):
+            rewire.methods.SET(network, optimizer)
+        with pytest.raises(RuntimeError, match="is not prepared"):
+            rewire.methods.Group(network, optimizer, {"*": rewire.methods.RigL})
+        assert not plain[0].weight._followers
+    plain = rewire.distributed.alone(model())
+    optimizer = optim.SGD(plain.parameters(), 0.1)
+    method = rewire.methods.SET(plain, optimizer, seed=dist.get_rank())
+    if dist.get_rank():  # and it asks nobody
+        for _ in range(3):
+            step(plain, optimizer, method)
+        method.end_epoch()
+    with pytest.raises(RuntimeError, match="prepared for DDP, so its ranks train together"):
+        rewire.distributed.alone(prepare(model()))
+
+
+def dense_methods_agree_or_are_refused() -> None:
+    torch.manual_seed(7)
+    dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    for name, options in {"halo": {"density": 0.3}, "ternary": {"threshold": 0.2, "density": 0.3}}.items():
+        torch.manual_seed(50 + dist.get_rank())
+        plain = copy.deepcopy(dense)
+        ddp = DistributedDataParallel(plain)
+        optimizer = optim.Adam(plain.parameters(), 0.01)
+        method = rewire.methods.create(name, plain, optimizer, **options)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (ddp(torch.randn(16, 20)).square().mean() + method.penalty()).backward()
+            optimizer.step()
+            method.step()
+        method.finalize()
+        assert same_everywhere([w.fingerprint() for _, w in sparse_weights(plain)]), name
+        assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
+    for name, options in {"noiseout": {"data": [torch.randn(4, 20)], "noise": "none"}, "differentiable": {}}.items():
+        before = list(dense._modules["0"]._modules)
+        with pytest.raises(RuntimeError, match=r"shapes of parameters.*rewire\.distributed\.alone"):
+            rewire.methods.create(name, dense, optim.Adam(dense.parameters()), **options)
+        assert list(dense._modules["0"]._modules) == before
+        mine = rewire.distributed.alone(copy.deepcopy(dense))
+        rewire.methods.create(name, mine, optim.Adam(mine.parameters()), **options)
+
+
+def forwards_that_others_do_not_make_are_fine() -> None:
+    ddp, plain, optimizer, method = start()
+    for round_ in range(3):
+        if dist.get_rank() == round_ % 2:
+            plain(torch.randn(3, 20))  # the bare model, in training mode
+            with torch.no_grad():
+                plain(torch.randn(3, 20))
+        step(ddp, optimizer, method)
+        with ddp.no_sync():  # as many as each rank likes
+            for _ in range(1 + dist.get_rank()):
+                ddp.module(torch.randn(4, 20)).sum().backward()
+        step(ddp, optimizer, method)
+    assert same_everywhere(method.stats())
+    linear = prepare(nn.Sequential(SparseLinear(20, 4, density=0.5)))  # no buffers, about which DDP itself would meet
+    ddp = DistributedDataParallel(linear)
+    if dist.get_rank():
+        ddp(torch.randn(3, 20))
+        with torch.no_grad():
+            ddp(torch.randn(3, 20))
+    for _ in range(2):
+        step(ddp, optim.SGD(linear.parameters(), 0.1))
+    copied = copy.deepcopy(linear)
+    if dist.get_rank():
+        step(copied, optim.SGD(copied.parameters(), 0.1))  # a copy asks nobody
+
+
+def divergence_is_found_before_the_step() -> None:
+    ddp, plain, optimizer, method = start()
+    step(ddp, optimizer, method)
+    weight = plain[0].weight
+    if dist.get_rank() == 1:
+        free = (weight.to_dense() == 0).nonzero()[0]
+        weight.rewire(torch.tensor([5]), free[:1], free[1:], 0.1)
+    before = weight.values.detach().clone()
+    with pytest.raises(TopologyMismatch, match="topologies have diverged"):
+        step(ddp, optimizer, method)
+    assert torch.equal(weight.values, before)
+    with pytest.raises(TopologyMismatch, match="topologies have diverged"):
+        method.end_epoch()
+
+
+def uneven_batches_under_join() -> None:
+    for name in ("static", "set"):
+        torch.manual_seed(3)
+        plain = prepare(model(), seed=4)
+        ddp = DistributedDataParallel(plain)
+        optimizer = optim.SGD(plain.parameters(), lr=0.1)
+        method = rewire.methods.create(name, plain, optimizer)
+        for epoch in range(3):
+            with Join([ddp]):
+                for _ in range(2 + 2 * dist.get_rank() * (epoch != 1)):
+                    step(ddp, optimizer, method)
+            method.end_epoch()
+        assert name == "static" or method.stats()["updates"] == 3
+        assert same_everywhere(method.stats())
+        assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items() if "weight" in k})
+    with Join([ddp]):
+        step(ddp, optimizer, method)
+        with pytest.raises(RuntimeError, match=r"within .*Join.*end_epoch\(\) after the Join"):
+            method.end_epoch()
+    for name, options in {"deep-r": {"l1": 1e-2}, "rigl": {"every": 1}, "snfs": {"every": 1}}.items():
+        plain = prepare(model(roomy=True), seed=4)
+        ddp = DistributedDataParallel(plain)
+        optimizer = optim.SGD(plain.parameters(), lr=0.1)
+        method = rewire.methods.create(name, plain, optimizer, **options)
+
+        def run(throw: bool = False, network=ddp, opt=optimizer, acting=method) -> None:  # type: ignore[no-untyped-def]
+            with Join([network], throw_on_early_termination=throw):
+                for _ in range(3 + 2 * dist.get_rank()):
+                    step(network, opt, acting)
+
+        with pytest.raises(RuntimeError, match=r"within .*Join.*DistributedSampler"):
+            run()
+        dist.barrier()
+
+
+def join_may_throw_instead() -> None:
+    ddp, _, optimizer, method = start()
+
+    def run() -> None:
+        with Join([ddp], throw_on_early_termination=True):
+            for _ in range(3 + 2 * dist.get_rank()):
+                step(ddp, optimizer, method)
+
+    with pytest.raises(RuntimeError, match=r"exhausted (all )?inputs"):
+        run()
+    assert method.steps >= 3
+    dist.barrier()
+
+
+def other_settings_of_ddp_work() -> None:
+    for options in ({"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        torch.manual_seed(100 + dist.get_rank())
+        plain = prepare(model(), check_every=2)
+        ddp = DistributedDataParallel(plain, **options)
+        optimizer = optim.SGD(plain.parameters(), lr=0.2)
+        method = rewire.methods.DeepR(plain, optimizer, l1=1e-2, noise=0.1)
+        train(ddp, optimizer, method, 4)
+        assert same_everywhere([w.fingerprint() for _, w in sparse_weights(plain)])
+
+
+def preparing_at_the_wrong_time_is_refused() -> None:
+    plain = prepare(model())
+    with pytest.raises(RuntimeError, match="prepared already"):
+        prepare(plain)
+    with pytest.raises(RuntimeError, match="wrapped in DistributedDataParallel already"):
+        prepare(DistributedDataParallel(model()))
+    plain = model()
+    late = DistributedDataParallel(plain)
+    prepare(plain)
+    larger = DistributedDataParallel(nn.Sequential(prepare(model())))
+    for ddp in (late, larger):
+        with pytest.raises(RuntimeError, match=r"before wrapping, and wrap that very model"):
+            ddp(torch.randn(3, 20))
+
+
+def sharded_models_are_refused_by_name() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_module
+
+    mesh = init_device_mesh("cpu", (2,))
+    made = {
+        r"fully_shard \(FSDP2\)": lambda: fully_shard(model(), mesh=mesh),
+        "is a DTensor": lambda: distribute_module(model(), mesh),
+    }
+    for words, build in made.items():
+        network = build()
+        optimizer = optim.SGD(network.parameters(), 0.1)
+        with pytest.raises(RuntimeError, match=f"{words}.*DistributedDataParallel.rewire.distributed.prepare"):
+            rewire.methods.SET(network, optimizer)
+        with pytest.raises(RuntimeError, match=words):
+            prepare(network)
+    with pytest.raises(RuntimeError, match=r"are a DTensor.*DistributedDataParallel.rewire.distributed.prepare"):
+        network(torch.randn(3, 20))
+    half = nn.Sequential(fully_shard(nn.Linear(20, 20), mesh=mesh), SparseLinear(20, 4, density=0.5))
+    rewire.distributed.alone(half)  # what is sharded holds no sparse weight
+
+
 SCENES: list[Callable[[], None]] = [
     agree_after_200_steps,
     agree_where_budget_moves_between_layers,
@@ -306,6 +503,15 @@ SCENES: list[Callable[[], None]] = [
     a_one_sided_load_is_found,
     the_same_rewire_everywhere_is_fine,
     resizing_is_refused,
+    unprepared_models_are_refused,
+    dense_methods_agree_or_are_refused,
+    forwards_that_others_do_not_make_are_fine,
+    divergence_is_found_before_the_step,
+    uneven_batches_under_join,
+    join_may_throw_instead,
+    other_settings_of_ddp_work,
+    preparing_at_the_wrong_time_is_refused,
+    sharded_models_are_refused_by_name,
     different_sizes_are_refused,
 ]
 

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rewire import random
 from rewire.nn import Event, SparseWeight, sparse_weights
+from rewire.nn.sharded import refuse_sharded
 
-__all__ = ["TopologyMismatch", "prepare", "sum_over_ranks"]
+__all__ = ["TopologyMismatch", "agree", "alone", "prepare", "refuse_unprepared", "sum_over_ranks"]
 
-#: The process group that a pool was prepared for, where it is not the default one.
+#: The process group that a pool was prepared for, where it is not the default one, and what guards it.
 _GROUPS: weakref.WeakKeyDictionary[SparseWeight, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+_GUARDS: weakref.WeakKeyDictionary[SparseWeight, _Guard] = weakref.WeakKeyDictionary()
+#: Models and pools that each rank trains for itself.
+_ALONE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+_DIVERGED = (
+    "the ranks' topologies have diverged: rewire only through a method, or identically on all ranks, and let all ranks "
+    "make the same steps; reload the last checkpoint on all of them"
+)
+_UNEVEN = (
+    "within torch.distributed.algorithms.join.Join, ranks that have run out of batches make no more steps, so weights "
+    "cannot be rewired and nothing can be summed over ranks there: let all ranks make the same steps "
+    "(DistributedSampler), use Join(..., throw_on_early_termination=True), or a method that rewires at the ends of "
+    "epochs, with end_epoch() after the Join"
+)
 
 
 class TopologyMismatch(RuntimeError):
@@ -29,23 +48,38 @@ def prepare(
     seed: int | None = None,
     check_every: int = 1,
 ) -> nn.Module:
-    """Make ``model`` ready for DDP; call on every rank, before wrapping and before making the method. Returns it.
+    """Make ``model`` ready for DDP; call on every rank, before wrapping and before making the method. Returns it::
+
+        model = rewire.distributed.prepare(model)
+        ddp = DistributedDataParallel(model)
 
     - Rank 0's topology and values are broadcast, once.
     - The index buffers are kept out of DDP's broadcast of buffers at every step, which costs several times the step.
     - A seed is agreed on (rank 0's ``seed``, or one drawn there) and kept as ``shared_seed`` of every pool; methods
       made afterwards use it. They decide by synchronised values, seed and step alone, so the ranks rewire alike.
-    - Every ``check_every`` training forwards, a running hash of all changes of topology is compared between ranks;
-      `TopologyMismatch` is raised on every rank if they differ. The check is by count, not by event, because a rank
-      that rewires alone would otherwise wait for the others for ever. It is one all-reduce of two numbers; a compiled
-      model leaves it out.
+    - A running hash of all changes of topology is compared between ranks before every ``check_every``-th optimizer step
+      whose gradients DDP has reduced, and at every `Method.end_epoch`; `TopologyMismatch` is raised on every rank, with
+      the step not made, if they differ. It is one all-reduce of two numbers, in a group of its own (gloo, where torch
+      has it), so it can neither be mistaken for another nor wait for the GPU. Forward passes ask nobody: not of the
+      bare model, nor without gradients, nor those that no step follows. A compiled model leaves it out.
 
-    Raises RuntimeError without an initialised process group, ValueError where ranks have pools of different sizes.
+    Under `torch.distributed.algorithms.join.Join` ranks make different numbers of steps. Topology then stays as it is:
+    methods that rewire at steps, or sum over ranks, raise RuntimeError at the first change; those that rewire at the
+    ends of epochs work, and take the largest number of steps of all ranks for their own.
+
+    Raises RuntimeError without an initialised process group and for a model that is wrapped (in DDP, FSDP or the like)
+    or prepared already, ValueError where ranks have pools of different sizes.
     """
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
     if check_every < 1:
-        raise ValueError(f"check_every must be a number of forwards of at least 1, not {check_every}")
+        raise ValueError(f"check_every must be a number of steps of at least 1, not {check_every}")
+    if isinstance(model, DistributedDataParallel):
+        raise RuntimeError(
+            "the model is wrapped in DistributedDataParallel already: call "
+            "model = rewire.distributed.prepare(model) before wrapping it"
+        )
+    refuse_sharded(model)
     pools = list(sparse_weights(model))
     if any(weight.shared_seed is not None for _, weight in pools):
         raise RuntimeError("this model is prepared already: call prepare once, before wrapping it in DDP")
@@ -54,21 +88,84 @@ def prepare(
     agreed = torch.tensor([random.seed_from() if seed is None else seed], dtype=torch.int64, device=device)
     dist.broadcast(agreed, source, group=process_group)
     _same_sizes(pools, process_group, device)
-    for _, weight in pools:
+    guard = _Guard([weight for _, weight in pools], process_group, device, check_every)
+    for number, (_, weight) in enumerate(pools):
         _broadcast(weight, source, process_group)
         weight.shared_seed = int(agreed.item())
         if process_group is not None:
             _GROUPS[weight] = process_group
+        _ALONE.discard(weight)
+        _GUARDS[weight] = guard
+        weight.before_change = guard.refuse_uneven
+        weight.follow(lambda event, number=number: guard.note(number, event))
+    _ALONE.discard(model)
     ignored = {
         f"{name}.{buffer}" if name else buffer for name, w in pools for buffer, _ in w.named_buffers(recurse=False)
     }
     ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))  # what the user asked for already
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
-    guard = _Guard(process_group, device, check_every)
-    for number, (_, weight) in enumerate(pools):
-        weight.follow(lambda event, number=number: guard.note(number, event))
-    model.register_forward_pre_hook(guard.before_forward)
+    model.register_forward_pre_hook(_AtForward(guard))
+    here = weakref.ref(guard)
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _before_step(here, optimizer))
+    weakref.finalize(guard, handle.remove)
     return model
+
+
+def alone(model: nn.Module) -> nn.Module:
+    """Declare that this rank trains ``model`` for itself, whatever other ranks do (in a search, say).
+
+    Methods then take it although the process group has several ranks. Returns it. Raises RuntimeError for a model that
+    `prepare` has tied to other ranks.
+    """
+    pools = [weight for _, weight in sparse_weights(model)]
+    if any(weight.shared_seed is not None for weight in pools):
+        raise RuntimeError("this model is prepared for DDP, so its ranks train together: use a copy (copy.deepcopy)")
+    for module in (model, *pools):
+        _ALONE.add(module)
+    return model
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def refuse_unprepared(
+    model: nn.Module, pools: Iterable[tuple[str, SparseWeight]], what: str, *, in_ranks: bool = True
+) -> None:
+    """Raise RuntimeError where the world has several ranks and ``what`` (a method) cannot know that they will agree.
+
+    ``in_ranks``: whether it can act on all ranks alike at all.
+    """
+    if not several_ranks():
+        return
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if not in_ranks and inner not in _ALONE:
+        raise RuntimeError(
+            f"{what} changes the shapes of parameters by what each rank sees for itself, and DistributedDataParallel "
+            f"knows nothing of it: train in one process, or, where every rank trains a model of its own, call "
+            "model = rewire.distributed.alone(model) first"
+        )
+    for name, weight in pools:
+        if weight.shared_seed is None and weight not in _ALONE:
+            raise RuntimeError(
+                f"{dist.get_world_size()} ranks train, and {name} is not prepared for it, so {what} would give each "
+                "another topology: before wrapping the model and making the method, write\n"
+                "    model = rewire.distributed.prepare(model)\n"
+                "or, where every rank trains a model of its own, model = rewire.distributed.alone(model)"
+            )
+
+
+def agree(weights: Iterable[SparseWeight], steps: int) -> int:
+    """All ranks that share ``weights`` meet at the end of an epoch: the largest of their numbers of steps.
+
+    `TopologyMismatch` on all of them if their topologies differ, RuntimeError within a Join. ``steps`` itself for pools
+    that were not prepared. One small all-reduce per preparation.
+    """
+    guards = {id(g): g for g in (_GUARDS.get(weight) for weight in weights) if g is not None}
+    for guard in guards.values():
+        steps = guard.meet(steps)
+    return steps
 
 
 def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
@@ -77,6 +174,8 @@ def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
     As it is, for a pool that was not prepared. For what a method computes of a rank's own samples.
     """
     if weight.shared_seed is not None and dist.is_available() and dist.is_initialized():
+        if weight.before_change is not None:
+            weight.before_change()
         dist.all_reduce(tensor, group=_GROUPS.get(weight))
     return tensor
 
@@ -100,13 +199,54 @@ def _broadcast(weight: SparseWeight, source: int, group: dist.ProcessGroup | Non
     weight.load_state_dict(state)
 
 
-class _Guard:
-    """Compares the history of topology changes between ranks, at counted forwards."""
+#: Marks a DDP model that is within a Join: torch writes another value there when the Join ends.
+_IN_JOIN: Any = object()
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, every: int) -> None:
-        self._group, self._device, self._every = group, device, every
+
+class _AtForward:
+    """The hook by which a guard learns of forward passes; that of a copied model does nothing."""
+
+    def __init__(self, guard: _Guard | None = None) -> None:
+        self.guard = guard
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if self.guard is not None and not torch.compiler.is_compiling():
+            self.guard.before_forward()
+
+    def __deepcopy__(self, memo: object) -> _AtForward:
+        return _AtForward()
+
+    def __reduce__(self) -> Any:
+        return _AtForward, ()
+
+
+def _before_step(guard: weakref.ref[_Guard], optimizer: Optimizer) -> None:
+    here = guard()
+    if here is not None:
+        here.before_step(optimizer)
+
+
+class _Guard:
+    """Compares the history of topology changes between ranks, before optimizer steps that all of them make.
+
+    A step is one of all ranks if DDP has reduced its gradients: if a forward pass of DDP came before it that asked for
+    that. In forward passes themselves ranks need not meet.
+    """
+
+    def __init__(
+        self, weights: list[SparseWeight], group: dist.ProcessGroup | None, device: torch.device, every: int
+    ) -> None:
+        self._weights = [weakref.ref(weight) for weight in weights]
+        self._every = every
         self._hash = 0
-        self._forwards = 0
+        self._due = False
+        self._steps = 0
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._group, self._device = group, device
+        if dist.is_gloo_available():
+            ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+            self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._device = torch.device("cpu")
 
     def note(self, number: int, event: Event) -> None:
         weight = event.weight
@@ -120,17 +260,57 @@ class _Guard:
         for word in words:
             self._hash = (self._hash * 0x100000001B3 ^ word) & (random.SEED_BOUND - 1)
 
-    def before_forward(self, module: nn.Module, args: object) -> None:
-        if not module.training or torch.compiler.is_compiling():
+    def before_forward(self) -> None:
+        ddp: Any = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None:  # the bare model
             return
-        self._forwards += 1
-        if self._forwards % self._every:
+        if self._ddp is None or self._ddp() is not ddp:
+            mine = {id(weight.rows) for weight in (found() for found in self._weights) if weight is not None}
+            if any(id(buffer) in mine for buffer in ddp.modules_buffers):
+                raise RuntimeError(
+                    "DistributedDataParallel broadcasts the index of sparse weights: call "
+                    "rewire.distributed.prepare(model) before wrapping, and wrap that very model"
+                )
+            self._ddp = weakref.ref(ddp)
+        if ddp._join_config.enable and not ddp._join_config.throw_on_early_termination:
+            ddp._authoritative_rank = _IN_JOIN
+        elif torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+            self._due = True
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        if not self._due:
             return
-        # One all-reduce finds minimum and maximum: the minimum of x and of its complement.
-        both = torch.tensor([self._hash, random.SEED_BOUND - 1 - self._hash], device=self._device)
-        dist.all_reduce(both, dist.ReduceOp.MIN, group=self._group)
-        if int(both[0]) != self._hash or int(both[1]) != random.SEED_BOUND - 1 - self._hash:
-            raise TopologyMismatch(
-                "the ranks' topologies have diverged: rewire only through a method, or identically on all ranks; "
-                "reload the last checkpoint on all of them"
-            )
+        mine = {id(weight.values) for weight in (found() for found in self._weights) if weight is not None}
+        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return
+        self._due = False
+        self._steps += 1
+        if self._steps % self._every == 0:
+            self._compare(0)
+
+    def meet(self, steps: int) -> int:
+        """The largest number of steps of all ranks, whose topologies agree."""
+        self.refuse_uneven()
+        return self._compare(steps)
+
+    def _compare(self, steps: int) -> int:
+        # One all-reduce finds minimum and maximum: the maximum of x and of its complement.
+        top = random.SEED_BOUND - 1
+        found = torch.tensor([self._hash, top - self._hash, steps], device=self._device)
+        try:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "another rank did not come to this step, or has ended: all ranks must make the same optimizer steps "
+                f"and the same calls of end_epoch ({str(error).splitlines()[0]})"
+            ) from error
+        first, second, steps = found.tolist()
+        if first != self._hash or second != top - self._hash:
+            raise TopologyMismatch(_DIVERGED)
+        return int(steps)
+
+    def refuse_uneven(self) -> None:
+        """Raise RuntimeError within a Join, where ranks may have different numbers of steps."""
+        ddp: Any = None if self._ddp is None else self._ddp()
+        if ddp is not None and getattr(ddp, "_authoritative_rank", None) is _IN_JOIN:
+            raise RuntimeError(_UNEVEN)

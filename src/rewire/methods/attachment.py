@@ -93,6 +93,15 @@ class Pool:
         return (self._place + 1) * Purpose.COUNT + purpose
 
 
+def trained_weights(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> list[tuple[str, SparseWeight]]:
+    """The sparse weights that a method for these optimizers has to do with, by name.
+
+    A frozen one that no optimizer has is none of them; a trainable one that was forgotten is.
+    """
+    known = {id(p) for o in listed(optimizers) for group in o.param_groups for p in group["params"]}
+    return [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
+
+
 class Attachment:
     """The tie between a method and the optimizers: checks, followers, counting real steps, learning rates.
 
@@ -108,9 +117,7 @@ class Attachment:
     def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *, dense: bool = False) -> None:
         self.optimizers = listed(optimizers)
         self._model = weakref.ref(model)
-        known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        # A frozen pool that no optimizer has is none of ours; a trainable one that was forgotten is found below.
-        weights = [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
+        weights = trained_weights(model, self.optimizers)
         numbers = {name: number for number, (name, _) in enumerate(weights)}
         names = _ONLY.get()
         self._alone = names is None

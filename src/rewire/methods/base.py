@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import random
-from rewire.methods.attachment import Attachment, Pool, Purpose, only
+from rewire.distributed import agree, refuse_unprepared
+from rewire.methods.attachment import Attachment, Pool, Purpose, only, trained_weights
+from rewire.nn.sharded import refuse_sharded
 
 __all__ = ["Attachment", "Data", "Evaluate", "Method", "Pool", "Purpose", "only"]
 
@@ -62,6 +64,8 @@ class Method(ABC):
     #: Set by methods that end with fewer connections than they start with (`rewire.methods.shrink`): the density to
     #: build the pools with, 1 for all potential connections. None: the pools are built at their budget.
     start_density: ClassVar[float | None] = None
+    #: Whether ranks of DDP that train the same values come to the same decisions.
+    acts_in_ranks: ClassVar[bool] = True
     #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at construction.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
     #: The optimizer of `rewire train` where the user names none.
@@ -82,6 +86,8 @@ class Method(ABC):
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
     ) -> None:
         self.model = model
+        refuse_sharded(model)
+        refuse_unprepared(model, trained_weights(model, optimizer), type(self).__name__, in_ranks=self.acts_in_ranks)
         self._attachment = Attachment(model, optimizer, dense=self.starts_dense)
         self.optimizers = self._attachment.optimizers
         self.pools = self._attachment.pools
@@ -148,6 +154,8 @@ class Method(ABC):
                 "skips those with infinities), so nothing was trained or rewired",
                 stacklevel=2,
             )
+        if self.pools:
+            self.steps = agree([pool.weight for pool in self.pools], self.steps)
         self.epochs += 1
         self._after_epoch(evaluate, last)
         self._tidy()

@@ -73,6 +73,7 @@ class Differentiable(Method):
     Cost: one more multiplication per gated output, O(weights) for thresholds of single weights.
     """
 
+    acts_in_ranks = False
     starts_dense = True
     run_optimizer = "adam"  # steps of one length for gates and weights; strength means little with SGD at a large rate
 

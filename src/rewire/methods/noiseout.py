@@ -90,6 +90,7 @@ class NoiseOut(Method):
     Between checks nothing costs beyond the noise outputs.
     """
 
+    acts_in_ranks = False
     starts_dense: ClassVar[bool] = True
     run_optimizer: ClassVar[str] = "adam"  # the noise outputs' loss makes SGD at a large rate diverge
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -27,6 +27,11 @@ from rewire.topology import Index, TopologyError
 __all__ = ["SparseWeight"]
 
 _LISTS = Index._fields
+#: What to do where parameters are cut up between ranks.
+SHARDED = (
+    ": sparse weights must be whole on every rank, so use "
+    "DistributedDataParallel(rewire.distributed.prepare(model)) instead, or leave the sparse layers out of it"
+)
 
 
 class SparseWeight(nn.Module):
@@ -45,6 +50,7 @@ class SparseWeight(nn.Module):
             passes find; None again after any change of the pool.
         traced: whether a compiled graph has used the weight; compiled layers cannot be captured.
         shared_seed: None, or the seed that all ranks agreed on (`rewire.distributed.prepare`).
+        before_change: None, or called before each change of topology, which it may refuse by raising.
         limits: None, or limits on fan-in, fan-out and blocks, which every topology of this weight keeps.
 
     Args:
@@ -190,6 +196,8 @@ class SparseWeight(nn.Module):
                 self.traced = True
         else:
             self._check_seal()
+            if type(self._parameters.get("values")).__name__ == "DTensor":
+                raise RuntimeError(f"the values of a sparse weight are a DTensor (tensor parallelism, FSDP2){SHARDED}")
         extra = self.candidates
         values = self._own_values()
         return (values, self.index) if extra is None else (extra.values(values), extra.index)
@@ -218,6 +226,10 @@ class SparseWeight(nn.Module):
             raise seal.refusal(tuple(self._shape))
         if self._seal is not None and rows is self._seal.rows and cols is self._seal.cols:
             self._set_seal()  # not where other tensors stand in for one call
+
+    def _ask(self) -> None:
+        if self.before_change is not None:
+            self.before_change()
 
     def _set_seal(self, marked: bool = False) -> None:
         """Values, positions and lists belong together now; ``marked``: note as well what is in which slot."""
@@ -289,6 +301,7 @@ class SparseWeight(nn.Module):
         if not slots.numel() and not rows.numel() and not cols.numel():
             return
         topology.check_integers(slots=slots)
+        self._ask()
         self._check_seal()
         slots = slots.long()
         before = None if self.limits is None else (self.rows.clone(), self.cols.clone())
@@ -331,6 +344,7 @@ class SparseWeight(nn.Module):
         """
         if not slots.numel():
             return
+        self._ask()
         if self.limits is not None:
             raise ValueError(f"regrow draws from all dormant connections, and this weight is limited to {self.limits}")
         k = regrow_(self.values.detach(), signs, self.rows, self.cols, self.index, slots, **drawn)
@@ -344,6 +358,8 @@ class SparseWeight(nn.Module):
         Returns those slots (int64, ascending). ``drawn`` and errors as in `rewire.ops.walk_and_regrow_`. For use in
         every step: call it under `torch.no_grad`.
         """
+        if self.before_change is not None:
+            self.before_change()
         if self.limits is not None:
             raise ValueError(f"walk draws from all dormant connections, and this weight is limited to {self.limits}")
         values, b = self._own_values(), self._buffers
@@ -398,6 +414,7 @@ class SparseWeight(nn.Module):
 
         A permutation: connections, values, gradients and followers' state stay together.
         """
+        self._ask()
         self._check_seal()
         k, index = self._connections, self.index
         slots = self.active()
@@ -538,6 +555,7 @@ class SparseWeight(nn.Module):
         self.candidates = None
         self.traced = False
         self.shared_seed: int | None = None
+        self.before_change: Callable[[], None] | None = None
         self._owner = None
         self._drawn = False
         self._seal = self._mark = None
@@ -613,7 +631,8 @@ class SparseWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._check_seal()
         # Followers (an optimizer, a method) and a place among DDP's ranks are not part of the weight: a copy has none.
-        own: dict[str, Any] = dict.fromkeys(("capture", "candidates", "shared_seed", "_owner", "_seal", "_mark"))
+        own: dict[str, Any] = dict.fromkeys(("capture", "candidates", "shared_seed", "before_change"))
+        own |= dict.fromkeys(("_owner", "_seal", "_mark"))
         return self.__dict__ | own | {"_followers": OrderedDict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
