@@ -110,7 +110,9 @@ def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, 
                 changed[event.slots] = True
             for key, old in before[name].items():
                 new = per_slot_state(run, weight)[key]
-                assert not new[changed].any() or case[1].get("moments") == "dense", key
+                # An empty slot has no age, which is not written as 0.
+                fresh = new[changed & (weight.rows >= 0)] if key == "age" else new[changed]
+                assert not fresh.any() or case[1].get("moments") == "dense", key
                 assert torch.equal(new[~changed], old[~changed]), key
             if weight.values.grad is not None:
                 assert not weight.values.grad[changed].any()

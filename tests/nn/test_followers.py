@@ -69,7 +69,7 @@ def train(weight: SparseWeight, optimizer: Optimizer, steps: range) -> None:
 
 def per_slot(weight: SparseWeight, optimizer: Optimizer) -> dict[str, Tensor]:
     state = optimizer.state[weight.values]
-    return {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.dim() == 1}
+    return {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.dim() == 1 and k != "age"}
 
 
 def initial(name: str, options: dict[str, Any]) -> dict[str, float]:

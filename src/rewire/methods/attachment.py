@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.layer_hooks import release
 from rewire.methods.watch import Watch
-from rewire.nn import Event, Follower, SparseWeight, follow_optimizer, sparse_weights
+from rewire.nn import Event, Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
 from rewire.nn.wrappers import is_plain, listed, movers, trainers
 
 __all__ = ["Attachment", "Pool", "Purpose", "only"]
@@ -111,10 +111,17 @@ class Attachment:
     Raises ValueError at construction if a pool is in no optimizer or in two groups (the usual cause: `sparsify` after
     the optimizer was made), or the optimizer cannot train pools (`rewire.nn.followers.check_optimizer`) or keeps what
     cannot follow (`rewire.nn.wrappers.refuse_unknown`). ``dense`` is for methods that start from a dense model: then
-    there need not be any pools.
+    there need not be any pools. ``moments``: see `rewire.nn.follow_optimizer`.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], *, dense: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Iterable[Optimizer],
+        *,
+        dense: bool = False,
+        moments: Moments = "auto",
+    ) -> None:
         self.optimizers = listed(optimizers)
         self._model = weakref.ref(model)
         weights = trained_weights(model, self.optimizers)
@@ -131,7 +138,7 @@ class Attachment:
         self._handles: list[Any] = []
         self.attached = True
         for optimizer in self.optimizers:
-            self._handles += follow_optimizer(optimizer, (p.weight for p in self.pools))
+            self._handles += follow_optimizer(optimizer, (p.weight for p in self.pools), moments=moments)
         self._readers: list[Callable[[Optimizer], None]] = []
         self._skips: list[Callable[[], bool]] = []
         #: Gradients taken away for the time of a step, by optimizer (``id``) and parameter.

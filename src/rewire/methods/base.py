@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from rewire import random
 from rewire.distributed import agree, refuse_unprepared
 from rewire.methods.attachment import Attachment, Pool, Purpose, only, trained_weights
+from rewire.nn import Moments
 from rewire.nn.sharded import refuse_sharded
 
-__all__ = ["Attachment", "Data", "Evaluate", "Method", "Pool", "Purpose", "only"]
+__all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpose", "only"]
 
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
@@ -83,12 +84,18 @@ class Method(ABC):
     needs_room: ClassVar[bool] = False
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], *, seed: int | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        moments: Moments = "auto",
+        seed: int | None = None,
     ) -> None:
         self.model = model
         refuse_sharded(model)
         refuse_unprepared(model, trained_weights(model, optimizer), type(self).__name__, in_ranks=self.acts_in_ranks)
-        self._attachment = Attachment(model, optimizer, dense=self.starts_dense)
+        self.moments: str = moments
+        self._attachment = Attachment(model, optimizer, dense=self.starts_dense, moments=moments)
         self.optimizers = self._attachment.optimizers
         self.pools = self._attachment.pools
         if seed is None:
@@ -186,7 +193,7 @@ class Method(ABC):
         return {
             "method": type(self).__name__,
             "seed": self.seed,
-            "settings": self._settings(),
+            "settings": self._all_settings(),
             "steps": self.steps,
             "epochs": self.epochs,
             "updates": self.updates,
@@ -209,7 +216,7 @@ class Method(ABC):
                 f"this is the state of a model with weights {', '.join(state['dropped'])}, "
                 f"not {', '.join(self._dropped)}"
             )
-        for name, mine in self._settings().items():
+        for name, mine in self._all_settings().items():
             theirs = state.get("settings", {}).get(name)
             if theirs != mine:
                 raise ValueError(f"this is the state of a method with {name}={theirs!r}, but this one has {mine!r}")
@@ -241,6 +248,9 @@ class Method(ABC):
     def _prepare(self, pool: Pool) -> None:
         """Ask the pool's layer to keep what `_after_step` needs of the next step: its calls (`rewire.ops.Pair`)."""
         pool.weight.capture = []
+
+    def _all_settings(self) -> dict[str, Any]:
+        return {"moments": self.moments} | self._settings()
 
     def _settings(self) -> dict[str, Any]:
         """Hyper-parameters without which the saved state means something else; loading refuses other ones."""

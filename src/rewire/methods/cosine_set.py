@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rewire.methods.activations import Mode, Which
-from rewire.methods.base import Data
+from rewire.methods.base import Data, Moments
 from rewire.methods.drop import MagnitudeBySign
 from rewire.methods.grow import Cosine, Random
 from rewire.methods.registry import register
@@ -48,6 +48,7 @@ class _CosineSET(Rewirer):
         momentum: Literal["keep", "reset"] = "keep",
         every: int | Literal["epoch"] = "epoch",
         until: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         if data is None:
@@ -62,6 +63,7 @@ class _CosineSET(Rewirer):
             every=every,
             until=until,
             momentum=momentum,
+            moments=moments,
             seed=seed,
         )
 

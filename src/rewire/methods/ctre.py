@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.methods.activations import Mode, Which
-from rewire.methods.base import Data, Evaluate, Pool, Purpose
+from rewire.methods.base import Data, Evaluate, Moments, Pool, Purpose
 from rewire.methods.drop import Magnitude
 from rewire.methods.grow import Cosine, Random, random_dormant
 from rewire.methods.registry import register
@@ -106,6 +106,7 @@ class CTRE(Rewirer):
         activations: Which = "post",
         candidates: int | None = None,
         new_values: Literal["uniform", "zero"] = "uniform",
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         choice("variant", variant, ("sim", "seq"))
@@ -124,6 +125,7 @@ class CTRE(Rewirer):
             fraction=fraction,
             values=_uniform_values if new_values == "uniform" else None,
             regrown="keep",
+            moments=moments,
             seed=seed,
         )
         self.variant, self.patience = variant, patience

@@ -67,9 +67,10 @@ class DeepR(Method):
             "authors", by the layers' initial budgets as in their code (which adds a prior on layers).
         every: optimizer steps between rewirings. The paper's 1 keeps the law; with more, connections that crossed zero
             wait at 0, without effect, for the next rewiring.
-        moments: what momentum or Adam start from on a grown connection: "cleared", or "dense", what they would be had
-            the optimizer seen the position's gradient all along, as in LSNN's code. That takes O(M) memory and the
-            dense gradient of every step (unscaled and unclipped), for SGD, Adam and AdamW.
+        moments: what momentum or Adam start from on a grown connection: "auto", "aged" or "cleared", see
+            `rewire.nn.follow_optimizer`, or "dense", what they would be had the optimizer seen the position's gradient
+            all along, as in LSNN's code. That takes O(M) memory and the dense gradient of every step (unscaled and
+            unclipped), for SGD, Adam and AdamW.
 
     Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot (and see ``moments``).
     Guarantee: exactly K active slots after every step.
@@ -91,21 +92,23 @@ class DeepR(Method):
         signs: Literal["fixed", "redrawn", "neuron"] = "fixed",
         allotment: Literal["uniform", "authors"] = "uniform",
         every: int = 1,
-        moments: Literal["cleared", "dense"] = "cleared",
+        moments: Literal["auto", "aged", "cleared", "dense"] = "auto",
         seed: int | None = None,
     ) -> None:
         choice("scope", scope, ("layer", "network", "neuron"))
         choice("signs", signs, ("fixed", "redrawn", "neuron"))
         choice("allotment", allotment, ("uniform", "authors"))
-        choice("moments", moments, ("cleared", "dense"))
+        choice("moments", moments, ("auto", "aged", "cleared", "dense"))
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of steps of at least 1, not {every}")
         self.heat = Heat(noise, temperature)
-        self.scope, self.signs, self.allotment, self.every, self.moments = scope, signs, allotment, every, moments
+        self.scope, self.signs, self.allotment, self.every = scope, signs, allotment, every
         self._dense: list[DenseMoments] = []
         # By pool: learning rate, L1, heat, and what follows from them where they are no schedules.
         self._scales: dict[int, tuple[float, object, Heat, tuple[float, float]]] = {}
-        super().__init__(model, optimizer, seed=seed)
+        # Dense moments are those of a connection that was there all along: of the optimizer's own age.
+        super().__init__(model, optimizer, moments="cleared" if moments == "dense" else moments, seed=seed)
+        self.moments = moments
         self.l1 = per_layer("l1", l1, self.pools, 0.0)
         if moments == "dense":
             self._dense = [DenseMoments(pool) for pool in self.pools]
@@ -304,7 +307,7 @@ class DeepR(Method):
         return {"layer": self.keeps_limits, "neuron": ("fan-in",), "network": ()}[self.scope]
 
     def _settings(self) -> dict[str, Any]:
-        names = ("scope", "signs", "allotment", "every", "moments")
+        names = ("scope", "signs", "allotment", "every")
         return {name: getattr(self, name) for name in names}
 
     def _state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.methods.base import Pool
+from rewire.methods.base import Moments, Pool
 from rewire.methods.grow import Random
 from rewire.methods.redistribute import survivors
 from rewire.methods.registry import register
@@ -87,6 +87,7 @@ class DSR(Rewirer):
         tolerance: float = 0.1,
         every: int = 500,
         until: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         within("threshold", threshold, 1e-30)
@@ -101,6 +102,7 @@ class DSR(Rewirer):
             every=every,
             until=until,
             share=survivors,
+            moments=moments,
             seed=seed,
         )
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from rewire.methods.base import Pool
+from rewire.methods.base import Moments, Pool
 from rewire.methods.registry import register
 from rewire.methods.rigl import share_of
 from rewire.methods.shrink import Connections, Density, Shrinking
@@ -33,6 +33,7 @@ class Gradual(Shrinking):
         distribution: str,
         scope: Literal["layer", "network"],
         seed: int | None,
+        moments: Moments = "auto",
     ) -> None:
         if until is None:
             raise ValueError("until, the step of the last cut, must be given where steps= of the training are not")
@@ -41,7 +42,7 @@ class Gradual(Shrinking):
         self.every, self.begin, self.until = every, begin, until
         super().__init__(
             model, optimizer, connections=connections, density=density, distribution=distribution, scope=scope,
-            seed=seed,
+            moments=moments, seed=seed,
         )  # fmt: skip
         self._start = [pool.weight.connections for pool in self.pools]
 

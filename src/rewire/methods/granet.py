@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rewire.methods import gradients
-from rewire.methods.base import Pool
+from rewire.methods.base import Moments, Pool
 from rewire.methods.drop import smallest
 from rewire.methods.gmp import Gradual
 from rewire.methods.gradients import CandidateCount
@@ -74,6 +74,7 @@ class GraNet(Gradual):
         density: Density | None = None,
         distribution: str = "erk",
         steps: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         until = share_of(steps, until, 0.5)
@@ -81,7 +82,7 @@ class GraNet(Gradual):
         self._grow = Gradient(candidates)
         super().__init__(
             model, optimizer, every=every, begin=begin, until=until, connections=connections, density=density,
-            distribution=distribution, scope=scope, seed=seed,
+            distribution=distribution, scope=scope, moments=moments, seed=seed,
         )  # fmt: skip
         here = weakref.ref(self)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.methods.base import Pool
+from rewire.methods.base import Moments, Pool
 from rewire.methods.drop import Magnitude
 from rewire.methods.gradients import CandidateCount
 from rewire.methods.grow import Gradient, Random
@@ -64,6 +64,7 @@ class ITOP(Rewirer):
         until: int | None = None,
         candidates: CandidateCount = "auto",
         track: bool = True,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         choice("grow", grow, ("gradient", "random"))
@@ -75,6 +76,7 @@ class ITOP(Rewirer):
             fraction=fraction,
             every=(4000 if grow == "gradient" else 1500) if every is None else every,
             until=until,
+            moments=moments,
             seed=seed,
         )
         self.track = track

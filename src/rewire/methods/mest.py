@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rewire.methods.base import Pool
+from rewire.methods.base import Moments, Pool
 from rewire.methods.drop import MagnitudeAndGradient
 from rewire.methods.grow import Random
 from rewire.methods.registry import register
@@ -74,6 +74,7 @@ class MEST(Rewirer):
         soft: bool = False,
         every: int = 5,
         until: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         within("weight", weight, 0.0)
@@ -90,6 +91,7 @@ class MEST(Rewirer):
             fraction=margin,
             every="epoch",
             until=until,
+            moments=moments,
             seed=seed,
         )
         self._budgets = {pool.name: pool.weight.connections for pool in self.pools}

@@ -22,6 +22,11 @@ Memory = Literal["O(K)", "O(M)"]
 
 #: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
 _SERVICES = ("seed", "data", "evaluate", "steps", "epochs")
+#: What hyper-parameters mean that many methods take, where a class does not say it.
+_COMMON = {
+    "moments": 'what a grown connection starts from in Adam and its like: "aged" (bias correction of its own age), '
+    '"cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is known); see rewire.nn.follow_optimizer.'
+}
 #: The final budget, likewise, of methods that come down to it (`rewire.methods.shrink`).
 _BUDGET = ("connections", "density", "distribution")
 
@@ -61,7 +66,7 @@ class MethodInfo:
         hints = get_type_hints(self.cls.__init__)
         text = inspect.getdoc(self.cls) or ""
         return {
-            p.name: Parameter(p.name, hints.get(p.name, Any), p.default, _help(text, p.name))
+            p.name: Parameter(p.name, hints.get(p.name, Any), p.default, _help(text, p.name) or _COMMON.get(p.name, ""))
             for p in inspect.signature(self.cls.__init__).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in self.services
         }

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.methods import gradients
-from rewire.methods.base import Evaluate, Method, Pool, Purpose
+from rewire.methods.base import Evaluate, Method, Moments, Pool, Purpose
 from rewire.methods.drop import Drop
 from rewire.methods.grow import Grow
 from rewire.methods.redistribute import Share, spread
@@ -83,6 +83,7 @@ class Rewirer(Method):
         momentum: Literal["keep", "reset"] = "keep",
         share: Share | None = None,
         regrown: Literal["new", "keep"] = "new",
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         if every != "epoch" and (not isinstance(every, int) or every < 1):
@@ -97,7 +98,7 @@ class Rewirer(Method):
         self.share, self.regrown = share, regrown
         self._asking: list[Any] = [c for c in (drop, grow) if getattr(c, "needs", "") == "gradients"]
         self._due = 0  # the epoch whose update waits for the gradients of the next step; 0 for none
-        super().__init__(model, optimizer, seed=seed)
+        super().__init__(model, optimizer, moments=moments, seed=seed)
         if self._asking:
             self._ask_again_after_changes()
 

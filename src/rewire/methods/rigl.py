@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from rewire.methods.base import Moments
 from rewire.methods.drop import Magnitude
 from rewire.methods.gradients import CandidateCount
 from rewire.methods.grow import Gradient
@@ -85,6 +86,7 @@ class RigL(Rewirer):
         regrown: Literal["new", "keep"] = "new",
         skip_step: bool = True,
         steps: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         until = share_of(steps, until, 0.75)
@@ -97,6 +99,7 @@ class RigL(Rewirer):
             every=every,
             until=until,
             regrown=regrown,
+            moments=moments,
             seed=seed,
         )
         self.skip_step = skip_step

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from rewire.methods.base import Moments
 from rewire.methods.drop import MagnitudeBySign
 from rewire.methods.grow import Random
 from rewire.methods.registry import register
@@ -58,6 +59,7 @@ class SET(Rewirer):
         momentum: Literal["keep", "reset"] = "keep",
         every: int | Literal["epoch"] = "epoch",
         until: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         choice("new_values", new_values, ("zero", "normal"))
@@ -71,5 +73,6 @@ class SET(Rewirer):
             until=until,
             values=normal_values(0.1) if new_values == "normal" else None,
             momentum=momentum,
+            moments=moments,
             seed=seed,
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import budget
-from rewire.methods.base import Method, Pool
+from rewire.methods.base import Method, Moments, Pool
 from rewire.methods.settings import choice, named_globs
 
 __all__ = ["Connections", "Density", "Shrinking", "final_budgets", "weakest"]
@@ -100,10 +100,11 @@ class Shrinking(Method):
         distribution: str = "erk",
         scope: Literal["layer", "network"] = "layer",
         required: bool = True,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         choice("scope", scope, ("layer", "network"))
-        super().__init__(model, optimizer, seed=seed)
+        super().__init__(model, optimizer, moments=moments, seed=seed)
         self.scope = scope
         #: Final connections of each pool, in order; None where there is no budget.
         self.final: list[int] | None = None

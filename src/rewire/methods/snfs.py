@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rewire.distributed import sum_over_ranks
 from rewire.methods import gradients
-from rewire.methods.base import Evaluate, Pool
+from rewire.methods.base import Evaluate, Moments, Pool
 from rewire.methods.drop import Magnitude
 from rewire.methods.gradients import CandidateCount
 from rewire.methods.registry import register
@@ -129,6 +129,7 @@ class SNFS(Rewirer):
         every: int | Literal["epoch"] = "epoch",
         until: int | None = None,
         epochs: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         within("beta", beta, 0.0, 1.0)
@@ -153,6 +154,7 @@ class SNFS(Rewirer):
             every=every,
             until=until,
             share=self.averaging.share,
+            moments=moments,
             seed=seed,
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import random
-from rewire.methods.base import Method, Pool, Purpose
+from rewire.methods.base import Method, Moments, Pool, Purpose
 from rewire.methods.heat import Heat
 from rewire.methods.registry import register
 from rewire.methods.settings import PerLayer, choice, per_layer
@@ -86,6 +86,7 @@ class SoftDeepR(Method):
         theta_min: PerLayer | None = None,
         boundary: Literal["clip", "reflect"] = "clip",
         start: Literal["all", "authors"] = "all",
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         choice("boundary", boundary, ("clip", "reflect"))
@@ -94,7 +95,7 @@ class SoftDeepR(Method):
             raise ValueError("give p_min= or theta_min=, not both: theta_min = -T (1 - p_min) / (l1 p_min)")
         self.heat = Heat(noise, temperature)
         self.boundary, self.start = boundary, start
-        super().__init__(model, optimizer, seed=seed)
+        super().__init__(model, optimizer, moments=moments, seed=seed)
         pools = self.pools
         self.l1 = per_layer("l1", l1, pools, 0.0)
         share = 0.01 if p_min is None else p_min

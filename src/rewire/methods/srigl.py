@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rewire import topology
 from rewire.distributed import sum_over_ranks
-from rewire.methods.base import Pool, Purpose
+from rewire.methods.base import Moments, Pool, Purpose
 from rewire.methods.drop import Magnitude
 from rewire.methods.gradients import CandidateCount, best_candidates
 from rewire.methods.grow import Gradient
@@ -73,6 +73,7 @@ class SRigL(Rewirer):
         until: int | None = None,
         candidates: CandidateCount = "auto",
         steps: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         self.gamma = within("gamma", gamma, 0.0, 1.0)
@@ -85,6 +86,7 @@ class SRigL(Rewirer):
             fraction=decay(fraction, until),
             every=every,
             until=until,
+            moments=moments,
             seed=seed,
         )
         self._budgets = {pool.name: pool.weight.connections for pool in self.pools}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rewire import random, topology
 from rewire.distributed import sum_over_ranks
-from rewire.methods.base import Method, Pool, Purpose
+from rewire.methods.base import Method, Moments, Pool, Purpose
 from rewire.methods.registry import register
 from rewire.nn import Event
 from rewire.schedules import within
@@ -77,6 +77,7 @@ class TopKAST(Method):
         l2: float = 1e-4,
         every: int = 100,
         until: int | None = None,
+        moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
         self.explore, self.l2 = within("explore", explore, 0.0), within("l2", l2, 0.0)
@@ -85,7 +86,7 @@ class TopKAST(Method):
         if until is not None and (not isinstance(until, int) or until < 0):
             raise ValueError(f"until must be a number of steps of at least 0, or None, not {until!r}")
         self.every, self.until = every, until
-        super().__init__(model, optimizer, seed=seed)
+        super().__init__(model, optimizer, moments=moments, seed=seed)
         self._theta = [self._initial(pool) for pool in self.pools]
         self._exploring = [_Exploring(pool) for pool in self.pools]
         here = weakref.ref(self)

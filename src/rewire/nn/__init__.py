@@ -2,6 +2,7 @@
 
 from rewire.nn.absent import Absent
 from rewire.nn.activation import SReLU
+from rewire.nn.ages import Moments
 from rewire.nn.attention import SparseMultiheadAttention
 from rewire.nn.candidates import Candidates
 from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
@@ -22,6 +23,7 @@ __all__ = [
     "Event",
     "Follower",
     "LayerCost",
+    "Moments",
     "OptimizerFollower",
     "SReLU",
     "SparseConv1d",

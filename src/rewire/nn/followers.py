@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rewire.nn.ages import Ages, Moments, cannot_age, looks_biased, start_ages
 from rewire.nn.events import Event
-from rewire.nn.wrappers import Kept, inner_optimizers, is_plain, kept_beside, refuse_unknown, shares_storage
+from rewire.nn.wrappers import Kept, inner_optimizers, is_plain, kept_beside, movers, refuse_unknown, shares_storage
 
 if TYPE_CHECKING:
     from rewire.nn.weight import SparseWeight
@@ -196,21 +198,30 @@ def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = Fals
 _DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Event]] = weakref.WeakKeyDictionary()
 
 
-class OptimizerFollower:
-    """Keeps one optimizer, and all inside it, in step with the pools it follows. Holds the optimizer weakly."""
+#: Optimizers whose users know that grown connections start with the bias correction of an old parameter.
+_WARNED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
-    def __init__(self, optimizer: Optimizer) -> None:
+
+class OptimizerFollower:
+    """Keeps one optimizer, and all inside it, in step with the pools it follows. Holds the optimizer weakly.
+
+    ``moments``: see `follow_optimizer`.
+    """
+
+    def __init__(self, optimizer: Optimizer, moments: Moments = "auto") -> None:
         check_optimizer(optimizer)
+        if moments not in ("auto", "aged", "cleared"):
+            raise ValueError(f"moments must be 'auto', 'aged' or 'cleared', not {moments!r}")
         self._optimizer = weakref.ref(optimizer)
+        self._moments = moments
 
     def __call__(self, event: Event) -> None:
         optimizer = self._optimizer()
         if optimizer is not None:
             for member in inner_optimizers(optimizer):  # looked for anew: some are made in the first step
-                self._follow(member, event)
+                self._follow(optimizer, member, event)
 
-    @staticmethod
-    def _follow(optimizer: Optimizer, event: Event) -> None:
+    def _follow(self, whole: Optimizer, optimizer: Optimizer, event: Event) -> None:
         parameter = event.weight.values
         if not optimizer.state.get(parameter) and is_plain(optimizer):  # plain SGD, or no step yet
             return
@@ -228,6 +239,64 @@ class OptimizerFollower:
             carry_optimizer_state(optimizer, parameter, event.source)
         if event.slots.numel():
             reset_optimizer_state(optimizer, parameter, event.slots)
+        if self._moments == "cleared":
+            return
+        if cannot_age(optimizer) is None:
+            if start_ages(optimizer, event.weight, event.slots, moved=event.source is not None):
+                Ages.watch(optimizer, parameter, id(self))
+        elif event.slots.numel():
+            _warn_of_bias(whole, optimizer, parameter)
+
+    def watch(self, weight: SparseWeight) -> None:
+        """See to the ages that there are in the state of this pool, or will be loaded, at every step from now on.
+
+        Raises ValueError if that must be and cannot.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None or self._moments == "cleared":
+            return
+        for member in movers(optimizer, weight.values):
+            why = cannot_age(member)
+            if why is None:
+                Ages.watch(member, weight.values, id(self))
+            elif self._moments == "aged":
+                raise ValueError(
+                    f"moments='aged' is for Adam, AdamW, NAdam, RAdam and Adamax of torch.optim, and {why}: use one of "
+                    "them, or moments='auto' (aged where that can be), or 'cleared'"
+                )
+
+    def leave(self, weight: SparseWeight) -> None:
+        """End `watch`."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for member in inner_optimizers(optimizer):
+                Ages.leave(member, weight.values, id(self))
+
+
+def _warn_of_bias(whole: Optimizer, optimizer: Optimizer, parameter: Tensor) -> None:
+    """Once: that ``optimizer``, inside ``whole``, is like Adam, but not one that grown connections can be young in."""
+    if optimizer in _WARNED or not looks_biased(optimizer.state.get(parameter, {})):
+        return
+    if any(one is optimizer for one in movers(whole, parameter)):
+        _WARNED.add(optimizer)
+        warnings.warn(
+            f"{cannot_age(optimizer)}, so connections that grow get the bias correction of the optimizer's step, not "
+            "of their own age, and their first updates may be too large: use Adam, AdamW, NAdam, RAdam or Adamax of "
+            "torch.optim, or say moments='cleared' to have it so",
+            stacklevel=2,
+        )
+
+
+class _Following(RemovableHandle):
+    """Ends what a follower does for one pool: it is told of changes no longer, and no longer sees to ages."""
+
+    def __init__(self, handle: RemovableHandle, follower: OptimizerFollower, weight: SparseWeight) -> None:
+        self.__dict__.update(handle.__dict__)
+        self._follower, self._weight = follower, weight
+
+    def remove(self) -> None:
+        super().remove()
+        self._follower.leave(self._weight)
 
 
 def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
@@ -245,21 +314,35 @@ def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
 
 
 @torch.no_grad()
-def follow_optimizer(optimizer: Optimizer, weights: Iterable[SparseWeight]) -> list[RemovableHandle]:
+def follow_optimizer(
+    optimizer: Optimizer, weights: Iterable[SparseWeight], *, moments: Moments = "auto"
+) -> list[RemovableHandle]:
     """Let ``optimizer``, and all inside it, follow every pool that it trains; returns the handles that end it.
 
-    Raises ValueError for an optimizer that cannot train pools, or keeps numbers that could not follow.
+    Args:
+        moments: what a grown connection starts from; its state is cleared in any case. "aged": it then takes the same
+            steps as a parameter whose optimizer was made when it grew, because Adam, AdamW, NAdam, RAdam and Adamax of
+            `torch.optim` correct its bias for its own age (docs/adam.md). That is 2 bytes a slot of optimizer state, 4
+            for betas above 0.9997. "cleared": its bias correction is that of the whole parameter, so its first updates
+            are too large. "auto": aged where the optimizer (of a wrapper, the one inside) is one of those or a subclass
+            that keeps its ``step``, without ``differentiable=True``; else cleared, with a warning if its state looks
+            like Adam's. `torch.optim`'s others have no bias to correct; Adafactor's decay follows its step.
+
+    Raises ValueError for an optimizer that cannot train pools, or keeps numbers that could not follow, and for "aged"
+    with one that is none of those.
     """
     members = inner_optimizers(optimizer)
     trained = {id(p) for member in members for group in member.param_groups for p in group["params"]}
     mine = [w for w in weights if id(w.values) in trained]
-    follower = OptimizerFollower(optimizer)
+    follower = OptimizerFollower(optimizer, moments)
     refuse_unknown(optimizer, {f"a weight of shape {tuple(w.shape)}": w.values for w in mine})
     for member in members:
         if not is_plain(member):
             equal = {k.name for w in mine for k in _kept(member, w.values) if _equal(k.tensor, w.values)}
             _COPIES.setdefault(member, set()).update(equal)
-    return [w.follow(follower) for w in mine]
+    for w in mine:
+        follower.watch(w)
+    return [_Following(w.follow(follower), follower, w) for w in mine]
 
 
 def _equal(kept: Tensor, values: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rewire.nn.ages import KEY as AGE
 from rewire.nn.followers import check_optimizer, following, initial_of
 from rewire.nn.weight import SparseWeight
 from rewire.nn.wrappers import inner_optimizers, kept_beside
@@ -124,6 +125,8 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
                 "dense: make a new optimizer after densify(), or keep it in optimizer.state[parameter]"
             )
     states = [dict(optimizer.state.get(target.pool.values, {})) for target in targets]
+    for state in states:
+        state.pop(AGE, None)  # a dense parameter has one age, its optimizer's step
     per_slot: dict[str, list[Tensor]] = {}
     rest: dict[str, Any] = {}
     if len({frozenset(state) for state in states}) > 1:
