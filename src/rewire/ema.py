@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire.nn import Event, SparseWeight, sparse_weights
+from rewire.nn import Event, SparseWeight, seal, sparse_weights
 from rewire.nn.structure import Part, follow_structure
 
-__all__ = ["ExponentialMovingAverage"]
+__all__ = ["ExponentialMovingAverage", "get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 
 
 class ExponentialMovingAverage:
@@ -221,3 +222,154 @@ def _tell(average: weakref.ref[ExponentialMovingAverage], what: Callable[[Expone
     here = average()
     if here is not None:
         what(here)
+
+
+# --- for torch.optim.swa_utils.AveragedModel --------------------------------------------------------------------------
+
+
+def get_ema_multi_avg_fn(model: nn.Module, decay: float = 0.999) -> MultiAverage:
+    """An exponential moving average that follows the connections of ``model``, for PyTorch's `AveragedModel`::
+
+        averaged = AveragedModel(model, multi_avg_fn=rewire.ema.get_ema_multi_avg_fn(model))
+
+    In ``averaged.module`` every connection of the model then has its own average, as by `ExponentialMovingAverage`; it
+    takes the model's topology at each update. ``use_buffers`` may be either: other floating-point buffers are averaged,
+    integers copied. ``decay``: in [0, 1).
+
+    Make it before the `AveragedModel` and use it for that one. Pools may be resized once it has been updated for the
+    first time (PyTorch copies tensors then, of whatever size). Where parameters are cut or replaced (`to_sparse`,
+    units removed) the next update raises RuntimeError: make a new one then.
+
+    Cost: two more numbers per slot; per update O(parameters), and O(K log K) for weights that were rewired.
+    """
+    decay = _checked(decay)
+    return MultiAverage(model, lambda n: 1.0 - decay)
+
+
+def get_swa_multi_avg_fn(model: nn.Module) -> MultiAverage:
+    """As `get_ema_multi_avg_fn`, for the mean over all updates (stochastic weight averaging).
+
+    The mean of a connection that grew on the way begins with the value it started from, at the weight of all updates
+    before.
+    """
+    return MultiAverage(model, lambda n: 1.0 / (n + 1))
+
+
+class MultiAverage:
+    """The function that `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` return: (averages, parameters, count)."""
+
+    _tokens = itertools.count()
+
+    def __init__(self, model: nn.Module, rate: Callable[[int], float]) -> None:
+        self._rate = rate
+        self._token = next(self._tokens)
+        self._skip: set[int] = set()
+        self._replaced = False
+        here = weakref.ref(self)
+        self._pools = [_Births(weight, (self._token, n)) for n, (_, weight) in enumerate(sparse_weights(model))]
+        self._handles = [births.handle for births in self._pools]
+        self._handles += [follow_structure(p, lambda old, parts: _note_replaced(here)) for p in model.parameters()]
+        for births in self._pools:
+            births.weight.__dict__["_feeds"] = births.mark
+            weakref.finalize(self, seal.forget, births.mark)
+
+    def __deepcopy__(self, memo: object) -> MultiAverage:
+        return self  # as functions do
+
+    @torch.no_grad()
+    def __call__(self, averages: Sequence[Tensor], parameters: Sequence[Tensor], count: Tensor | int) -> None:
+        if self._replaced:
+            raise RuntimeError(
+                "parameters of the model were cut or replaced since this averaging function was made: make a new "
+                "AveragedModel, with a new function"
+            )
+        fed = {w: births for births in self._pools for w in births.copies()}
+        by_values = {w.values.data_ptr(): w for w in fed}
+        self._skip |= {b.data_ptr() for w in fed for b in w.buffers()}
+        rate = self._rate(int(count))
+        for average, parameter in zip(averages, parameters, strict=True):
+            copy = by_values.get(average.data_ptr())
+            if copy is not None:
+                fed[copy].average(copy, average, parameter, rate)
+            elif average.data_ptr() in self._skip:
+                continue  # of a pool's topology, which goes with its values
+            elif average.shape != parameter.shape:
+                raise RuntimeError(
+                    f"an average of shape {tuple(average.shape)} meets a parameter of shape {tuple(parameter.shape)}: "
+                    "the model is not what it was, so make a new AveragedModel"
+                )
+            elif average.is_floating_point() or average.is_complex():
+                average.lerp_(parameter.to(average), rate)
+            else:
+                average.copy_(parameter)
+
+
+def _note_replaced(average: weakref.ref[MultiAverage]) -> None:
+    here = average()
+    if here is not None:
+        here._replaced = True
+
+
+class _Births:
+    """When each connection of a pool grew, and with which value: what an average of it has to begin with."""
+
+    def __init__(self, weight: SparseWeight, mark: object) -> None:
+        self.weight, self.mark = weight, mark
+        self.clock = 0
+        #: Number of the event that made each slot's connection (int64), and the value it had then.
+        self.born = torch.zeros(weight.capacity, dtype=torch.int64, device=weight.device)
+        self.start = weight.values.detach().clone()
+        #: The number of the last event that each averaged copy knows of.
+        self._seen: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        here = weakref.ref(self)
+        self.handle = weight.follow(lambda event: _note_birth(here, event))
+
+    def copies(self) -> list[Any]:
+        """The averaged copies of this pool."""
+        return list(seal.fed(self.mark))
+
+    @torch.no_grad()
+    def note(self, event: Event) -> None:
+        for copy in self.copies():
+            if copy not in self._seen and copy.written:  # AveragedModel's first update was before this event
+                self._seen[copy] = self.clock
+        self.clock += 1
+        values = event.weight.values.detach()
+        if event.loaded:  # averages that were loaded as well go on, matched by position
+            self.born, self.start = torch.zeros_like(event.slots), values.clone()
+            self._seen.clear()
+            return
+        if event.source is not None:
+            at = event.source.clamp(min=0)
+            self.born, self.start = self.born[at], self.start[at]
+        self.born[event.slots] = self.clock
+        self.start[event.slots] = values[event.slots].to(self.start)
+
+    def average(self, copy: Any, average: Tensor, parameter: Tensor, rate: float) -> None:
+        """Bring ``copy``, whose values are ``average``, to this pool's topology and one update further."""
+        seen = self._seen.get(copy)
+        self._seen[copy] = self.clock
+        if seen == self.clock:
+            average.lerp_(parameter.to(average), rate)
+            return
+        copy._check_seal()
+        weight, device = self.weight, copy.device
+        slots, (rows, cols) = copy.active(), (weight.rows.to(device).long(), weight.cols.to(device).long())
+        width = weight.matrix_shape[1]
+        known = copy.rows[slots].long() * width + copy.cols[slots].long()  # ascending
+        wanted = rows * width + cols
+        at = torch.searchsorted(known, wanted).clamp(max=max(known.numel() - 1, 0))
+        there = (rows >= 0) & (known[at] == wanted) if known.numel() else rows.new_zeros(rows.shape, dtype=torch.bool)
+        if seen is not None:
+            there &= self.born.to(device) <= seen  # dropped and grown again at the same place
+        before = self.start.to(device=device, dtype=average.dtype)
+        if known.numel():
+            before = torch.where(there, average[slots[at]], before)
+        new = before.lerp(weight.values.detach().to(before), rate).masked_fill(rows < 0, 0.0)
+        copy.load_state_dict(weight.state_dict() | {"values": new})
+
+
+def _note_birth(births: weakref.ref[_Births], event: Event) -> None:
+    here = births()
+    if here is not None:
+        here.note(event)

@@ -7,15 +7,19 @@ at, because the same positions may have been written again (`AveragedModel` copi
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewire import random, topology
 from rewire.topology import Index, TopologyError
 
-__all__ = ["Seal", "mark_of", "refusal", "seal_of", "unchanged", "written_once"]
+__all__ = ["Seal", "fed", "forget", "mark_of", "refusal", "seal_of", "unchanged", "written_once"]
+
+#: Copies of pools that an averaging function feeds, by what stands for it (`rewire.ema`).
+_FED: dict[object, weakref.WeakSet[nn.Module]] = {}
 
 #: Slots that `mark_of` reads at a time, so that it needs no memory to speak of.
 _BLOCK = 1 << 18
@@ -30,6 +34,16 @@ class Seal(NamedTuple):
     col_version: int
     lists: tuple[Tensor, Tensor, Tensor]
     list_versions: tuple[int, int, int]
+
+
+def fed(feeder: object) -> weakref.WeakSet[nn.Module]:
+    """The pools that are copies of one fed by ``feeder``; may be added to."""
+    return _FED.setdefault(feeder, weakref.WeakSet())
+
+
+def forget(feeder: object) -> None:
+    """There is nothing any more that feeds."""
+    _FED.pop(feeder, None)
 
 
 def seal_of(rows: Tensor, cols: Tensor, index: Index) -> Seal | None:

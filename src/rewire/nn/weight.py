@@ -222,10 +222,21 @@ class SparseWeight(nn.Module):
         rows, cols = self.rows, self.cols
         if torch.compiler.is_compiling():
             return
+        if self._first and seal.written_once(self._seal, rows, cols, self.index, self.matrix_shape):
+            # AveragedModel's first update copies everything, before it asks the averaging function.
+            self.__dict__ |= {"_first": False, "_connections": int(self.index.row_ptr[-1].item())}
+            self._set_seal(marked=True)
+            return
         if not seal.unchanged(self._seal, self._mark, rows, cols, self.index, self.matrix_shape):
             raise seal.refusal(tuple(self._shape))
         if self._seal is not None and rows is self._seal.rows and cols is self._seal.cols:
             self._set_seal()  # not where other tensors stand in for one call
+
+    @property
+    def written(self) -> bool:
+        """Of a copy that an averaging function feeds: whether it has ever been written to."""
+        s = self._seal
+        return not self._first or s is None or self.rows._version != s.row_version
 
     def _ask(self) -> None:
         if self.before_change is not None:
@@ -516,6 +527,8 @@ class SparseWeight(nn.Module):
         increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
         self._set_seal()
         self.__dict__["_mark"] = None
+        if self._first:
+            self._first = False
         if self.candidates is not None:
             self.candidates.spoil()
             self.candidates = None
@@ -559,6 +572,9 @@ class SparseWeight(nn.Module):
         self._owner = None
         self._drawn = False
         self._seal = self._mark = None
+        self._feeds: object = None  # what averages this pool into copies of it, and of a copy, what feeds it
+        self._fed: object = None
+        self._first = False  # a copy that is about to be written once as a whole (`rewire.ema`)
         rows, cols = self.matrix_shape
         capacity = connections if capacity is None else capacity
         if not connections <= capacity <= rows * cols:
@@ -632,12 +648,15 @@ class SparseWeight(nn.Module):
         self._check_seal()
         # Followers (an optimizer, a method) and a place among DDP's ranks are not part of the weight: a copy has none.
         own: dict[str, Any] = dict.fromkeys(("capture", "candidates", "shared_seed", "before_change"))
-        own |= dict.fromkeys(("_owner", "_seal", "_mark"))
+        own |= dict.fromkeys(("_owner", "_seal", "_mark", "_feeds"))
+        own |= {"_fed": self._fed if self._feeds is None else self._feeds, "_first": self._feeds is not None}
         return self.__dict__ | own | {"_followers": OrderedDict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_seal(marked=True)  # a copy may be averaged into: so it notes what its slots hold
+        if self._fed is not None:
+            seal.fed(self._fed).add(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._check_seal()  # moved to another device, the buffers are other tensors
