@@ -75,6 +75,9 @@ class SparseWeight(nn.Module):
     _drawn: bool
     _seal: seal.Seal | None
     _mark: int | None
+    _feeds: object
+    _fed: object
+    _first: bool
 
     def __init__(
         self,
@@ -572,8 +575,8 @@ class SparseWeight(nn.Module):
         self._owner = None
         self._drawn = False
         self._seal = self._mark = None
-        self._feeds: object = None  # what averages this pool into copies of it, and of a copy, what feeds it
-        self._fed: object = None
+        self._feeds = None  # what averages this pool into copies of it, and of a copy, what feeds it
+        self._fed = None
         self._first = False  # a copy that is about to be written once as a whole (`rewire.ema`)
         rows, cols = self.matrix_shape
         capacity = connections if capacity is None else capacity
