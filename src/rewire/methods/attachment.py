@@ -261,10 +261,10 @@ class Attachment:
     @torch.no_grad()
     def _ready(self, optimizer: Optimizer, plain: bool) -> None:
         """The gradients are what the step will use."""
-        if not plain:  # it may clear gradients within its step
-            self._part[id(optimizer)] = {p.number for p in self._own(optimizer) if _has_gradient(p)}
         for reader in self._readers:
             reader(optimizer)
+        if not plain:  # it may clear gradients within its step
+            self._part[id(optimizer)] = {p.number for p in self._own(optimizer) if _has_gradient(p)}
         if any(when() for when in self._skips):
             hidden = self._hidden.setdefault(id(optimizer), {})
             for parameter in self.parameters(optimizer):

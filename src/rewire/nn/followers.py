@@ -236,7 +236,7 @@ class OptimizerFollower:
             for kept, initial in list(_per_slot(optimizer, parameter, event.source.numel())):
                 full = event.weight.connections == event.source.numel()
                 kept.tensor.copy_(gathered(kept.tensor, event.source, initial or 0.0, full=full))
-            carry_optimizer_state(optimizer, parameter, event.source)
+            _carry(optimizer, parameter, event.source)
         if event.slots.numel():
             reset_optimizer_state(optimizer, parameter, event.slots)
         if self._moments == "cleared":
