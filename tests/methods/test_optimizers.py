@@ -1,4 +1,4 @@
-"""Optimizers as people use them: whatever wraps what, grown connections start afresh and survivors keep what they had."""
+"""Optimizers as people use them: whatever wraps what, grown connections start afresh and others keep what they had."""
 
 from __future__ import annotations
 

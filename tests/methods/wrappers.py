@@ -77,7 +77,11 @@ class LookaheadNested(Lookahead):
         self.copies = [[p.detach().clone() for p in g["params"]] for g in self.param_groups]
 
     def slow(self, values: Tensor) -> Tensor:
-        pairs = ((p, s) for g, c in zip(self.param_groups, self.copies, strict=True) for p, s in zip(g["params"], c, strict=True))
+        pairs = (
+            (p, s)
+            for g, c in zip(self.param_groups, self.copies, strict=True)
+            for p, s in zip(g["params"], c, strict=True)
+        )
         return next(s for p, s in pairs if p is values)
 
 
@@ -109,7 +113,9 @@ class LookaheadInGroups(Lookahead):
             g["fast_copy"] = [p.detach().clone() for p in g["params"]]
 
     def slow(self, values: Tensor) -> Tensor:
-        return next(s for g in self.param_groups for p, s in zip(g["params"], g["fast_copy"], strict=True) if p is values)
+        return next(
+            s for g in self.param_groups for p, s in zip(g["params"], g["fast_copy"], strict=True) if p is values
+        )
 
 
 class LookaheadInside(Lookahead):

@@ -384,6 +384,11 @@ class Attachment:
         self.seen = False
         self._watch.begin_epoch()
 
+    @property
+    def trained(self) -> bool:
+        """Whether an optimizer has ever stepped, here or in the run that this one resumes."""
+        return self._watch.ever
+
     def resumed(self) -> None:
         """The method goes on where another has stopped: that its optimizer steps has been seen."""
         self._watch.loaded(resumed=True)

@@ -107,6 +107,7 @@ class Method(ABC):
         self.steps = 0
         self.epochs = 0
         self.updates = 0
+        self._warned = False
         self._dropped = {pool.name: 0 for pool in self.pools}
         self._grown = {pool.name: 0 for pool in self.pools}
         self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
@@ -169,7 +170,11 @@ class Method(ABC):
         self._attachment.begin_epoch()
 
     def finalize(self) -> nn.Module:
-        """Take the method's hooks and followers off and return the model, ready for use or further training."""
+        """Take the method's hooks and followers off and return the model, ready for use or further training.
+
+        Warns if there was training, and the method's schedule allowed no single update in it.
+        """
+        self._warn_of_no_update()
         self._attachment.detach()
         self._release(self.pools)
         return self.model
@@ -240,6 +245,13 @@ class Method(ABC):
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         """Act on the end of an epoch; ``self.epochs`` counts this epoch already."""
+
+    def _schedule(self) -> str | None:
+        """The settings by which an update was to be made, in words ("every=100 steps"): named where none was made.
+
+        None where a run without an update is nothing to speak of.
+        """
+        return None
 
     def _wants_capture(self, step: int) -> bool:
         """Whether optimizer step ``step`` (from 1) shall be captured for `_after_step`, as `_prepare` says how."""
@@ -321,6 +333,22 @@ class Method(ABC):
     def _trained(self) -> list[Pool]:
         """The pools that are not frozen (``values.requires_grad``)."""
         return [pool for pool in self.pools if pool.weight.values.requires_grad]
+
+    def _warn_of_no_update(self) -> None:
+        """For `finalize`, before anything that it does itself; says it once."""
+        if not self._attachment.attached or self.updates or not self._attachment.trained or self._warned:
+            return
+        schedule = self._schedule()
+        if schedule is not None:
+            self._warned = True
+            calls = "" if self.epochs or "epoch" not in schedule else ", and call end_epoch() after every epoch"
+            if self._attachment.take():  # of steps that nobody has asked about
+                calls += ", and call step() after every optimizer.step()"
+            warnings.warn(
+                f"{type(self).__name__} made no update in {self.steps} steps and {self.epochs} epochs, because its "
+                f"schedule allowed none ({schedule}): choose a schedule that fits the run, or train longer{calls}",
+                stacklevel=3,
+            )
 
     def _check_attached(self) -> None:
         if not self._attachment.attached:

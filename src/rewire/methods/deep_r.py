@@ -168,6 +168,9 @@ class DeepR(Method):
         elif self.steps % self.every == 0:
             self._rewire()
 
+    def _schedule(self) -> str | None:
+        return f"every={self.every} steps"
+
     def _scale(self, pool: Pool) -> tuple[float, float]:
         """What L1 takes off in this step, and the standard deviation of the noise."""
         coefficient = self.l1[pool.number]

@@ -55,6 +55,9 @@ class Gradual(Shrinking):
         pairs = zip(self._start, self.final, strict=True)
         return [final + round(Cubic(start - final, 0.0, length, self.begin)(step)) for start, final in pairs]
 
+    def _schedule(self) -> str | None:
+        return f"begin={self.begin}, every={self.every}, until={self.until} steps"
+
     def _cuts_at(self, step: int) -> bool:
         return self.begin <= step <= self.until and (step == self.until or (step - self.begin) % self.every == 0)
 

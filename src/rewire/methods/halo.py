@@ -212,6 +212,9 @@ class Halo(Method):
             self._silence(self._kept)
             self.updates += 1
 
+    def _schedule(self) -> str | None:
+        return None if self.cut is None else f"cut={self.cut} epochs"
+
     def _silence(self, masks: Mapping[str, Tensor]) -> None:
         """Set to 0 what is cut: momentum and decay go on moving it."""
         for weight in self.weights:
@@ -233,6 +236,7 @@ class Halo(Method):
         """Cut, replace the layers in scope by sparse ones, let the optimizers follow, and return the model."""
         if not self._attachment.attached:
             return self.model
+        self._warn_of_no_update()
         masks = self.masks()
         super().finalize()
         self.model = to_sparse(self.model, masks, self.optimizers)

@@ -84,6 +84,9 @@ class L1(Shrinking):
             values = pool.weight.values
             values.copy_(torch.sign(values) * (values.abs() - amount).clamp_(min=0.0))
 
+    def _schedule(self) -> str | None:
+        return "drop='epoch': at the end of every epoch" if self.drop == "epoch" else None
+
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.drop == "epoch":
             self._drop_zeros()
@@ -104,6 +107,7 @@ class L1(Shrinking):
 
     def finalize(self) -> nn.Module:
         """Drop what is at most the threshold, then what is above the budget, and return the model."""
+        self._warn_of_no_update()
         if self._attachment.attached:
             with torch.no_grad():
                 self._drop_zeros()

@@ -96,6 +96,9 @@ class Magnitude(Shrinking):
         self._first = [pool.weight.connections for pool in self.pools]
         self.cuts = 0
 
+    def _schedule(self) -> str | None:
+        return f"every={self.every} epochs"
+
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         # At the last epoch all that `finalize` would cut, before it is scored.
         if last and self.final is not None and self.cuts < self.cycles:

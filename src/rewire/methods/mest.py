@@ -96,6 +96,10 @@ class MEST(Rewirer):
         )
         self._budgets = {pool.name: pool.weight.connections for pool in self.pools}
 
+    def _schedule(self) -> str | None:
+        until = "" if self.until is None else f", until={self.until}"
+        return f"every={self.epochs_between} epochs, but not after the last{until}"
+
     def _epoch_ends_with_update(self, last: bool) -> bool:
         return super()._epoch_ends_with_update(last) and self.epochs % self.epochs_between == 0
 

@@ -232,6 +232,12 @@ class NoiseOut(Method):
             "refused": dict(self._refused),
         }
 
+    def _schedule(self) -> str | None:
+        if self._checks > self.warmup:  # there were trials, and none met the threshold
+            return None
+        when = "epoch" if self.every == "epoch" else f"{self.every} steps"
+        return f"a check every {when}, the first warmup={self.warmup} of which only train"
+
     # --- checks and merges ------------------------------------------------------------------------------------------
 
     def _meets(self, score: float) -> bool:

@@ -71,6 +71,9 @@ class OneShot(Shrinking):
             seed=seed,
         )
 
+    def _schedule(self) -> str | None:
+        return f"after={self.after} {self.unit}s"
+
     def _after_step(self, pools: list[Pool]) -> None:
         if self.unit == "step" and not self.done and self.steps >= self.after:
             self._cut_once()

@@ -125,6 +125,10 @@ class Rewirer(Method):
 
     # --- when -------------------------------------------------------------------------------------------------------
 
+    def _schedule(self) -> str | None:
+        when = "at the end of every epoch but the last" if self.every == "epoch" else f"every={self.every} steps"
+        return when if self.until is None else f"{when}, until={self.until}"
+
     def _stopped(self, time: int) -> bool:
         return self.until is not None and time > self.until
 

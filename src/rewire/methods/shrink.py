@@ -146,6 +146,7 @@ class Shrinking(Method):
 
     def finalize(self) -> nn.Module:
         """As `Method.finalize`; drops before what is above the final budget."""
+        self._warn_of_no_update()
         if self.final is not None and self._attachment.attached:
             pools = self._trained()
             over = [pool.weight.connections - self.final[pool.number] for pool in pools]

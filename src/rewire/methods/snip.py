@@ -115,6 +115,9 @@ class SNIP(Shrinking):
             self._gradients = [None] * len(self.pools)
             self.done = True
 
+    def _schedule(self) -> str | None:
+        return f"batches={self.batches} optimizer steps that measure"
+
     def _scores(self, pool: Pool) -> Tensor:
         slots, gradient = pool.weight.active(), self._gradients[pool.number]
         values = pool.weight.values.detach()[slots]

@@ -263,6 +263,11 @@ class Ternary(Method):
             if due or last:
                 self.freeze()
 
+    def _schedule(self) -> str | None:
+        if self.prune == "auto":
+            return f"prune='auto' waits until at most density={self.density} is left, and {self.survivors():.3g} is"
+        return f"prune={self.prune} epochs"
+
     @torch.no_grad()
     def freeze(self, *, cut: bool = True) -> None:
         """Stage 2: freeze the masks, cut to ``density`` or as they are; stage 3 begins. `end_epoch` does it by itself.
@@ -294,6 +299,7 @@ class Ternary(Method):
         """
         if not self._attachment.attached:
             return self.model
+        self._warn_of_no_update()
         self.freeze(cut=False)
         super().finalize()
         owners: dict[Tensor, list[tuple[int, int]]] = {}

@@ -106,6 +106,9 @@ class TopKAST(Method):
     def _wants_capture(self, step: int) -> bool:
         return self._is_exploring(step)
 
+    def _schedule(self) -> str | None:
+        return f"every={self.every}, until={self.until} steps"
+
     def _is_exploring(self, step: int) -> bool:
         return self.until is None or step <= self.until
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,15 @@ def execute(
         folder = Path(config.data_dir) if config.data_dir is not None else None
         dataset = data.load(config.data, data_dir=folder, mirror=config.mirror, progress=download)
     signals.training = True
-    if quiet:
-        loop.run(config, dataset, place, resume=resume, overwrite=overwrite, observer=Silent(), stop=signals)
-        return
-    with contextlib.closing(LiveBar(console) if console.is_terminal else Lines(console)) as watcher:
-        loop.run(config, dataset, place, resume=resume, overwrite=overwrite, observer=watcher, stop=signals)
+    with warnings.catch_warnings():
+        warnings.showwarning = _in_one_line
+        if quiet:
+            loop.run(config, dataset, place, resume=resume, overwrite=overwrite, observer=Silent(), stop=signals)
+            return
+        with contextlib.closing(LiveBar(console) if console.is_terminal else Lines(console)) as watcher:
+            loop.run(config, dataset, place, resume=resume, overwrite=overwrite, observer=watcher, stop=signals)
+
+
+def _in_one_line(message: Warning | str, *where: Any, **options: Any) -> None:
+    """Show a warning as a line of its own, without where in the code it was raised."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
