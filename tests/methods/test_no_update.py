@@ -1,4 +1,4 @@
-"""A run whose schedule allowed no single update says so at its end; one with an update, or that needs none, does not."""
+"""A run whose schedule allowed no single update says so at its end; others do not."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Attachment:
         self._movers: dict[int, list[Pool]] = {}  # what the steps of an optimizer (``id``) move
         self._fresh: set[int] = set()
         self._seen: set[int] = set()  # pools that took part in a step of this epoch
-        self._recent: set[int] = set()  # and since the last audit
+        self._away = False  # whether a pool is no longer in its optimizer's groups
         self._moved = False
         #: Whether an optimizer has stepped in this epoch.
         self.seen = False
@@ -301,13 +301,14 @@ class Attachment:
             if pool.number in part or _has_gradient(pool):
                 self._fresh.add(pool.number)
                 self._seen.add(pool.number)
-                if pool._group_number < len(optimizer.param_groups):
+                if pool.at_home():
                     pool.lr = float(pool.group["lr"])
+                else:
+                    self._away = True
 
     def take(self) -> list[Pool]:
         """The pools that optimizers have really moved since the last call (a GradScaler may skip a step)."""
         fresh, self._fresh = self._fresh, set()
-        self._recent |= fresh
         return [pool for pool in self.pools if pool.number in fresh]
 
     def moved(self) -> bool:
@@ -320,7 +321,7 @@ class Attachment:
     def look(self) -> None:
         """RuntimeError if a pool has left the optimizers, or one has come in that the method does not know."""
         counts = self._counted()
-        if counts == self._counts and all(pool.at_home() for pool in self.pools):
+        if counts == self._counts and not self._away:
             return
         self._hook()
         for pool in self.pools:
@@ -357,11 +358,13 @@ class Attachment:
         self._hook()
         self._watch.nothing_stepped()
 
-    def audit(self) -> None:
-        """RuntimeError if pools that took no part in any step since the last audit are trained nevertheless."""
-        recent, self._recent = self._recent, set()
-        if self.pools:
-            self._watch.audit(recent)
+    def missed(self, fresh: list[Pool]) -> None:
+        """RuntimeError if pools that take no part in steps, all but ``fresh``, are trained nevertheless."""
+        self._watch.missed({pool.number for pool in fresh})
+
+    def acted(self) -> None:
+        """After `missed`: the method has acted on the step."""
+        self._watch.acted()
 
     def end_epoch(self) -> int:
         """RuntimeError if weights are trained that the method sees no steps of.

@@ -29,8 +29,6 @@ Data = Iterable[Any]
 #: Weights that an error names; the others it counts.
 _NAMED = 5
 
-#: Steps between looks at weights that take part in none of them.
-_AUDIT = 64
 
 _NO_COPY = (
     "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, make a new method for "
@@ -138,9 +136,12 @@ class Method(ABC):
             self._request_capture()
             return
         self.steps += 1
-        if not self.steps % _AUDIT:
-            self._attachment.audit()
-        self._after_step(pools)
+        if len(pools) == len(self.pools):
+            self._after_step(pools)
+        else:
+            self._attachment.missed(pools)
+            self._after_step(pools)
+            self._attachment.acted()
         self._tidy()
         self._release(pools)
         self._request_capture()

@@ -33,7 +33,8 @@ class Watch:
     """Remembers fingerprints of a method's weights at moments when no optimizer has stepped, and compares them.
 
     ``weights`` gives, for each number, the name, the tensor, and numbers that are other ones after an event.
-    Nothing is computed while all weights take part in steps, but one sum per weight at the end of an epoch.
+    While all weights take part in all steps, one sum per weight is computed at the end of each epoch. Those that take
+    no part in a step (frozen, unused, another optimizer's turn) cost one each.
     """
 
     def __init__(self, weights: Callable[[], Sequence[tuple[str, Tensor, tuple[int, ...]]]]) -> None:
@@ -44,7 +45,7 @@ class Watch:
         self.ever = False
         self._epoch = self._prints()
         self._last: dict[int, Print] | None = None  # at the last call, if no step preceded it
-        self._audited: dict[int, Print] = {}
+        self._missed: dict[int, Print] = {}  # of weights that took no part in the last step
 
     def _prints(self, without: frozenset[int] | set[int] = frozenset()) -> dict[int, Print]:
         weights = enumerate(self._weights())
@@ -72,12 +73,16 @@ class Watch:
             _refuse(self._changed(self._last, now))
         self._last = now
 
-    def audit(self, seen: set[int]) -> None:
-        """The same for weights that took no part in any of the steps since the last audit: all but ``seen``."""
-        before, self._audited = self._audited, {}
-        if len(seen) < len(self._weights()):
-            self._audited = self._prints(without=seen)
-            _refuse(self._changed(before, self._audited))
+    def missed(self, fresh: set[int]) -> None:
+        """The same for weights that took no part in this step, nor in the one before: all but ``fresh``."""
+        before, self._missed = self._missed, self._prints(without=fresh)
+        _refuse(self._changed(before, self._missed))
+
+    def acted(self) -> None:
+        """The method has acted on the step; what it has changed of weights that took no part is remembered as it is."""
+        versions = [version for _, _, version in self._weights()]
+        for i in [i for i, (_, version) in self._missed.items() if versions[i] != version]:
+            self._missed[i] = fingerprint(self._weights()[i][1]), versions[i]
 
     def end_epoch(self, seen: set[int]) -> bool:
         """RuntimeError if weights that took no part in any step of the epoch were trained nevertheless.
@@ -98,7 +103,7 @@ class Watch:
     def loaded(self, *, resumed: bool = False) -> None:
         """Weights or the method were loaded: what was remembered is not theirs."""
         self.ever = self.ever or resumed
-        self._last, self._audited = None, {}
+        self._last, self._missed = None, {}
         self._epoch = self._prints()
 
 
