@@ -52,6 +52,7 @@ def test_a_trained_model_comes_back_bit_by_bit(tmp_path: Path) -> None:
     model(x)[0].square().sum().backward()
     optimizer.step()
     method.step()
+    method.end_epoch()
     method.finalize()
     result = save_ternary(model, tmp_path / "model.safetensors")
     assert result.file_bytes == (tmp_path / "model.safetensors").stat().st_size

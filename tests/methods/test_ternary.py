@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -251,7 +252,10 @@ def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any, prune: int
     model.eval()
     before = model(X).detach()
     masks = method.masks()
-    assert method.finalize() is model
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert method.finalize() is model
+    assert any("made no update" in str(w.message) for w in caught) == (prune == 9)  # stage 2 was not reached
     assert method.finalize() is model
     torch.testing.assert_close(model(X), before, rtol=1e-9, atol=1e-9)
     pools = dict(sparse_weights(model))
