@@ -53,6 +53,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"threshold": -100.0, "at_once": 1, "every": 3, "noise": "binomial", "criterion": "damage", "samples": None},
         {"noise": "none", "at_once": 3, "slack": 5.0, "warmup": 1},
     ],
+    "ternary": [{"prune": 1}],
 }
 
 

@@ -363,6 +363,7 @@ def test_scope() -> None:
     optimizer = sgd(model)
     method = Ternary(model, optimizer, only="0")
     step(model, optimizer, method, 0)
+    method.end_epoch(last=True)
     method.finalize()
     assert isinstance(model[0], SparseLinear)  # type: ignore[index]
     assert type(model[2]) is nn.Linear  # type: ignore[index]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -343,7 +345,11 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Score the test set, this once, and write model and result. The result is the last to be written."""
-        model = self.method.finalize()
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            model = self.method.finalize()
+        for warning in noticed:  # as a line of their own, for whoever looks at the run
+            print(f"warning: {' '.join(str(warning.message).split())}", file=sys.stderr)
         loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
         if not math.isfinite(loss):
             raise TrainError(self._diverged(f"the loss on the test set is {loss}"))
