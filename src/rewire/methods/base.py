@@ -346,8 +346,8 @@ class Method(ABC):
             if self._attachment.take():  # of steps that nobody has asked about
                 calls += ", and call step() after every optimizer.step()"
             warnings.warn(
-                f"{type(self).__name__} made no update in its steps ({self.steps}) and epochs ({self.epochs}), because its "
-                f"schedule allowed none ({schedule}): choose a schedule that fits the run, or train longer{calls}",
+                f"{type(self).__name__} made no update in its steps ({self.steps}) and epochs ({self.epochs}), because "
+                f"its schedule allowed none ({schedule}): choose a schedule that fits the run, or train longer{calls}",
                 stacklevel=3,
             )
 
