@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops.conv_kernels import conv, conv_input_gradient, conv_value_gradient
-from rewire.ops.geometry import Geometry, is_channels_last
+from rewire.ops.geometry import Geometry, gathered, is_channels_last
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
@@ -133,7 +133,7 @@ def sparse_conv(
     channels-last if x is, else contiguous. If ``capture`` is a list, backward appends a `Pair` of x and the gradient
     of the output to it. Differentiable to any order (once under `torch.compile`).
     Cost: O(K * output positions * batch) time for the product and for each gradient; beyond the result, keeps x
-    itself for backward.
+    itself for backward. Where strides or dilations pass over most of x (and its padding), only what is read counts.
     """
     if not torch.compiler.is_compiling() and transformed():
         raise refuse_transforms()
@@ -151,5 +151,6 @@ def sparse_conv(
             f"the kernel {geometry.kernel} with dilation {geometry.dilation} is larger than the padded input "
             f"{tuple(x.shape[2:])} with padding {geometry.padding}"
         )
+    x, geometry = gathered(x, geometry)
     y: Tensor = _Conv.apply(x, values, bias, *index, geometry, capture)  # type: ignore[no-untyped-call]
     return y
