@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -47,15 +46,6 @@ def output(layer: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
     """What a layer puts out first."""
     y: Any = layer(*args)
     return y[0] if isinstance(y, tuple) else y
-
-
-def masked(layer: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    """A copy of a dense layer with zeros where ``masks`` (by pools' names) say so."""
-    found = copy.deepcopy(layer)
-    with torch.no_grad():
-        for path, weight in BY_NAME[type(layer).__name__].weights(found).items():
-            weight[~masks[path]] = 0
-    return found
 
 
 def connections(layer: nn.Module) -> int:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from rewire.nn.kinds import KINDS, Kind, join
+from rewire.nn.kinds import KINDS, Kind, join, kind_of
 from rewire.nn.weight import SparseWeight
 
 __all__ = ["check_dense", "check_sparse", "disguised", "move", "parameter", "prune_masks", "settle", "source_of"]
@@ -41,6 +41,8 @@ def disguised(module: nn.Module) -> str | None:
     bases = {kind.dense for kind in KINDS} | {kind.sparse for kind in KINDS}
     if parametrize.is_parametrized(module) and type(module).__bases__[0] in bases:
         return _parametrized(module)
+    if type(module) is nn.MultiheadAttention and kind_of(module) is None:
+        return f"has a {type(module.out_proj).__name__} for its out_proj: put a plain layer there, or exclude the layer"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become in bases:
         return f"is a {type(module).__name__}, which has no weight yet: run the model once on a batch first"
     if type(module).__module__.startswith("torch.ao.nn") and any(k.dense.__name__ in _names(module) for k in KINDS):
@@ -65,12 +67,8 @@ def _parametrized(module: nn.Module) -> str:
 def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
     """Raise ValueError if the dense layer ``name`` has something that its sparse twin could not have."""
     plain = kind.plain()
-    for path, part in plain.named_modules():
+    for path, _ in plain.named_modules():
         own = layer.get_submodule(path)
-        if type(own) is not type(part) and type(own) is not nn.Linear:
-            what = f"is a {type(own).__name__}, not the {type(part).__name__} that it was: exclude the layer"
-            what = _parametrized(own) if parametrize.is_parametrized(own) else disguised(own) or what
-            raise ValueError(f"{_title(join(name, path))} {what}")
         _check_module(join(name, path), own)
         for hook in own._forward_pre_hooks.values():
             for norm, remove in _NORMS:
@@ -196,13 +194,13 @@ def move(made: nn.Module, layer: nn.Module, plain: nn.Module, replaced: set[tupl
     ValueError where an addition has a name that the twin needs. ``layer`` stays as it is; see `settle`.
     """
     fresh = dict(plain.named_modules())
+    made.train(layer.training)  # pools too
+    for own, target in _pairs(layer, made):  # each part has a mode of its own
+        target.training = own.training
     for own, target in list(_pairs(layer, made)):
         path = next(path for path, module in layer.named_modules() if module is own)
         if path in fresh and not isinstance(target, SparseWeight):
             _move_part(target, own, fresh[path], {attribute for module, attribute in replaced if module is own})
-    made.train(layer.training)
-    for own, target in _pairs(layer, made):  # each part has a mode of its own
-        target.training = own.training
 
 
 def _move_part(made: nn.Module, layer: nn.Module, plain: nn.Module, gone: set[str]) -> None:

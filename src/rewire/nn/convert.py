@@ -91,6 +91,11 @@ def sparsify(
         if not found:
             raise ValueError("give exactly one of density= and connections=: no layer has a prune mask to take instead")
     weights = {name: kind.weights(module) for name, (module, kind) in found.items()}
+    for name, path, weight in ((n, p, w) for n, parts in weights.items() for p, w in parts.items()):
+        if not weight.numel():
+            raise ValueError(
+                f"{join(name, path)} has the shape {tuple(weight.shape)}, with nothing to connect: exclude it"
+            )
     if density is None and connections is None:
         counts = {name: {p: _kept(masks[name].get(p), w) for p, w in parts.items()} for name, parts in weights.items()}
     else:

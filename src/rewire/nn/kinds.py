@@ -79,6 +79,8 @@ def join(layer: str, name: str) -> str:
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The entry of a dense layer; of subclasses none, because their forward may differ."""
+    if type(layer) is nn.MultiheadAttention and type(layer.out_proj) not in _OUTPUTS:
+        return None
     return next((kind for kind in KINDS if type(layer) is kind.dense), None)
 
 
@@ -200,6 +202,7 @@ def _recurrent_to_dense(dense: type[nn.RNNBase]) -> Callable[[Recurrent], nn.Mod
 # --- attention --------------------------------------------------------------------------------------------------------
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_OUTPUTS = nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear
 _ATTENTION_REST = ("in_proj_bias", "out_proj.bias", "bias_k", "bias_v")
 
 
