@@ -352,7 +352,9 @@ class Posterior:
             self = cls(model, **{name: about[name] for name in ("burn_in", "every", "limit")})
             self.steps, count = (_natural(name, about[name]) for name in ("steps", "samples"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no samples that rewire.posterior can read: {error!r}") from None
+            raise ValueError(
+                f"{path} holds no samples that rewire.posterior can read: {reading.brief(repr(error))}"
+            ) from None
         if (found := tensor_file.content_sha256(flat, metadata)) != metadata.get("sha256"):
             raise ValueError(f"{path} is damaged: sha256 {found}, expected {metadata.get('sha256')}")
         samples: dict[str, dict[str, Tensor]] = {}  # no list of a length that the file merely claims
@@ -372,7 +374,7 @@ class Posterior:
             for sample in self.samples:
                 network.load_state_dict(sample)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"samples of {path} do not fit this model: {' '.join(str(error).split())}") from None
+            raise ValueError(f"samples of {path} do not fit this model: {reading.brief(error)}") from None
 
 
 def _natural(name: str, number: object) -> int:

@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["FileError", "parse_json", "parse_metadata", "read_bytes", "read_json"]
+__all__ = ["FileError", "brief", "parse_json", "parse_metadata", "read_bytes", "read_json"]
 
 MEBIBYTE = 1 << 20
 
@@ -28,6 +28,12 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 class FileError(ValueError):
     """A file whose content is not what it should be; the message is one line that begins with the file."""
+
+
+def brief(text: object, most: int = 300) -> str:
+    """A text of whatever length and lines as at most ``most`` characters of one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 4] + " ..."
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
@@ -44,12 +50,13 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError:  # a null character
         raise FileError(f"{str(path)!r} cannot be the name of a file") from None
-    with open(handle, "rb", buffering=0) as file:
-        status = os.fstat(handle)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"{path} is no ordinary file")
+        raise FileError(f"{path} is no ordinary file")
+    with open(handle, "rb", buffering=0) as file:
         size = status.st_size
         if limit is not None and size > limit:
             raise FileError(f"{path} has {size} bytes, allowed are {limit}")

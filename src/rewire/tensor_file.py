@@ -105,8 +105,7 @@ def parse(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]
     try:
         return safetensors.torch.load(content), metadata
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise FileError(f"{where} is damaged: it is no safetensors file ({reason})") from None
+        raise FileError(f"{where} is damaged: it is no safetensors file ({reading.brief(error)})") from None
 
 
 def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

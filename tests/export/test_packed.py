@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewire import files
+from rewire import files, tensor_file
 from rewire.export import load_ternary, pack_ternary, save_ternary
 from rewire.export.ternary import _deltas, _encode, _to_bits
 from rewire.methods import Ternary
@@ -199,6 +199,7 @@ def damaged(how: str) -> bytes:
         name, _, value = how.partition("=")
         entry[name] = json.loads(value)
     metadata["weights"] = json.dumps([entry])
+    metadata["sha256"] = tensor_file.content_sha256(tensors, metadata)  # so that what is inside is looked at
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -213,4 +214,13 @@ def damaged(how: str) -> bytes:
 def test_damaged_files_are_refused(how: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(damaged(how))
     with pytest.raises(ValueError, match=r"is damaged|is not a (safetensors file|file of packed)"):
+        load_ternary(tmp_path / "x")
+
+
+def test_a_changed_sign_is_refused(tmp_path: Path) -> None:
+    content, _ = pack_ternary(Net(ternary((4, 9), 5)))
+    tensors, metadata = tensor_file.parse(content, "x")
+    tensors["layers.0.weight.signs"] ^= 1
+    (tmp_path / "x").write_bytes(tensor_file.pack(tensors, metadata))
+    with pytest.raises(ValueError, match=r"x is damaged: sha256 \w{64}, expected \w{64}"):
         load_ternary(tmp_path / "x")

@@ -141,7 +141,8 @@ def load_ternary(path: str | Path) -> dict[str, Tensor]:
     """
     state, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a file of packed ternary weights: its format is {metadata.get('format')!r}")
+        found = reading.brief(repr(metadata.get("format")))
+        raise ValueError(f"{path} is not a file of packed ternary weights: its format is {found}")
     if (found := tensor_file.content_sha256(state, metadata)) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: sha256 {found}, expected {metadata.get('sha256')}")
     try:
@@ -150,7 +151,7 @@ def load_ternary(path: str | Path) -> dict[str, Tensor]:
             parts = {part: state.pop(f"{name}.{part}") for part in ("index", "signs", "scale")}
             state |= {f"{name}.{part}": t for part, t in _unpack(entry, **parts).items()}
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from None
+        raise ValueError(f"{path} is damaged: {reading.brief(repr(error))}") from None
     return state
 
 

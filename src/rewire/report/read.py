@@ -128,7 +128,7 @@ class _Tensors:
         except reading.FileError as error:
             raise ReportError(str(error)) from None
         except (safetensors.SafetensorError, ValueError) as error:
-            raise ReportError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+            raise ReportError(f"cannot read {path}: {reading.brief(error)}") from None
 
     def get(self, name: str) -> NDArray[Any] | None:
         """A tensor; None if there is none of this name or of its dtype in numpy."""

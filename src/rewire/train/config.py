@@ -93,7 +93,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else "config"
     if first["type"] == "extra_forbidden":
-        return f"unknown option {field!r}{did_you_mean(field, TrainConfig.model_fields)}"
+        return f"unknown option {reading.brief(repr(field))}{did_you_mean(field, TrainConfig.model_fields)}"
     context: Mapping[str, Any] = first.get("ctx", {})
     words = {"gt": "greater than", "ge": "at least", "le": "at most", "lt": "less than"}
     if field == "density":
@@ -104,7 +104,7 @@ def _explain(error: ValidationError) -> str:
         allowed = "a number " + " and ".join(limits)
     else:
         allowed = first["msg"].removeprefix("Input should be ")
-    return f"{option_name(field)}: given {first['input']}, allowed is {allowed}"
+    return f"{option_name(field)}: given {reading.brief(first['input'])}, allowed is {allowed}"
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rewire
-from rewire import files, memory, methods, tensor_file
+from rewire import files, memory, methods, reading, tensor_file
 from rewire.data import Dataset
 from rewire.nn.surgery import load_resized
 from rewire.run_files import COMMIT, EMPTY
@@ -194,13 +194,7 @@ class Trainer:
             checkpoint.remove_orphans(folder, keep=None)
             self.begin()
             return
-        saved = checkpoint.load(folder)
-        if saved.config_sha256 != self.config.sha256():
-            raise TrainError(
-                f"{folder}: config.json was changed after the checkpoint was made; restore it, "
-                "or start the run again with --overwrite"
-            )
-        self.run_dir.check_metrics(saved.metrics)
+        saved = self.run_dir.read_checkpoint(self.config)
         state = saved.state
         try:
             if self.dense:  # it may have fewer units by now
@@ -215,7 +209,7 @@ class Trainer:
         except Exception as error:  # whatever the file's content made of it
             if memory.is_exhausted(error):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reading.brief(error) or type(error).__name__
             raise TrainError(f"the checkpoint in {folder} does not fit its options: {reason}") from None
         # Everything fits: only now may anything be removed.
         files.remove_unfinished(folder)

@@ -13,6 +13,7 @@ from rewire import files, reading, run_files
 from rewire.run_files import CHECKSUMS, COMMIT, CONFIG, METRICS, MODEL, REPORT, RESULT, Prefix, RunFileError
 
 from . import checkpoint
+from .checkpoint import Checkpoint
 from .config import TrainConfig, parse_config
 from .errors import TrainError
 
@@ -116,6 +117,17 @@ class RunDir:
         with open(path, "r+b") as file:
             file.truncate(prefix.bytes)
             files.sync_file(file)
+
+    def read_checkpoint(self, config: TrainConfig) -> Checkpoint:
+        """The last checkpoint, after everything that it is bound to was verified."""
+        saved = checkpoint.load(self.path)
+        if saved.config_sha256 != config.sha256():
+            raise TrainError(
+                f"{self.path}: config.json was changed after the checkpoint was made; restore it, "
+                "or start the run again with --overwrite"
+            )
+        self.check_metrics(saved.metrics)
+        return saved
 
     # --- the result -------------------------------------------------------------------------------------------
 
