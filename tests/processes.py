@@ -36,10 +36,10 @@ def begin(command, memory, user, setup):
         if memory:
             used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
+        if setup:
+            exec(setup, {"command": command, "os": os, "sys": sys})
         if user:
             os.setuid(user)
-        if setup:
-            exec(setup)
         sys.argv = ["rewire", *command]
         rewire.__main__.main()
     except SystemExit as ended:

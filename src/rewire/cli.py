@@ -397,10 +397,13 @@ def run(arguments: Sequence[str]) -> int:
     interrupts.stay()
     for stream in (sys.stdout, sys.stderr):  # the name of a folder may be no text
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=list(arguments), prog_name="rewire", standalone_mode=False)
         sys.stdout.flush()
+        if code == 128 + signal.SIGINT:  # what some versions of typer make of KeyboardInterrupt
+            raise KeyboardInterrupt
     except CliError as error:
         _say(str(error))
         return error.code

@@ -1,5 +1,6 @@
 """Downloads against a real server on the loopback interface."""
 
+import contextlib
 import hashlib
 import http.server
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rewire import files
 from rewire.data import DataError, mnist
 from rewire.data.download import download
 
@@ -185,3 +187,30 @@ def test_family_is_fetched_into_the_cache_once(server, tmp_path: Path, monkeypat
     family = mnist.Family("toy2", f"http://127.0.0.1:{free_port()}", ("a",), {"train_x": file})
     with pytest.raises(DataError, match=r"give --data-dir FOLDER with the four .* of toy2.*--mirror URL"):
         mnist._downloaded_folder(family, None, None)
+
+
+def test_progress_of_another_process_is_shown(server, tmp_path: Path) -> None:
+    """Whoever waits for a file that another process fetches sees how far it is, and asks for nothing."""
+    target, seen = tmp_path / "f", []
+    part(target).write_bytes(CONTENT[:1000])
+
+    def watch(name: str, done: int, total: int) -> None:
+        seen.append((name, done, total))
+        if len(seen) == 2:
+            target.write_bytes(CONTENT)
+            lock.close()
+
+    lock = contextlib.ExitStack()
+    lock.enter_context(files.lock_folder(tmp_path))
+    download(server.url, target, sha256=SHA256, size=len(CONTENT), help_line="", timeout=5, progress=watch)
+    assert seen == [("f", 1000, len(CONTENT))] * 2
+    assert server.requests == []
+
+
+def test_without_locks_bytes_gather_under_a_name_of_their_own(server, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rewire.data.download.lock_folder", lambda *_, **__: contextlib.nullcontext(False))
+    part(tmp_path / "f").write_bytes(b"another process is writing here")
+    get(server.url, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert part(tmp_path / "f").read_bytes() == b"another process is writing here"
+    assert len(list(tmp_path.iterdir())) == 2
