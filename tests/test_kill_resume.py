@@ -1,7 +1,6 @@
 """Kill -9 at random moments, then --resume: the run ends bit-identical to the one that was never interrupted.
 
-Real processes and real SIGKILLs, over ten methods. `REWIRE_KILLS` says how many in all; a tenth of what is run before a
-release is the default.
+Real processes and real SIGKILLs, over ten methods. `REWIRE_KILLS` says how many in all (before a release: 200).
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Files that were damaged or changed, at random, thousands of them: refused in one line, or of no other content.
 
-`REWIRE_MUTATIONS` says how many; a hundredth of what is run before a release is the default. Half of the changed files
+`REWIRE_MUTATIONS` says how many (before a release: 5000). Half of the changed files
 have their checksums made anew, as somebody would who means it: then their content may be taken, but no reader may do
 anything but take it or refuse it in one line. Memory is limited for all: what is legitimate takes half of it.
 """
