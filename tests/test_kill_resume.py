@@ -16,7 +16,7 @@ import pytest
 
 from processes import Server
 
-KILLS = int(os.environ.get("REWIRE_KILLS", "20"))
+KILLS = int(os.environ.get("REWIRE_KILLS", "10"))
 
 TRAIN = [
     "train", "--hidden", "30,20", "--density", "0.2", "--epochs", "4", "--batch-size", "25", "--lr-decay", "0.9",

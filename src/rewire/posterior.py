@@ -355,8 +355,7 @@ class Posterior:
             raise ValueError(
                 f"{path} holds no samples that rewire.posterior can read: {reading.brief(repr(error))}"
             ) from None
-        if (found := tensor_file.content_sha256(flat, metadata)) != metadata.get("sha256"):
-            raise ValueError(f"{path} is damaged: sha256 {found}, expected {metadata.get('sha256')}")
+        tensor_file.check_sum(flat, metadata, str(path))
         samples: dict[str, dict[str, Tensor]] = {}  # no list of a length that the file merely claims
         for key, tensor in flat.items():
             number, _, name = key.partition("/")

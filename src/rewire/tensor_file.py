@@ -21,7 +21,7 @@ from torch import Tensor
 from rewire import files, reading
 from rewire.reading import FileError
 
-__all__ = ["content_sha256", "pack", "parse", "read", "size", "write"]
+__all__ = ["check_sum", "content_sha256", "pack", "parse", "read", "size", "write"]
 
 _NAMES = {
     torch.float64: "F64",
@@ -120,3 +120,11 @@ def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def check_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
+    """Refuse content that is not what its metadata ``sha256`` says. Raises FileError."""
+    if "sha256" not in metadata:
+        raise FileError(f"{where} is damaged or of an earlier version of rewire: it has no checksum")
+    if (found := content_sha256(tensors, metadata)) != metadata["sha256"]:
+        raise FileError(f"{where} is damaged: sha256 {found}, expected {reading.brief(metadata['sha256'])}")

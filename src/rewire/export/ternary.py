@@ -143,8 +143,7 @@ def load_ternary(path: str | Path) -> dict[str, Tensor]:
     if metadata.get("format") != FORMAT:
         found = reading.brief(repr(metadata.get("format")))
         raise ValueError(f"{path} is not a file of packed ternary weights: its format is {found}")
-    if (found := tensor_file.content_sha256(state, metadata)) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged: sha256 {found}, expected {metadata.get('sha256')}")
+    tensor_file.check_sum(state, metadata, str(path))
     try:
         for entry in reading.parse_json(metadata["weights"].encode(), f"{path}, weights,"):
             name = str(entry["name"])
