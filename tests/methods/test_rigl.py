@@ -170,18 +170,23 @@ def test_candidates_have_the_dense_gradient_and_change_no_output(layer: str) -> 
     data = batches(2, 9)
     truth = dense_gradients(model, data)
     plain = model(data[0][0])
-    for i, (_, weight) in enumerate(sparse_weights(model)):
-        pool = methods.Pool(i, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0)
+    pools = [
+        methods.Pool(i, name, weight, torch.optim.SGD([weight.values], lr=0.1), 0)
+        for i, (name, weight) in enumerate(sparse_weights(model))
+    ]
+    for pool in pools:
         gradients.request(pool, 9, 3, 1)
     torch.testing.assert_close(model(data[0][0]), plain)
     for x, y in data:
         nn.functional.cross_entropy(model(x), y).backward()
-    for name, weight in sparse_weights(model):
-        extra = weight.candidates
+    for pool in pools:
+        name, weight, extra = pool.name, pool.weight, pool.weight.candidates
+        assert pool.recorder is not None
+        pool.recorder.freeze(1.0)
         assert extra is not None
         assert extra.count == min(9, weight.size - weight.connections)
         assert not keys(weight) & set((extra.rows * weight.matrix_shape[1] + extra.cols).tolist())
-        own, new = extra.gradients()
+        own, new = gradients.probed(pool)
         torch.testing.assert_close(new, truth[name][extra.rows, extra.cols])
         torch.testing.assert_close(own, weight.values.grad)
         assert weight.values.grad.numel() == weight.capacity
@@ -202,8 +207,10 @@ def test_more_to_grow_than_candidates_is_filled_at_random() -> None:
     pool = methods.Pool(0, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0)
     gradients.request(pool, 5, 1, 1)
     assert weight.candidates is not None
-    probe = weight.candidates.probe
-    probe.grad = torch.ones_like(probe)
+    values, _ = weight.operand()
+    values.sum().backward()
+    assert pool.recorder is not None
+    pool.recorder.freeze(1.0)
     dropped = weight.active()[:10]
     rows, cols = gradients.best(pool, dropped, 60, 1, 1)
     found = set((rows * 20 + cols).tolist())

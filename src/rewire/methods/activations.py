@@ -264,7 +264,7 @@ class _Run:
             torch.autograd.grad(reached, values, [torch.ones_like(t) for t in reached], allow_unused=True)
         for weight in self.inner:
             index = weight.index
-            for pair in weight.capture or ():
+            for pair in weight.capture if isinstance(weight.capture, list) else ():
                 x = pair.x.clone()
                 with torch.no_grad():
                     y = spmm(index.row_ptr, index.row_cols, index.row_slots, weight.values, x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.layer_hooks import release
+from rewire.methods.recording import Recorder
 from rewire.methods.watch import Watch
 from rewire.nn import Event, Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
 from rewire.nn.wrappers import is_plain, listed, movers, trainers
@@ -68,6 +69,21 @@ class Pool:
         self._group_number, self._index = group_number, index
         #: Learning rate that the last optimizer step used, even where a scheduler has changed it since.
         self.lr = float(self.group["lr"])
+        #: Of the gradients of all positions in the next step, while a method asks for them.
+        self.recorder: Recorder | None = None
+        #: Of the last step before an update, (capacity,), as the optimizer used it, where a drop criterion wants it.
+        self.gradient: Tensor | None = None
+
+    def watch(self) -> None:
+        """Record the next step, with the candidates there are, or else the layer's calls."""
+        self.unwatch()
+        self.recorder = Recorder(self, self.weight)
+
+    def unwatch(self) -> None:
+        """Forget what was recorded, and record no more."""
+        if self.recorder is not None:
+            self.recorder.close()
+            self.recorder = None
 
     @property
     def group(self) -> dict[str, Any]:
@@ -411,6 +427,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for pool in self.pools:
+            pool.unwatch()
         self.attached = False
 
 

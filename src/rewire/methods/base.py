@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, final
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.distributed import agree, refuse_unprepared
-from rewire.methods.attachment import Attachment, Pool, Purpose, only, trained_weights
+from rewire.methods.attachment import Attachment, Pool, Purpose, gradient_scale, only, trained_weights
 from rewire.nn import Moments
 from rewire.nn.sharded import refuse_sharded
 
@@ -109,6 +110,7 @@ class Method(ABC):
         self._dropped = {pool.name: 0 for pool in self.pools}
         self._grown = {pool.name: 0 for pool in self.pools}
         self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
+        self._records = False  # whether a step was ever asked for
         self._refuse_limits()
         if self.needs_room:
             self._refuse_full()
@@ -132,8 +134,7 @@ class Method(ABC):
         if not (pools or (self.starts_dense and moved)):
             if not moved:
                 self._attachment.idle()
-            self._release(self.pools)  # what was captured belongs to no step
-            self._request_capture()
+            self._request_capture()  # what is recorded stays for as long as it is in .grad
             return
         self.steps += 1
         if len(pools) == len(self.pools):
@@ -259,8 +260,8 @@ class Method(ABC):
         return False
 
     def _prepare(self, pool: Pool) -> None:
-        """Ask the pool's layer to keep what `_after_step` needs of the next step: its calls (`rewire.ops.Pair`)."""
-        pool.weight.capture = []
+        """Have recorded what `_after_step` needs of the next step (`Pool.recorder`): the layer's calls."""
+        pool.watch()
 
     def _all_settings(self) -> dict[str, Any]:
         return {"moments": self.moments} | self._settings()
@@ -358,15 +359,16 @@ class Method(ABC):
     def _request_capture(self) -> None:
         if self._wants_capture(self.steps + 1):
             for pool in self._trained():
-                if pool.weight.capture is None and pool.weight.candidates is None:
+                if pool.recorder is None or not pool.recorder.current():
                     self._prepare(pool)
+            if not self._records:
+                self._records = True
+                here = weakref.ref(self)
+                self._attachment.before_step(lambda optimizer: _freeze(here, optimizer))
 
     def _release(self, pools: Iterable[Pool]) -> None:
-        for pool in pools:  # setting an attribute of a module takes longer than looking
-            if pool.weight.capture is not None:
-                pool.weight.capture = None
-            if pool.weight.candidates is not None:
-                pool.weight.candidates = None
+        for pool in pools:
+            pool.unwatch()
 
     def _limits_kept(self) -> tuple[str, ...]:
         """The kinds of limits kept under this method's settings."""
@@ -401,3 +403,12 @@ class Method(ABC):
                     f"optimizer decays {pool.name} by {pool.group['weight_decay']}: make it with "
                     "rewire.param_groups(model, weight_decay, decay_sparse=False), or without weight decay"
                 )
+
+
+def _freeze(method: weakref.ref[Method], optimizer: Optimizer) -> None:
+    """The gradients are what ``optimizer`` will use: what was recorded of them is kept as it is now."""
+    here = method()
+    if here is not None:
+        for pool in here.pools:
+            if pool.recorder is not None and pool.optimizer is optimizer:
+                pool.recorder.freeze(gradient_scale(optimizer))

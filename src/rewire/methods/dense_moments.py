@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rewire.methods.base import Pool
+from rewire.methods.topk import Gradients, recorded
 
 __all__ = ["DenseMoments"]
 
@@ -44,9 +45,9 @@ class DenseMoments:
 
     As in LSNN's code (IGITUGraz/LSNN-official, rewiring_tools.py), where the optimizer is handed the gradient of every
     potential connection, so that one which grows begins with smooth moments. There dormant parameters are set back to
-    0 after the optimizer's step (against reconnecting by momentum alone); here they have none. Gradients are those of
-    the step as backward gave them: without a clipping of their norm, and without a GradScaler's scale being taken out,
-    so use neither. Memory O(M) per state tensor and for one gradient, time O(M batch) per step.
+    0 after the optimizer's step (against reconnecting by momentum alone); here they have none. Gradients have the
+    scale of those that the optimizer used (averaged over ranks, unscaled, clipped by norm). Memory O(M) per state
+    tensor and for one gradient, time O(M batch) per step.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -62,14 +63,10 @@ class DenseMoments:
         return bool(self._rules)
 
     def update(self) -> None:
-        """Take in the captured step: ``state <- rule(state, gradient)`` at every position. Raises RuntimeError if the
-        layer captured nothing."""
-        weight = self._pool.weight
-        if not weight.capture:
-            raise RuntimeError(f"{self._pool.name} captured no gradient of this step, which moments='dense' needs")
-        rows = weight.matrix_shape[0]
-        gradient = sum(pair.block(0, rows) for pair in weight.capture)
-        assert isinstance(gradient, Tensor)
+        """Take in the recorded step: ``state <- rule(state, gradient)`` at every position. Raises RuntimeError if its
+        gradients are not known."""
+        scale = recorded(self._pool).scale()
+        gradient = Gradients(self._pool).block(0, self._pool.weight.matrix_shape[0]) * scale
         for key, rule in self._rules.items():
             rule(self.kept[key], gradient.flatten().to(self.kept[key]), self._pool.group)
 

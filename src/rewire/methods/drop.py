@@ -58,17 +58,23 @@ class MagnitudeBySign:
 
 @dataclass(frozen=True)
 class MagnitudeAndGradient:
-    """The ``floor(fraction * K)`` connections of smallest ``|w| + weight |g|`` (MEST), g as the last step had it."""
+    """The ``floor(fraction * K)`` connections of smallest ``|w| + weight |g|`` (MEST), g as the last step used it."""
 
     weight: float = 1.0
+
+    @property
+    def needs(self) -> str:
+        """What a `rewire.methods.Rewirer` keeps for it in ``pool.gradient``."""
+        return "last gradient" if self.weight else ""
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
         if not self.weight:
             return Magnitude()(pool, fraction)
-        values, slots = pool.weight.values, pool.weight.active()
-        if values.grad is None:
+        values, slots, gradient = pool.weight.values.detach(), pool.weight.active(), pool.gradient
+        if gradient is None:
             raise RuntimeError(
-                f"{pool.name} has no gradient any more: call zero_grad after method.step() and end_epoch(), not before"
+                f"{pool.name} took no part in a step since the last update, so the gradient that its connections are "
+                "scored by is not known"
             )
-        score = values[slots].abs() + self.weight * values.grad[slots].abs()
+        score = values[slots].abs() + self.weight * gradient[slots].abs()
         return smallest(slots, score, int(fraction * slots.numel()))

@@ -8,8 +8,10 @@ Two ways, chosen by ``candidates``:
   (`rewire.nn.Candidates`), and autograd gives their gradients: guided stochastic exploration (Heddes et al. 2024), O(K)
   time and memory, also under `torch.compile`.
 
-Both sum over all backward passes of the step (micro-batches) and over the ranks of DDP, and neither sees what clipping
-or a GradScaler does to the gradients of the optimizer.
+Both are of the backward passes whose results are in ``.grad`` when the optimizer steps (`rewire.methods.recording`):
+summed over micro-batches and the ranks of DDP, without what was thrown away by ``zero_grad``, of second order too
+under ``create_graph=True``. They are as backward gave them; where their scale matters (`Record.scale`), one factor
+brings them to that of the optimizer's gradients: averaged by DDP, unscaled by a GradScaler, clipped by norm.
 """
 
 from __future__ import annotations
@@ -21,11 +23,22 @@ from torch import Tensor
 
 from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Pool, Purpose
+from rewire.methods.recording import Status
 from rewire.methods.sampling import fitting, random_dormant, uniform
-from rewire.methods.topk import Best, Gradients, top
+from rewire.methods.topk import Best, Gradients, recorded, top
 from rewire.nn import Candidates
 
-__all__ = ["CandidateCount", "best", "best_candidates", "checked_candidates", "found", "request", "sampled"]
+__all__ = [
+    "CandidateCount",
+    "best",
+    "best_candidates",
+    "checked_candidates",
+    "probed",
+    "request",
+    "sampled",
+    "status",
+    "waits",
+]
 
 #: None: exact. A number: sampled, so many. "auto": see `sampled`.
 CandidateCount: TypeAlias = int | Literal["auto"] | None
@@ -76,19 +89,39 @@ def request(pool: Pool, candidates: CandidateCount, seed: int, step: int) -> Non
     weight = pool.weight
     count = sampled(pool, candidates)
     if count is None:
-        weight.capture = []
+        pool.watch()
         return
     if not count:  # nothing is dormant; what will be dropped is
         rows = cols = torch.empty(0, dtype=torch.int64, device=weight.device)
     else:
         none = torch.empty(0, dtype=torch.int64, device=weight.device)
         rows, cols = uniform(pool, none, count, seed, step, Purpose.CANDIDATES)
+    pool.unwatch()
     weight.candidates = Candidates(weight, rows, cols)
+    pool.watch()
 
 
-def found(pool: Pool) -> bool:
-    """Whether the step gave what was asked for."""
-    return bool(pool.weight.capture) or (pool.weight.candidates is not None)
+def status(pool: Pool) -> Status:
+    """What the step gave of what was asked for, on all ranks."""
+    record = pool.recorder.record if pool.recorder is not None else None
+    return Status.NOTHING if record is None else record.agree()
+
+
+def waits(pool: Pool) -> bool:
+    """Whether the pool must do without gradients now: it took no part in the step, or has been compiled since the
+    request was made (a compiled graph cannot be captured; with "auto" the next request will be for candidates)."""
+    found = status(pool)
+    return found is Status.NOTHING or (found is Status.UNKNOWN and pool.weight.traced)
+
+
+def probed(pool: Pool) -> tuple[Tensor, Tensor]:
+    """Of the step: the gradients of the weight's slots, (capacity,), and of the candidates, (n,), over all ranks."""
+    weight, candidates = pool.weight, pool.weight.candidates
+    assert candidates is not None
+    own = recorded(pool).probed
+    both = torch.zeros_like(candidates.probe, requires_grad=False) if own is None else own.clone()
+    both = sum_over_ranks(weight, both)
+    return both[: both.numel() - candidates.count], both[both.numel() - candidates.count :]
 
 
 def best(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -106,9 +139,8 @@ def best(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple
             return rows, cols
         order = torch.sort(found, descending=True, stable=True).indices.to(rows.device)
         return fitting(pool, dropped, (rows[order], cols[order]), count, seed, step)
-    own, new = weight.candidates.gradients()
-    both = sum_over_ranks(weight, torch.cat([own[dropped], new]))
-    return best_candidates(pool, dropped, both, count, seed, step)
+    own, new = probed(pool)
+    return best_candidates(pool, dropped, torch.cat([own[dropped], new]), count, seed, step)
 
 
 def best_candidates(

@@ -121,7 +121,7 @@ class GraNet(Gradual):
                 left[gone] = False
                 rest = slots[left]
                 again = smallest(rest, weight.values[rest].abs(), int(fraction * rest.numel()))
-                if not gradients.found(pool):  # compiled since it was asked for: the next update has candidates
+                if again.numel() and gradients.waits(pool):
                     again = again[:0]
                 dropped = torch.cat([again, slots[gone]])
                 count = again.numel()

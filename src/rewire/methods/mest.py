@@ -100,8 +100,8 @@ class MEST(Rewirer):
         until = "" if self.until is None else f", until={self.until}"
         return f"every={self.epochs_between} epochs, but not after the last{until}"
 
-    def _epoch_ends_with_update(self, last: bool) -> bool:
-        return super()._epoch_ends_with_update(last) and self.epochs % self.epochs_between == 0
+    def _epoch_ends_with_update(self, epoch: int, last: bool) -> bool:
+        return super()._epoch_ends_with_update(epoch, last) and epoch % self.epochs_between == 0
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         if not self.soft:

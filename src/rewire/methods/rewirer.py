@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.methods import gradients
+from rewire.methods.attachment import gradient_scale
 from rewire.methods.base import Evaluate, Method, Moments, Pool, Purpose
 from rewire.methods.drop import Drop
 from rewire.methods.grow import Grow
+from rewire.methods.recording import Status
 from rewire.methods.redistribute import Share, spread
 from rewire.methods.settings import choice
 from rewire.nn import Event
-from rewire.nn.followers import restart_optimizer_state
+from rewire.nn.followers import gathered, restart_optimizer_state
 from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["NewValues", "Rewirer", "normal_values"]
@@ -47,7 +49,9 @@ class Rewirer(Method):
 
     A criterion with ``needs = "gradients"`` (such as `rewire.methods.grow.Gradient`) is asked before the step whose
     gradients an update uses: ``criterion.request(pool, seed, step)``. An update due at the end of an epoch has no such
-    step: it is then made after the first step of the next epoch. A drop criterion with a method ``over(pools,
+    step: it is then made after the first step of the next epoch. A criterion with ``needs = "last gradient"`` finds
+    the gradient of the last step, as the optimizer used it, in ``pool.gradient``. A pool without such gradients (it
+    took no part in the step) has no update this time. A drop criterion with a method ``over(pools,
     fraction)`` that returns one tensor of slots per pool decides over all layers at once.
 
     Args:
@@ -97,10 +101,13 @@ class Rewirer(Method):
         self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
         self.share, self.regrown = share, regrown
         self._asking: list[Any] = [c for c in (drop, grow) if getattr(c, "needs", "") == "gradients"]
+        self._reading = any(getattr(c, "needs", "") == "last gradient" for c in (drop, grow))
         self._due = 0  # the epoch whose update waits for the gradients of the next step; 0 for none
         super().__init__(model, optimizer, moments=moments, seed=seed)
         if self._asking:
             self._ask_again_after_changes()
+        if self._reading:
+            self._read_before_steps()
 
     def _limits_kept(self) -> tuple[str, ...]:
         # Where a budget moves, a layer may be asked for more than fits; a subclass has to claim what it keeps.
@@ -114,9 +121,17 @@ class Rewirer(Method):
 
     def _state(self) -> dict[str, Any]:
         compiled = [pool.name for pool in self.pools if pool.weight.traced]
-        return {"due": self._due, "compiled": compiled} if self._asking else {}
+        own: dict[str, Any] = {"due": self._due, "compiled": compiled} if self._asking else {}
+        if self._reading:
+            own["gradients"] = {p.name: p.gradient.clone() for p in self.pools if p.gradient is not None}
+        return own
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        if self._reading:
+            kept = dict(state.get("gradients", {}))
+            for pool in self.pools:
+                gradient = kept.get(pool.name)
+                pool.gradient = None if gradient is None else gradient.to(pool.weight.values.detach(), copy=True)
         if self._asking:
             due, compiled = int(state["due"]), list(state["compiled"])
             self._due = due
@@ -140,19 +155,21 @@ class Rewirer(Method):
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self._updates_at(self.steps):
+            if self.every == "epoch" and self._partial(pools):
+                return  # gradients of the epoch before are in this step, from before they were asked for
             time, self._due = self._due or self.steps, 0
             self._update(pools, time)
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if self._epoch_ends_with_update(last):
+        if self._epoch_ends_with_update(self.epochs, last):
             if self._asking:
                 self._due = self.epochs
                 self._request_capture()
             else:
                 self._update(self._trained(), self.epochs)
 
-    def _epoch_ends_with_update(self, last: bool) -> bool:
-        return self.every == "epoch" and not last and not self._stopped(self.epochs)
+    def _epoch_ends_with_update(self, epoch: int, last: bool) -> bool:
+        return self.every == "epoch" and not last and not self._stopped(epoch)
 
     # --- gradients --------------------------------------------------------------------------------------------------
 
@@ -162,6 +179,57 @@ class Rewirer(Method):
     def _prepare(self, pool: Pool) -> None:
         for criterion in self._asking:
             criterion.request(pool, self.seed, self.steps + 1)
+
+    def _partial(self, pools: list[Pool]) -> bool:
+        return bool(self._asking) and any(gradients.status(pool) is Status.PARTIAL for pool in pools)
+
+    def _ready(self, pools: list[Pool]) -> list[Pool]:
+        """Those of the pools of which the update knows what it needs; others took no part in the step, say."""
+        if self._asking:
+            # A graph compiled since the request was made cannot be captured: those weights wait for the next update.
+            auto = any(getattr(c, "candidates", None) == "auto" for c in self._asking)
+            found = [(pool, gradients.status(pool)) for pool in pools]
+            pools = [
+                pool
+                for pool, status in found
+                if status is not Status.NOTHING and not (status is Status.UNKNOWN and auto and pool.weight.traced)
+            ]
+        if self._reading:
+            pools = [pool for pool in pools if pool.gradient is not None]
+        return pools
+
+    def _read_before_steps(self) -> None:
+        """Keep the gradient of the last step before an update, which may be gone by then."""
+        here = weakref.ref(self)
+
+        def before(optimizer: Optimizer) -> None:
+            method = here()
+            if method is not None:
+                method._read(optimizer)
+
+        def changed(event: Event, pool: Pool | None) -> None:
+            if pool is not None and pool.gradient is not None:
+                if event.source is not None:
+                    pool.gradient = gathered(pool.gradient, event.source, 0.0)
+                pool.gradient.index_fill_(0, event.slots, 0.0)
+
+        self._attachment.before_step(before)
+        for pool in self.pools:
+            alone = weakref.ref(pool)
+            self._attachment.follow(pool, lambda event, pool=alone: changed(event, pool()))
+
+    def _read(self, optimizer: Optimizer) -> None:
+        if self.every == "epoch":
+            wanted = self._epoch_ends_with_update(self.epochs + 1, False)
+        else:
+            wanted = self._updates_at(self.steps + 1)
+        if not wanted:
+            return
+        divisor = gradient_scale(optimizer)
+        for pool in self.pools:
+            gradient = pool.weight.values.grad
+            if pool.optimizer is optimizer and gradient is not None:
+                pool.gradient = gradient / divisor if divisor != 1 else gradient.clone()
 
     def _ask_again_after_changes(self) -> None:
         """A change of a pool discards what was asked for (candidates might not be dormant any more)."""
@@ -179,9 +247,7 @@ class Rewirer(Method):
 
     def _update(self, pools: list[Pool], time: int) -> None:
         fraction = within("fraction", at(self.fraction, time), 0.0, 1.0)
-        if any(getattr(c, "candidates", None) == "auto" for c in self._asking):
-            # A graph compiled since the request was made cannot be captured: those weights wait for the next update.
-            pools = [pool for pool in pools if gradients.found(pool) or not pool.weight.traced]
+        pools = self._ready(pools)
         # What criteria look at, they see as it was before the update.
         sources = {id(s): s for s in (getattr(c, "source", None) for c in (self.drop, self.grow)) if s is not None}
         for source in sources.values():
@@ -195,6 +261,8 @@ class Rewirer(Method):
             for optimizer in self.optimizers:
                 for parameter in self._attachment.parameters(optimizer):
                     restart_optimizer_state(optimizer, parameter)
+        for pool in self.pools if self._reading else ():
+            pool.gradient = None
         self.updates += 1
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:

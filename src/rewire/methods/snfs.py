@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.distributed import sum_over_ranks
 from rewire.methods import gradients
 from rewire.methods.base import Evaluate, Moments, Pool
 from rewire.methods.drop import Magnitude
 from rewire.methods.gradients import CandidateCount
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
-from rewire.methods.topk import TILE_ELEMENTS, gradient_block, top
+from rewire.methods.topk import TILE_ELEMENTS, gradient_block, recorded, top
 from rewire.nn import Event
 from rewire.schedules import Cosine, Schedule, within
 
@@ -48,8 +47,9 @@ class Momentum:
             gradients.request(pool, count, seed, step)
 
     def collect(self, pool: Pool) -> None:
-        """Add the gradients of the step just made."""
+        """Add the gradients of the step just made, in the scale that the optimizer used them in."""
         weight = pool.weight
+        scale = recorded(pool).scale()
         if self.exact:
             block = gradient_block(pool)
             rows, cols = weight.matrix_shape
@@ -57,11 +57,11 @@ class Momentum:
             tile = max(1, TILE_ELEMENTS // cols)
             for start in range(0, rows, tile):
                 stop = min(start + tile, rows)
-                mean[start:stop].mul_(self.beta).add_(block(start, stop), alpha=1 - self.beta)
+                mean[start:stop].mul_(self.beta).add_(block(start, stop), alpha=(1 - self.beta) * scale)
         elif weight.candidates is not None:
-            new = sum_over_ranks(weight, torch.cat(weight.candidates.gradients()))
+            new = torch.cat(gradients.probed(pool))
             mean = self.averages.setdefault(pool.name, torch.zeros_like(new))
-            mean.mul_(self.beta).add_(new, alpha=1 - self.beta)
+            mean.mul_(self.beta).add_(new, alpha=(1 - self.beta) * scale)
 
     def share(self, pool: Pool, dropped: Tensor) -> float:
         """Mean magnitude over the active connections."""
@@ -181,6 +181,8 @@ class SNFS(Rewirer):
         self.averaging.request(pool, self.seed, window)  # the same candidates all through a window
 
     def _after_step(self, pools: list[Pool]) -> None:
+        if self.every == "epoch" and not self.averaging.exact and self._partial(pools):
+            return  # gradients from before the window are in its first step: it begins with the next
         if self._wants_capture(self.steps):
             for pool in pools:
                 self.averaging.collect(pool)
@@ -189,14 +191,18 @@ class SNFS(Rewirer):
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.averaging.exact:
-            if self._epoch_ends_with_update(last):
+            if self._epoch_ends_with_update(self.epochs, last):
                 self._update(self._trained(), self.epochs)
-        elif self._epoch_ends_with_update(last) and not self._due:  # while a window is open, epochs only pass
+        elif self._epoch_ends_with_update(self.epochs, last) and not self._due:
+            # (While a window is open, epochs only pass.)
             self._left = self.window
             super()._after_epoch(evaluate, last)
 
+    def _ready(self, pools: list[Pool]) -> list[Pool]:
+        return [pool for pool in pools if pool.name in self.averaging.averages]
+
     def _update(self, pools: list[Pool], time: int) -> None:
-        super()._update([pool for pool in pools if pool.name in self.averaging.averages], time)
+        super()._update(pools, time)
         if not self.averaging.exact:
             self.averaging.averages.clear()
 

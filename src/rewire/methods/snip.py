@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rewire.methods.attachment import gradient_scale
 from rewire.methods.base import Pool
 from rewire.methods.registry import register
 from rewire.methods.shrink import Connections, Density, Shrinking
@@ -102,11 +103,13 @@ class SNIP(Shrinking):
         mine = [pool for pool in self._trained() if pool.optimizer is optimizer]
         if not any(pool.weight.values.grad is not None for pool in mine):
             return
+        divisor = gradient_scale(optimizer)
         for pool in mine:
             gradient, total = pool.weight.values.grad, self._gradients[pool.number]
             self._measured[pool.number] += 1
             if gradient is not None and self._measured[pool.number] <= self.batches:
-                self._gradients[pool.number] = gradient.clone() if total is None else total + gradient
+                gradient = gradient / divisor
+                self._gradients[pool.number] = gradient if total is None else total + gradient
         for parameter in self._attachment.parameters(optimizer):
             parameter.grad = None
         if all(self._measured[pool.number] >= self.batches for pool in self._trained()):

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import topology
-from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Moments, Pool, Purpose
 from rewire.methods.drop import Magnitude
-from rewire.methods.gradients import CandidateCount, best_candidates
+from rewire.methods.gradients import CandidateCount, best_candidates, probed
 from rewire.methods.grow import Gradient
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
@@ -203,9 +202,7 @@ class _Sampled:
     def __init__(self, pool: Pool, seed: int, step: int) -> None:
         assert pool.weight.candidates is not None
         self._pool, self._seed, self._step = pool, seed, step
-        own, new = pool.weight.candidates.gradients()
-        both = sum_over_ranks(pool.weight, torch.cat([own, new]))
-        self._own, self._new = both.split([own.numel(), new.numel()])
+        self._own, self._new = probed(pool)
 
     def strongest(self, dropped: Tensor) -> Tensor:
         """As `_Exact.strongest`."""

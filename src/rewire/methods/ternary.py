@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import budget
+from rewire.methods.attachment import gradient_scale
 from rewire.methods.base import Evaluate, Method, Pool
 from rewire.methods.dense import Patterns, in_scope, largest, refuse_patterns
 from rewire.methods.layer_hooks import LayerHook
@@ -237,6 +238,7 @@ class Ternary(Method):
             if weight.optimizer is optimizer and gradient is not None:
                 w = weight.tensor.detach()
                 largest = float(w.abs().max())
+                gradient = gradient / gradient_scale(optimizer)
                 by_q = gradient - 2 * l2 * w if l2 else gradient
                 slope, count = threshold_slope(w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean")
                 self._slopes[i] = slope * largest / max(count, 1) ** 0.5, count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,14 +14,11 @@ from rewire import random, topology
 from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Method, Moments, Pool, Purpose
 from rewire.methods.registry import register
-from rewire.nn import Event
+from rewire.methods.topk import recorded
 from rewire.schedules import within
 from rewire.topology import Index
 
 __all__ = ["TopKAST"]
-
-#: Active connections whose gradient says how the optimizer's gradients were scaled (averaged, clipped, unscaled).
-_PROBES = 1024
 
 
 @register(
@@ -89,9 +85,6 @@ class TopKAST(Method):
         super().__init__(model, optimizer, moments=moments, seed=seed)
         self._theta = [self._initial(pool) for pool in self.pools]
         self._exploring = [_Exploring(pool) for pool in self.pools]
-        here = weakref.ref(self)
-        for pool in self.pools:
-            self._attachment.follow(pool, lambda event, i=pool.number: _tell(here, i, event))
 
     def _initial(self, pool: Pool) -> Tensor:
         """theta of all M positions: random at the scale of the values there are (theirs are in the pool)."""
@@ -156,12 +149,6 @@ class TopKAST(Method):
         self._theta, self._exploring = theta, exploring
 
 
-def _tell(method: weakref.ref[TopKAST], number: int, event: Event) -> None:
-    here = method()
-    if here is not None:
-        here._exploring[number].plan = None
-
-
 class _Exploring:
     """Positions of one pool that learn without taking part: their values and an optimizer like the pool's."""
 
@@ -170,8 +157,7 @@ class _Exploring:
         self.at = torch.empty(0, dtype=torch.int64, device=pool.weight.device)
         self.values = nn.Parameter(torch.empty(0, dtype=pool.weight.dtype, device=pool.weight.device))
         self.optimizer = self._like(pool.optimizer)
-        #: Index of the exploring positions (slots 0, 1, ...) and then the probes; and the probes' slots of the pool.
-        self.plan: tuple[Index, Tensor] | None = None
+        self._index: Index | None = None  # of `at`, in slots 0, 1, ...
 
     def _like(self, optimizer: Optimizer) -> Optimizer:
         kind = type(optimizer)
@@ -186,7 +172,7 @@ class _Exploring:
 
     def begin(self, at: Tensor, theta: Tensor) -> None:
         """Explore the positions ``at`` (ascending), from their ``theta``; optimizer state starts afresh."""
-        self.at, self.plan = at, None
+        self.at, self._index = at, None
         self.values = nn.Parameter(theta[at].clone())
         self.optimizer = self._like(self.pool.optimizer)
 
@@ -194,20 +180,13 @@ class _Exploring:
         """One optimizer step along the loss gradient, and the penalty."""
         if not self.at.numel():
             return
-        weight = self.pool.weight
-        if not weight.capture:
-            raise RuntimeError(
-                f"{self.pool.name} was trained, but its gradients were not captured: top-kast cannot train a compiled "
-                "model, and must be made before the backward pass of its first step"
-            )
-        index, probes = self._planned()
-        n = self.at.numel() + probes.numel()
-        found = sum_over_ranks(weight, torch.stack([pair.at(index, n) for pair in weight.capture]).sum(0))
-        gradient, probed = found[: self.at.numel()], found[self.at.numel() :]
-        scale, size = 1.0, float(probed @ probed)
-        if weight.values.grad is not None and size > 0:
-            scale = float(probed @ weight.values.grad[probes].to(probed)) / size
-        self.values.grad = (gradient * scale).to(weight.dtype)
+        weight, record = self.pool.weight, recorded(self.pool)
+        if self._index is None:
+            cols = weight.matrix_shape[1]
+            self._index = topology.build_index(self.at // cols, self.at % cols, *weight.matrix_shape)
+        parts = [pair.at(self._index, self.at.numel()) for pair in record.pairs]
+        own = torch.stack(parts).sum(0) if parts else torch.zeros_like(self.values)
+        self.values.grad = (sum_over_ranks(weight, own) * record.scale()).to(weight.dtype)
         for name, value in self.pool.group.items():
             if name != "params":
                 self.optimizer.param_groups[0][name] = value
@@ -215,16 +194,6 @@ class _Exploring:
         self.optimizer.step()
         with torch.no_grad():
             self.values.mul_(max(1.0 - self.pool.lr * decay, 0.0))
-
-    def _planned(self) -> tuple[Index, Tensor]:
-        if self.plan is None:
-            weight = self.pool.weight
-            slots = weight.active()
-            probes = slots[:: -(-slots.numel() // _PROBES)]
-            rows = torch.cat([self.at // weight.matrix_shape[1], weight.rows[probes].long()])
-            cols = torch.cat([self.at % weight.matrix_shape[1], weight.cols[probes].long()])
-            self.plan = topology.build_index(rows, cols, *weight.matrix_shape), probes
-        return self.plan
 
     def state(self) -> dict[str, Any]:
         kept = self.optimizer.state.get(self.values, {})
@@ -236,7 +205,7 @@ class _Exploring:
 
     def load(self, state: Mapping[str, Any]) -> None:
         like = self.pool.weight.values.detach()
-        self.at = state["at"].to(like.device, copy=True)
+        self.at, self._index = state["at"].to(like.device, copy=True), None
         self.values = nn.Parameter(state["values"].to(like, copy=True))
         self.optimizer = self._like(self.pool.optimizer)
         # Numbers such as Adam's count stay where the optimizer has them.

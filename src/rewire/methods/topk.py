@@ -11,8 +11,9 @@ from torch import Tensor
 from rewire import ops, topology
 from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Pool
+from rewire.methods.recording import Record, Status
 
-__all__ = ["Best", "Gradients", "exponential", "gradient_block", "top"]
+__all__ = ["Best", "Gradients", "exponential", "gradient_block", "recorded", "top"]
 
 #: Elements of a tile of scores.
 TILE_ELEMENTS = 1 << 20
@@ -172,22 +173,30 @@ def exponential(uniforms: Tensor) -> Tensor:
 
 
 class Gradients:
-    """The gradients of a pool's positions, dormant ones included: summed over all captured calls of the step, and over
-    ranks where the pool is shared. Raises RuntimeError where nothing was captured."""
+    """The gradients of a pool's positions, dormant ones included: summed over all recorded calls of the step, and over
+    ranks where the pool is shared. Raises RuntimeError where they are not known.
+
+    They are as backward gave them; `Record.scale` brings them to the optimizer's scale.
+    """
 
     def __init__(self, pool: Pool) -> None:
-        self._weight, self._pairs = pool.weight, captured(pool)
+        self._weight, self._pairs = pool.weight, recorded(pool).pairs
 
     def block(self, start: int, stop: int) -> Tensor:
         """Of whole rows: (stop - start, cols)."""
-        return self._total([pair.block(start, stop) for pair in self._pairs])
+        return self._total(
+            [pair.block(start, stop) for pair in self._pairs], stop - start, self._weight.matrix_shape[1]
+        )
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Of distinct positions: (n,)."""
         index = topology.build_index(rows, cols, *self._weight.matrix_shape)
-        return self._total([pair.at(index, rows.numel()) for pair in self._pairs])
+        return self._total([pair.at(index, rows.numel()) for pair in self._pairs], rows.numel())
 
-    def _total(self, parts: Sequence[Tensor]) -> Tensor:
+    def _total(self, parts: Sequence[Tensor], *shape: int) -> Tensor:
+        if not parts:  # the layer did not run, here or at all
+            kind = torch.promote_types(self._weight.dtype, torch.float32)
+            return sum_over_ranks(self._weight, torch.zeros(shape, dtype=kind, device=self._weight.device))
         total = parts[0]
         for part in parts[1:]:
             total += part
@@ -199,11 +208,19 @@ def gradient_block(pool: Pool) -> ScoreBlock:
     return Gradients(pool).block
 
 
-def captured(pool: Pool) -> list[ops.Pair]:
-    """What the pool's layer kept of the step. Raises RuntimeError where that is nothing."""
-    if not pool.weight.capture:
+def recorded(pool: Pool) -> Record:
+    """What was recorded of the pool's step. Raises RuntimeError where that is not all of its gradient."""
+    record = pool.recorder.record if pool.recorder is not None else None
+    status = Status.UNKNOWN if record is None else record.agree()
+    if record is None or status is Status.UNKNOWN:
         raise RuntimeError(
-            f"nothing was captured of {pool.name}, whose gradients the method needs: a compiled layer cannot be "
-            "captured, so give the method candidates=... (a number) there, which works in compiled models"
+            f"the gradients of {pool.name}, which the method needs, were not captured: a compiled layer cannot be "
+            "captured, so give the method candidates=... (a number) there, which works in compiled models; gradients "
+            "put into .grad by hand, or computed before the method was made, are not known at dormant positions"
         )
-    return pool.weight.capture
+    if status is Status.PARTIAL:
+        raise RuntimeError(
+            f"the gradients of {pool.name} that the optimizer used are not all of backward passes since the method's "
+            "last step: call zero_grad() after each optimizer step"
+        )
+    return record

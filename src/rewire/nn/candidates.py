@@ -30,7 +30,7 @@ class Candidates:
     Attributes:
         probe: a leaf of zeros, (capacity + n,), added to values and candidates. Its gradient, summed over backward
             passes, is that of all connections, unclipped and in one scale: those of the optimizer may have been
-            unscaled or clipped, and belong to active connections only.
+            unscaled or clipped, and belong to active connections only. Whoever put the candidates there collects it.
 
     Cost: O((K + n) log) time once, O(K + n) memory; products cost as much as with K + n connections.
     """
@@ -50,12 +50,6 @@ class Candidates:
     def values(self, own: Tensor) -> Tensor:
         """The weight's values ``own`` (capacity,) with the candidates' zeros behind: (capacity + n,)."""
         return F.pad(own, (0, self.count)) + self.probe
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Of the weight's slots, (capacity,), and of the candidates, (n,); zeros where nothing was backpropagated."""
-        gradient = torch.zeros_like(self.probe) if self.probe.grad is None else self.probe.grad
-        split = gradient.numel() - self.count
-        return gradient[:split].detach(), gradient[split:].detach()
 
     def spoil(self) -> None:
         """The weight has changed: a graph that was recorded with these raises on backward."""

@@ -21,7 +21,7 @@ from rewire.nn.candidates import Candidates
 from rewire.nn.events import Event, Follower
 from rewire.nn.followers import carry_optimizer_state
 from rewire.nn.twin import refuse_data_parallel, refuse_torchscript
-from rewire.ops import Capture, regrow_, walk_and_regrow_
+from rewire.ops import Capture, Pair, regrow_, walk_and_regrow_
 from rewire.topology import Index, TopologyError
 
 __all__ = ["SparseWeight"]
@@ -44,7 +44,7 @@ class SparseWeight(nn.Module):
     Attributes:
         values: 1-D `torch.nn.Parameter` of length ``capacity``, an ordinary one for optimizers, clipping, AMP, DDP.
         rows, cols: integer buffers of length ``capacity`` (int32 while everything fits, else int64).
-        capture: None, or a list to which the layer's next backward passes append a
+        capture: None, or a list (or alike) to which the layer's next backward passes append a
             `rewire.ops.Pair` of input and gradient of the output, one per call.
         candidates: None, or dormant connections on trial (`rewire.nn.Candidates`), whose gradients the next backward
             passes find; None again after any change of the pool.
@@ -277,7 +277,12 @@ class SparseWeight(nn.Module):
         """The dense tensor of ``shape``, zeros where there is no connection; differentiable. Allocates all of it."""
         rows, cols, values = self.coo()
         dense = torch.zeros(self.matrix_shape, dtype=self.dtype, device=self.device)
-        return dense.index_put((rows, cols), values).reshape(self._shape)
+        dense = dense.index_put((rows, cols), values)
+        capture = None if torch.compiler.is_compiling() else self.capture
+        if capture is not None and dense.requires_grad:  # its gradient is that of all positions
+            eye = torch.eye(self.matrix_shape[1], dtype=self.dtype, device=self.device)
+            dense.register_hook(lambda g: capture.append(Pair(eye, g.detach().t())))
+        return dense.reshape(self._shape)
 
     def fan_in(self) -> Tensor:
         """Connections of each row (int64, length rows)."""

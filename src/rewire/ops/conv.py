@@ -49,10 +49,10 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Gradients:
         check_versions(ctx)
         x, values, *lists = ctx.saved_tensors
-        if ctx.capture is not None:
-            ctx.capture.append(Pair(x.detach(), g.detach(), ctx.geometry))
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-        grad_x = _input_gradient(g, values, lists, x, ctx.geometry) if need_x else None
+        if ctx.capture is not None and need_values:
+            ctx.capture.append(Pair(x.detach(), g.detach(), ctx.geometry))
+        grad_x = _input_gradient(g, values, lists, x, ctx.geometry, ctx.capture) if need_x else None
         grad_values = _value_gradient(g, x, values.shape[0], lists, ctx.geometry) if need_values else None
         grad_bias = g.sum((0, *range(2, g.dim()))) if need_bias else None
         return grad_x, grad_values, grad_bias, *_LISTS, None, None
@@ -64,9 +64,9 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, g: Tensor, values: Tensor, inputs: int, sizes: tuple[int, ...], channels_last: bool,
-        geometry: Geometry, *lists: Tensor,
+        geometry: Geometry, capture: Capture | None, *lists: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.geometry = geometry
+        ctx.geometry, ctx.capture = geometry, capture
         ctx.save_for_backward(g, values, *lists)
         return conv_input_gradient(lists[3], lists[4], lists[5], values, g, sizes, inputs, geometry, channels_last)
 
@@ -74,9 +74,11 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx: Any, h: Tensor) -> Gradients:
         g, values, *lists = ctx.saved_tensors
         need_g, need_values = ctx.needs_input_grad[:2]
-        grad_g = _forward(h, values, lists, ctx.geometry) if need_g else None
+        if ctx.capture is not None and need_values:
+            ctx.capture.append(Pair(h.detach(), g.detach(), ctx.geometry))
+        grad_g = _forward(h, values, lists, ctx.geometry, ctx.capture) if need_g else None
         grad_values = _value_gradient(g, h, values.shape[0], lists, ctx.geometry) if need_values else None
-        return grad_g, grad_values, None, None, None, None, *_LISTS
+        return grad_g, grad_values, None, None, None, None, None, *_LISTS
 
 
 class _ValueGradient(torch.autograd.Function):
@@ -97,18 +99,22 @@ class _ValueGradient(torch.autograd.Function):
         return grad_g, grad_x, None, None, *_LISTS
 
 
-def _forward(x: Tensor, values: Tensor, lists: list[Tensor], geometry: Geometry) -> Tensor:
+def _forward(
+    x: Tensor, values: Tensor, lists: list[Tensor], geometry: Geometry, capture: Capture | None = None
+) -> Tensor:
     if _recorded(x, values):
-        y: Tensor = _Conv.apply(x, values, None, *lists, geometry, None)  # type: ignore[no-untyped-call]
+        y: Tensor = _Conv.apply(x, values, None, *lists, geometry, capture)  # type: ignore[no-untyped-call]
         return y
     return conv(lists[0], lists[1], lists[2], values, x, None, geometry, is_channels_last(x))
 
 
-def _input_gradient(g: Tensor, values: Tensor, lists: list[Tensor], x: Tensor, geometry: Geometry) -> Tensor:
+def _input_gradient(
+    g: Tensor, values: Tensor, lists: list[Tensor], x: Tensor, geometry: Geometry, capture: Capture | None = None
+) -> Tensor:
     """In the shape and memory format of ``x``."""
     if _recorded(g, values):
         out: Tensor = _InputGradient.apply(  # type: ignore[no-untyped-call]
-            g, values, x.shape[1], tuple(x.shape[2:]), is_channels_last(x), geometry, *lists
+            g, values, x.shape[1], tuple(x.shape[2:]), is_channels_last(x), geometry, capture, *lists
         )
         return out
     return conv_input_gradient(
@@ -130,8 +136,8 @@ def sparse_conv(
 
     As a matrix the weight is (output channels) by (input channels / groups x kernel positions). ``x`` is
     (batch, channels, d1, ...) with one to three dimensions as in ``geometry``, in any strides; the result is
-    channels-last if x is, else contiguous. If ``capture`` is a list, backward appends a `Pair` of x and the gradient
-    of the output to it. Differentiable to any order (once under `torch.compile`).
+    channels-last if x is, else contiguous. If ``capture`` is given and values want a gradient, backward appends a
+    `Pair` of x and the gradient of the output to it. Differentiable to any order (once under `torch.compile`).
     Cost: O(K * output positions * batch) time for the product and for each gradient; beyond the result, keeps x
     itself for backward. Where strides or dilations pass over most of x (and its padding), only what is read counts.
     """

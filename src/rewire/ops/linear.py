@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
-from rewire.ops.pairs import Capture, Pair
+from rewire.ops.pairs import Capture, Pair, exchanged
 from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
             return _differentiable_backward(ctx, g, grad_runs)
         elif not _small(g):
             g = _in_runs(g)
-        if ctx.capture is not None:
+        if ctx.capture is not None and need_values:
             ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
         grad_x = grad_values = None
         if need_x and need_values and _together(x, values):
@@ -184,10 +184,10 @@ def _differentiable_backward(ctx: Any, g: Tensor, grad_runs: Tensor | None) -> t
     """Backward under ``create_graph=True``."""
     x, values, *lists = ctx.saved_tensors
     by_row, by_col = lists[:3], lists[3:]
-    if ctx.capture is not None:
-        ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    grad_x = _plus(_apply(g, values, None, by_col + by_row), grad_runs) if need_x else None
+    if ctx.capture is not None and need_values:
+        ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
+    grad_x = _plus(_apply(g, values, None, by_col + by_row, exchanged(ctx.capture)), grad_runs) if need_x else None
     grad_values = None
     if need_values:
         grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col)  # type: ignore[no-untyped-call]
@@ -209,10 +209,10 @@ def sparse_linear(
     ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its strides are
     (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary ones with
     ``contiguous_output``. Activations of 16 bits (`NARROW`) may go with float32 values: sums are float32, results and
-    gradients of activations of 16 bits, that of the values float32. If ``capture`` is a list, backward appends to it a
-    `Pair` of x and the gradient of the output, both (batch, features) in the values' dtype with the batch contiguous.
-    Differentiable to any order. O(K batch) time; beyond the result, keeps x for backward, as a copy unless its batch
-    is contiguous already.
+    gradients of activations of 16 bits, that of the values float32. If ``capture`` is given and values want a gradient,
+    backward appends to it a `Pair` of x and the gradient of the output, both (batch, features) in the values' dtype
+    with the batch contiguous. Differentiable to any order. O(K batch) time; beyond the result, keeps x for backward, as
+    a copy unless its batch is contiguous already.
     """
     if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(

@@ -1,8 +1,11 @@
 """What a captured call of a layer can compute: sums over samples of products of its two sides.
 
-Backward appends one `Pair` per call of a layer to ``SparseWeight.capture``. With ``g`` the gradient of the output its
-sums are the gradients of all positions of the weight, active or dormant; with ``g`` the output itself they are the
-numerators of cosine similarities. Nothing here allocates rows x cols but what the caller asks for in one block.
+Backward appends one `Pair` per call of a layer to ``SparseWeight.capture``. Under ``create_graph=True`` the products
+that a first backward pass is made of append theirs in the second one, so that sums are complete gradients.
+
+With ``g`` the gradient of the output its sums are the gradients of all positions of the weight, active or dormant; with
+``g`` the output itself they are the numerators of cosine similarities. Nothing here allocates rows x cols but what the
+caller asks for in one block.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +24,7 @@ from rewire.ops.geometry import Geometry
 from rewire.ops.kernels import sddmm
 from rewire.topology import Index
 
-__all__ = ["Capture", "Pair"]
+__all__ = ["Capture", "Exchanged", "Pair", "exchanged"]
 
 #: Elements of the largest temporary: an unfolded piece of a convolution's input.
 _UNFOLDED_ELEMENTS = 1 << 21
@@ -137,5 +141,24 @@ class Pair:
         return planes.sum(tuple(range(1 + len(kernel), planes.dim()))).reshape(self.groups, -1)
 
 
-#: What `SparseWeight.capture` is while a step is captured.
-Capture = list[Pair]
+class Capture(Protocol):
+    """What `SparseWeight.capture` is while a step is captured: a list of pairs, or what takes them like one."""
+
+    def append(self, pair: Pair, /) -> None:
+        """Take one call of the layer, in backward."""
+
+
+class Exchanged:
+    """A capture for products with the transposed weight: their pairs are the weight's with sides exchanged."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+
+    def append(self, pair: Pair, /) -> None:
+        """As `Capture.append`."""
+        self.capture.append(Pair(pair.g, pair.x, pair.geometry))
+
+
+def exchanged(capture: Capture | None) -> Capture | None:
+    """``capture`` for products with the transposed weight; where it is for those already, the one for the weight."""
+    return capture.capture if isinstance(capture, Exchanged) else capture if capture is None else Exchanged(capture)

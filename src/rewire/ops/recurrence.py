@@ -272,7 +272,7 @@ class _Recurrence(torch.autograd.Function):
         pairs += [(w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1)) for w in projection]
         result: list[Tensor | None] = [_backward_product(w_ih, g_input).t() if needed[0] else None, *of_start]
         for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
-            if w.capture is not None:
+            if w.capture is not None and needed[at]:
                 w.capture.append(Pair(inputs.t().detach(), g.t()))
             lists = w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots
             result.append(sddmm(*lists, w.values.shape[0], g.t(), inputs.t()) if needed[at] else None)
@@ -305,16 +305,42 @@ def _quick(
     return torch.cat(outputs, 1), final
 
 
+class _Relay:
+    """Keeps what the products of a backward pass within the backward pass tell a capture, until the inner pass is over:
+    a capture tells the passes apart, and what the inner one gives belongs to the outer one."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._held: list[Pair] | None = []
+
+    def append(self, pair: Pair, /) -> None:
+        """As `Capture.append`."""
+        if self._held is None:
+            self._capture.append(pair)
+        else:
+            self._held.append(pair)
+
+    def open(self) -> None:
+        """Pass on what is held, and from now on everything at once."""
+        held, self._held = self._held or [], None
+        for pair in held:
+            self._capture.append(pair)
+
+
 def _differentiable_backward(
     settings: tuple[Any, ...], tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Backward under ``create_graph=True``: walk again in operations that autograd follows."""
     cell, sizes, reverse, captures, states = settings
+    relays = [None if capture is None else _Relay(capture) for capture in captures]
     # Views stand for the arguments, so that a path from one of them to another is not counted here as well.
     own = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
-    outputs = _plain(cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], captures))
+    outputs = _plain(cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], relays))
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    for relay in relays:
+        if relay is not None:
+            relay.open()
     return [next(found) if need else None for need in needed]
 
 
