@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import budget
+from rewire.nn import attached
 from rewire.nn.convert import refuse_shared
 from rewire.nn.cut import dense_weights
-from rewire.nn.kinds import kind_of
+from rewire.nn.kinds import join, kind_of
 from rewire.nn.wrappers import movers
 
 __all__ = ["DenseWeight", "Patterns", "in_scope", "largest", "refuse_patterns"]
@@ -61,8 +62,16 @@ def in_scope(
     """The trainable dense weights whose name or whose layer's name fits, in module order.
 
     Layers that `rewire.to_sparse` can cut. Raises ValueError if there are none, if one shares a parameter with another
-    layer (a cut would untie them), or if one is in no optimizer or in several groups.
+    layer (a cut would untie them), if one is in no optimizer or in several groups, and for what the cut would refuse: a
+    prune mask, a parametrization, a hook on the gradient, a forward that was assigned.
     """
+    for name, module in model.named_modules():
+        what = attached.disguised(module)
+        fits = (only is None or _any((name, join(name, "weight")), only)) and not (
+            exclude is not None and _any((name, join(name, "weight")), exclude)
+        )
+        if what is not None and fits:
+            raise ValueError(f"{name or 'the model'} {what}")
     found = []
     for name, layer_name, layer, weight in dense_weights(model):
         both = (name, layer_name)
@@ -74,7 +83,17 @@ def in_scope(
             "there is no dense weight to act on: the method needs trainable layers of torch.nn (Linear, convolutions, "
             "RNN, GRU, LSTM, MultiheadAttention), and only= and exclude= must leave some of them"
         )
-    refuse_shared(model, {layer_name: layer for _, layer_name, layer, _ in found})
+    layers = {layer_name: layer for _, layer_name, layer, _ in found}
+    refuse_shared(model, layers)
+    for layer_name, layer in layers.items():  # the cut that ends the method would refuse them, after all the training
+        kind = kind_of(layer)
+        assert kind is not None
+        attached.check_dense(layer_name, layer, kind)
+        for path in attached.prune_masks(layer, kind):
+            raise ValueError(
+                f"{join(layer_name, path)} has a prune mask, and the method decides itself what stays: call "
+                "torch.nn.utils.prune.remove(layer, name) first, or exclude the layer"
+            )
     return [DenseWeight(name, at, layer, list(_homes(name, w, optimizers))) for name, at, layer, w in found]
 
 
