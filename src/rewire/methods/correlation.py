@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
-from rewire.nn.modes import evaluating
+from rewire.nn.modes import evaluating, rehearsing
 from rewire.nn.surgery import Group, Site, UnitGraph, fold, takes_constants
 from rewire.nn.surgery.trace import call
 from rewire.nn.tensors import first_input
@@ -88,12 +88,17 @@ class UnitMoments:
         self._sums = [_Moments() for _ in self.readers]
 
     def hooks(self) -> list[Any]:
-        """Hooks that add what the readers see, until they are removed."""
+        """Hooks that add what the readers see that have seen nothing yet, until they are removed."""
         handles = []
         for site, sums in zip(self.readers, self._sums, strict=True):
-            table = self.graph.positions(site, self.units)
-            handles.append(_watch(site, table, sums.add, own=site in self.group.producers))
+            if not sums.count:
+                table = self.graph.positions(site, self.units)
+                handles.append(_watch(site, table, sums.add, own=site in self.group.producers))
         return handles
+
+    def unseen(self) -> list[str]:
+        """The readers that were not called."""
+        return [site.name for site, sums in zip(self.readers, self._sums, strict=True) if not sums.count]
 
     def finish(self) -> None:
         """All data were seen: compute means, moments and correlations."""
@@ -210,19 +215,30 @@ def _watch(site: Site, table: Tensor, add: Callable[[Tensor], None], *, own: boo
 
 
 def measure(graph: UnitGraph, names: Iterable[str], batches: Iterable[Any]) -> dict[str, UnitMoments]:
-    """Moments of the units of the named layers over ``batches`` of inputs, in eval mode.
+    """Moments of the units of the named layers over ``batches`` of inputs, in eval mode; of layers with readers that
+    only training calls (an auxiliary head), what these read in training mode, with random factors at their expectation.
 
+    Layers of which some reader is never called with these batches are left out. ``batches`` is gone through twice where
+    a reader was not called in eval mode.
     Cost: a forward pass over the data, and O(units^2) for each position; memory O(units^2).
     """
     found = {name: UnitMoments(graph, graph.group(name)) for name in names}
-    handles = [handle for moments in found.values() for handle in moments.hooks()]
-    try:
-        with evaluating(graph.model):
-            for batch in batches:
-                call(graph.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(graph.model):
+        _pass(graph.model, found.values(), batches)
+    if any(moments.unseen() for moments in found.values()):
+        with rehearsing(graph.model, train=True), torch.no_grad():
+            _pass(graph.model, found.values(), batches)
+    found = {name: moments for name, moments in found.items() if not moments.unseen()}
     for moments in found.values():
         moments.finish()
     return found
+
+
+def _pass(model: nn.Module, found: Iterable[UnitMoments], batches: Iterable[Any]) -> None:
+    handles = [handle for moments in found for handle in moments.hooks()]
+    try:
+        for batch in batches:
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -14,9 +14,10 @@ from rewire.methods.base import Data, Method
 from rewire.methods.layer_hooks import LayerHook
 from rewire.methods.registry import register
 from rewire.methods.settings import choice
-from rewire.methods.targets import Branches, Heads, Target, Units, Weights, chosen
+from rewire.methods.targets import GATE, Branches, Cutting, Heads, Target, Units, Weights, chosen, group_of
 from rewire.nn.gates import GateKind, Recover, p_norm
-from rewire.nn.surgery.trace import Arguments
+from rewire.nn.surgery import UnitGraph
+from rewire.nn.surgery.trace import Arguments, torch_pruning
 from rewire.nn.tensors import head
 from rewire.nn.wrappers import listed
 from rewire.schedules import Schedule, at, checked, within
@@ -65,8 +66,9 @@ class Differentiable(Method):
         normalise: R of a / ||a||_1, so that shrinking all gates while growing weights does not pay; needs p < 1.
         initial: c in (0, 1), thresholds start at beta = logit(c / n): everything is on, the function unchanged.
         recover: what is off learns by the derivative of ELU ("elu") or not at all ("none").
-        data: batches; the first two rows of the first are the example that `finalize` traces the network with. By
-            default those of the first training step.
+        data: batches; the first two rows of the first are the example that the network is traced with. Layers whose
+            units cannot be cut are then left alone (``stats()["refused"]``); named without wildcards they are an error.
+            By default the example is of the first forward pass, and `finalize` finds out what can be cut.
 
     Raises ValueError for patterns that match nothing or layers of other types, and where the optimizer has weight
     decay in all its parameter groups: decay would pull beta to 0, where everything is cut.
@@ -113,6 +115,13 @@ class Differentiable(Method):
         self._names = {kind: None if n is None else [n] if isinstance(n, str) else list(n) for kind, n in names.items()}
         self._gates = {"gate": gate, "weight_gate": weight_gate, "recover": recover, "initial": initial}
         found = chosen(model, self._names, gate)
+        example = None if data is None else head(_first(data), 2)
+        self._refused: dict[str, str] = {}
+        if found["units"]:
+            torch_pruning()  # that it is missing is better said now than after training
+            copied = any(name.split(".")[-1] == GATE for name, _ in model.named_modules())  # it has gates already
+            if example is not None and not copied:
+                self._refused = _refuse(model, example, found, self._names["units"] or ["*"])
         self._group = _home(optimizer, model)
         super().__init__(model, optimizer, seed=seed)
         options: dict[str, Any] = {"initial": initial, "recover": recover}
@@ -123,7 +132,7 @@ class Differentiable(Method):
             self.targets.append(Branches(model, found["branches"], gate, options))
         self._parameters = [parameter for target in self.targets for parameter in target.parameters()]
         self._take_in()
-        self._example: Any = None if data is None else head(_first(data), 2)
+        self._example: Any = example
         self._handle: Any = None
         if data is None:
             self._handle = model.register_forward_pre_hook(_Look(self).before, with_kwargs=True)
@@ -158,17 +167,19 @@ class Differentiable(Method):
         return within("strength", at(self.strength, self.steps), 0.0) * total
 
     def stats(self) -> dict[str, Any]:
-        """As of every method, and under "components" how many of each target's are on: name -> (on, all)."""
+        """As of every method; "components": how many of each target's are on, name -> (on, all); "refused": layers
+        whose units cannot be cut -> why (known from the start where ``data`` was given, else after `finalize`)."""
         with torch.no_grad():
             on = {t.name: (int((t.values() != 0).sum()), t.count) for t in self.targets}
-        return super().stats() | {"components": on}
+        return super().stats() | {"components": on, "refused": dict(self._refused)}
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
         """The network without gates and without what is off; the optimizer goes on with what is left.
 
         Raises RuntimeError if no forward pass was seen and no ``data`` given. Units that cannot be removed without a
-        change of the output (a constant behind zero padding, say) stay, with weights of 0.
+        change of the output (a constant behind zero padding, say) stay, with weights of 0; so do those of a layer that
+        cannot be cut at all (``stats()["refused"]`` says why).
         """
         if not self._attachment.attached:
             return self.model
@@ -179,8 +190,10 @@ class Differentiable(Method):
         self._forget_gates()
         for target in self.targets:
             target.bake()
+        cutting = Cutting(self.model, self._example)
         for target in sorted(self.targets, key=lambda t: t.order):
-            target.cut(self.optimizers, self._example)
+            target.cut(self.optimizers, cutting)
+        self._refused |= cutting.refused
         return super().finalize()
 
     def _forget_gates(self) -> None:
@@ -200,6 +213,19 @@ class _Look(LayerHook):
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.method is not None:
             self.method._look(args, kwargs)
+
+
+def _refuse(model: nn.Module, example: Any, found: dict[str, list[str]], patterns: Sequence[str]) -> dict[str, str]:
+    """Take layers whose units cannot be cut off ``found``, and say why; named without wildcards they are an error."""
+    graph = UnitGraph(model, example)
+    refused = {name: reason for name in found["units"] if isinstance(reason := group_of(graph, name), str)}
+    for name, reason in refused.items():
+        if name in patterns:
+            raise ValueError(f"units: {reason}")
+    if len(refused) == len(found["units"]):
+        raise ValueError(f"units: no layer has units that can be cut: {'; '.join(refused.values())}")
+    found["units"] = [name for name in found["units"] if name not in refused]
+    return refused
 
 
 def _home(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module) -> dict[str, Any]:

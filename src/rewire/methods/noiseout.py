@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, get_args
 
@@ -303,12 +303,17 @@ class NoiseOut(Method):
         self._best.restore(self.model, self.optimizers)
         if self._outputs is not None:  # first, because what they hold of forward passes cannot be copied with the model
             self._outputs.load(self._beside["outputs"])
-        self._graph = UnitGraph(self.model, self._example)
+        self._graph = UnitGraph(self.model, self._example, self._graph.tried)
         self._score, self.updates = self._beside["score"], self._beside["updates"]
         self._merged = dict(self._beside["merged"])
 
     def _measure(self, names: Iterable[str]) -> dict[str, UnitMoments]:
-        return measure(self._graph, [name for name in self._names if name in names], self._batches())
+        wanted = [name for name in self._names if name in names]
+        found = measure(self._graph, wanted, self._batches())
+        for name in wanted:
+            if name not in found:
+                self._refused[name] = f"the units of {name} are not merged: a layer that reads them was not called"
+        return found
 
     def _merge(self, moments: Mapping[str, UnitMoments]) -> str | None:
         """Carry out the next merge over all layers and name its layer; None if no pair is left."""
@@ -338,7 +343,7 @@ class NoiseOut(Method):
         self.updates += 1
 
     def _batches(self) -> Iterable[Any]:
-        return self._kept if self._kept is not None else map(_input, self._data)
+        return self._kept if self._kept is not None else _Inputs(self._data)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -373,11 +378,21 @@ class NoiseOut(Method):
             for optimizer in self.optimizers:
                 if any(t.dim() and t.shape != parameter.shape for t in _tensors(optimizer.state.get(parameter, {}))):
                     del optimizer.state[parameter]
-        self._graph = UnitGraph(self.model, self._example)
+        self._graph = UnitGraph(self.model, self._example, self._graph.tried)
         if self._outputs is not None:
             self._outputs.load(outputs)
         self._merged, self._checks, self._score, self.threshold = merged, checks, score, threshold
         self._best, self._beside = best, beside
+
+
+class _Inputs:
+    """The inputs of the data's batches, to go through again and again."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_input, self._data)
 
 
 def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
@@ -423,5 +438,9 @@ def _choose(graph: UnitGraph, layers: str | None) -> tuple[list[str], dict[str, 
                 chosen.append(name)
                 coupled |= {site.name for site in group.producers}
     if not chosen:
-        raise ValueError(f"no layer has units that can be merged: {'; '.join(refused.values()) or 'there is none'}")
+        kinds = ", ".join(sorted({type(m).__name__ for m in graph.model.modules() if not list(m.children())}))
+        raise ValueError(
+            "no layer has units that can be merged: "
+            + ("; ".join(refused.values()) or f"none of {kinds or 'no layer'} has units of its own (Linear, Conv, ...)")
+        )
     return chosen, refused

@@ -23,18 +23,41 @@ from rewire.nn.absent import Absent
 from rewire.nn.convert import ties
 from rewire.nn.cut import to_sparse
 from rewire.nn.gates import Elementwise, Gate
-from rewire.nn.modes import evaluating
+from rewire.nn.modes import evaluating, rehearsing
 from rewire.nn.structure import Part, announce
 from rewire.nn.surgery import Group, UnitGraph, fold, takes_constants
+from rewire.nn.surgery.kinds import holds_units
 from rewire.nn.surgery.trace import call
 from rewire.nn.tensors import first_input, first_tensor
 
-__all__ = ["Branches", "Heads", "Target", "Units", "Weights", "chosen"]
+__all__ = ["Branches", "Cutting", "Heads", "Target", "Units", "Weights", "chosen", "group_of"]
 
 #: The name under which a gate is a submodule of what it gates.
 GATE = "rewire_gate"
 #: Largest difference within an input that counts as constant, of dead units after baking.
 CONSTANT = 1e-6
+
+
+class Cutting:
+    """What targets share when they are cut: the units of the network, found when the first asks; what was refused."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model, self.example = model, example
+        #: Layer -> why its units stay, with weights of 0.
+        self.refused: dict[str, str] = {}
+        self._graph: UnitGraph | str | None = None
+
+    def graph(self, name: str) -> UnitGraph | None:
+        """The units of the network as it is now; None, noted for layer ``name``, where they cannot be found."""
+        if self._graph is None:
+            try:
+                self._graph = UnitGraph(self.model, self.example)
+            except ValueError as error:
+                self._graph = str(error)
+        if isinstance(self._graph, str):
+            self.refused[name] = self._graph
+            return None
+        return self._graph
 
 
 class Target(ABC):
@@ -63,7 +86,7 @@ class Target(ABC):
         """Multiply the gate into the weights and take it off; the function stays the same."""
 
     @abstractmethod
-    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+    def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
         """Take out what is zero; the function stays the same."""
 
 
@@ -152,16 +175,19 @@ class Units(Target):
         self.dead = (a == 0).nonzero().flatten()
         _scale(self.module, a)
 
-    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+    def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
         """Units that are 0 on every way to their consumers go; the constants that their successors see are folded."""
         if not self.dead.numel() or self.module not in list(self.model.modules()):
             return
-        graph = UnitGraph(self.model, example)
-        group = _group_of(graph, self.name)
-        if group is None:
+        graph = cutting.graph(self.name)
+        if graph is None:
+            return
+        group = group_of(graph, self.name)
+        if isinstance(group, str):
+            cutting.refused[self.name] = group
             return
         silent = [u for u in group.alive.tolist() if all(_silent(graph, site, u) for site in group.producers)]
-        constants = _constants(self.model, example, graph, group, silent)
+        constants = _constants(self.model, cutting.example, graph, group, silent)
         gone = [u for u in silent if u in constants and (not constants[u] or takes_constants(graph, group))]
         gone = gone[: group.alive.numel() - 1]
         for u in gone:
@@ -186,14 +212,21 @@ def _scale(module: nn.Module, a: Tensor) -> None:
             announce(tensor, [Part(tensor, factor.mul)])
 
 
-def _group_of(graph: UnitGraph, name: str) -> Group | None:
-    """The group whose producers or followers include layer ``name``; None where its units cannot be cut."""
+def group_of(graph: UnitGraph, name: str) -> Group | str:
+    """The group whose producers or followers include layer ``name``; the reason where its units cannot be cut."""
+    if holds_units(graph.model.get_submodule(name)):
+        reason = graph.refusal(name)
+        return graph.group(name) if reason is None else reason
+    refused = []
     for producer in graph.names:
-        if graph.refusal(producer) is None:
-            group = graph.group(producer)
-            if any(site.name == name for site in (*group.producers, *group.followers)):
-                return group
-    return None
+        reason = graph.refusal(producer)
+        if reason is not None:
+            refused.append(reason)
+            continue
+        group = graph.group(producer)
+        if any(site.name == name for site in (*group.producers, *group.followers)):
+            return group
+    return f"no layer whose units can be cut goes through {name}: {'; '.join(refused) or 'it was not called'}"
 
 
 def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
@@ -231,6 +264,9 @@ def _constants(
     try:
         with evaluating(model):
             call(model, example)
+        if not all(seen.values()):  # read in training mode alone
+            with rehearsing(model, train=True):
+                call(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -275,7 +311,7 @@ class Weights(Target):
     def bake(self) -> None:
         _bake(self.module)
 
-    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+    def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
         there = next((name for name, module in self.model.named_modules() if module is self.module), None)
         if there is not None:  # not in a branch that is gone
             weight = self.module.weight
@@ -324,7 +360,7 @@ class Heads(Target):
         self.alive = self.gate() != 0
         _bake(self.module.out_proj)
 
-    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+    def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
         there = next((name for name, module in self.model.named_modules() if module is self.module), None)
         if there is None or bool(self.alive.all()):
             return
@@ -373,7 +409,7 @@ class Branches(Target):
             assert last is not None  # `chosen` looked
             _scale(last, a)
 
-    def cut(self, optimizers: Sequence[Optimizer], example: Any) -> None:
+    def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
         for name, a in zip(self.names, self.a.tolist(), strict=True):
             if a == 0:
                 parent, _, leaf = name.rpartition(".")
@@ -417,7 +453,11 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
         linear = [name for name, module in modules.items() if type(module) is nn.Linear][:-1]
         units = [name for name in linear if unfit("units", name) is None]
         if not units:
-            raise ValueError("the model has no Linear layer but the last: say what to gate, with units=, weights=, ...")
+            looked = ", ".join(f"{n} {unfit('units', n)}" for n in linear) or "there is none"
+            raise ValueError(
+                f"the model has no Linear layer but the last whose units could be gated ({looked}): say what to gate, "
+                "with units=, weights=, heads= or branches="
+            )
         return {"units": units, "weights": [], "heads": [], "branches": []}
     found: dict[str, list[str]] = {}
     for kind, patterns in names.items():

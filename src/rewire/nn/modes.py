@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random as python_random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,8 +49,12 @@ class _Expected(TorchDispatchMode):
             result = self._instead(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
-        for x in tensors_in(result) if not isinstance(result, Tensor) else (result,):
-            if x.is_floating_point() and torch.finfo(x.dtype).eps > torch.finfo(self.coarsest).eps:
+        for x in (result,) if isinstance(result, Tensor) else tensors_in(result):
+            if (
+                x.dtype is not self.coarsest
+                and x.is_floating_point()
+                and torch.finfo(x.dtype).eps > torch.finfo(self.coarsest).eps
+            ):
                 self.coarsest = x.dtype
         return result
 
@@ -70,6 +75,11 @@ class _Expected(TorchDispatchMode):
 _DRAWN = ("rand", "rand_like", "randn", "randn_like", "normal", "normal_", "normal_functional", "uniform", "uniform_")
 
 
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled code runs eagerly. Importing the compiler takes seconds, and without it nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, *, train: bool) -> Iterator[_Expected]:
     """Forward passes as in training (or in eval mode) without consequences and without chance.
@@ -84,8 +94,10 @@ def rehearsing(model: nn.Module, *, train: bool) -> Iterator[_Expected]:
     devices = {t.device.index or 0 for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
     python, numpy = python_random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng(sorted(devices)), torch.compiler.set_stance("force_eager"), _Expected() as expected:  # type: ignore[no-untyped-call]
-            torch.manual_seed(0)
+        with torch.random.fork_rng(sorted(devices)), _eager(), _Expected() as expected:  # type: ignore[no-untyped-call]
+            torch.default_generator.manual_seed(0)  # torch.manual_seed also looks for machines that are not there
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
             python_random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             model.train(train)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from rewire.nn.surgery.kinds import Side, axes, depthwise, holds_units, reads_units, why_not
 from rewire.nn.surgery.resize import Keep, apply_cuts, check_state
-from rewire.nn.surgery.trace import Trace, call
-from rewire.nn.tensors import map_tensors
+from rewire.nn.surgery.trace import Trace
+from rewire.nn.surgery.trial import Different, try_cut
 from rewire.nn.wrappers import listed
 
 __all__ = ["Group", "Site", "UnitGraph", "remove_units"]
@@ -65,22 +62,27 @@ class Group:
 class UnitGraph:
     """The units of ``model`` (neurons, channels, states of a recurrent layer) and the way to remove them.
 
-    Coupled layers are found by torch-pruning's dependency graph. Every group is then tried on a copy with random
-    weights in float64: with units cut, the copy must compute what it computes with their consumers' columns at zero.
-    What fails is refused, by the layer's name, before anything has changed. The graph stays valid through its own cuts.
+    Coupled layers are found by torch-pruning's dependency graph, in training and in eval mode: what only one of them
+    uses (an auxiliary head, say) is cut along. Every group is then tried on a copy with random weights, in both modes,
+    in the model's own dtype and in float64 where the network runs in that: with units cut, the copy must compute what
+    it computes with their consumers' columns at zero. What fails is refused, by the layer's name, before anything has
+    changed. The graph stays valid through its own cuts.
 
     Args:
         model: a network in ordinary PyTorch.
-        inputs: an example batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        inputs: an example batch: a tensor, a tuple of arguments, a dict of keyword arguments, or both (`Arguments`).
+        tried: layers whose groups need not be tried again, because an earlier graph of the model has (`tried`).
 
-    Cost: a copy of the model and a forward pass of the example; per group, two more in float64.
+    Raises ValueError if the network does not run with the example in both modes, or cannot be followed.
+    Cost: two copies of the model and two forward passes of the example; per group, two more and eight.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, tried: Iterable[str] = ()) -> None:
         if isinstance(model, DistributedDataParallel):
             raise ValueError("DistributedDataParallel has buckets of a fixed size: cut units before wrapping the model")
         self.model, self.inputs = model, inputs
         self._trace = Trace(model, inputs)
+        self._known = frozenset(tried)
         self._groups: dict[str, Group | str] = {}
         fit = [(n, m) for n, m in model.named_modules() if why_not(m) is None]
         sides: tuple[Side, Side] = ("out", "in")
@@ -91,8 +93,8 @@ class UnitGraph:
         self.names = [
             name for name in dict.fromkeys(self._trace.order) if name and holds_units(model.get_submodule(name))
         ]
-        #: The last layer called that reads units.
-        self.last = next((n for n in reversed(self._trace.order) if reads_units(model.get_submodule(n))), None)
+        #: The last layer called that reads units, of those that both modes call.
+        self.last = next((n for n in reversed(self._trace.shared) if reads_units(model.get_submodule(n))), None)
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -124,15 +126,18 @@ class UnitGraph:
             if name not in dict(self.model.named_modules()):
                 raise ValueError(f"the model has no layer {name!r}: it has {', '.join(self.names)}")
             try:
-                with warnings.catch_warnings():  # the model's own, about the trial copies
-                    warnings.simplefilter("ignore")
-                    self._groups[name] = self._find(name)
+                self._groups[name] = self._find(name)
             except ValueError as error:
                 self._groups[name] = str(error)
         found = self._groups[name]
         if isinstance(found, str):
             raise ValueError(found)
         return found
+
+    @property
+    def tried(self) -> frozenset[str]:
+        """The layers whose groups have been tried and can be cut."""
+        return frozenset(name for name, group in self._groups.items() if isinstance(group, Group))
 
     def refusal(self, name: str) -> str | None:
         """Why the units of layer ``name`` cannot be cut; None if they can."""
@@ -276,7 +281,8 @@ class UnitGraph:
             else:
                 group.consumers.append(site)
         self._refuse_shared(group)
-        self._try(group)
+        if name not in self._known:
+            self._try(group)
         return group
 
     def _refuse_shared(self, group: Group) -> None:
@@ -295,40 +301,29 @@ class UnitGraph:
                         f"({', '.join(sorted(names))} are one parameter)"
                     )
 
-    @torch.no_grad()
     def _try(self, group: Group) -> None:
         """Cut every second unit of a copy with random weights, and compare with zeroed columns."""
-        what = f"the units of {group.name} cannot be cut: "
         least = group.least
         lost = group.alive[1::2] if group.alive.numel() > 2 * least else group.alive[least:]
         if not lost.numel():
             return  # a single unit: nothing can be removed anyway
-        twin = copy.deepcopy(self.model).eval().double()
-        _randomize(twin)
-        inputs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, self.inputs)
-        cut = copy.deepcopy(twin)
-        for site in group.consumers:
-            _zero_columns(twin.get_submodule(site.name), "in", self.positions(site, lost).flatten())
-        for site in group.producers:
-            _zero_columns(twin.get_submodule(site.name), "out", self.positions(site, lost).flatten())
         alive, _, tensors = self._plan([(group, lost)])
+
+        def silence(twin: nn.Module) -> None:
+            for site in group.consumers:
+                _zero_columns(twin.get_submodule(site.name), "in", self.positions(site, lost).flatten())
+            for site in group.producers:
+                _zero_columns(twin.get_submodule(site.name), "out", self.positions(site, lost).flatten())
+
+        readers = ", ".join(site.name for site in group.consumers)
         try:
-            self._apply(cut, alive, tensors, ())
-            there = [x for x in tree_leaves(call(cut, inputs)) if isinstance(x, Tensor)]
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            reason = " ".join(str(error).split())
-            twice = [n for n in sorted({s.name for s in group.sites}) if self._trace.order.count(n) > 1]
-            reason += f"; {', '.join(twice)}: called more than once" if twice else ""
-            raise ValueError(f"{what}the network does not run with fewer of them ({reason})") from None
-        here = [x for x in tree_leaves(call(twin, inputs)) if isinstance(x, Tensor)]
-        if [x.shape for x in here] != [x.shape for x in there]:
-            raise ValueError(f"{what}the shape of the network's output depends on them")
-        for a, b in zip(here, there, strict=True):
-            if a.is_floating_point() and not torch.allclose(a, b, rtol=1e-7, atol=1e-9, equal_nan=True):
-                raise ValueError(
-                    f"{what}something between it and {', '.join(s.name for s in group.consumers) or 'the output'} "
-                    "mixes them or uses weights outside their layer"
-                )
+            try_cut(
+                self.model, self._trace.inputs, lambda twin: self._apply(twin, alive, tensors, ()), silence, readers
+            )
+        except Different as error:
+            twice = [name for name in sorted({site.name for site in group.sites}) if self._trace.twice(name)]
+            more = f"; {', '.join(twice)}: called more than once" if twice else ""
+            raise ValueError(f"the units of {group.name} cannot be cut: {error}{more}") from None
 
 
 def _path(module: str, name: str) -> str:
@@ -351,15 +346,6 @@ def _zero_columns(module: nn.Module, side: Side, positions: Tensor) -> None:
             getattr(module, axis.name).index_fill_(axis.dim, positions, 0)
     elif isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
         module.get_parameter("weight_hh_l0").index_fill_(1, positions, 0)
-
-
-def _randomize(model: nn.Module) -> None:
-    """Weights that hide nothing: none is zero, no unit dead by construction."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        fan_in = max(parameter[0].numel() if parameter.dim() > 1 else 4, 1)
-        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        parameter.copy_(noise.to(parameter) * (3 / fan_in) ** 0.5)
 
 
 def remove_units(

@@ -7,16 +7,21 @@ import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
+from rewire.nn.modes import rehearsing
 from rewire.nn.surgery.kinds import RECURRENT, Side, why_not
+from rewire.nn.tensors import map_tensors, rows, tensors_in
 from rewire.nn.weight import SparseWeight
 
-__all__ = ["Arguments", "Reached", "Trace", "call", "torch_pruning"]
+__all__ = ["Arguments", "Reached", "Trace", "call", "in_words", "mode_name", "torch_pruning", "twin_of"]
 
 
 def torch_pruning() -> Any:
@@ -48,6 +53,43 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if several else model(inputs)
 
 
+def in_words(error: BaseException) -> str:
+    """An exception as part of a sentence."""
+    text = " ".join(str(error).split())
+    return (text if len(text) < 300 else f"{text[:300]} ...") or type(error).__name__
+
+
+def mode_name(train: bool) -> str:
+    return "training mode" if train else "eval mode"
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A deepcopy of the model, also where it keeps tensors of its last forward pass; ValueError if that cannot be."""
+    kept: dict[int, Any] = {}
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_modules") or value is None or isinstance(value, bool | int | float | str):
+                continue
+            for tensor in tensors_in(value):
+                if not tensor.is_leaf:
+                    kept[id(tensor)] = tensor.detach().clone()
+    try:
+        twin = copy.deepcopy(model, kept)
+    except Exception as error:
+        raise ValueError(f"the model cannot be copied, so no cut can be tried on a copy: {in_words(error)}") from None
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm) and module.eps <= 0:  # does not run in training mode; units do not care
+            module.eps = 1e-5
+    return twin
+
+
+def _two_rows(inputs: Any) -> Any:
+    """The example, with two samples at least: with one, BatchNorm does not run in training mode."""
+    if rows(inputs) != 1 or isinstance(inputs, PackedSequence):
+        return inputs
+    return map_tensors(lambda x: torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x, inputs)
+
+
 @dataclass(frozen=True)
 class Reached:
     """One place that a layer's units reach: a module's side and its positions, and the unit each of them belongs to."""
@@ -58,47 +100,65 @@ class Reached:
     units: Tensor
 
 
-class _Opaque(torch.autograd.Function):
-    """One node of the graph with the shape of a recurrent layer's output, in place of the hundreds it has."""
+class _Node(torch.autograd.Function):
+    """One node of the graph in place of all that a layer computes: ``count`` outputs, then what they depend on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return x @ weight
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError("this node is for tracing only")
 
 
+def _node(outputs: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
+    leaf = torch.zeros((), requires_grad=True)  # so that there is a node where nothing else needs gradients
+    made: tuple[Tensor, ...] = _Node.apply(len(outputs), *outputs, *sources, leaf)  # type: ignore[no-untyped-call]
+    return made
+
+
 def _stand_in(module: Any, input: Any, hx: Any = None) -> Any:
-    """Forward of a recurrent layer in the traced copy: output, and last states cut out of it."""
-    x = input
-    data = x.data if isinstance(x, PackedSequence) else x
-    weight = torch.ones(data.shape[-1], module.hidden_size, dtype=data.dtype, device=data.device, requires_grad=True)
-    out = _Opaque.apply(data, weight)  # type: ignore[no-untyped-call]
-    if isinstance(x, PackedSequence):
-        states = out[: int(x.batch_sizes[0])].unsqueeze(0)
-        out = PackedSequence(out, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+    """Forward of a recurrent layer in the traced copy: output and last states, from one node."""
+    data: Tensor = input.data if isinstance(input, PackedSequence) else input
+    width = module.hidden_size
+    if isinstance(input, PackedSequence):
+        batch: tuple[int, ...] = (int(input.batch_sizes[0]),)
     else:
-        time = 1 if module.batch_first and data.dim() == 3 else 0
-        last = out.narrow(time, out.shape[time] - 1, 1)
-        states = last.transpose(0, 1) if time else last
-    return out, ((states, torch.zeros_like(states).detach()) if isinstance(module, nn.LSTM) else states)
+        batch = (data.shape[0 if module.batch_first else 1],) if data.dim() == 3 else ()
+    out, states = _node([data.new_ones(*data.shape[:-1], width), data.new_ones(1, *batch, width)], [data])
+    made: Any = out
+    if isinstance(input, PackedSequence):
+        made = PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+    return made, ((states, torch.zeros_like(states).detach()) if isinstance(module, nn.LSTM) else states)
 
 
-def _pruner(package: Any, count: Callable[[Any], int | None], read: Callable[[Any], int | None], coupled: bool) -> Any:
+def _sealed(forward: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+    """Forward of a layer that surgery does not know, as one node of the graph, of which ``note`` is told."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            result = forward(*args, **kwargs)
+        given = [t for t in tensors_in(result) if t.is_floating_point()]
+        if not given:
+            return result
+        made = _node(given, [t for t in tensors_in((args, kwargs)) if t.requires_grad])
+        note(made[0].grad_fn)
+        replaced = {id(old): new for old, new in zip(given, made, strict=True)}
+        return map_tensors(lambda t: replaced.get(id(t), t), result)
+
+    return run
+
+
+def _pruner(package: Any, count: Callable[[Any], int | None], read: Callable[[Any], int | None]) -> Any:
     """A torch-pruning handler that only counts; nothing is ever pruned by it."""
 
     class Handler(package.BasePruningFunc):  # type: ignore[misc, name-defined, unused-ignore]
         def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
             return layer
 
-        if coupled:
-            prune_in_channels = prune_out_channels
-        else:
-
-            def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-                return layer
+        def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+            return layer
 
         def get_out_channels(self, layer: nn.Module) -> int | None:
             return count(layer)
@@ -110,7 +170,11 @@ def _pruner(package: Any, count: Callable[[Any], int | None], read: Callable[[An
 
 
 def _unknown(module: nn.Module) -> bool:
-    """Whether torch-pruning would take this layer for an elementwise operation, or for the class it derives from."""
+    """Whether the layer is one node, from which no units can be cut, whatever it computes inside."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return False
+    if isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module):
+        return True
     if any(isinstance(child, SparseWeight) for child in module.children()):
         return True
     own = any(p is not None for p in module._parameters.values())
@@ -118,59 +182,98 @@ def _unknown(module: nn.Module) -> bool:
     return own and not nested and not isinstance(module, SparseWeight) and why_not(module) is not None
 
 
-class Trace:
-    """The graph of one forward pass in eval mode: for each layer, what its units reach.
+class _Walk:
+    """The graph of one forward pass in one mode; empty where no output depends on the weights."""
 
-    The model itself is not touched: tracing runs on a copy (cost: one copy and one forward pass).
-    """
-
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        package = torch_pruning()
-        for name, module in model.named_modules():
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    raise ValueError(
-                        f"{name} has a {key} that is computed from other tensors and kept, so the model cannot be "
-                        "copied: make masks permanent (torch.nn.utils.prune.remove) and old weight norms plain first"
-                    )
-        twin = copy.deepcopy(model).eval().requires_grad_(True)
-        names = {module: name for name, module in twin.named_modules()}
-        custom: dict[Any, Any] = {}
-        for module in twin.modules():
-            if isinstance(module, RECURRENT) and why_not(module) is None:
-                custom[type(module)] = _pruner(package, lambda m: m.hidden_size, lambda m: m.input_size, False)
-                module.__dict__["forward"] = types.MethodType(_stand_in, module)
-            elif module is not twin and _unknown(module):
-                custom[type(module)] = _pruner(package, lambda m: None, lambda m: None, True)
+    def __init__(self, package: Any, model: nn.Module, inputs: Any, train: bool) -> None:
+        self._mode = mode_name(train)
+        twin = twin_of(model)
+        for parameter in twin.parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(True)
+        self._names = {module: name for name, module in twin.named_modules()}
+        self._modules = {name: module for module, name in self._names.items()}
         self._parameters = {id(p): name for name, p in twin.named_parameters()}
-        self._graph = package.DependencyGraph()
-        order: list[str] = []
-        for module in names:
-            module.register_forward_pre_hook(lambda m, args: order.append(names[m]))
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._graph.build_dependency(
-                twin, inputs, forward_fn=lambda m, x: call(m, x), customized_pruners=custom, verbose=False
-            )
-        self._names = names
-        self._modules = {name: module for module, name in names.items()}
         self._types = package.ops.OPTYPE
+        self._unknown: dict[Any, str] = {}  # node of the graph -> the layer it stands for
         #: Names of the modules in the order in which they were called, once for each call.
-        self.order = order
+        self.order: list[str] = []
+        custom: dict[Any, Any] = {}
+        sealed: list[nn.Module] = []
+
+        def note(name: str, node: Any) -> None:
+            self._unknown[node] = name
+
+        def called(module: nn.Module, args: Any) -> None:
+            self.order.append(self._names[module])
+
+        for module, name in self._names.items():
+            if isinstance(module, RECURRENT) and why_not(module) is None:
+                custom[type(module)] = _pruner(package, lambda m: m.hidden_size, lambda m: m.input_size)
+                module.__dict__["forward"] = types.MethodType(_stand_in, module)
+            elif name and _unknown(module):
+                sealed.append(module)
+                module.__dict__["forward"] = _sealed(module.forward, partial(note, name))
+            module.register_forward_pre_hook(called)
+        self._graph = package.DependencyGraph()
+        failed: list[str] = []
+
+        def forward(twin: nn.Module, inputs: Any) -> list[Tensor]:
+            twin.train(train)  # torch-pruning asks for eval mode
+            try:
+                result = call(twin, inputs)
+            except Exception as error:
+                failed.append(in_words(error))
+                raise
+            return [t for t in tensors_in(result) if t.requires_grad]
+
+        try:
+            with rehearsing(twin, train=train), torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._graph.build_dependency(
+                    twin,
+                    inputs,
+                    forward_fn=forward,
+                    customized_pruners=custom,
+                    ignored_layers=[inner for module in sealed for inner in module.modules()],
+                    verbose=False,
+                )
+        except Exception as error:
+            if failed:
+                raise ValueError(
+                    f"the network does not run in {self._mode} on the example ({failed[0]}): give data (or an example) "
+                    "with all arguments that it needs, a dict of them where there are several"
+                ) from None
+            raise ValueError(
+                f"no unit can be cut: torch-pruning cannot follow this network in {self._mode} "
+                f"({type(error).__name__}: {in_words(error)})"
+            ) from None
+
+    def has(self, name: str) -> bool:
+        """Whether the outputs of the layer are part of the graph."""
+        return self._modules[name] in self._graph.module2node
 
     def reach(self, name: str, count: int) -> list[Reached]:
-        """Where the ``count`` outputs of the layer called ``name`` go; ValueError names what is in the way."""
+        """Where the ``count`` outputs of a layer in the graph go; ValueError names what is in the way."""
         module = self._modules[name]
-        if module not in self._graph.module2node:
-            raise ValueError(f"{name} took no part in the forward pass of the example, or nothing depends on it")
-        pruner = self._graph.get_pruner_of_module(module)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            group = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count)))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pruner = self._graph.get_pruner_of_module(module)
+                group = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count)))
+        except Exception as error:
+            raise ValueError(
+                f"the units of {name} cannot be cut: torch-pruning cannot follow them in {self._mode} "
+                f"({type(error).__name__}: {in_words(error)})"
+            ) from None
         kinds, found = self._types, []
         passing = {kinds.CONCAT, kinds.SPLIT, kinds.ELEMENTWISE, kinds.RESHAPE, kinds.UNBIND, kinds.EXPAND, kinds.SLICE}
         for i in range(len(group)):
             node, positions, units = group[i].dep.target, group[i].idxs, group[i].root_idxs
+            there = self._unknown.get(node.grad_fn)
+            if there is not None:
+                reason = why_not(self._modules[there])
+                raise ValueError(f"the units of {name} cannot be cut: {there} {reason}")
             if node.type in passing:
                 continue
             if node.type == kinds.OUTPUT:
@@ -184,8 +287,57 @@ class Trace:
 
     def norm_after(self, name: str) -> str | None:
         """The BatchNorm that alone reads the layer's output, directly; None if there is none."""
-        node = self._graph.module2node.get(self._modules[name])
-        if node is None or len(set(node.outputs)) != 1:
+        node = self._graph.module2node[self._modules[name]]
+        if len(set(node.outputs)) != 1:
             return None
         after = node.outputs[0].module
-        return self._names[after] if isinstance(after, nn.modules.batchnorm._BatchNorm) else None
+        return self._names[after] if isinstance(after, _BatchNorm) else None
+
+
+class Trace:
+    """What the units of each layer reach, in training mode or in eval mode.
+
+    The model itself is not touched: tracing runs on copies (cost: two copies and two forward passes). Random factors
+    are at their expectation, and all random generators are afterwards as before.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        package = torch_pruning()
+        #: What the model is tried with: two samples at least.
+        self.inputs = _two_rows(inputs)
+        evaluating = _Walk(package, model, self.inputs, train=False)
+        training = _Walk(package, model, self.inputs, train=True)
+        self._walks = [evaluating, training]
+        #: Names of the modules in the order in which they are called, in eval mode, then those of training mode alone.
+        self.order = [*evaluating.order, *(n for n in training.order if n not in evaluating.order)]
+        #: Those that are called in both modes, once each, in the order of their first calls.
+        self.shared = list(dict.fromkeys(n for n in evaluating.order if n in training.order))
+
+    def twice(self, name: str) -> bool:
+        """Whether the layer is called more than once in a forward pass."""
+        return any(walk.order.count(name) > 1 for walk in self._walks)
+
+    def reach(self, name: str, count: int) -> list[Reached]:
+        """Where the ``count`` outputs of the layer called ``name`` go; ValueError names what is in the way."""
+        found: dict[tuple[str, Side], Reached] = {}
+        there = [walk for walk in self._walks if walk.has(name)]
+        if not there:
+            if name not in self.order:
+                raise ValueError(f"{name} took no part in the forward pass of the example")
+            raise ValueError(
+                f"the outputs of {name} cannot be followed to an output of the network: nothing uses them, or autograd "
+                "has no graph of them (torch.no_grad, a reentrant checkpoint)"
+            )
+        for walk in there:
+            for one in walk.reach(name, count):
+                other = found.get((one.module, one.side))
+                if other is not None:
+                    both = [torch.stack([part.positions, part.units]) for part in (other, one)]
+                    one = Reached(one.module, one.side, *torch.cat(both, 1).unique(dim=1))
+                found[one.module, one.side] = one
+        return list(found.values())
+
+    def norm_after(self, name: str) -> str | None:
+        """The BatchNorm that alone reads the layer's output, directly and in both modes; None if there is none."""
+        found = {walk.norm_after(name) for walk in self._walks if walk.has(name)}
+        return found.pop() if len(found) == 1 else None
