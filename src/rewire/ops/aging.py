@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rewire import _native
+
 __all__ = ["Tables", "age_step_", "young_values"]
 
 
@@ -21,7 +23,15 @@ class Tables(NamedTuple):
 
 def young_values(ages: Tensor, values: Tensor) -> Tensor:
     """The values of connections that are young (``ages != -1``), in the order of the slots; a copy."""
+    if _is_native(ages, values):
+        young: Tensor = torch.ops.rewire.young_values(ages, values)
+        return young
     return values.detach()[ages != -1]
+
+
+def _is_native(ages: Tensor, values: Tensor) -> bool:
+    fits = values.is_cpu and ages.is_cpu and values.dtype in (torch.float32, torch.float64)
+    return fits and values.is_contiguous() and ages.is_contiguous() and _native.available("age_step_")
 
 
 def age_step_(
@@ -54,6 +64,12 @@ def age_step_(
 
     Cost: a pass over the ages, and the young.
     """
+    lists = (before, first, second, *tables) if gradient is None else (before, first, second, gradient, *tables)
+    if _is_native(ages, values) and all(t.dtype == values.dtype and t.is_contiguous() for t in lists):
+        torch.ops.rewire.age_step_(
+            ages, values, before, first, second, gradient, *tables, lr, shrink, decay, maximize, squared, horizon
+        )
+        return
     slots = (ages != -1).nonzero().flatten()
     wide = tables.m.dtype
     age = ages[slots].long()
