@@ -25,13 +25,13 @@ EARLY: dict[str, Early] = {
 }
 
 
-def trained(case: Case, early: Early | None, amp: bool) -> tuple[list[tuple[str, Tensor]], Any]:
+def trained(case: Case, early: Early | None, amp: bool, fused: bool = False) -> tuple[list[tuple[str, Tensor]], Any]:
     """Three epochs of four steps; without ``early`` gradients are zeroed before backward, as documented."""
     name, settings = case
     info = methods.info(name)
     torch.manual_seed(3)
     model = dense_harness.mlp() if info.cls.starts_dense else harness.linear(torch.float32, 3)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
     data: dict[str, Any] = {"data": [(torch.randn(16, 12), torch.zeros(16))]} if info.takes_data else {}
     if "evaluate" in info.services and "every" in settings:
         data["evaluate"] = lambda net: 0.0
@@ -68,6 +68,16 @@ def test_zero_grad_may_stand_anywhere(case: Case) -> None:
             for (key, tensor), (_, found) in zip(model, other, strict=True):
                 assert tensor.shape == found.shape, (name, amp, key)
                 assert torch.equal(tensor, found), (name, amp, key)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if methods.info(c[0]).needs == "gradients"], ids=harness.case_id)
+def test_a_fused_optimizer_unscales_by_itself(case: Case) -> None:
+    """Its gradients are scaled when it steps; what methods make of them is not."""
+    model, stats = trained(case, None, False, fused=True)
+    other, counts = trained(case, EARLY["optimizer.zero_grad"], True, fused=True)
+    assert counts == stats
+    for (key, tensor), (_, found) in zip(model, other, strict=True):
+        assert torch.equal(tensor, found), key
 
 
 class Branches(nn.Module):
