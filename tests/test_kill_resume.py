@@ -77,9 +77,10 @@ def test_killed_runs_end_as_if_never_killed(server: Server, tmp_path: Path, meth
     expected = outcome(tmp_path / "whole")
     assert sum(sum(line["dropped"]) for line in expected["metrics"]) + expected["result"]["connections"] > 0
     moments = random.Random(method)
-    killed = resumed = 0
+    killed = resumed = runs = 0
     while killed < max(KILLS // len(METHODS), 1):
-        folder = tmp_path / f"killed {killed}"
+        folder = tmp_path / f"killed {runs}"  # a new one each time: some are finished before they are killed
+        runs += 1
         code, kill_after = -signal.SIGKILL, moments.uniform(0, duration)
         while code == -signal.SIGKILL:
             resumed += (folder / "config.json").exists()

@@ -88,7 +88,8 @@ def report_of(folder: Path) -> Any:
     run = read_run(folder)
     _sections(run, {})
     layers = [
-        (v.name, v.inputs, v.outputs, v.connections, v.fan_in and plain(v.fan_in.all()), v.fan_out and v.fan_out.size)
+        [v.name, v.inputs, v.outputs, v.connections]
+        + [[f.size, plain(f.units), plain(f.counts)] for f in (v.fan_in, v.fan_out) if f is not None]
         for v in run.layers
     ]
     config = {key: value for key, value in run.config.items() if key not in run_files.FREE}

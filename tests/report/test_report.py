@@ -13,7 +13,7 @@ import safetensors.numpy
 from rewire import files, report, run_files
 from rewire.report import figures
 from rewire.report.page import render
-from rewire.report.read import Fan, Run, read_run
+from rewire.report.read import Fan, Run, _Tensors, read_run
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 
@@ -209,3 +209,38 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "result.json").unlink()
     with pytest.raises(report.ReportError, match="neither a result nor a checkpoint yet"):
         report.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "reason"),
+    [
+        ("rows", np.array([0, 0, 2**30, -1], np.int32), "has 1073741824, allowed are 0 to 2"),
+        ("rows", np.zeros((0, 4), np.int32), "is no list of positions"),
+        ("cols", np.array([1.0, 5.0, 1.0, -1.0]), "is no list of positions"),
+        ("cols", np.array([-1, 5, 1, -1], np.int32), "has other empty slots than its columns"),
+        ("shape", np.array([2**62, 6, 1]), "is no size of a matrix"),
+        ("shape", np.array([0, 6]), "is no size of a matrix"),
+    ],
+)
+def test_positions_that_cannot_be(tmp_path: Path, part: str, tensor: np.ndarray, reason: str) -> None:
+    """Also where the checksums were made anew; a layer of any size costs what its connections cost."""
+    make_run(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    tensors[f"0.weight.{part}"] = tensor
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    bind(tmp_path)
+    with pytest.raises(report.ReportError, match=reason):
+        read_run(tmp_path)
+    tensors |= {"0.weight.shape": np.array([2**62, 2**61]), "0.weight.rows": np.array([0, 2**60, 2**62 - 1, -1])}
+    tensors["0.weight.cols"] = np.array([0, 0, 2**61 - 1, -1])
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    bind(tmp_path)
+    assert str(2**62) in render(read_run(tmp_path))
+
+
+def test_a_shape_that_numpy_cannot_count(tmp_path: Path) -> None:
+    """The file is right: it has no number in 0 x 2^62 x 4."""
+    header = json.dumps({"x": {"dtype": "I32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(report.ReportError, match="x has the shape"):
+        _Tensors(tmp_path / "f").get("x")

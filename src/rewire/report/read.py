@@ -136,7 +136,10 @@ class _Tensors:
         if view is None or view["dtype"] not in _DTYPES:
             return None
         flat: NDArray[Any] = np.frombuffer(view["data"], dtype=_DTYPES[view["dtype"]])
-        shaped: NDArray[Any] = flat.reshape(view["shape"])
+        try:
+            shaped: NDArray[Any] = flat.reshape(view["shape"])
+        except ValueError as error:  # no numbers at all, and yet more rows than numpy can count
+            raise self.refuse(name, f"has the shape {reading.brief(view['shape'], 100)}: {error}") from None
         return shaped
 
     def refuse(self, name: str, reason: str) -> ReportError:
