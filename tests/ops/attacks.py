@@ -138,6 +138,14 @@ CALLS: dict[str, Call] = {
     "above_drawn": _of(
         "scores", lambda _, p: [0], "by_row", "kept", lambda c, _: [c.uniform(-2, 2), 1e-6, *_draws(c, 3)]
     ),
+    "age_step_": _of(
+        lambda c, p: [torch.randint(-1, 900, p["values"].shape, dtype=c.choice((torch.int16, torch.int32)))],
+        "values",
+        "gradient",
+        lambda c, p: [p["gradient"].square(), p["signs"].to(p["values"]) if c.random() < 0.5 else None],
+        lambda _, p: [torch.rand(800, dtype=p["values"].dtype) + 0.1 for _ in range(4)],
+        lambda c, _: [0.9, 0.2, 1.0, 0.1, 0.01, 0.1, c.random() < 0.5, c.random() < 0.5, 700],
+    ),
     "uniforms": _of(lambda _, p: [p["dropped"][0]], lambda c, _: _draws(c, 3)),
     "extremes": _of("values", lambda c, p: [c.randint(0, p["values"].numel()), c.random() < 0.5]),
     "weakest": _of("values", "gradient", "slots", lambda c, _: [c.random(), c.random() < 0.5]),

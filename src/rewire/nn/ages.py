@@ -5,7 +5,8 @@ there too, but `torch.optim` keeps one step for the whole parameter: its first u
 ``(1 - beta1) / sqrt(1 - beta2)`` = 3.16 times the rate. Here every connection that grew has an *age*, the number of
 steps it has taken, as one more tensor of the optimizer's state (`KEY`), so it is saved, loaded, moved, cut and reset
 with the moments. The moments do not depend on the step; only what is made of them does. So the optimizer steps as
-it always does, and then the values of young connections are put to what their own age gives.
+it always does, and then the values of young connections are moved by the difference between what their own age makes of
+the moments and what the optimizer made of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam
 
-from rewire.ops.aging import Tables, age_step_, young_values
+from rewire.ops.aging import Tables, age_step_
 
 if TYPE_CHECKING:
     from rewire.nn.weight import SparseWeight
@@ -89,6 +90,15 @@ def _nadam(group: Mapping[str, Any], age: np.ndarray, counters: Any) -> tuple[An
     now, following = mu[:-1], mu[1:]
     m = following / (1.0 - product * following)
     return m, (1.0 - now) / (1.0 - product), 1 / np.sqrt(1 - two**age), float(group["eps"])
+
+
+def _nadam_now(group: Mapping[str, Any], state: Mapping[str, Any], step: int) -> tuple[float, float, float, float]:
+    """What the optimizer's own step ``step`` made of the moments: of its product of mu, as it stands."""
+    one, two = _betas(group)
+    now, following = (one * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"]))) for t in (step, step + 1))
+    product = float(state["mu_product"])
+    m, g = following / (1.0 - product * following), (1.0 - now) / (1.0 - product)
+    return m, g, 1.0 / math.sqrt(1.0 - two**step), float(group["eps"])
 
 
 def _nadam_horizon(group: Mapping[str, Any], precision: float) -> float:
@@ -243,7 +253,8 @@ class _Watched:
     parameter: Tensor
     users: set[int]
     settled: Tensor | None = None  # ages that are known to be all old
-    before: tuple[Tensor, Tensor, Tensor] | None = None  # during a step: ages, values of the young, the counter
+    counter: float | None = None  # the optimizer's step when the ages were last seen to
+    group: tuple[Any, dict[str, Any]] | None = None  # the optimizer's list of groups, and the parameter's
 
 
 #: What sees to the ages in each optimizer.
@@ -251,7 +262,7 @@ _AGES: weakref.WeakKeyDictionary[Optimizer, Ages] = weakref.WeakKeyDictionary()
 
 
 class Ages:
-    """Sees to the ages in one optimizer, by hooks before and after its steps. Holds the optimizer weakly.
+    """Sees to the ages in one optimizer, by a hook after its steps. Holds the optimizer weakly.
 
     Cost of a step: nothing but a look if no connection is young; else a pass over the ages and work for the young
     alone. One that has taken so many steps that its correction is the optimizer's own to the last bit is old again.
@@ -259,11 +270,8 @@ class Ages:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._pools: dict[int, _Watched] = {}
-        self._tables: dict[Any, tuple[Any, tuple[int, Tables]]] = {}
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._tables: dict[Any, tuple[Any, tuple[int, Tables, Any]]] = {}
+        self._handle = optimizer.register_step_post_hook(self._after)
 
     @classmethod
     def watch(cls, optimizer: Optimizer, parameter: Tensor, user: int) -> None:
@@ -276,6 +284,8 @@ class Ages:
         watched = ages._pools.setdefault(id(parameter), _Watched(parameter, set()))
         watched.users.add(user)
         watched.settled = None
+        state = optimizer.state.get(parameter)
+        watched.counter = float(state["step"]) if state and KEY in state else None
 
     @classmethod
     def leave(cls, optimizer: Optimizer, parameter: Tensor, user: int) -> None:
@@ -288,88 +298,65 @@ class Ages:
         if not watched.users:
             del ages._pools[id(parameter)]
         if not ages._pools:
-            for handle in ages._handles:
-                handle.remove()
+            ages._handle.remove()
             del _AGES[optimizer]
-
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure") if len(args) < 2 else args[1]
-        if closure is None:
-            self._note(optimizer)
-            return None
-
-        def evaluated() -> Any:
-            loss = closure()
-            self._note(optimizer)
-            return loss
-
-        return (args[0], evaluated, *args[2:]) if len(args) > 1 else args, kwargs | (
-            {} if len(args) > 1 else {"closure": evaluated}
-        )
-
-    @torch.no_grad()
-    def _note(self, optimizer: Optimizer) -> None:
-        """Remember the values of young connections as the step finds them."""
-        for watched in self._pools.values():
-            watched.before = None
-            state = optimizer.state.get(watched.parameter)
-            if not state or KEY not in state or state[KEY] is watched.settled:
-                continue
-            ages = ages_of(state, watched.parameter)
-            assert ages is not None
-            values = young_values(ages, watched.parameter)
-            if values.numel():
-                watched.before = ages, values, state["step"].clone()
-            else:
-                watched.settled = state[KEY]
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for watched in self._pools.values():
-            if watched.before is None:
+            state = optimizer.state.get(watched.parameter)
+            if not state or KEY not in state or state[KEY] is watched.settled:
                 continue
-            (ages, values, step), watched.before = watched.before, None
-            state = optimizer.state[watched.parameter]
-            if not torch.equal(state["step"], step):  # else it took no part, or a GradScaler had it skipped
-                self._correct(optimizer, watched.parameter, state, ages, values)
+            before, watched.counter = watched.counter, float(state["step"])
+            # Where the counter stands still it took no part, or a GradScaler had the step skipped.
+            stepped = watched.parameter.grad is not None if before is None else before != watched.counter
+            if stepped and not self._correct(optimizer, watched, state):
+                watched.settled = state[KEY]
 
-    def _correct(
-        self, optimizer: Optimizer, parameter: Tensor, state: dict[Any, Any], ages: Tensor, values: Tensor
-    ) -> None:
-        """Put the young connections where a step of their own age leads, and make them older by one."""
+    def _correct(self, optimizer: Optimizer, watched: _Watched, state: dict[Any, Any]) -> int:
+        """Put young connections where a step of their own age leads, one step older; returns how many stay young."""
         rule = _rule(type(optimizer))
         assert rule is not None
-        group = _group(optimizer, parameter)
-        horizon, tables = self._made(rule, group, parameter, state)
-        if horizon > _LONGEST_SHORT and ages.dtype == torch.int16:  # betas have changed
-            wider = ages_of(state, parameter, horizon)
-            assert wider is not None
-            ages = wider
-        lr, decay = group["lr"], group["weight_decay"]
-        decoupled = bool(group.get("decoupled_weight_decay"))
-        age_step_(
+        parameter, groups = watched.parameter, optimizer.param_groups
+        if watched.group is None or watched.group[0] is not groups or len(groups) > 1:
+            watched.group = groups, _group(optimizer, parameter)
+        group = watched.group[1]
+        horizon, tables, own = self._made(rule, group, parameter, state, int(watched.counter or 0))
+        ages = ages_of(state, parameter, horizon)
+        assert ages is not None
+        young = age_step_(
             ages,
             parameter,
-            values,
             state["exp_avg"],
             state[rule.second(group)],
             parameter.grad if rule.gradient else None,
             tables,
-            lr=float(lr),
-            shrink=float(1 - lr * decay) if decoupled else 1.0,  # rounded as the optimizer does if they are tensors
-            decay=0.0 if decoupled else float(decay),
+            own,
+            lr=float(group["lr"]),
+            decay=0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"]),
             maximize=bool(group["maximize"]),
             squared=rule.squared,
             horizon=horizon,
         )
         increment_version([parameter])
+        return young
 
     def _made(
-        self, rule: _Rule, group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Any]
-    ) -> tuple[int, Tables]:
-        """The horizon, and what a step makes of the moments by age; anew only where the group's numbers change."""
+        self, rule: _Rule, group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Any], step: int
+    ) -> tuple[int, Tables, tuple[float, float, float, float]]:
+        """The horizon, what a step makes of the moments by age, and what the optimizer's own ``step`` made of them."""
+        horizon, tables, lists = self._lists(rule, group, parameter, state, step)
+        if rule.gradient and step > lists.shape[1]:  # NAdam's table ends before its schedule does
+            return horizon, tables, _nadam_now(group, state, step)
+        m, g, root, eps = lists[:, min(step, lists.shape[1]) - 1].tolist()
+        return horizon, tables, (m, g, root, eps)
+
+    def _lists(
+        self, rule: _Rule, group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Any], step: int
+    ) -> tuple[int, Tables, Any]:
+        """Made anew only where the group's numbers change."""
         # No connection is older than the optimizer; so tables grow with its step, in powers of two.
-        longest = 1 << max(10, int(state["step"]).bit_length())
+        longest = 1 << max(10, step.bit_length())
         numbers = _betas(group), group["eps"], group.get("momentum_decay"), longest
         place = rule, parameter.dtype, parameter.device
         known = self._tables.get(place)
@@ -379,6 +366,7 @@ class Ages:
             counters = np.float64 if getattr(state.get("mu_product"), "dtype", None) == torch.float64 else np.float32
             lists = rule.tables(group, np.arange(1, length + 1, dtype=np.float64), counters)
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            made = [torch.as_tensor(np.broadcast_to(x, length).copy()).to(parameter.device, dtype) for x in lists]
-            known = self._tables[place] = numbers, (horizon, Tables(*made))
+            rows = np.stack([np.broadcast_to(x, length) for x in lists])
+            made = [torch.as_tensor(row.copy()).to(parameter.device, dtype) for row in rows]
+            known = self._tables[place] = numbers, (horizon, Tables(*made), rows)
         return known[1]

@@ -1,4 +1,4 @@
-"""The step of Adam and its relatives for connections that are younger than the optimizer."""
+"""The step of Adam and its relatives for connections that are younger than the optimizer: put right after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rewire import _native
 
-__all__ = ["Tables", "age_step_", "young_values"]
+__all__ = ["Tables", "age_step_"]
 
 
 class Tables(NamedTuple):
@@ -21,14 +21,6 @@ class Tables(NamedTuple):
     eps: Tensor
 
 
-def young_values(ages: Tensor, values: Tensor) -> Tensor:
-    """The values of connections that are young (``ages != -1``), in the order of the slots; a copy."""
-    if _is_native(ages, values):
-        young: Tensor = torch.ops.rewire.young_values(ages, values)
-        return young
-    return values.detach()[ages != -1]
-
-
 def _is_native(ages: Tensor, values: Tensor) -> bool:
     fits = values.is_cpu and ages.is_cpu and values.dtype in (torch.float32, torch.float64)
     return fits and values.is_contiguous() and ages.is_contiguous() and _native.available("age_step_")
@@ -37,53 +29,60 @@ def _is_native(ages: Tensor, values: Tensor) -> bool:
 def age_step_(
     ages: Tensor,
     values: Tensor,
-    before: Tensor,
     first: Tensor,
     second: Tensor,
     gradient: Tensor | None,
     tables: Tables,
+    own: tuple[float, float, float, float],
     *,
     lr: float,
-    shrink: float,
     decay: float,
     maximize: bool,
     squared: bool,
     horizon: int,
-) -> None:
-    """Young connections (``ages != -1``) become one step older, and their values, which were ``before``, become ::
+) -> int:
+    """Move young connections (``ages != -1``) from where a step of all led to where one of their own age leads.
 
-        shrink before - lr (g[age] (+-gradient + decay before) + m[age] first) / (root[age] sqrt(second) + eps[age])
+    A step takes ``lr u`` from a value that was w before, with ::
 
-    in place. From age ``horizon`` on they are old: -1.
+        u(m, g, root, eps) = (g (+-gradient + decay w) + m first) / (root sqrt(second) + eps)
+
+    so ``lr (u(own) - u(tables at the age))`` is added to young values, in place, and they become one step older. From
+    age ``horizon`` on they are old: -1. Returns how many are young still.
 
     Args:
-        ages: (C,) int16, read as unsigned, or int32. values, first, second, gradient: (C,). before: (young,).
+        ages: (C,) int16, read as unsigned, or int32. values, first, second, gradient: (C,), as the step left them.
         gradient: None where no table ``g`` is needed.
-        tables: as long as the oldest age, at least, or ``horizon``.
+        tables: as long as the oldest age, at least, or ``horizon``. own: the same four numbers of the step just made.
         squared: whether the square root of ``second`` is taken.
 
     Cost: a pass over the ages, and the young.
     """
-    lists = (before, first, second, *tables) if gradient is None else (before, first, second, gradient, *tables)
+    lists = (first, second, *tables) if gradient is None else (first, second, gradient, *tables)
     if _is_native(ages, values) and all(t.dtype == values.dtype and t.is_contiguous() for t in lists):
-        torch.ops.rewire.age_step_(
-            ages, values, before, first, second, gradient, *tables, lr, shrink, decay, maximize, squared, horizon
+        young: int = torch.ops.rewire.age_step_(
+            ages, values, first, second, gradient, *tables, *own, lr, decay, maximize, squared, horizon
         )
-        return
+        return young
     slots = (ages != -1).nonzero().flatten()
     wide = tables.m.dtype
     age = ages[slots].long()
     if ages.dtype == torch.int16:
         age &= 0xFFFF
-    at = age.clamp_(max=tables.m.numel() - 1)  # the table begins with age 1, which is a newborn's now
-    old = before.to(wide)
-    variance = second.detach()[slots].to(wide)
-    below = tables.root[at] * (variance.sqrt() if squared else variance) + tables.eps[at]
-    new = shrink * old
-    if gradient is not None:
-        g = gradient.detach()[slots].to(wide)
-        new -= lr * tables.g[at] * ((-g if maximize else g) + decay * old) / below
-    new -= lr * tables.m[at] * first.detach()[slots].to(wide) / below
+    at = age.clamp(max=tables.m.numel() - 1)  # the table begins with age 1, which is a newborn's now
+    variance, momentum, now = (t.detach()[slots].to(wide) for t in (second, first, values))
+    root = variance.sqrt() if squared else variance
+    m, g, scale, eps = own
+    here, there = scale * root + eps, tables.root[at] * root + tables.eps[at]
+    if gradient is None:
+        new = now + lr * (m * momentum / here - tables.m[at] * momentum / there)
+    else:
+        slope = gradient.detach()[slots].to(wide) * (-1 if maximize else 1)
+        old = (now + lr * (g * slope + m * momentum) / here) / (1 - lr * g * decay / here)
+        slope = slope + decay * old
+        own_update = (g * slope + m * momentum) / here
+        new = now + lr * (own_update - (tables.g[at] * slope + tables.m[at] * momentum) / there)
     values.detach()[slots] = new.to(values.dtype)
     age += 1
     ages[slots] = age.masked_fill_(age >= horizon, -1).to(ages.dtype)
+    return int((age != -1).sum())
