@@ -133,8 +133,8 @@ def picture(runs: list[dict[str, Any]]) -> str:
     axis = (left + width - right) / 2
     parts.append(f'<text x="{axis}" y="{height - 10}" text-anchor="middle">steps after the update</text>')
     names = {
-        "cleared": "before: bias correction of the optimizer's step (moments='cleared')",
-        "aged": "now: bias correction of each connection's own age (the default)",
+        "cleared": "before: correction of the optimizer's step (moments='cleared')",
+        "aged": "now: correction of each connection's own age (the default)",
     }
     for row, (moments, color) in enumerate(COLORS.items()):
         points = " ".join("{:.1f},{:.1f}".format(*at(i - BEFORE, v)) for i, v in enumerate(curves[moments]))

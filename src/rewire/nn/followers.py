@@ -67,6 +67,21 @@ def register_initial_state(
     to the values when the method was made or whose name says it (slow, master, old_p, ..._param, ..._weight).
     """
     _INITIAL[optimizer, key] = value
+    _DECLARED.clear()
+
+
+#: What `_declared` has found.
+_DECLARED: dict[tuple[type[Optimizer], str], Any] = {}
+
+
+def _declared(kind: type[Optimizer], key: str) -> Callable[[dict[str, Any]], float] | Literal["values"] | None:
+    """What is declared of state ``key`` of a class of optimizers, or of one above it. Asked for at every growth."""
+    if (kind, key) not in _DECLARED:
+        found = (_INITIAL.get((c.__name__, key)) for c in kind.__mro__)
+        rule = next((rule for rule in found if rule is not None), None)
+        _DECLARED[kind, key] = "values" if rule is None and _COPY.search(key) else rule
+    known: Callable[[dict[str, Any]], float] | Literal["values"] | None = _DECLARED[kind, key]
+    return known
 
 
 def _known_name(optimizer: Optimizer, table: Iterable[str]) -> str | None:
@@ -104,19 +119,18 @@ def _kept(optimizer: Optimizer, parameter: Tensor, *, resized: bool = False) -> 
 
 def _start(optimizer: Optimizer, kept: Kept) -> float | None:
     """What a new connection's number starts at; None for its own value."""
+    if _declared(type(optimizer), kept.name) is None:
+        return initial_of(optimizer, kept.name, {})
     group = next((g for g in optimizer.param_groups if any(p is kept.parameter for p in g["params"])), {})
     return initial_of(optimizer, kept.name, group)
 
 
 def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float | None:
     """What state ``key`` of a new connection starts at, in a parameter group; None for the connection's own value."""
-    for c in type(optimizer).__mro__:
-        rule = _INITIAL.get((c.__name__, key))
-        if rule == "values":
-            return None
-        if rule is not None:
-            return rule(group)
-    return None if _COPY.search(key) or key in _COPIES.get(optimizer, ()) else 0.0
+    rule = _declared(type(optimizer), key)
+    if rule is None:
+        return None if key in _COPIES.get(optimizer, ()) else 0.0
+    return None if rule == "values" else rule(group)
 
 
 def following(weight: SparseWeight) -> list[Optimizer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,19 @@ class Tables(NamedTuple):
     eps: Tensor
 
 
-def _is_native(ages: Tensor, values: Tensor) -> bool:
-    fits = values.is_cpu and ages.is_cpu and values.dtype in (torch.float32, torch.float64)
-    return fits and values.is_contiguous() and ages.is_contiguous() and _native.available("age_step_")
+#: Looked up once: a look-up takes as long as a small pool's step.
+_NATIVE: Any = torch.ops.rewire.age_step_.default if _native.available("age_step_") else None
+
+
+def _is_native(values: Tensor, *others: Tensor) -> bool:
+    """Whether the native step takes these: on the CPU, contiguous, in one of its dtypes."""
+    dtype = values.dtype
+    if _NATIVE is None or not values.is_cpu or dtype not in (torch.float32, torch.float64):
+        return False
+    for tensor in others:
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            return False
+    return values.is_contiguous()
 
 
 def age_step_(
@@ -58,9 +68,8 @@ def age_step_(
 
     Cost: a pass over the ages, and the young.
     """
-    lists = (first, second, *tables) if gradient is None else (first, second, gradient, *tables)
-    if _is_native(ages, values) and all(t.dtype == values.dtype and t.is_contiguous() for t in lists):
-        young: int = torch.ops.rewire.age_step_(
+    if _is_native(values, first, second if gradient is None else gradient, second) and ages.is_contiguous():
+        young: int = _NATIVE(
             ages, values, first, second, gradient, *tables, *own, lr, decay, maximize, squared, horizon
         )
         return young
