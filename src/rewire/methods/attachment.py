@@ -178,7 +178,7 @@ class Attachment:
         here = weakref.ref(self)
         self._watch = Watch(lambda: _watched(here))
         for pool in self.pools:
-            self.follow(pool, lambda event: _told(here, event))
+            self.follow(pool, lambda event: _loaded(here) if event.loaded else None)
         if dense:
             claim = _CLAIMS.get(model)
             before = claim() if claim is not None else None
@@ -314,11 +314,12 @@ class Attachment:
         self._watch.stepped()
         for pool in self._own(optimizer):
             # Frozen values, and those that got no gradient, have not been moved: they took no part in this step.
-            if pool.number in part or _has_gradient(pool):
-                self._fresh.add(pool.number)
-                self._seen.add(pool.number)
+            number = pool.number
+            if number in part or _has_gradient(pool):
+                self._fresh.add(number)
+                self._seen.add(number)
                 if pool.at_home():
-                    pool.lr = float(pool.group["lr"])
+                    pool.lr = float(optimizer.param_groups[pool._group_number]["lr"])
                 else:
                     self._away = True
 
@@ -469,7 +470,7 @@ def _watched(attachment: weakref.ref[Attachment]) -> list[tuple[str, Tensor, tup
     return [(f"parameter {i} of shape {tuple(p.shape)}", p, ()) for i, p in enumerate(_parameters(here))]
 
 
-def _told(attachment: weakref.ref[Attachment], event: Event) -> None:
+def _loaded(attachment: weakref.ref[Attachment]) -> None:
     here = attachment()
-    if here is not None and event.loaded:
+    if here is not None:
         here._watch.loaded()

@@ -368,7 +368,8 @@ class Method(ABC):
 
     def _release(self, pools: Iterable[Pool]) -> None:
         for pool in pools:
-            pool.unwatch()
+            if pool.recorder is not None:
+                pool.unwatch()
 
     def _limits_kept(self) -> tuple[str, ...]:
         """The kinds of limits kept under this method's settings."""

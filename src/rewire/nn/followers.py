@@ -231,9 +231,14 @@ class OptimizerFollower:
 
     def __call__(self, event: Event) -> None:
         optimizer = self._optimizer()
-        if optimizer is not None:
-            for member in inner_optimizers(optimizer):  # looked for anew: some are made in the first step
-                self._follow(optimizer, member, event)
+        if optimizer is None:
+            return
+        if is_plain(optimizer):
+            if optimizer.state.get(event.weight._own_values()):  # not plain SGD, nor before the first step
+                self._follow(optimizer, optimizer, event)
+            return
+        for member in inner_optimizers(optimizer):  # looked for anew: some are made in the first step
+            self._follow(optimizer, member, event)
 
     def _follow(self, whole: Optimizer, optimizer: Optimizer, event: Event) -> None:
         parameter = event.weight.values

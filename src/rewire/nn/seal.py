@@ -8,7 +8,7 @@ at, because the same positions may have been written again (`AveragedModel` copi
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewire import random, topology
 from rewire.topology import Index, TopologyError
 
-__all__ = ["Seal", "fed", "forget", "mark_of", "refusal", "seal_of", "unchanged", "written_once"]
+__all__ = ["BROKEN", "Seal", "fed", "forget", "mark_of", "refusal", "seal_of", "unchanged", "written_once"]
 
 #: Copies of pools that an averaging function feeds, by what stands for it (`rewire.ema`).
 _FED: dict[object, weakref.WeakSet[nn.Module]] = {}
@@ -34,6 +34,10 @@ class Seal(NamedTuple):
     col_version: int
     lists: tuple[Tensor, Tensor, Tensor]
     list_versions: tuple[int, int, int]
+
+
+#: What no topology fits.
+BROKEN: Any = Seal(*(None,) * 6)  # type: ignore[arg-type]
 
 
 def fed(feeder: object) -> weakref.WeakSet[nn.Module]:

@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,8 @@ from rewire.topology import Index, TopologyError
 __all__ = ["SparseWeight"]
 
 _LISTS = Index._fields
+_LISTS_OF = itemgetter(*_LISTS)
+_NEW: Any = tuple.__new__
 #: What to do where parameters are cut up between ranks.
 SHARDED = (
     ": sparse weights must be whole on every rank, so use "
@@ -197,25 +200,40 @@ class SparseWeight(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             if not torch.compiler.is_exporting():
                 self.traced = True
-        else:
-            self._check_seal()
-            if type(self._parameters.get("values")).__name__ == "DTensor":
-                raise RuntimeError(f"the values of a sparse weight are a DTensor (tensor parallelism, FSDP2){SHARDED}")
+            extra, values = self.candidates, self._own_values()
+            return (values, self.index) if extra is None else (extra.values(values), extra.index)
+        # As `_check_seal` and `index`, without their calls: this is part of every forward pass.
+        b, (rows, cols, row_version, col_version, _, _) = self._buffers, self._seal or seal.BROKEN
+        if (
+            b["rows"] is not rows
+            or b["cols"] is not cols
+            or rows._version != row_version
+            or cols._version != col_version
+        ):
+            self._inspect()
+        values = self._parameters.get("values")
+        if values.__class__ is not nn.Parameter:
+            values = self._unusual(values)
         extra = self.candidates
-        values = self._own_values()
-        return (values, self.index) if extra is None else (extra.values(values), extra.index)
+        return (values, _NEW(Index, _LISTS_OF(b))) if extra is None else (extra.values(values), extra.index)
+
+    def _unusual(self, values: Any) -> Any:
+        """For `operand`, where `values` is no ordinary parameter."""
+        if values is None:
+            values = self.values
+        if type(values).__name__ == "DTensor":
+            raise RuntimeError(f"the values of a sparse weight are a DTensor (tensor parallelism, FSDP2){SHARDED}")
+        return values
 
     def _check_seal(self) -> None:
         """Raise `TopologyError` if positions were written behind the pool's back (`rewire.nn.seal`)."""
-        b, s = self._buffers, self._seal
-        rows, cols = b["rows"], b["cols"]
-        # Part of every forward pass: where nothing happened, two numbers are compared.
+        b, (rows, cols, row_version, col_version, _, _) = self._buffers, self._seal or seal.BROKEN
+        # Where nothing happened, two numbers are compared.
         if (
-            s is None
-            or rows is not s.rows
-            or cols is not s.cols
-            or rows._version != s.row_version
-            or cols._version != s.col_version
+            b["rows"] is not rows
+            or b["cols"] is not cols
+            or rows._version != row_version
+            or cols._version != col_version
         ):
             self._inspect()
 
@@ -531,12 +549,10 @@ class SparseWeight(nn.Module):
     def _changed(self, event: Event, cleared: bool = False) -> None:
         """The one place through which changes of a pool go: version counters, gradient (unless it is ``cleared`` in the
         event's slots already), followers."""
-        values, buffers = self._own_values(), self._buffers
-        increment_version([values, buffers["rows"], buffers["cols"], *self.index])  # type: ignore[list-item]
-        self._set_seal()
-        self.__dict__["_mark"] = None
-        if self._first:
-            self._first = False
+        values, b, own = self._own_values(), self._buffers, self.__dict__  # setting an attribute of a module takes longer
+        rows, cols, lists = b["rows"], b["cols"], _NEW(Index, _LISTS_OF(b))
+        increment_version([values, rows, cols, *lists])
+        own["_seal"], own["_mark"], own["_first"] = seal.seal_of(rows, cols, lists), None, False  # type: ignore[arg-type]
         if self.candidates is not None:
             self.candidates.spoil()
             self.candidates = None
