@@ -51,7 +51,7 @@ def build(features: int, generator: torch.Generator) -> nn.Sequential:
     """The authors' network, with Glorot's initial values for the dense shape."""
     layers: list[nn.Module] = []
     for inputs in (features, HIDDEN, HIDDEN):
-        layer = SparseLinear(inputs, HIDDEN, connections=EPSILON * (inputs + HIDDEN), generator=generator)
+        layer = SparseLinear(inputs, HIDDEN, connections=EPSILON * (inputs + HIDDEN), generator=generator, init="dense")
         bound = (6 / (inputs + HIDDEN)) ** 0.5
         nn.init.uniform_(layer.weight.values, -bound, bound, generator=generator)
         nn.init.zeros_(layer.bias)
@@ -85,7 +85,9 @@ def run(name: str, data: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, epoch
     torch.manual_seed(seed)  # dropout
     model = build(x.shape[1], generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-    inputs = {"data": x.split(500)} if methods.info(name).takes_data else {}
+    inputs: dict[str, Any] = {"data": x.split(500)} if methods.info(name).takes_data else {}
+    if "centred" in methods.info(name).parameters():  # the data are standardised
+        inputs["centred"] = False
     method = methods.create(name, model, optimizer, seed=seed, fraction=ZETA, momentum="reset", **inputs)
     scores, start = [], time.perf_counter()
     for epoch in range(epochs):

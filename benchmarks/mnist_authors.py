@@ -24,13 +24,13 @@ SETTING = [
     *("--data", "mnist", "--hidden", "300,100", "--no-bias", "--density", "0.01,0.03,0.3", "--batch-size", "10"),
     *("--optimizer", "sgd", "--lr", "0.5", "--lr-decay", "0.8", "--validation", "0"),
 ]
-_DEEP_R = ["--method", "deep-r", "--set", "l1=1e-5", "--set", "noise=1e-5"]
+_DEEP_R = ["--method", "deep-r", "--init", "dense", "--set", "l1=1e-5", "--set", "noise=1e-5"]
 RUNS: dict[str, list[str]] = {
     "DEEP R, fixed signs": _DEEP_R,
     "DEEP R, redrawn signs": [*_DEEP_R, "--set", "signs=redrawn"],
-    "SET": ["--method", "set"],
-    "SET, started at sparse fan-in": ["--method", "set", "--init", "sparse"],
-    "fixed random": ["--method", "static"],
+    "SET": ["--method", "set", "--set", "until=10", "--init", "dense"],
+    "SET, started at sparse fan-in": ["--method", "set", "--set", "until=10", "--init", "sparse"],
+    "fixed random": ["--method", "static", "--init", "dense"],
     "fixed random, started at sparse fan-in": ["--method", "static", "--init", "sparse"],
 }
 PAPER = {"DEEP R, fixed signs": "96.2 %"}

@@ -60,7 +60,8 @@ def train(setting: dict[str, Any], seed: int, data_dir: Path, validate: bool) ->
         (x, y), (score_x, score_y) = split(x, y, 1 / 6, 0)
     generator, layers = make_generator(seed, "model"), list[nn.Module]()
     for (inputs, outputs), connections in zip(((784, 300), (300, 100), (100, 10)), CONNECTIONS, strict=True):
-        layers += [SparseLinear(inputs, outputs, bias=False, connections=connections, generator=generator), nn.ReLU()]
+        layer = SparseLinear(inputs, outputs, bias=False, connections=connections, generator=generator, init="dense")
+        layers += [layer, nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.SGD(model.parameters(), lr=setting["lr"])
     method = rewire.methods.DeepR(

@@ -35,7 +35,8 @@ def build(seed: int) -> nn.Sequential:
     """The network, its topology and values drawn by ``seed``."""
     generator, layers = torch.Generator().manual_seed(seed), list[nn.Module]()
     for inputs, outputs, connections in LAYERS:
-        layers += [SparseLinear(inputs, outputs, bias=False, connections=connections, generator=generator), nn.ReLU()]
+        layer = SparseLinear(inputs, outputs, bias=False, connections=connections, generator=generator, init="dense")
+        layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 

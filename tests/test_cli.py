@@ -71,7 +71,7 @@ def test_a_run_from_beginning_to_end(capsys, tmp_path: Path) -> None:
 
 
 def test_the_defaults_do_well(capsys) -> None:
-    works(capsys, "train", "--run-dir", "r", "--quiet")
+    works(capsys, "train", "--density", "0.02", "--run-dir", "r", "--quiet")
     assert json.loads(Path("r/result.json").read_text())["test_accuracy"] > 0.94
 
 
@@ -87,7 +87,7 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
     assert fails(capsys, "train", "--resume", "--run-dir", "r", "--lr", "0.2") == (
         "--resume: --lr: the run has 0.1, given 0.2; leave the option out, or start another run with another --run-dir"
     ).replace("0.1,", f"{json.loads(Path('r/config.json').read_text())['lr']},")
-    assert "--set: the run has none, given l1=1.0" in fails(
+    assert "--set: the run has l1=0.1, given l1=1.0" in fails(
         capsys, "train", "--resume", "--run-dir", "r", "--set", "l1=1"
     )
 

@@ -23,7 +23,7 @@ TRAIN = [
     "--threads", "1",
 ]  # fmt: skip
 METHODS: dict[str, tuple[str, ...]] = {
-    "deep-r": ("--checkpoint-every", "7", "--lr", "0.3"),
+    "deep-r": ("--checkpoint-every", "7", "--optimizer", "sgd", "--lr", "0.3"),
     "set": ("--momentum", "0.9"),
     "rigl": ("--set", "every=10", "--optimizer", "adam"),
     "snfs": ("--momentum", "0.9", "--checkpoint-every", "11"),

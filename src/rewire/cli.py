@@ -146,7 +146,9 @@ def train(
     ] = None,
     init: Annotated[
         str | None,
-        _option(NETWORK, "FAN-IN", "First values are U(-b, b), b = 1/sqrt(fan-in): dense or sparse.", field="init"),
+        _option(
+            NETWORK, "RULE", "First values: auto keeps the dense network's signals; or dense, sparse.", field="init"
+        ),
     ] = None,
     method: Annotated[
         str | None, _option(METHOD, "NAME", "One of those that 'rewire methods' lists.", field="method")
@@ -157,14 +159,14 @@ def train(
     epochs: Annotated[str | None, _option(TRAINING, "NUMBER", "Passes over the training data.", field="epochs")] = None,
     batch_size: Annotated[str | None, _option(TRAINING, "NUMBER", "Samples in a step.", field="batch_size")] = None,
     optimizer: Annotated[
-        str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", default="sgd, mostly")
+        str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", default="adam, mostly")
     ] = None,
     lr: Annotated[
         str | None,
-        _option(TRAINING, "NUMBER", "Learning rate.", default="0.5 (1 - momentum) for sgd, 0.002 (...) else"),
+        _option(TRAINING, "NUMBER", "Learning rate.", default="0.01 for adam, mostly"),
     ] = None,
     lr_decay: Annotated[
-        str | None, _option(TRAINING, "FACTOR", "Learning rate x this after an epoch.", field="lr_decay")
+        str | None, _option(TRAINING, "FACTOR", "Learning rate x this after an epoch.", default="a cosine to 0")
     ] = None,
     momentum: Annotated[
         str | None, _option(TRAINING, "NUMBER", "Momentum of sgd and rmsprop.", field="momentum")

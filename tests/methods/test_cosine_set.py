@@ -87,11 +87,11 @@ def test_similarities_of_a_convolution_are_sklearns_on_unfolded_input() -> None:
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 
-def dense_sim(model: nn.Sequential, x: Tensor) -> list[Tensor]:
+def dense_sim(model: nn.Sequential, x: Tensor, centred: bool) -> list[Tensor]:
     with torch.no_grad():
         a = model[0](x)
         b = model[2](a.relu())
-    return [sklearn(x, a), sklearn(a, b)]
+    return [sklearn(x - x.mean(0) if centred else x, a), sklearn(a, b)]
 
 
 def dense_choice(name: str, weight: Tensor, there: Tensor, sim: Tensor, fraction: float, keys: Tensor) -> Tensor:
@@ -110,17 +110,20 @@ def dense_choice(name: str, weight: Tensor, there: Tensor, sim: Tensor, fraction
     return stays.view_as(there)
 
 
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_choice_is_that_of_brute_force(name: str) -> None:
+def test_choice_is_that_of_brute_force(name: str, centred: bool) -> None:
     torch.manual_seed(5)
     options: dict[str, Any] = {"dtype": torch.float64}
     model = nn.Sequential(
         SparseLinear(12, 16, connections=60, **options), nn.ReLU(),
         SparseLinear(16, 10, connections=50, **options), nn.Tanh(), SparseLinear(10, 3, connections=9, **options),
     )  # fmt: skip
-    x = torch.randn(30, 12, dtype=torch.float64)
+    x = torch.randn(30, 12, dtype=torch.float64) + torch.linspace(0, 3, 12)  # as bright as pixels may be
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    method = methods.create(name, model, optimizer, data=[x[:20], (x[20:], None)], fraction=0.4, seed=11)
+    data = [x[:20], (x[20:], None)]
+    options = {} if centred else {"centred": False}  # the default is the authors' standardised data
+    method = methods.create(name, model, optimizer, data=data, fraction=0.4, seed=11, **options)
     for epoch in range(1, 4):
         model(x).square().mean().backward()
         optimizer.step()
@@ -128,7 +131,7 @@ def test_choice_is_that_of_brute_force(name: str) -> None:
         before = [(w.to_dense().detach(), w.fingerprint()) for w in (model[0].weight, model[2].weight)]
         masks = [type(p.weight).from_coo(p.weight.matrix_shape, *p.weight.coo()[:2], torch.ones(p.weight.connections))
                  .to_dense().bool() for p in method.pools]  # fmt: skip
-        sims = dense_sim(model, x)
+        sims = dense_sim(model, x, centred)
         method.end_epoch()
         for pool, sim, (dense, _), mask in zip(method.pools, sims, before, masks, strict=False):
             rows, cols, values = pool.weight.coo()

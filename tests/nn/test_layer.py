@@ -142,28 +142,6 @@ def test_initialisation_at_density_1_is_that_of_linear() -> None:
         assert abs(float(drawn.detach().mean())) < 5 * bound / math.sqrt(3 * drawn.numel())
 
 
-@pytest.mark.parametrize(("fan_in", "bound"), [("dense", 1 / math.sqrt(1000)), ("sparse", 1 / math.sqrt(16))])
-def test_initialisation_by_fan_in(fan_in: Any, bound: float) -> None:
-    layer = SparseLinear(1000, 500, connections=500 * 16, capacity=500 * 16 + 100)
-    if fan_in == "dense":
-        assert layer.weight.values.abs().max() <= bound  # the default
-    before = layer.weight.fingerprint()
-    drawn = []
-    for _ in range(2):
-        layer.reset_parameters(torch.Generator().manual_seed(3), fan_in=fan_in)
-        drawn.append(layer.weight.values.detach().clone())
-    assert torch.equal(*drawn)
-    assert 0.98 * bound < drawn[0].abs().max() <= bound
-    assert layer.bias.abs().max() <= 1 / math.sqrt(1000)
-    assert not drawn[0][layer.weight.rows < 0].any()
-    assert layer.weight.fingerprint() == before
-    few = SparseLinear(1000, 500, connections=3)
-    few.reset_parameters(fan_in="sparse")
-    assert few.weight.values.abs().max() <= 1
-    with pytest.raises(ValueError, match="fan_in must be 'dense' or 'sparse'"):
-        layer.reset_parameters(fan_in="both")  # type: ignore[arg-type]
-
-
 # --- a rewire between forward and backward ---------------------------------------------------------------------------
 
 

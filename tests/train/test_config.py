@@ -48,20 +48,22 @@ def test_refused(options, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer", "options"),
+    ("method", "optimizer", "lr", "options"),
     [
-        ("deep-r", "sgd", {}),
-        ("noiseout", "adam", {"warmup": 10}),
-        ("differentiable", "adam", {}),
-        ("halo", "sgd", {"cut": 15}),
-        ("magnitude", "sgd", {"cycles": 5, "every": 3}),
-        ("one-shot", "sgd", {"after": 10}),
-        ("ternary", "sgd", {}),
+        ("deep-r", "adam", 0.01, {"l1": 0.1}),
+        ("set", "adam", 0.01, {}),
+        ("noiseout", "adam", 0.002, {"warmup": 10}),
+        ("differentiable", "adam", 0.002, {}),
+        ("halo", "sgd", 0.5, {"cut": 15}),
+        ("magnitude", "adam", 0.01, {"cycles": 5, "every": 3}),
+        ("one-shot", "adam", 0.01, {"after": 10}),
     ],
 )
-def test_defaults_that_suit_the_method(method: str, optimizer: str, options: dict[str, int]) -> None:
+def test_defaults_that_suit_the_method(method: str, optimizer: str, lr: float, options: dict[str, int]) -> None:
     config = make_config({"method": method})
-    assert (config.optimizer, config.method_options) == (optimizer, options)
+    assert (config.optimizer, config.lr, config.method_options) == (optimizer, lr, options)
+    assert config.init == "auto"
+    assert config.lr_decay is None
     assert parse_config(config.to_json(), "x") == config, "resuming adds nothing"
     assert make_config({"method": method, "optimizer": "sgd"}).optimizer == "sgd"
     assert make_config({"method": method, "momentum": 0.9}).optimizer == "sgd"
@@ -95,9 +97,14 @@ def test_defaults_and_json() -> None:
     config = make_config({})
     assert config.density == (0.1,)
     assert config.distribution == "erk"
-    assert config.lr == 0.5
-    assert make_config({"momentum": 0.9}).lr == 0.05
-    assert make_config({"optimizer": "adam"}).lr == 0.002
+    assert (config.optimizer, config.lr) == ("adam", 0.01)
+    by_momentum = make_config({"momentum": 0.9})
+    assert (by_momentum.optimizer, by_momentum.lr) == ("sgd", 0.05)
+    assert by_momentum.method_options == {}, "the paper's L1 is for SGD"
+    assert make_config({"optimizer": "sgd"}).lr == 0.5
+    assert make_config({"method": "noiseout", "optimizer": "sgd"}).lr == 0.5
+    assert make_config({"method": "noiseout", "optimizer": "adam", "lr": 0.3}).lr == 0.3
+    assert make_config({"method_options": {"l1": 1e-5}}).method_options == {"l1": 1e-5}
     assert parse_config(config.to_json(), "x") == config
     assert make_config({"density": [0.1, 0.2, 0.3]}).distribution is None
     assert len(config.sha256()) == 64

@@ -18,6 +18,7 @@ OPTIONS: dict[str, Any] = {
     "density": [0.2],
     "epochs": 2,
     "batch_size": 250,
+    "optimizer": "sgd",
     "lr": 0.3,
     "lr_decay": 0.9,
     "threads": 1,

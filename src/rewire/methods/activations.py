@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from rewire import random
+from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Data, Pool
 from rewire.methods.settings import choice
 from rewire.nn import SparseWeight
@@ -58,6 +59,7 @@ class Recorder:
             each recording; None for all there are.
         mode: "eval", or "train" for dropout and batch statistics as in training.
         activations: "pre" or "post", see above.
+        centred: take what a layer reads of the model's data from its mean over the rows, as standardised inputs are.
 
     Raises ValueError for data that can be gone through only once, or fewer samples than 1.
 
@@ -76,6 +78,7 @@ class Recorder:
         samples: int | None = None,
         mode: Mode = "eval",
         activations: Which = "pre",
+        centred: bool = False,
     ) -> None:
         # Not iter(data): a DataLoader would draw a number for it.
         if not isinstance(data, Iterable) or isinstance(data, Iterator):
@@ -88,6 +91,7 @@ class Recorder:
         choice("mode", mode, ("eval", "train"))
         choice("activations", activations, ("pre", "post"))
         self.model, self.data, self.samples, self.mode, self.activations = model, data, samples, mode, activations
+        self.centred = centred
 
     def record(self, pools: Sequence[Pool], seed: int, step: int) -> tuple[dict[int, list[Pair]], int | None]:
         """``(pairs, output)``: of each pool, by number, its (source, target) pairs, one per call of its layer and batch
@@ -96,7 +100,7 @@ class Recorder:
         The output layer is the last layer of one weight that ran, if it is not the model's only pool. A pool whose
         layer did not run is missing.
         """
-        run = _Run(self.model, pools, self.activations)
+        run = _Run(self.model, pools, self.activations, self.centred)
         # Compiled code would be compiled anew for the hooks, twice an update.
         eager = torch.compiler.set_stance("force_eager")
         with _untouched(self.model, self.mode == "train", seed, step), run.hooks(), eager:
@@ -174,8 +178,11 @@ class _Call:
 class _Run:
     """One recording: hooks that note the calls of a batch, and what is kept of them."""
 
-    def __init__(self, model: nn.Module, pools: Sequence[Pool], which: Which) -> None:
-        self.model, self.which = model, which
+    def __init__(self, model: nn.Module, pools: Sequence[Pool], which: Which, centred: bool) -> None:
+        self.model, self.which, self.centred = model, which, centred
+        self.weights = {pool.number: pool.weight for pool in pools}
+        #: Pools whose layers read what the model is given.
+        self.first: set[int] = set()
         self.numbers = {id(pool.weight): pool.number for pool in pools}
         self.layers = [m for m in model.modules() if isinstance(m, _WITH_WEIGHT)]
         held = {id(layer.weight) for layer in self.layers if isinstance(layer, SparseLayer)}
@@ -227,6 +234,8 @@ class _Run:
             self.output = self.numbers.get(id(last.layer.weight))
         for before, call, after in zip([None, *self.calls], self.calls, [*self.calls[1:], None], strict=False):
             if call is not None and isinstance(call.layer, SparseLayer) and id(call.layer.weight) in self.numbers:
+                if call is self.calls[0]:
+                    self.first.add(self.numbers[id(call.layer.weight)])
                 self._keep(call.layer, *self._sides(before, call, after, call is last))
         self.calls = []
 
@@ -280,5 +289,13 @@ class _Run:
 
         found: dict[int, list[Pair]] = {}
         for (number, geometry, _, _), (xs, ys) in self.kept.items():
-            found.setdefault(number, []).append(Pair(join(xs), join(ys), geometry))
+            x = join(xs)
+            if self.centred and number in self.first:
+                x = x - self._mean(number, x)
+            found.setdefault(number, []).append(Pair(x, join(ys), geometry))
         return found
+
+    def _mean(self, number: int, x: Tensor) -> Tensor:
+        """Over all rows, of all ranks."""
+        weight, count = self.weights[number], x.new_full((1,), float(x.shape[0]))
+        return sum_over_ranks(weight, x.sum(0)) / sum_over_ranks(weight, count)

@@ -68,14 +68,15 @@ class Method(ABC):
     acts_in_ranks: ClassVar[bool] = True
     #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at construction.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
-    #: The optimizer of `rewire train` where the user names none.
-    run_optimizer: ClassVar[str] = "sgd"
+    #: The optimizer of `rewire train` where the user names none, and its rate; None for the usual one of the optimizer.
+    run_optimizer: ClassVar[str] = "adam"
+    run_lr: ClassVar[float | None] = None
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """Hyper-parameters that `rewire train` sets in a run of ``epochs`` where the user, who gave ``given``, did not.
 
-        For what has no good value that is independent of the length of a run.
+        For what has no good value that is independent of the length of a run and of the ``optimizer``.
         """
         return {}
 

@@ -19,6 +19,7 @@ from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.settings import needs_data
 from rewire.methods.similarity import Similarity
+from rewire.methods.updates import in_epochs
 from rewire.schedules import Schedule
 
 __all__ = ["CoDACoRSET", "CoDASET", "CoPACoRSET", "CoPASET", "CoRSET"]
@@ -44,16 +45,22 @@ class _CosineSET(Rewirer):
         mode: Mode = "eval",
         activations: Which = "pre",
         output_layer: bool = False,
+        centred: bool = True,
         candidates: int | None = None,
         momentum: Literal["keep", "reset"] = "keep",
-        every: int | Literal["epoch"] = "epoch",
+        every: int | Literal["epoch"] | None = None,
         until: int | None = None,
         moments: Moments = "auto",
+        steps: int | None = None,
+        epochs: int | None = None,
         seed: int | None = None,
     ) -> None:
         if data is None:
             raise needs_data(self)
-        source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=output_layer)
+        every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction))
+        source = Similarity(
+            model, data, samples=samples, mode=mode, activations=activations, output_layer=output_layer, centred=centred
+        )
         super().__init__(
             model,
             optimizer,
@@ -69,7 +76,7 @@ class _CosineSET(Rewirer):
 
 
 _SHARED = """
-    Sim(r, c) = abs(cosine) of what input c and output r of a layer do over the data, not mean-centred, both taken
+    Sim(r, c) = abs(cosine) of what input c and output r of a layer do over the data, both taken
     before activation functions (`rewire.methods.activations`). At the end of every epoch but the last, in each layer
     but the output layer (which does as SET does)::
 
@@ -84,13 +91,19 @@ _SHARED = """
         samples: rows of data to look at, drawn anew for each update; None for all of them, as the authors do.
         mode: "eval", or "train" for dropout on while looking, as in the authors' code.
         activations: "pre" (outputs of layers before activation functions) or "post".
+        centred: in the first layer, take the inputs from their means over the data. The authors standardise their
+            data, which does the same; of other inputs, such as pixels between 0 and 1, the cosine says how bright they
+            are on average, and not whether they vary with the unit (see docs/defaults.md).
         output_layer: use similarities in the output layer too (the authors' is dense).
         candidates: random dormant positions per new connection to choose from; None for all there are, or for 4
             in layers of more than 2^28 positions.
         momentum: of survivors, "keep" it or "reset" all optimizer state of the model at every update, as the authors'
             Keras code does.
-        every: "epoch", or a number of optimizer steps.
-        until: no update after this many epochs (or steps).
+        every: "epoch", or a number of optimizer steps; by default "epoch", or in a training of known length as often as
+            10 updates need.
+        until: no update after this many epochs (or steps); by default three quarters of a training of known length,
+            else never stopping.
+        steps, epochs: of the whole training; `rewire train` gives them.
 
     Cost per update: a forward pass over the rows and O(rows M) time for each layer (without addition by similarity, or
     with ``candidates``, O(rows K)); O(rows x features + K) memory, in tiles, never M.

@@ -19,6 +19,7 @@ from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.settings import choice, needs_data
 from rewire.methods.similarity import Similarity
+from rewire.methods.updates import in_epochs
 from rewire.schedules import Schedule
 
 __all__ = ["CTRE"]
@@ -88,6 +89,8 @@ class CTRE(Rewirer):
             or for 4 in layers of more than 2^28 positions.
         new_values: "uniform", U(-m, m) with m the mean magnitude of the layer's connections, as the authors run it, or
             "zero".
+        steps, epochs: of the whole training; `rewire train` gives them. Updates then stop after three quarters of it,
+            and "sim" has as many as 10 where epochs are fewer.
 
     Cost per update: as CosineSET's.
     """
@@ -107,6 +110,8 @@ class CTRE(Rewirer):
         candidates: int | None = None,
         new_values: Literal["uniform", "zero"] = "uniform",
         moments: Moments = "auto",
+        steps: int | None = None,
+        epochs: int | None = None,
         seed: int | None = None,
     ) -> None:
         choice("variant", variant, ("sim", "seq"))
@@ -115,6 +120,8 @@ class CTRE(Rewirer):
         choice("new_values", new_values, ("uniform", "zero"))
         if data is None:
             raise needs_data(self)
+        # "seq" decides by scores, which there are at the end of epochs only.
+        every, until = in_epochs(None, None, steps, epochs, scheduled=variant == "seq" or callable(fraction))
         source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=True)
         self._cosine = (_CosineElsewhere if variant == "sim" else Cosine)(source, "top", candidates)
         super().__init__(
@@ -124,6 +131,8 @@ class CTRE(Rewirer):
             grow=self._cosine,
             fraction=fraction,
             values=_uniform_values if new_values == "uniform" else None,
+            every=every,
+            until=until,
             regrown="keep",
             moments=moments,
             seed=seed,

@@ -76,6 +76,16 @@ class DeepR(Method):
     Guarantee: exactly K active slots after every step.
     """
 
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+        """A stronger prior where steps have one length, whatever the gradient.
+
+        Adam moves a connection by about the rate in each step while its gradients agree, and by little while they do
+        not. L1 takes off its share of the rate: connections whose gradients agree less than that die.
+        """
+        steps_of_one_length = optimizer in ("adam", "adamw", "rmsprop")
+        return {"l1": 0.1} if steps_of_one_length and "l1" not in given else {}
+
     forbids_weight_decay = True
     needs_room = True
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")

@@ -77,7 +77,7 @@ class Differentiable(Method):
 
     acts_in_ranks = False
     starts_dense = True
-    run_optimizer = "adam"  # steps of one length for gates and weights; strength means little with SGD at a large rate
+    run_lr = 0.002  # small steps of one length for gates and weights
 
     def __init__(
         self,

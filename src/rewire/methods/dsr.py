@@ -14,6 +14,7 @@ from rewire.methods.grow import Random
 from rewire.methods.redistribute import survivors
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
+from rewire.methods.updates import in_steps
 from rewire.schedules import Schedule, within
 
 __all__ = ["DSR", "Threshold"]
@@ -71,8 +72,10 @@ class DSR(Rewirer):
         fraction: share of all connections to replace at an update, the target of H; a float or a schedule over steps.
         threshold: H at the start.
         tolerance: relative distance from the target up to which H stays.
-        every: steps between updates.
-        until: no update after this many steps; None for never stopping.
+        every: steps between updates; by default 500, or in a training of known length as often as 10 updates need.
+        until: no update after this many steps; by default three quarters of a training of known length, else never
+            stopping.
+        steps: of the whole training; `rewire train` gives it.
 
     Recalled from the paper, not read from its code. Cost: O(K log K) per update.
     """
@@ -85,13 +88,15 @@ class DSR(Rewirer):
         fraction: float | Schedule = 0.05,
         threshold: float = 1e-3,
         tolerance: float = 0.1,
-        every: int = 500,
+        every: int | None = None,
         until: int | None = None,
         moments: Moments = "auto",
+        steps: int | None = None,
         seed: int | None = None,
     ) -> None:
         within("threshold", threshold, 1e-30)
         within("tolerance", tolerance, 0.0, 1.0)
+        every, until = in_steps(every, until, 500, steps)
         self.threshold = Threshold(float(threshold), tolerance)
         super().__init__(
             model,

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from rewire.methods.base import Moments, Pool
 from rewire.methods.registry import register
-from rewire.methods.rigl import share_of
 from rewire.methods.shrink import Connections, Density, Shrinking
+from rewire.methods.updates import in_steps
 from rewire.schedules import Cubic
 
 __all__ = ["GMP", "Gradual"]
@@ -97,7 +97,7 @@ class GMP(Gradual):
     and train what is left. Storage shrinks with it.
 
     Args:
-        every: steps between cuts.
+        every: steps between cuts; by default 100, or in a training of known length as often as 10 cuts need.
         begin: step of the first cut.
         until: step of the last cut; by default half of ``steps`` where those are known.
         scope: of magnitudes and budget: each "layer" (the paper's uniform schedule), or the "network" together.
@@ -114,7 +114,7 @@ class GMP(Gradual):
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        every: int = 100,
+        every: int | None = None,
         begin: int = 0,
         until: int | None = None,
         scope: Literal["layer", "network"] = "layer",
@@ -124,7 +124,8 @@ class GMP(Gradual):
         steps: int | None = None,
         seed: int | None = None,
     ) -> None:
+        every, until = in_steps(every, until, 100, steps, last=0.5, begin=begin)
         super().__init__(
-            model, optimizer, every=every, begin=begin, until=share_of(steps, until, 0.5), connections=connections,
+            model, optimizer, every=every, begin=begin, until=until, connections=connections,
             density=density, distribution=distribution, scope=scope, seed=seed,
         )  # fmt: skip

@@ -17,8 +17,9 @@ from rewire.methods.gmp import Gradual
 from rewire.methods.gradients import CandidateCount
 from rewire.methods.grow import Gradient
 from rewire.methods.registry import register
-from rewire.methods.rigl import decay, share_of
+from rewire.methods.rigl import decay
 from rewire.methods.shrink import Connections, Density, weakest
+from rewire.methods.updates import in_steps
 from rewire.nn import Event
 from rewire.schedules import Schedule, at, within
 
@@ -43,7 +44,7 @@ class GraNet(Gradual):
 
     Args:
         fraction: r at the start; a schedule (over steps) is taken as it is.
-        every: steps between updates.
+        every: steps between updates; by default 1000, or in a training of known length as often as 10 updates need.
         begin: step of the first one.
         until: step of the last one; by default half of ``steps`` where those are known.
         scope: of the cut: the "network" (the paper) or each "layer".
@@ -65,7 +66,7 @@ class GraNet(Gradual):
         optimizer: Optimizer | Iterable[Optimizer],
         *,
         fraction: float | Schedule = 0.5,
-        every: int = 1000,
+        every: int | None = None,
         begin: int = 0,
         until: int | None = None,
         scope: Literal["layer", "network"] = "network",
@@ -77,7 +78,7 @@ class GraNet(Gradual):
         moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
-        until = share_of(steps, until, 0.5)
+        every, until = in_steps(every, until, 1000, steps, last=0.5, begin=begin)
         self.fraction = decay(fraction, until)
         self._grow = Gradient(candidates)
         super().__init__(

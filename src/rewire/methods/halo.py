@@ -96,9 +96,10 @@ class Halo(Method):
     """
 
     starts_dense = True
+    run_optimizer = "sgd"  # lambda moves by SGD of the weights' rate, so that rate must be one of SGD
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """What is left after the cut trains for the last quarter of the run."""
         return {} if "cut" in given or epochs < 2 else {"cut": max(1, 3 * epochs // 4)}
 

@@ -16,6 +16,7 @@ from rewire.methods.grow import Gradient, Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.settings import choice
+from rewire.methods.updates import in_steps
 from rewire.schedules import Schedule
 
 __all__ = ["ITOP"]
@@ -41,12 +42,14 @@ class ITOP(Rewirer):
     Args:
         grow: "gradient" (RigL-ITOP) or "random" (SET-ITOP).
         fraction: share to replace; a float or a schedule over steps.
-        every: steps between updates; None for the authors' 4000 (gradient) or 1500 (random). Long, so that new
-            connections have time to become useful.
-        until: no update after this many steps; None, as in the paper, for never stopping.
+        every: steps between updates; by default the authors' 4000 (gradient) or 1500 (random), long, so that new
+            connections have time to become useful; or in a training of known length as often as 10 updates need.
+        until: no update after this many steps; by default three quarters of a training of known length, else, as in
+            the paper, never stopping.
         candidates: see `rewire.methods.grow.Gradient`.
         track: count R_s. It keeps the positions ever active, 8 bytes each: K at the start, M in the end at most, whence
             O(M); without it memory is O(K).
+        steps: of the whole training; `rewire train` gives it.
 
     Cost per update: O(M samples) (gradient, exact) or O(K log K), and O(positions ever active).
     """
@@ -65,16 +68,18 @@ class ITOP(Rewirer):
         candidates: CandidateCount = "auto",
         track: bool = True,
         moments: Moments = "auto",
+        steps: int | None = None,
         seed: int | None = None,
     ) -> None:
         choice("grow", grow, ("gradient", "random"))
+        every, until = in_steps(every, until, 4000 if grow == "gradient" else 1500, steps)
         super().__init__(
             model,
             optimizer,
             drop=Magnitude(),
             grow=Gradient(candidates) if grow == "gradient" else Random(),
             fraction=fraction,
-            every=(4000 if grow == "gradient" else 1500) if every is None else every,
+            every=every,
             until=until,
             moments=moments,
             seed=seed,

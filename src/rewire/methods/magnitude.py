@@ -52,7 +52,7 @@ class Magnitude(Shrinking):
     """
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """All cuts in the first three quarters of the run, so that what is left trains on."""
         first = max(1, 3 * epochs // 4)
         each, many = given.get("every", 1), given.get("cycles", 5)

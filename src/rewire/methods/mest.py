@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from rewire.methods.drop import MagnitudeAndGradient
 from rewire.methods.grow import Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
+from rewire.methods.updates import in_steps, length
 from rewire.schedules import Schedule, within
 
 __all__ = ["MEST", "Margin"]
@@ -54,11 +55,13 @@ class MEST(Rewirer):
 
     Args:
         margin: a schedule over epochs, or a number that is halved and then 0 as the authors' (`Margin`).
-        milestones: epochs of these two changes, used with a number.
+        milestones: epochs of these two changes, used with a number; by default the authors' 90 and 120 of 160 epochs,
+            in a training of known length the same shares of it.
         weight: lambda, of the gradient's magnitude in the score; 0 is the authors' code.
         soft: EM&S, the soft memory bound. K is what the layers have when the method is made.
-        every: epochs between updates.
+        every: epochs between updates; by default 5, or in a training of known length as often as 10 updates need.
         until: no update after this many epochs; EM&S then returns to K in finalize.
+        steps, epochs: of the whole training; `rewire train` gives them.
 
     The score's form is recalled from the paper. Cost: O(K log K) per update.
     """
@@ -69,19 +72,29 @@ class MEST(Rewirer):
         optimizer: Optimizer | Iterable[Optimizer],
         *,
         margin: float | Schedule = 0.2,
-        milestones: tuple[int, int] = (90, 120),
+        milestones: tuple[int, int] | None = None,
         weight: float = 1.0,
         soft: bool = False,
-        every: int = 5,
+        every: int | None = None,
         until: int | None = None,
         moments: Moments = "auto",
+        steps: int | None = None,
+        epochs: int | None = None,
         seed: int | None = None,
     ) -> None:
         within("weight", weight, 0.0)
+        steps, epochs = length("steps", steps), length("epochs", epochs)
+        between: int | Literal["epoch"] = "epoch"
+        given = every is not None or until is not None or milestones is not None or callable(margin)
+        if not given and steps is not None and epochs is not None:
+            # All in steps, so that a training of few epochs has as many updates.
+            milestones = (round(steps * 90 / 160), round(steps * 120 / 160))
+            between = in_steps(None, None, max(5 * steps // epochs, 1), steps)[0]
+        every = 5 if every is None else every
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of epochs of at least 1, not {every!r}")
         if not callable(margin):
-            margin = Margin(within("margin", margin, 0.0, 1.0), milestones)
+            margin = Margin(within("margin", margin, 0.0, 1.0), (90, 120) if milestones is None else milestones)
         self.weight, self.soft, self.epochs_between = weight, soft, every
         super().__init__(
             model,
@@ -89,7 +102,7 @@ class MEST(Rewirer):
             drop=MagnitudeAndGradient(weight),
             grow=Random(),
             fraction=margin,
-            every="epoch",
+            every=between,
             until=until,
             moments=moments,
             seed=seed,

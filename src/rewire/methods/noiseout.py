@@ -92,10 +92,10 @@ class NoiseOut(Method):
 
     acts_in_ranks = False
     starts_dense: ClassVar[bool] = True
-    run_optimizer: ClassVar[str] = "adam"  # the noise outputs' loss makes SGD at a large rate diverge
+    run_lr: ClassVar[float | None] = 0.002  # the noise outputs' loss makes training at a large rate diverge
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """Half of the run trains only: what it then reaches is the score to keep."""
         return {} if {"threshold", "every", "warmup"} & given.keys() else {"warmup": epochs // 2}
 

@@ -40,7 +40,7 @@ class OneShot(Shrinking):
     """
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """The cut in the middle of the run, so that what is left trains on."""
         return {} if "after" in given or given.get("unit", "epoch") != "epoch" else {"after": max(1, epochs // 2)}
 

@@ -15,6 +15,7 @@ from rewire.methods.gradients import CandidateCount
 from rewire.methods.grow import Gradient
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
+from rewire.methods.updates import in_steps
 from rewire.schedules import Constant, Cosine, Schedule, within
 
 __all__ = ["RigL", "decay"]
@@ -28,15 +29,6 @@ def decay(fraction: float | Schedule, until: int | None) -> float | Schedule:
     if until is not None:
         within("until", until, 0)
     return Constant(fraction) if not until else Cosine(fraction, until)
-
-
-def share_of(steps: int | None, until: int | None, share: float) -> int | None:
-    """``until`` if given, else ``share`` of the training's ``steps`` if those are known."""
-    if until is None and steps is not None:
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be the number of optimizer steps of the training, at least 1, not {steps!r}")
-        return int(share * steps)
-    return until
 
 
 @register(
@@ -58,7 +50,8 @@ class RigL(Rewirer):
 
     Args:
         fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it is.
-        every: steps between updates (Delta T).
+        every: steps between updates (Delta T); by default 100, or in a training of known length as often as 10 updates
+            need.
         until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are known, else there is
             no end and the fraction stays.
         candidates: "auto", None (exact) or a number of random dormant positions to look at, see
@@ -80,7 +73,7 @@ class RigL(Rewirer):
         optimizer: Optimizer | Iterable[Optimizer],
         *,
         fraction: float | Schedule = 0.3,
-        every: int = 100,
+        every: int | None = None,
         until: int | None = None,
         candidates: CandidateCount = "auto",
         regrown: Literal["new", "keep"] = "new",
@@ -89,7 +82,7 @@ class RigL(Rewirer):
         moments: Moments = "auto",
         seed: int | None = None,
     ) -> None:
-        until = share_of(steps, until, 0.75)
+        every, until = in_steps(every, until, 100, steps)
         super().__init__(
             model,
             optimizer,

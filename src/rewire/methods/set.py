@@ -14,6 +14,7 @@ from rewire.methods.grow import Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer, normal_values
 from rewire.methods.settings import choice
+from rewire.methods.updates import in_epochs
 from rewire.schedules import Schedule
 
 __all__ = ["SET"]
@@ -41,8 +42,11 @@ class SET(Rewirer):
         new_values: "zero", or "normal" for N(0, 0.1^2).
         momentum: what becomes of the optimizer state of survivors: "keep", or "reset", which clears all state of all
             parameters at every update, as a new optimizer would.
-        every: "epoch", or a number of optimizer steps.
-        until: no update after this many epochs (or steps).
+        every: "epoch", or a number of optimizer steps; by default "epoch", or in a training of known length as often as
+            10 updates need.
+        until: no update after this many epochs (or steps); by default three quarters of a training of known length,
+            else never stopping.
+        steps, epochs: of the whole training; `rewire train` gives them.
 
     Cost: O(K log K) per update.
     """
@@ -57,12 +61,15 @@ class SET(Rewirer):
         fraction: float | Schedule = 0.3,
         new_values: Literal["zero", "normal"] = "zero",
         momentum: Literal["keep", "reset"] = "keep",
-        every: int | Literal["epoch"] = "epoch",
+        every: int | Literal["epoch"] | None = None,
         until: int | None = None,
         moments: Moments = "auto",
+        steps: int | None = None,
+        epochs: int | None = None,
         seed: int | None = None,
     ) -> None:
         choice("new_values", new_values, ("zero", "normal"))
+        every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction))
         super().__init__(
             model,
             optimizer,

@@ -83,7 +83,7 @@ class Similarity:
     ``grow.Cosine(similarity)``), which has it record at the start of an update and forget at its end.
 
     Args:
-        model, data, samples, mode, activations: see `rewire.methods.activations.Recorder`.
+        model, data, samples, mode, activations, centred: see `rewire.methods.activations.Recorder`.
         output_layer: whether the output layer has similarities too; if not, criteria do as SET does there.
     """
 
@@ -96,8 +96,9 @@ class Similarity:
         mode: Mode = "eval",
         activations: Which = "pre",
         output_layer: bool = False,
+        centred: bool = False,
     ) -> None:
-        self.recorder = Recorder(model, data, samples=samples, mode=mode, activations=activations)
+        self.recorder = Recorder(model, data, samples=samples, mode=mode, activations=activations, centred=centred)
         self.output_layer = output_layer
         self._cosines: dict[int, Cosine] = {}
 

@@ -17,6 +17,7 @@ from rewire.methods.gradients import CandidateCount
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
 from rewire.methods.topk import TILE_ELEMENTS, gradient_block, recorded, top
+from rewire.methods.updates import in_epochs
 from rewire.nn import Event
 from rewire.schedules import Cosine, Schedule, within
 
@@ -103,15 +104,17 @@ class SNFS(Rewirer):
     epochs that end in between have none of their own.
 
     Args:
-        fraction: share to replace; a number anneals along a cosine to 0.005 at the last update where that is known
-            (``until``, or ``epochs`` with every="epoch"), a schedule (over epochs or steps) is taken as it is.
+        fraction: share to replace; a number anneals along a cosine to 0.005 at ``until`` where that is known, a
+            schedule (over epochs or steps) is taken as it is.
         beta: of the average, the paper's momentum.
         exact: keep m for all positions, updated at every step: O(M) memory, a dense gradient per step.
         candidates: how many random dormant positions per layer; "auto" for as many as it has connections.
         window: steps that m covers when it is not exact; by default 10, or ``every`` where that is fewer.
-        every: "epoch", or a number of optimizer steps, at least ``window``.
-        until: no update after this many epochs (or steps).
-        epochs: of the whole training; `rewire train` gives it.
+        every: "epoch", or a number of optimizer steps, at least ``window``; by default "epoch", or in a training of
+            known length as often as 10 updates need.
+        until: no update after this many epochs (or steps); by default three quarters of a training of known length,
+            else never stopping.
+        steps, epochs: of the whole training; `rewire train` gives them.
 
     Pools are enlarged as budget moves to them. Cost: O(K samples) per step of the window; exact O(M samples) per step.
     """
@@ -126,8 +129,9 @@ class SNFS(Rewirer):
         exact: bool = False,
         candidates: CandidateCount = "auto",
         window: int | None = None,
-        every: int | Literal["epoch"] = "epoch",
+        every: int | Literal["epoch"] | None = None,
         until: int | None = None,
+        steps: int | None = None,
         epochs: int | None = None,
         moments: Moments = "auto",
         seed: int | None = None,
@@ -135,15 +139,15 @@ class SNFS(Rewirer):
         within("beta", beta, 0.0, 1.0)
         if gradients.checked_candidates(candidates) is None:
             raise ValueError("candidates must be 'auto' or a number of at least 1; all positions are exact=True")
+        every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction))
         longest = every if isinstance(every, int) and every >= 1 and not exact else None
         if window is None:
             window = WINDOW if longest is None else min(WINDOW, longest)
         if not isinstance(window, int) or window < 1 or (longest is not None and window > longest):
             most = "" if longest is None else f" and at most every={every}"
             raise ValueError(f"window must be a number of steps of at least 1{most}, not {window!r}")
-        end = until if until is not None or every != "epoch" else epochs
-        if not callable(fraction) and end:
-            fraction = Cosine(within("fraction", fraction, 0.0, 1.0), end, min(FLOOR, fraction))
+        if not callable(fraction) and until:
+            fraction = Cosine(within("fraction", fraction, 0.0, 1.0), until, min(FLOOR, fraction))
         self.averaging, self.window, self._left = Momentum(beta, exact, candidates), 1 if exact else window, 0
         super().__init__(
             model,

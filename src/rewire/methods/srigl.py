@@ -16,8 +16,9 @@ from rewire.methods.gradients import CandidateCount, best_candidates, probed
 from rewire.methods.grow import Gradient
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer
-from rewire.methods.rigl import decay, share_of
+from rewire.methods.rigl import decay
 from rewire.methods.topk import TILE_ELEMENTS, Gradients, top
+from rewire.methods.updates import in_steps
 from rewire.schedules import Schedule, within
 
 __all__ = ["SRigL"]
@@ -49,7 +50,8 @@ class SRigL(Rewirer):
     Args:
         fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it is.
         gamma: share of the fan-in that must be salient; 0 turns ablation off (but for neurons with nothing salient).
-        every: steps between updates (Delta T).
+        every: steps between updates (Delta T); by default 100, or in a training of known length as often as 10 updates
+            need.
         until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are known.
         candidates: "auto", None (exact) or a number of random dormant positions to look at, see
             `rewire.methods.grow.Gradient`. Besides them what is dropped is looked at; a neuron that has too few of them
@@ -68,7 +70,7 @@ class SRigL(Rewirer):
         *,
         fraction: float | Schedule = 0.3,
         gamma: float = 0.3,
-        every: int = 100,
+        every: int | None = None,
         until: int | None = None,
         candidates: CandidateCount = "auto",
         steps: int | None = None,
@@ -76,7 +78,7 @@ class SRigL(Rewirer):
         seed: int | None = None,
     ) -> None:
         self.gamma = within("gamma", gamma, 0.0, 1.0)
-        until = share_of(steps, until, 0.75)
+        every, until = in_steps(every, until, 100, steps)
         super().__init__(
             model,
             optimizer,

@@ -15,6 +15,7 @@ from rewire.distributed import sum_over_ranks
 from rewire.methods.base import Method, Moments, Pool, Purpose
 from rewire.methods.registry import register
 from rewire.methods.topk import recorded
+from rewire.methods.updates import in_steps
 from rewire.schedules import within
 from rewire.topology import Index
 
@@ -55,8 +56,11 @@ class TopKAST(Method):
     Args:
         explore: size of B \\ A as a multiple of K; 1 is the paper's usual B = 2 A.
         l2: coefficient of the exploration penalty; eta l2 / D must stay below 1 to be sensible.
-        every: optimizer steps between choices of the sets.
-        until: no other choice after this many steps (the topology then stays, and exploring ends); None for never.
+        every: optimizer steps between choices of the sets; by default 100, or in a training of known length as often as
+            10 choices need.
+        until: no other choice after this many steps (the topology then stays, and exploring ends); by default three
+            quarters of a training of known length, else never.
+        steps: of the whole training; `rewire train` gives it.
 
     Cost: a step costs what the layer does, and one more value gradient for B \\ A; a choice sorts M numbers. Memory:
     M values per layer, and optimizer state for B.
@@ -71,12 +75,14 @@ class TopKAST(Method):
         *,
         explore: float = 1.0,
         l2: float = 1e-4,
-        every: int = 100,
+        every: int | None = None,
         until: int | None = None,
         moments: Moments = "auto",
+        steps: int | None = None,
         seed: int | None = None,
     ) -> None:
         self.explore, self.l2 = within("explore", explore, 0.0), within("l2", l2, 0.0)
+        every, until = in_steps(every, until, 100, steps)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of steps of at least 1, not {every!r}")
         if until is not None and (not isinstance(until, int) or until < 0):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
+from rewire.nn.initial import Init, check_init, draw_values
 from rewire.nn.layer import autocast_dtype
 from rewire.nn.linear import SparseLinear, input_dtype, product
 from rewire.nn.twin import Twin
@@ -27,6 +28,7 @@ class SparseMultiheadAttention(Twin):
             for each.
         distribution: "erk", "er" or "uniform", see `rewire.budget`.
         generator: draws topology and values; torch's default generator otherwise.
+        init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
     ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight`` are a `SparseWeight` each, also where PyTorch stacks the
     three in one matrix, and ``out_proj`` is a `SparseLinear`; ``in_proj_bias``, ``bias_k``, ``bias_v`` are as there.
@@ -66,6 +68,7 @@ class SparseMultiheadAttention(Twin):
         density: Density | None = None,
         distribution: str = "erk",
         generator: torch.Generator | None = None,
+        init: Init = "auto",
     ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
@@ -81,7 +84,7 @@ class SparseMultiheadAttention(Twin):
             if name == "out_proj.weight":
                 self.out_proj = SparseLinear(
                     embed_dim, embed_dim, bias, device, dtype,
-                    connections=counts[name], generator=generator, contiguous_output=True,
+                    connections=counts[name], generator=generator, contiguous_output=True, init=init,
                 )  # fmt: skip
             else:
                 weight = SparseWeight(shape, counts[name], generator=generator, device=device, dtype=dtype)
@@ -96,7 +99,7 @@ class SparseMultiheadAttention(Twin):
             wanted = bias if name == "in_proj_bias" else add_bias_kv
             blank = nn.Parameter(torch.zeros(size, device=like.device, dtype=like.dtype)) if wanted else None
             self.register_parameter(name, blank)
-        self.reset_parameters(generator)
+        self.reset_parameters(generator, init=init)
 
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of the sparse weights by name (the order of a budget given as a list)."""
@@ -109,26 +112,40 @@ class SparseMultiheadAttention(Twin):
         }
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw values as PyTorch does (Glorot uniform for q, k, v), biases 0; the topology stays."""
+    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """Draw values at the scale that PyTorch has (Glorot uniform for q, k, v), biases 0; the topology stays.
+
+        ``init`` says what becomes of that scale where a unit has fewer connections than in the dense twin, see
+        `rewire.nn.initial.draw_values`.
+        """
         if self.q_proj_weight.device.type == "meta":
             return
-        self.out_proj.reset_parameters(generator)
         e = self.embed_dim
-        # PyTorch stacks q, k and v in one matrix where their inputs have one size, and draws it as one.
-        rows = 3 * e if self.kdim == self.vdim == e else e
-        for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-            bound = math.sqrt(6 / (rows + weight.shape[1]))
-            if not weight.drawn:
-                weight.draw(generator)
-            weight.values.uniform_(-bound, bound, generator=generator)
-            weight.values.masked_fill_(weight.rows < 0, 0.0)
+        self.out_proj.reset_parameters(generator, init=init)
+        self._reset_inputs(generator, init)
         for bias in (self.in_proj_bias, self.out_proj.bias):
             if bias is not None:
                 bias.zero_()
         for extra in (self.bias_k, self.bias_v):
             if extra is not None:
                 extra.normal_(0, 1 / math.sqrt(e), generator=generator)
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """As `reset_parameters`, but biases stay."""
+        check_init(init)
+        if self.q_proj_weight.device.type != "meta":
+            self.out_proj.reset_weights(generator, init=init)
+            self._reset_inputs(generator, init)
+
+    def _reset_inputs(self, generator: torch.Generator | None, init: Init) -> None:
+        e = self.embed_dim
+        # PyTorch stacks q, k and v in one matrix where their inputs have one size, and draws it as one.
+        rows = 3 * e if self.kdim == self.vdim == e else e
+        for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if not weight.drawn:
+                weight.draw(generator)
+            draw_values(weight, math.sqrt(6 / (rows + weight.shape[1])), init, generator)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"

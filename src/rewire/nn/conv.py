@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rewire import ops
 from rewire.budget import Limits
+from rewire.nn.initial import Init
 from rewire.nn.layer import SparseLayer
 from rewire.nn.weight import SparseWeight
 
@@ -32,9 +33,11 @@ class _SparseConv(SparseLayer):
         limits: most connections of an output channel, of an input (a channel at one place of the kernel) and of a block
             of the matrix of output channels by those, see `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
+        init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
     Shapes: input (batch, in_channels, ...) or (in_channels, ...) with any strides, output (batch, out_channels, ...)
-    or (out_channels, ...), channels-last if the input is. Values start as those of the twin; see `reset_parameters`.
+    or (out_channels, ...), channels-last if the input is. Values start so that an output has the variance that it has
+    in the twin, see `reset_parameters`.
 
     Under autocast the result has autocast's dtype, while values and sums stay in the weight's own. What
     ``weight.capture`` collects is the padded input if ``padding_mode`` is not "zeros".
@@ -64,6 +67,7 @@ class _SparseConv(SparseLayer):
         capacity: int | None = None,
         limits: Limits | None = None,
         generator: torch.Generator | None = None,
+        init: Init = "auto",
     ) -> None:
         super().__init__()
         if groups < 1 or in_channels % groups or out_channels % groups:
@@ -82,7 +86,7 @@ class _SparseConv(SparseLayer):
             dtype=dtype,
         )
         self._assemble(weight, bias, stride, padding, dilation, groups, padding_mode)
-        self.reset_parameters(generator)
+        self.reset_parameters(generator, init=init)
 
     @classmethod
     def from_weight(

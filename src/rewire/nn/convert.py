@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rewire import budget, limited
 from rewire.budget import Limits
 from rewire.nn import attached
+from rewire.nn.initial import Init, check_init
 from rewire.nn.kinds import KINDS, Kind, join, kind_of, sparse_kind_of
 from rewire.nn.scatter import Target, moves_to_dense, refuse_followed
 from rewire.nn.weight import SparseWeight
@@ -41,6 +42,7 @@ def sparsify(
     select: Literal["random", "magnitude"] = "random",
     limits: Limits | Mapping[str, Limits] | None = None,
     generator: torch.Generator | None = None,
+    init: Init = "auto",
 ) -> nn.Module:
     """Replace dense layers by sparse ones that keep within a budget, in place; returns the model.
 
@@ -57,6 +59,9 @@ def sparsify(
         limits: on fan-in, fan-out and blocks of each weight (`rewire.budget.Limits`), or a dict from glob pattern to
             the limits of the layers or weights it matches. With select="random" only.
         generator: for the random draws.
+        init: how large fresh values are: "auto" keeps the variance that outputs have in the dense layer, "dense" draws
+            as that does, "sparse" goes by the mean fan-in; see `rewire.nn.initial.draw_values`. With select="random"
+            only.
 
     A weight with a mask of `torch.nn.utils.prune` gets the mask for its topology and the masked weights for its values,
     whatever ``select`` says, and is pruned no more. Without ``density`` and ``connections`` only layers with such
@@ -79,6 +84,9 @@ def sparsify(
         raise ValueError(f"select must be 'random' or 'magnitude', not {select!r}")
     if limits is not None and select != "random":
         raise ValueError("limits= are for select='random': the largest weights need not fit them")
+    check_init(init)
+    if init != "auto" and select != "random":
+        raise ValueError(f"init={init!r} is for select='random': the largest weights keep their values")
     found = {
         name: (module, kind)
         for name, module, kind in layers_of(model, kind_of)
@@ -121,6 +129,11 @@ def sparsify(
     def sparse(name: str) -> nn.Module:
         layer, kind = found[name]
         made = kind.to_sparse(layer, {path: max(count, 1) for path, count in counts[name].items()}, generator)
+        drawn = [path for path in weights[name] if path not in masks[name]]
+        _restrict(made, name, drawn, limits, generator, {})
+        if init != "auto" or limits is not None:  # made with the default; or other rows have more connections by now
+            redrawn: Any = made
+            redrawn.reset_weights(generator, init=init)
         for path, dense in weights[name].items():
             parent, _, leaf = path.rpartition(".")
             pool = None
@@ -130,7 +143,7 @@ def sparsify(
                 pool = SparseWeight.from_dense(dense, connections=counts[name][path])
             if pool is not None:
                 setattr(made.get_submodule(parent), leaf, pool)
-        _restrict(made, name, weights[name], limits, generator, masks[name])
+        _restrict(made, name, masks[name], limits, generator, masks[name])
         for path in weights[name]:
             trained = attached.parameter(layer, kind, path).requires_grad
             made.get_parameter(f"{path}.values").requires_grad_(trained)

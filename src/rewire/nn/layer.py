@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewire.nn.initial import Init, check_init, draw_values
 from rewire.nn.twin import Twin
 from rewire.nn.weight import SparseWeight
 
@@ -47,30 +48,28 @@ class SparseLayer(Twin):
                 self.bias.copy_(bias)
 
     @torch.no_grad()
-    def reset_parameters(
-        self, generator: torch.Generator | None = None, *, fan_in: Literal["dense", "sparse"] = "dense"
-    ) -> None:
-        """Draw new values U(-b, b), b = 1 / sqrt(fan-in), and bias for the connections there are.
+    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """Draw new values, and a bias as the dense twin has it, for the connections there are.
 
-        fan_in: "dense" counts all inputs, as the layers of `torch.nn` do. Connections then start small beside a
-            rewiring step, so that useless ones (on pixels that are always 0, say) give their place away early; DEEP
-            R's authors start so. "sparse" counts the connections a row has on average, which keeps the scale of
-            activations; better where the topology is fixed. Measured on MNIST in docs/results/mnist_authors.json.
+        The dense twin in `torch.nn` draws both from U(-b, b), b = 1 / sqrt(inputs of a row). ``init`` says what becomes
+        of b where a row has fewer: "auto" (its own number of connections counts), "dense" (b stays) or "sparse" (the
+        mean number counts); see `rewire.nn.initial.draw_values`.
         """
-        if fan_in not in ("dense", "sparse"):
-            raise ValueError(f"fan_in must be 'dense' or 'sparse', not {fan_in!r}")
+        self.reset_weights(generator, init=init)
+        if self.bias is not None and self.weight.device.type != "meta":
+            bound = 1 / math.sqrt(self.weight.matrix_shape[1])
+            self.bias.uniform_(-bound, bound, generator=generator)
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """As `reset_parameters`, but the bias stays."""
+        check_init(init)
         weight = self.weight
         if weight.device.type == "meta":
             return
         if not weight.drawn:
             weight.draw(generator)
-        rows, cols = weight.matrix_shape
-        dense = 1 / math.sqrt(cols)
-        bound = dense if fan_in == "dense" else 1 / math.sqrt(max(weight.connections / rows, 1))
-        weight.values.uniform_(-bound, bound, generator=generator)
-        weight.values.masked_fill_(weight.rows < 0, 0.0)
-        if self.bias is not None:
-            self.bias.uniform_(-dense, dense, generator=generator)
+        draw_values(weight, 1 / math.sqrt(weight.matrix_shape[1]), init, generator)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; shapes as in the layer's description."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rewire import ops
 from rewire.budget import Limits
+from rewire.nn.initial import Init
 from rewire.nn.layer import SparseLayer, autocast_dtype
 from rewire.nn.weight import SparseWeight
 
@@ -41,12 +42,13 @@ class SparseLinear(SparseLayer):
         capacity: slots of the pool (K by default), see `SparseWeight`.
         limits: most connections of an output, of an input and of a block of the matrix, see `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
+        init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
         contiguous_output: return row-major memory. By default the result is a (..., out_features) tensor laid out
             feature-major, which a following sparse layer, ReLU, dropout or residual sum keeps, so chains of layers
             never transpose; `.view` on it may need `.reshape`.
 
-    Shapes: input (..., in_features) with any strides, output (..., out_features). Values start as those of
-    `torch.nn.Linear`, U(-b, b) with b = 1 / sqrt(in_features); see `reset_parameters` for larger ones.
+    Shapes: input (..., in_features) with any strides, output (..., out_features). Values start so that an output has
+    the variance that it has in `torch.nn.Linear`: U(-b, b) with b = 1 / sqrt(connections of the output).
 
     Under autocast activations and their gradients have autocast's dtype; values and sums stay in the weight's own.
 
@@ -67,6 +69,7 @@ class SparseLinear(SparseLayer):
         limits: Limits | None = None,
         generator: torch.Generator | None = None,
         contiguous_output: bool = False,
+        init: Init = "auto",
     ) -> None:
         super().__init__()
         weight = SparseWeight(
@@ -80,7 +83,7 @@ class SparseLinear(SparseLayer):
             dtype=dtype,
         )
         self._assemble(weight, bias, contiguous_output)
-        self.reset_parameters(generator)
+        self.reset_parameters(generator, init=init)
 
     @classmethod
     def from_weight(

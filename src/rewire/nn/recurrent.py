@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rewire import ops
 from rewire.nn.allot import Connections, Density, allot
+from rewire.nn.initial import Init, check_init, draw_values
 from rewire.nn.layer import autocast_dtype
 from rewire.nn.twin import Twin
 from rewire.nn.weight import SparseWeight
@@ -46,6 +47,7 @@ class _Recurrent(Twin):
         density: Density | None,
         distribution: str,
         generator: torch.Generator | None,
+        init: Init,
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
@@ -67,7 +69,7 @@ class _Recurrent(Twin):
         for name in self.bias_names():
             blank = torch.zeros(self.gates * hidden_size, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(blank))
-        self.reset_parameters(generator)
+        self.reset_parameters(generator, init=init)
 
     # --- its parts --------------------------------------------------------------------------------------------------
 
@@ -99,20 +101,37 @@ class _Recurrent(Twin):
         return [f"bias_{kind}_{s}" for s in self._suffixes() for kind in ("ih", "hh")] if self.bias else []
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw values and biases as PyTorch does, U(-b, b) with b = 1 / sqrt(hidden_size); the topology stays."""
+    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """Draw biases as PyTorch does, U(-b, b) with b = 1 / sqrt(hidden_size), and values; the topology stays.
+
+        Values of the dense twin have the same b; ``init`` says what becomes of it where a unit has fewer connections
+        than there, see `rewire.nn.initial.draw_values`.
+        """
+        self._reset(generator, init, biases=True)
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """As `reset_parameters`, but biases stay."""
+        self._reset(generator, init, biases=False)
+
+    def _reset(self, generator: torch.Generator | None, init: Init, biases: bool) -> None:
+        check_init(init)
         bound = 1 / math.sqrt(self.hidden_size)
-        for weight in (self.get_submodule(name) for name in self.weight_shapes()):
+        pools: dict[int, SparseWeight] = {}
+        for name in self.weight_shapes():
+            weight = self.get_submodule(name)
             assert isinstance(weight, SparseWeight)
+            pools[id(weight.values)] = weight
             if weight.device.type != "meta" and not weight.drawn:
                 weight.draw(generator)
         for parameter in self.parameters():
-            if parameter.device.type != "meta":
+            if parameter.device.type == "meta":
+                continue
+            pool = pools.get(id(parameter))
+            if pool is not None:
+                draw_values(pool, bound, init, generator)
+            elif biases:
                 parameter.uniform_(-bound, bound, generator=generator)
-        for weight in (self.get_submodule(name) for name in self.weight_shapes()):
-            assert isinstance(weight, SparseWeight)
-            if weight.device.type != "meta":
-                weight.values.masked_fill_(weight.rows < 0, 0.0)
 
     def flatten_parameters(self) -> None:
         """Does nothing; models written for PyTorch's recurrent layers call it."""
@@ -239,6 +258,7 @@ _SHARED = """
             for each.
         distribution: "erk", "er" or "uniform", see `rewire.budget`.
         generator: draws topology, values and biases; torch's default generator otherwise.
+        init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
     Every ``weight_*`` (all gates stacked, as in PyTorch) is a `SparseWeight`; biases are as in PyTorch. Takes and
     returns what the twin does: (time, batch, features), (batch, time, features), (time, features) or a packed sequence,
@@ -274,12 +294,13 @@ class SparseRNN(_Recurrent):
         density: Density | None = None,
         distribution: str = "erk",
         generator: torch.Generator | None = None,
+        init: Init = "auto",
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', not {nonlinearity!r}")
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            connections, density, distribution, generator,
+            connections, density, distribution, generator, init,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
@@ -316,10 +337,11 @@ class SparseGRU(_Recurrent):
         density: Density | None = None,
         distribution: str = "erk",
         generator: torch.Generator | None = None,
+        init: Init = "auto",
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            connections, density, distribution, generator,
+            connections, density, distribution, generator, init,
         )  # fmt: skip
 
     def forward(
@@ -362,10 +384,11 @@ class SparseLSTM(_Recurrent):
         density: Density | None = None,
         distribution: str = "erk",
         generator: torch.Generator | None = None,
+        init: Init = "auto",
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            connections, density, distribution, generator,
+            connections, density, distribution, generator, init,
         )  # fmt: skip
 
     def forward(

@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from rewire import budget, data, methods
+from rewire.nn.initial import INITS
 
 from . import loop
-from .config import FREE_ON_RESUME, INITS, TrainConfig, check_name, difference, make_config, suited
+from .config import FREE_ON_RESUME, TrainConfig, check_name, difference, make_config
 from .display import DownloadBar, Lines, LiveBar
 from .errors import TrainError
 from .observer import Silent
@@ -42,8 +43,7 @@ def config_to_resume(place: RunDir, given: dict[str, Any], pairs: Sequence[str] 
     line = difference(config, given)
     if line is None and pairs:
         options = parse_method_options(config.method, pairs)
-        again = suited(config.model_copy(update={"method_options": options}), named=True)
-        line = difference(config, {"method_options": again.method_options})
+        line = difference(config, {"method_options": config.method_options | options})
     if line is not None:
         raise TrainError(f"--resume: {line}; leave the option out, or start another run with another --run-dir")
     changed = {name: value for name, value in given.items() if name in FREE_ON_RESUME}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rewire import methods, reading, run_files
+from rewire.nn.initial import Init
 
 from .errors import TrainError
 
-INITS = ("dense", "sparse")
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+#: Each optimizer, and its learning rate where neither the user nor the method names one.
+RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.002}
+OPTIMIZERS = tuple(RATES)
 
 # What may differ when a run is resumed: where the data lie and how often to save decide no number. The number of
 # threads decides none either, but a run keeps it.
@@ -45,13 +47,13 @@ class TrainConfig(BaseModel):
     fan_in: Size | None = None
     fan_out: Size | None = None
     block: tuple[Size, Size, Size] | None = None
-    init: Literal["dense", "sparse"] = "dense"
-    optimizer: str = "sgd"
+    init: Init = "auto"
+    optimizer: str = "adam"
     lr: Positive | None = None
-    lr_decay: Positive = 0.95
+    lr_decay: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    batch_size: Size = 10
+    batch_size: Size = 16
     epochs: Size = 20
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validation: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
@@ -141,16 +143,17 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def suited(config: TrainConfig, *, named: bool) -> TrainConfig:
-    """The optimizer and the hyper-parameters that suit the method, where the user ``named`` or gave none.
+    """The optimizer, its rate and the hyper-parameters that suit the method, where the user ``named`` or gave none.
 
-    Momentum names an optimizer as well: of the default ones only sgd has it.
+    Momentum names an optimizer as well: sgd, where no other is named.
     """
     if config.method not in methods.available():
         return config
     cls = methods.info(config.method).cls
-    options = cls.run_options(config.epochs, config.method_options) | config.method_options
-    optimizer = config.optimizer if named or config.momentum else cls.run_optimizer
-    return config.model_copy(update={"method_options": options, "optimizer": optimizer})
+    optimizer = config.optimizer if named else "sgd" if config.momentum else cls.run_optimizer
+    options = cls.run_options(config.epochs, config.method_options, optimizer) | config.method_options
+    lr = cls.run_lr if config.lr is None and optimizer == cls.run_optimizer else config.lr
+    return config.model_copy(update={"method_options": options, "optimizer": optimizer, "lr": lr})
 
 
 def starts_dense(method: str) -> bool:
@@ -177,7 +180,7 @@ def _dense_budget(config: TrainConfig) -> TrainConfig:
         "--fan-in": config.fan_in is not None,
         "--fan-out": config.fan_out is not None,
         "--block": config.block is not None,
-        "--init": config.init != "dense",
+        "--init": config.init != "auto",
     }
     for option, is_given in given.items():
         if is_given:
@@ -194,7 +197,7 @@ def _with_rate(config: TrainConfig) -> TrainConfig:
         raise TrainError(f"--momentum: {config.optimizer} has none; it is for sgd and rmsprop")
     if config.lr is None:
         # Momentum m makes a step 1 / (1 - m) times as long.
-        lr = (0.5 if config.optimizer == "sgd" else 0.002) * (1 - config.momentum)
+        lr = RATES[config.optimizer] * (1 - config.momentum)
         config = config.model_copy(update={"lr": round(lr, 9)})
     return config
 

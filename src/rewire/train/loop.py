@@ -17,6 +17,7 @@ from rewire import files, memory, methods, reading, tensor_file
 from rewire.data import Dataset
 from rewire.nn.surgery import load_resized
 from rewire.run_files import COMMIT, EMPTY
+from rewire.schedules import Cosine
 
 from . import checkpoint, comparison
 from .batches import Batches, derive_seed, make_generator, split
@@ -39,6 +40,7 @@ from .run_dir import METRICS, MODEL, RunDir
 from .structure import layer_counts, structure
 
 PROGRESS_SECONDS = 0.2
+RATE_STEPS = 1000  # a rate that falls along a curve does so in so many steps: a new rate costs methods some work
 ROWS = 1000  # samples at a time, where a method looks at activations
 ONE_THREAD = 1_000_000  # products in a step: a millisecond of work, below which threads cost more than they bring
 
@@ -232,12 +234,14 @@ class Trainer:
 
     def _train_epoch(self, observer: Observer, stop: Callable[[], int]) -> None:
         config, model, optimizer, method = self.config, self.model, self.optimizer, self.method
-        for group in optimizer.param_groups:
-            group["lr"] = self._lr()
         batches = len(self.batches)
+        self._set_lr()
+        each = self._rate_interval
         due = time.perf_counter() + PROGRESS_SECONDS
         model.train()
         for x, y in self.batches.epoch(self.epoch, self.batch):
+            if self.step % each == 0:
+                self._set_lr()
             logits = model(x)
             loss = nn.functional.cross_entropy(logits, y)
             optimizer.zero_grad()
@@ -259,9 +263,22 @@ class Trainer:
                 observer.progress(self._progress())
                 due = time.perf_counter() + PROGRESS_SECONDS
 
-    def _lr(self) -> float:
-        assert self.config.lr is not None  # make_config filled it in
-        return self.config.lr * self.config.lr_decay**self.epoch
+    @property
+    def _rate_interval(self) -> int:
+        """Steps for which the learning rate stays as it is: an epoch, or where it falls along a cosine a part of it."""
+        batches = len(self.batches)
+        return batches if self.config.lr_decay is not None else max(self.config.epochs * batches // RATE_STEPS, 1)
+
+    def _set_lr(self) -> None:
+        """The rate of this step: by default it falls to 0 along half a cosine, else by ``lr_decay`` an epoch."""
+        config = self.config
+        assert config.lr is not None  # make_config filled it in
+        if config.lr_decay is not None:
+            lr = config.lr * config.lr_decay**self.epoch
+        else:
+            lr = Cosine(config.lr, config.epochs * len(self.batches))(self.step - self.step % self._rate_interval)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def _samples_seen(self) -> int:
         return min(self.batch * self.config.batch_size, len(self.batches.y))
@@ -290,7 +307,7 @@ class Trainer:
         def accuracy(model: nn.Module) -> float:
             return evaluate(model, held_x, held_y)[1]
 
-        lr = self._lr()
+        lr = float(self.optimizer.param_groups[0]["lr"])
         last = self.epoch + 1 == config.epochs
         found = sum(self._connections().values())
         try:

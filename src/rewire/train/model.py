@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 import rewire
 from rewire import budget, methods
 from rewire.budget import Limits
+from rewire.nn.initial import Init
 
 from .config import TrainConfig, check_name
 from .errors import TrainError
@@ -121,22 +121,20 @@ def build(
     connections: Sequence[int],
     bias: bool,
     generator: torch.Generator,
-    init: Literal["dense", "sparse"] = "dense",
+    init: Init = "auto",
     limits: Limits | None = None,
 ) -> nn.Sequential:
     """Sparse layers with ReLU between them; topology and weights come from `generator` alone.
 
-    `init` is the fan-in that scales the first values, see `SparseLinear.reset_parameters`.
+    `init` is how large the first values are, see `rewire.nn.initial.draw_values`.
     """
     modules: list[nn.Module] = []
     for (outputs, inputs), count in zip(shapes, connections, strict=True):
         if modules:
             modules.append(nn.ReLU())
         layer = rewire.nn.SparseLinear(
-            inputs, outputs, bias=bias, connections=count, limits=limits, generator=generator
+            inputs, outputs, bias=bias, connections=count, limits=limits, generator=generator, init=init
         )
-        if init != "dense":
-            layer.reset_parameters(generator, fan_in=init)
         modules.append(layer)
     return nn.Sequential(*modules)
 
