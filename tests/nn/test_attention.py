@@ -188,7 +188,7 @@ def test_budgets():
 
 def test_starts_as_pytorch_does():
     g = torch.Generator().manual_seed(0)
-    layer = SparseMultiheadAttention(64, 4, density=0.5, generator=g)
+    layer = SparseMultiheadAttention(64, 4, density=0.5, generator=g, init="dense")
     twin = nn.MultiheadAttention(64, 4)
     bounds = [layer.q_proj_weight.values.abs().max(), layer.out_proj.weight.values.abs().max()]
     expected = [twin.in_proj_weight.abs().max(), twin.out_proj.weight.abs().max()]
