@@ -51,6 +51,7 @@ def test_refused(options, message: str) -> None:
     ("method", "optimizer", "lr", "options"),
     [
         ("deep-r", "adam", 0.01, {"l1": 0.1}),
+        ("l1", "adam", 0.01, {"l1": 0.1}),
         ("set", "adam", 0.01, {}),
         ("noiseout", "adam", 0.002, {"warmup": 10}),
         ("differentiable", "adam", 0.002, {}),

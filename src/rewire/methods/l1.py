@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,11 @@ class L1(Shrinking):
 
     Cost: one pass over the connections there are, each step.
     """
+
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+        """A share of the rate where steps have about its length, whatever the gradient (as for DEEP R)."""
+        return {"l1": 0.1} if optimizer in ("adam", "adamw", "rmsprop") and "l1" not in given else {}
 
     def __init__(
         self,
