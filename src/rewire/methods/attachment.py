@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rewire.methods.layer_hooks import release
 from rewire.methods.recording import Recorder
 from rewire.methods.watch import Watch
-from rewire.nn import Event, Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
+from rewire.nn import Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
 from rewire.nn.wrappers import is_plain, listed, movers, trainers
 
 __all__ = ["Attachment", "Pool", "Purpose", "only"]

@@ -203,7 +203,8 @@ class SparseWeight(nn.Module):
             extra, values = self.candidates, self._own_values()
             return (values, self.index) if extra is None else (extra.values(values), extra.index)
         # As `_check_seal` and `index`, without their calls: this is part of every forward pass.
-        b, (rows, cols, row_version, col_version, _, _) = self._buffers, self._seal or seal.BROKEN
+        b: dict[str, Any] = self._buffers
+        rows, cols, row_version, col_version, _, _ = self._seal or seal.BROKEN
         if (
             b["rows"] is not rows
             or b["cols"] is not cols
@@ -227,7 +228,8 @@ class SparseWeight(nn.Module):
 
     def _check_seal(self) -> None:
         """Raise `TopologyError` if positions were written behind the pool's back (`rewire.nn.seal`)."""
-        b, (rows, cols, row_version, col_version, _, _) = self._buffers, self._seal or seal.BROKEN
+        b: dict[str, Any] = self._buffers
+        rows, cols, row_version, col_version, _, _ = self._seal or seal.BROKEN
         # Where nothing happened, two numbers are compared.
         if (
             b["rows"] is not rows
@@ -549,10 +551,12 @@ class SparseWeight(nn.Module):
     def _changed(self, event: Event, cleared: bool = False) -> None:
         """The one place through which changes of a pool go: version counters, gradient (unless it is ``cleared`` in the
         event's slots already), followers."""
-        values, b, own = self._own_values(), self._buffers, self.__dict__  # setting an attribute of a module takes longer
+        # (Setting an attribute of a module takes longer than an entry of its dict.)
+        b: dict[str, Any] = self._buffers
+        values, own = self._own_values(), self.__dict__
         rows, cols, lists = b["rows"], b["cols"], _NEW(Index, _LISTS_OF(b))
         increment_version([values, rows, cols, *lists])
-        own["_seal"], own["_mark"], own["_first"] = seal.seal_of(rows, cols, lists), None, False  # type: ignore[arg-type]
+        own["_seal"], own["_mark"], own["_first"] = seal.seal_of(rows, cols, lists), None, False
         if self.candidates is not None:
             self.candidates.spoil()
             self.candidates = None
