@@ -68,7 +68,7 @@ def placed(weight: SparseWeight, numbers: dict[str, Tensor]) -> dict[str, Tensor
     for key, value in numbers.items():
         assert value.numel() == weight.capacity, key
         found[key] = torch.full((weight.size,), float("nan"))
-        found[key][at] = value.detach()[slots]
+        found[key][at] = value.detach()[slots].float()
     return found
 
 

@@ -241,8 +241,3 @@ def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
     assert "Active units" in page
     assert "Before and after" not in page
     assert [(layer.inputs, layer.outputs) for layer in read_run(tmp_path).layers] == [(64, 12), (12, 9), (9, 10)]
-    older = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for line in older:
-        del line["units"]  # as versions before wrote it
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
-    assert "Active units" not in report.write(tmp_path).read_text()

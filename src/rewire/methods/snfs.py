@@ -189,7 +189,8 @@ class SNFS(Rewirer):
             return  # gradients from before the window are in its first step: it begins with the next
         if self._wants_capture(self.steps):
             for pool in pools:
-                self.averaging.collect(pool)
+                if pool.recorder is not None:  # else it was frozen when the step was asked for
+                    self.averaging.collect(pool)
         super()._after_step(pools)
         self._left = max(self._left - 1, 0) if self._due else 0
 

@@ -184,7 +184,7 @@ class _Exploring:
 
     def step(self, decay: float) -> None:
         """One optimizer step along the loss gradient, and the penalty."""
-        if not self.at.numel():
+        if not self.at.numel() or self.pool.recorder is None:  # frozen when the step was asked for
             return
         weight, record = self.pool.weight, recorded(self.pool)
         if self._index is None:

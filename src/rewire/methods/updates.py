@@ -20,12 +20,18 @@ def length(name: str, number: int | None) -> int | None:
 
 
 def in_steps(
-    every: int | None, until: int | None, published: int, steps: int | None, last: float = LAST, begin: int = 0
+    every: int | None,
+    until: int | None,
+    published: int,
+    steps: int | None,
+    last: float = LAST,
+    begin: int = 0,
+    least: int = LEAST,
 ) -> tuple[int, int | None]:
     """``every`` and ``until``, in optimizer steps, with what was not given (None) filled in.
 
     until: share ``last`` of ``steps`` where the length of the training is known, else None: no end.
-    every: ``published``, or in a training of known length as many fewer as 10 updates need.
+    every: ``published``, or in a training of known length as many fewer as ``least`` (10) updates need.
     """
     steps = length("steps", steps)
     if until is None and steps is not None:
@@ -34,7 +40,7 @@ def in_steps(
         return every, until
     if steps is None or not isinstance(until, int) or not isinstance(begin, int):
         return published, until  # or what is given is refused elsewhere
-    return min(published, max((until - begin) // LEAST, 1)), until
+    return min(published, max((until - begin) // least, 1)), until
 
 
 def in_epochs(
@@ -44,18 +50,19 @@ def in_epochs(
     epochs: int | None,
     *,
     scheduled: bool = False,
+    least: int = LEAST,
 ) -> tuple[int | Literal["epoch"], int | None]:
     """``every`` and ``until`` of a method that updates at the end of each epoch, with what was not given filled in.
 
     until: three quarters of ``epochs`` where the length of the training is known, else None: no end.
-    every: "epoch"; or, where the training of ``epochs`` epochs and ``steps`` optimizer steps ends fewer than 10 epochs
-        before that, a number of steps at which there are 10 updates, and ``until`` is a number of steps then. Not where
-        something else, such as a schedule over epochs, is ``scheduled`` by epochs.
+    every: "epoch"; or, where a training of ``epochs`` epochs and ``steps`` optimizer steps has fewer than ``least``
+        (10) epochs until then, a number of steps at which there are as many updates, and ``until`` is a number of steps
+        as well. Not where something else, such as a schedule over epochs, is ``scheduled`` by epochs.
     """
     steps, epochs = length("steps", steps), length("epochs", epochs)
     if every not in (None, "epoch"):
         return every, int(LAST * steps) if until is None and steps is not None else until
     open_ = every is None and until is None and not scheduled
-    if open_ and steps is not None and epochs is not None and int(LAST * epochs) < LEAST:
-        return in_steps(None, None, steps, steps)
+    if open_ and steps is not None and epochs is not None and int(LAST * epochs) < least:
+        return in_steps(None, None, steps, steps, least=least)
     return "epoch", int(LAST * epochs) if until is None and epochs is not None else until

@@ -197,8 +197,8 @@ class SparseWeight(nn.Module):
 
     def operand(self) -> tuple[Tensor, Index]:
         """What layers multiply by: `values` and `index`, or those of candidates as well while there are any."""
-        if torch.compiler.is_dynamo_compiling():
-            if not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():  # or exporting, which looks at stand-ins of the tensors
+            if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
                 self.traced = True
             extra, values = self.candidates, self._own_values()
             return (values, self.index) if extra is None else (extra.values(values), extra.index)
@@ -239,12 +239,14 @@ class SparseWeight(nn.Module):
         ):
             self._inspect()
 
-    @torch.no_grad()
     def _inspect(self) -> None:
         """The seal does not fit: go on if the topology is what it was all the same."""
+        if not torch.compiler.is_compiling():
+            with torch.no_grad():
+                self._inspect_contents()
+
+    def _inspect_contents(self) -> None:
         rows, cols = self.rows, self.cols
-        if torch.compiler.is_compiling():
-            return
         if self._first and seal.written_once(self._seal, rows, cols, self.index, self.matrix_shape):
             # AveragedModel's first update copies everything, before it asks the averaging function.
             self.__dict__ |= {"_first": False, "_connections": int(self.index.row_ptr[-1].item())}
