@@ -328,7 +328,7 @@ def unprepared_models_are_refused() -> None:
 def dense_methods_agree_or_are_refused() -> None:
     torch.manual_seed(7)
     dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
-    for name, options in {"halo": {"density": 0.3}, "ternary": {"threshold": 0.2, "density": 0.3}}.items():
+    for name, options in {"halo": {"density": 0.3}, "ternary": {"threshold": 0.2, "density": 0.3, "prune": 1}}.items():
         torch.manual_seed(50 + dist.get_rank())
         plain = copy.deepcopy(dense)
         ddp = DistributedDataParallel(plain)
@@ -339,6 +339,7 @@ def dense_methods_agree_or_are_refused() -> None:
             (ddp(torch.randn(16, 20)).square().mean() + method.penalty()).backward()
             optimizer.step()
             method.step()
+        method.end_epoch()
         method.finalize()
         assert same_everywhere([w.fingerprint() for _, w in sparse_weights(plain)]), name
         assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name

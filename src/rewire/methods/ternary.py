@@ -151,6 +151,7 @@ class Ternary(Method):
     """
 
     starts_dense = True
+    run_optimizer = "sgd"  # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
 
     def __init__(
         self,
