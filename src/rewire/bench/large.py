@@ -289,7 +289,7 @@ def one_update(
     x.requires_grad_()
     options: dict[str, Any] = {"data": [x.detach()]} if about.takes_data else {}
     every = about.parameters().get("every")
-    if every is not None and isinstance(every.default, int):
+    if every is not None and (every.default is None or isinstance(every.default, int)):
         options["every"] = 1
     made = methods.create(method, layer, optimizer, seed=0, **options)
     build = clock() - start
