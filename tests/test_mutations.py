@@ -352,6 +352,16 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def one_changed(folder: Path, reader: Reader, dice: random.Random) -> tuple[Path, str]:
+    """A new folder with a reader's files, of which one is changed, and that one's name."""
+    folder.mkdir()
+    for name, content in reader.files.items():
+        (folder / name).write_bytes(content)
+    name = dice.choice(reader.names)
+    (folder / name).write_bytes(changed(name, reader.files[name], dice))
+    return folder, name
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by way of /proc")
 @pytest.mark.usefixtures("little_memory")
 def test_changed_files_are_refused_or_of_no_other_content(readers: dict[str, Reader], tmp_path: Path) -> None:
@@ -360,12 +370,7 @@ def test_changed_files_are_refused_or_of_no_other_content(readers: dict[str, Rea
     for number in range(COUNT):
         dice = random.Random(f"{number}")
         reader = readers[kinds[number % len(kinds)]]
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for name, content in reader.files.items():
-            (folder / name).write_bytes(content)
-        name = dice.choice(reader.names)
-        (folder / name).write_bytes(changed(name, reader.files[name], dice))
+        folder, name = one_changed(tmp_path / str(number), reader, dice)
         own = False
         if reader.seal is not None and dice.random() < 0.5:
             with contextlib.suppress(Exception):  # changed so much that nothing can be made of it
@@ -405,12 +410,7 @@ def test_the_command_line_says_so_in_one_line(
     for number in range(max(COUNT // 50, 16)):
         dice = random.Random(f"command {number}")
         reader = readers[("report", "resume of a finished run", "resume")[number % 3]]
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for name, content in reader.files.items():
-            (folder / name).write_bytes(content)
-        name = dice.choice(reader.names)
-        (folder / name).write_bytes(changed(name, reader.files[name], dice))
+        folder, name = one_changed(tmp_path / str(number), reader, dice)
         # Training cannot be asked to go on with whatever somebody made of a checkpoint and sealed anew.
         if number % 3 != 2 and dice.random() < 0.5 and reader.seal is not None:
             with contextlib.suppress(Exception):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import rewire
 from rewire import methods, report
+from rewire.report import figures
 from rewire.report.read import read_run
 from rewire.train import comparison, display, loop
 from rewire.train.config import make_config
@@ -240,4 +241,9 @@ def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
     page = report.write(tmp_path).read_text()
     assert "Active units" in page
     assert "Before and after" not in page
-    assert [(layer.inputs, layer.outputs) for layer in read_run(tmp_path).layers] == [(64, 12), (12, 9), (9, 10)]
+    found = read_run(tmp_path)
+    assert [(layer.inputs, layer.outputs) for layer in found.layers] == [(64, 12), (12, 9), (9, 10)]
+    assert figures.units(found) is not None
+    for line in found.metrics:
+        del line["units"]  # as runs that have not counted them
+    assert figures.units(found) is None
