@@ -90,7 +90,7 @@ def test_refusals(parameters: dict[str, Any], message: str) -> None:
 
 
 def test_what_leaves_a_neuron_has_one_sign() -> None:
-    run = Run(("deep-r", {"l1": 1e-3, "noise": 0.05, "signs": "neuron"}))
+    run = Run(("deep-r", {"l1": 1e-3, "noise": 0.2, "signs": "neuron"}))
     weight = next(iter(run.weights().values()))
     before = weight.to_dense().detach().clone()
     run.backward()

@@ -246,7 +246,7 @@ def test_methods_that_look_at_activations_move_the_same_connections_by_keyword(n
         model = Keywords(named)
         rewire.sparsify(model, density=0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        method = rewire.methods.create(name, model, optimizer, data=list(X), seed=2)
+        method = rewire.methods.create(name, model, optimizer, data=list(X), seed=2, fraction=0.5)
         for x in X:
             optimizer.zero_grad()
             model(x)["out"][0].square().mean().backward()

@@ -12,6 +12,11 @@ from wrappers import OPTIMIZERS, SAM
 from rewire import methods
 from rewire.nn import Event, SparseLinear, SparseWeight, sparse_weights
 
+# torch puts hooks around the `step` of a class when its first instance is made: from here on, those of subclasses that
+# call it are hooked twice, one within the other.
+for made in (torch.optim.SGD, torch.optim.Adam):
+    made([nn.Parameter(torch.zeros(1))], 0.1)
+
 METHODS: dict[str, dict[str, Any]] = {
     "set": {"every": 2, "fraction": 0.4},
     "set-normal": {"every": 2, "new_values": "normal"},

@@ -61,7 +61,8 @@ def test_it_is_the_dense_algorithm_with_masks(explore: float) -> None:
         for i, w in enumerate(weights):
             density = w.connections / w.size
             moved = thetas[i] - LR * alphas[i].grad * in_b[i]
-            shrink = torch.where(in_a[i], LR * L2, torch.where(in_b[i], LR * L2 / density, 0.0))
+            exploring = torch.where(in_b[i], torch.tensor(LR * L2 / density, dtype=torch.float64), 0.0)
+            shrink = torch.where(in_a[i], torch.tensor(LR * L2, dtype=torch.float64), exploring)
             thetas[i] = moved * (1 - shrink)
             if step == 1 or step % EVERY == 0:
                 in_a[i] = top(thetas[i], w.connections)

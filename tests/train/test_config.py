@@ -52,7 +52,9 @@ def test_refused(options, message: str) -> None:
     [
         ("deep-r", "adam", 0.01, {"l1": 0.1}),
         ("l1", "adam", 0.01, {"l1": 0.1}),
-        ("set", "adam", 0.01, {}),
+        ("set", "adam", 0.01, {"fraction": 0.15}),
+        ("mest", "adam", 0.01, {}),
+        ("ternary", "sgd", 0.5, {}),
         ("noiseout", "adam", 0.002, {"warmup": 10}),
         ("differentiable", "adam", 0.002, {}),
         ("halo", "sgd", 0.5, {"cut": 15}),

@@ -249,7 +249,9 @@ class Attachment:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = id(optimizer)
-        self._hidden.pop(key, None)  # of a step that ended in an error
+        # A step that calls its base class's is hooked twice, one within the other, as soon as somebody has made an
+        # optimizer of the base class: what the outer hook took away is looked at again.
+        self._restore(key)
         self._void.discard(key)
         inf = optimizer.__dict__.get("found_inf")  # a GradScaler leaves skipping to fused optimizers
         if inf is not None and float(inf) > 0:
@@ -289,7 +291,8 @@ class Attachment:
 
     def _restore(self, key: int) -> None:
         for parameter, gradient in self._hidden.pop(key, {}).values():
-            parameter.grad = gradient
+            if parameter.grad is None:  # else the step has ended in an error, and this gradient is newer
+                parameter.grad = gradient
 
     def _own(self, optimizer: Optimizer) -> list[Pool]:
         """The pools that a step of ``optimizer`` moves. Where several have the same pools, it takes them over."""

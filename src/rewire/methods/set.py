@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from rewire.methods.grow import Random
 from rewire.methods.registry import register
 from rewire.methods.rewirer import Rewirer, normal_values
 from rewire.methods.settings import choice
-from rewire.methods.updates import in_epochs
+from rewire.methods.updates import LAST, in_epochs
 from rewire.schedules import Schedule
 
 __all__ = ["SET"]
@@ -42,8 +42,8 @@ class SET(Rewirer):
     ``new_values="normal", momentum="keep"``.
 
     Args:
-        fraction: zeta, the share to replace at an update; a float or a schedule over epochs. By default 0.3, or 0.15
-            where `every` makes more updates than there are epochs.
+        fraction: zeta, the share to replace at an update; a float or a schedule over epochs. (`rewire train` takes 0.15
+            where updates come more often than epochs.)
         new_values: "zero", or "normal" for N(0, 0.1^2).
         momentum: what becomes of the optimizer state of survivors: "keep", or "reset", which clears all state of all
             parameters at every update, as a new optimizer would.
@@ -58,12 +58,18 @@ class SET(Rewirer):
 
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+        """Half the share where updates come more often than epochs."""
+        often = int(LAST * epochs) < _LEAST and not given.keys() & {"fraction", "every", "until"}
+        return {"fraction": 0.15} if often else {}
+
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         *,
-        fraction: float | Schedule | None = None,
+        fraction: float | Schedule = 0.3,
         new_values: Literal["zero", "normal"] = "zero",
         momentum: Literal["keep", "reset"] = "keep",
         every: int | Literal["epoch"] | None = None,
@@ -75,8 +81,6 @@ class SET(Rewirer):
     ) -> None:
         choice("new_values", new_values, ("zero", "normal"))
         every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction), least=_LEAST)
-        if fraction is None:
-            fraction = 0.3 if every == "epoch" else 0.15
         super().__init__(
             model,
             optimizer,
