@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rewire.bench import bars, command
-from rewire.bench.errors import BenchError
+from rewire.app.bench import bars
+from rewire.app.bench import run as command
+from rewire.app.bench.errors import BenchError
 
 
 def main() -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rewire.bench import bars, command, sections, tables
-from rewire.bench.bars import big
-from rewire.bench.curves import Setting
+from rewire.app.bench import bars, sections, tables
+from rewire.app.bench import run as command
+from rewire.app.bench.bars import big
+from rewire.app.bench.curves import Setting
 
 
 def one_update(names: list[str], options: argparse.Namespace) -> None:

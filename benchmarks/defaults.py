@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 
-from rewire import data, methods
-from rewire.data import Dataset
-from rewire.train import loop
-from rewire.train.config import make_config
-from rewire.train.run_dir import METRICS, RunDir
+from rewire import methods
+from rewire.app import data
+from rewire.app.data import Dataset
+from rewire.app.train import loop
+from rewire.app.train.config import make_config
+from rewire.app.train.run_dir import METRICS, RunDir
 
 #: Densities and epochs of each data set.
 SETTINGS: dict[str, tuple[tuple[float, ...], int]] = {

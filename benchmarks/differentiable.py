@@ -30,7 +30,7 @@ from cifar import cifar10
 from torch import Tensor, nn
 
 import rewire
-from rewire import data
+from rewire.app import data
 from rewire.methods import Differentiable
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -170,7 +170,7 @@ def run(experiment: Experiment, split: Split, seed: int, scale: float, strength:
                 method.step()
             scheduler.step()
     result["seconds"] = round(time.process_time() - begun, 1)
-    size = rewire.nn.cost(model, test_x[:2])
+    size = rewire.nn.inspect.cost(model, test_x[:2])
     result |= {"test_accuracy": accuracy(model, test_x, test_y), "parameters": size.parameters}
     return result | {"bytes": size.bytes, "multiply_adds": size.multiply_adds}
 

@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 import rewire
-from rewire import data, methods
+from rewire import methods
+from rewire.app import data
 from rewire.export import pack_ternary
-from rewire.methods.dense import largest
+from rewire.methods.dense_start.dense import largest
 from rewire.nn import sparse_weights
 
 DENSITIES = (0.05, 0.02, 0.01)

@@ -26,7 +26,7 @@ from scipy.io import loadmat
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.methods.drop import MagnitudeBySign
+from rewire.methods.criteria.drop import MagnitudeBySign
 from rewire.nn import SparseLinear, SReLU
 
 #: The features that carry the label, alone or in combination, counted from 0, as the authors' script lists them.

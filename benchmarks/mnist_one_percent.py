@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from rewire import data
+from rewire.app import data
+from rewire.app.train.batches import Batches, make_generator, split
 from rewire.nn import SparseLinear
-from rewire.train.batches import Batches, make_generator, split
 
 CONNECTIONS = (1500, 800, 362)  # 2662 together
 PAPER = "96.3 %"

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire import data
+from rewire.app import data
 from rewire.methods import NoiseOut
 
 NOISES = ("none", "gaussian", "constant", "binomial")

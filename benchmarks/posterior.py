@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from rewire import data, posterior
-from rewire.data import Dataset
+from rewire import posterior
+from rewire.app import data
+from rewire.app.data import Dataset
+from rewire.app.train.batches import Batches
 from rewire.nn import SparseLinear
-from rewire.train.batches import Batches
 
 LAYERS = [(784, 300, 2352), (300, 100, 900), (100, 10, 300)]
 BATCH, RATE, DECAY, BURN_IN, SAMPLING, EVERY = 10, 0.5, 0.8, 5, 5, 500

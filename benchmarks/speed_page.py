@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rewire.bench import tables
+from rewire.app.bench import tables
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "bench.json"
 #: Ways to compute a layer, as the heads of the columns name them.

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rewire import cli, files
-from rewire.train import display
+from rewire.app import cli
+from rewire.app.train import display
+from rewire.storage import files
 
 QUICK = ["--hidden", "10", "--epochs", "2", "--batch-size", "300", "--threads", "1"]
 
@@ -198,7 +199,7 @@ def test_stopped_by_a_signal_and_resumed_by_the_command_it_prints(capsys, monkey
 
 
 def test_stopped_while_loading(capsys, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("rewire.data.load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("rewire.app.data.load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     assert fails(capsys, "train", *QUICK, "--run-dir", "r", code=130) == "stopped"
     assert list(tmp_path.iterdir()) == []
 
@@ -211,7 +212,7 @@ def test_full_disk_keeps_the_last_checkpoint(capsys) -> None:
         f"""
         import resource, sys
         from rewire import cli
-        from rewire.train import display
+        from rewire.app.train import display
         def limit(self, record):
             resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
         display.Lines.epoch_ended = limit

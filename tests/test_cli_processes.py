@@ -69,7 +69,7 @@ def test_overwriting_a_live_run_changes_nothing(server: Server, tmp_path: Path) 
     # The first waits within its second epoch until the others have come and gone.
     wait = (
         "import pathlib, time\n"
-        "from rewire.train import display\n"
+        "from rewire.app.train import display\n"
         "def ended(self, record):\n"
         "    until = time.monotonic() + 100\n"
         "    (here / 'ready').touch()\n"
@@ -273,7 +273,7 @@ def test_first_downloads_at_once(server: Server, tmp_path: Path) -> None:
             fetch = (
                 "os.environ['no_proxy'] = '127.0.0.1'\n"
                 "import pathlib\n"
-                "from rewire.data.download import download\n"
+                "from rewire.app.data.download import download\n"
                 "target = pathlib.Path(command[0])\n"
                 f"download('http://127.0.0.1:{source.server_address[1]}/f', target, size={len(content)},\n"
                 f"    sha256='{hashlib.sha256(content).hexdigest()}', help_line='')\n"

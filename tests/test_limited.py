@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewire import limited, topology
+from rewire import topology
 from rewire.budget import Limits
 from rewire.topology import TopologyError
+from rewire.topology import limits as limited
 
 ROWS, COLS = st.integers(1, 9), st.integers(1, 9)
 

@@ -26,18 +26,20 @@ import pytest
 import torch
 from torch import nn
 
-from rewire import cli, data, files, run_files, tensor_file
-from rewire.data import digits, mnist
+from rewire.app import cli, data, run_files
+from rewire.app.data import digits, mnist
+from rewire.app.report import ReportError
+from rewire.app.report.page import _sections
+from rewire.app.report.read import read_run
+from rewire.app.train import loop
+from rewire.app.train.config import make_config
+from rewire.app.train.errors import StoppedError, TrainError
+from rewire.app.train.run_dir import RunDir
 from rewire.export import load_ternary, save_ternary
 from rewire.nn import SparseLinear
 from rewire.posterior import Posterior
-from rewire.report import ReportError
-from rewire.report.page import _sections
-from rewire.report.read import read_run
-from rewire.train import loop
-from rewire.train.config import make_config
-from rewire.train.errors import StoppedError, TrainError
-from rewire.train.run_dir import RunDir
+from rewire.storage import files
+from rewire.storage import tensors as tensor_file
 
 COUNT = int(os.environ.get("REWIRE_MUTATIONS", "250"))
 SLACK = 1 << 20  # bytes that a reader may take beyond twice what the file as it was takes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rewire
-from rewire import memory
+from rewire.app import memory
 from rewire.nn import SparseLinear
 
 HUGE = 2**45  # numbers: more than a process can address

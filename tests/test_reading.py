@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from rewire import files, reading, tensor_file
-from rewire.reading import FileError
+from rewire.storage import files, reading
+from rewire.storage import tensors as tensor_file
+from rewire.storage.reading import FileError
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from rewire._version import __version__
 
-if TYPE_CHECKING:  # what stands above other parts of the house (data, export) is found by __getattr__ alone
+if TYPE_CHECKING:  # export stands above other parts and is found by __getattr__ alone
     from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
-    from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
-    from rewire.nn.cut import to_sparse
-    from rewire.nn.summary import summary
+    from rewire.nn.convert.cut import to_sparse
+    from rewire.nn.convert.sparsify import densify, param_groups, sparsify
+    from rewire.nn.inspect.summary import summary
+    from rewire.nn.weight.listing import sparse_weights
 
 __all__ = [
     "__version__",
     "budget",
-    "data",
     "densify",
     "distributed",
     "ema",

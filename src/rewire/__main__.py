@@ -6,14 +6,14 @@ import signal
 import sys
 from typing import NoReturn
 
-from rewire import interrupts
+from rewire.app import interrupts
 
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     interrupts.guard()
     try:
-        from rewire import cli  # takes a moment, in which Ctrl-C may come as well
+        from rewire.app import cli  # takes a moment, in which Ctrl-C may come as well
 
         code = cli.run(sys.argv[1:])
         interrupts.leave()

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rewire import random
 from rewire.nn import Event, SparseWeight, sparse_weights
-from rewire.nn.sharded import refuse_sharded
+from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = ["TopologyMismatch", "agree", "alone", "prepare", "refuse_unprepared", "sum_over_ranks"]
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire.nn import Event, SparseWeight, seal, sparse_weights
+from rewire.nn import Event, SparseWeight, sparse_weights
 from rewire.nn.structure import Part, follow_structure
+from rewire.nn.weight import seal
 
 __all__ = ["ExponentialMovingAverage", "get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rewire import reading, tensor_file
 from rewire.nn import SparseWeight, sparse_weights
+from rewire.storage import reading
+from rewire.storage import tensors as tensor_file
 
 __all__ = [
     "Bins",

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rewire import cli
-from rewire.bench import bars, command, machine, sections
-from rewire.bench.curves import Setting
-from rewire.bench.verdict import at_least, missing
+from rewire.app import cli
+from rewire.app.bench import bars, machine, sections
+from rewire.app.bench import run as command
+from rewire.app.bench.curves import Setting
+from rewire.app.bench.verdict import at_least, missing
 
 TINY = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rewire.bench import bars, tables
-from rewire.bench.bars.big import fit
-from rewire.bench.curves import Setting, break_even
-from rewire.bench.errors import BenchError, NotAvailable
-from rewire.bench.timing import Contender, Ratio, Timings, quartiles, side_by_side
-from rewire.bench.verdict import Figure, at_least, at_most, info, judge, missing
+from rewire.app.bench import bars, tables
+from rewire.app.bench.bars.big import fit
+from rewire.app.bench.curves import Setting, break_even
+from rewire.app.bench.errors import BenchError, NotAvailable
+from rewire.app.bench.timing import Contender, Ratio, Timings, quartiles, side_by_side
+from rewire.app.bench.verdict import Figure, at_least, at_most, info, judge, missing
 
 
 @dataclass

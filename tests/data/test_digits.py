@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from rewire import data
-from rewire.data import digits
+from rewire.app import data
+from rewire.app.data import digits
 
 
 def test_equals_what_scikit_learn_ships() -> None:

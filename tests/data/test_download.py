@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rewire import files
-from rewire.data import DataError, mnist
-from rewire.data.download import download
+from rewire.app.data import DataError, mnist
+from rewire.app.data.download import download
+from rewire.storage import files
 
 CONTENT = os.urandom(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -208,7 +208,7 @@ def test_progress_of_another_process_is_shown(server, tmp_path: Path) -> None:
 
 
 def test_without_locks_bytes_gather_under_a_name_of_their_own(server, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rewire.data.download.lock_folder", lambda *_, **__: contextlib.nullcontext(False))
+    monkeypatch.setattr("rewire.app.data.download.lock_folder", lambda *_, **__: contextlib.nullcontext(False))
     part(tmp_path / "f").write_bytes(b"another process is writing here")
     get(server.url, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == CONTENT

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewire.data import idx
+from rewire.app.data import idx
 
 
 def pack(values: np.ndarray) -> bytes:

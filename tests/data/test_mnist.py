@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import real_data
-from rewire import data
-from rewire.data import mnist
+from rewire.app import data
+from rewire.app.data import mnist
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewire import files, tensor_file
 from rewire.export import load_ternary, pack_ternary, save_ternary
 from rewire.export.ternary import _deltas, _encode, _to_bits
 from rewire.methods import Ternary
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
+from rewire.storage import files
+from rewire.storage import tensors as tensor_file
 
 
 def ternary(shape: tuple[int, ...], connections: int, scale: float = 0.3, dtype: Any = torch.float32) -> SparseWeight:

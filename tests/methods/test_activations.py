@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from rewire import ops
 from rewire.methods import Static
-from rewire.methods.activations import Recorder
+from rewire.methods.criteria.activations import Recorder
 from rewire.nn import SparseConv2d, SparseLinear, SparseMultiheadAttention, SparseRNN
 
 

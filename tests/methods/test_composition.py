@@ -18,7 +18,7 @@ from torch import nn
 import rewire
 from rewire import methods
 from rewire.methods import SET, SNIP, DeepR, Group, OneShot, RigL, Static
-from rewire.methods.registry import _METHODS
+from rewire.methods.core.registry import _METHODS
 from rewire.nn import SparseConv2d, SparseLinear, sparse_weights
 
 DOCS = (Path(__file__).parents[2] / "docs" / "write_your_own_method.md").read_text()

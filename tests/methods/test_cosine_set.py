@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from rewire import methods
 from rewire.budget import Limits
 from rewire.methods import Pool, Rewirer
-from rewire.methods.base import Purpose
-from rewire.methods.drop import MagnitudeBySign
-from rewire.methods.grow import Cosine
-from rewire.methods.similarity import Cosine as Cosines
-from rewire.methods.similarity import Similarity
-from rewire.methods.topk import exponential
+from rewire.methods.core.base import Purpose
+from rewire.methods.criteria.drop import MagnitudeBySign
+from rewire.methods.criteria.grow import Cosine
+from rewire.methods.criteria.similarity import Cosine as Cosines
+from rewire.methods.criteria.similarity import Similarity
+from rewire.methods.criteria.topk import exponential
 from rewire.nn import SparseConv2d, SparseLinear
 from rewire.ops import Draw, Pair, uniforms
 

@@ -13,7 +13,7 @@ from sklearn.metrics.pairwise import cosine_distances
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.methods.grow import Random
+from rewire.methods.criteria.grow import Random
 from rewire.nn import SparseLinear
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from rewire import topology
 from rewire.methods import DeepR
-from rewire.methods.base import Purpose
-from rewire.methods.grow import allot
+from rewire.methods.core.base import Purpose
+from rewire.methods.criteria.grow import allot
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 
 

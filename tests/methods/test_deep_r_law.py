@@ -18,7 +18,7 @@ from scipy import integrate
 
 from rewire import topology
 from rewire.methods import DeepR
-from rewire.methods.base import Purpose
+from rewire.methods.core.base import Purpose
 from rewire.nn import SparseWeight
 
 M, K = 4, 2

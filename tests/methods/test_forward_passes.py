@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire
 from rewire.methods import NoiseOut
-from rewire.methods.activations import Recorder
+from rewire.methods.criteria.activations import Recorder
 
 pytest.importorskip("torch_pruning")
 
@@ -300,4 +300,4 @@ def test_costs_are_counted_by_keyword(named: bool) -> None:
             out: Tensor = self.up(input=x) if named else self.up(x)
             return out
 
-    assert rewire.nn.cost(Transposed(), torch.ones(4, 2, 5)).multiply_adds == 5 * 2 * 3 * 2
+    assert rewire.nn.inspect.cost(Transposed(), torch.ones(4, 2, 5)).multiply_adds == 5 * 2 * 3 * 2

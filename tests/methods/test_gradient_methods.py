@@ -13,9 +13,10 @@ from test_rigl import batches, dense_gradients, keys
 from torch import nn
 
 from rewire import methods, schedules, topology
-from rewire.methods import DSR, MEST, SNFS, SRigL, itop
-from rewire.methods.mest import Margin
-from rewire.methods.redistribute import spread
+from rewire.methods import DSR, MEST, SNFS, SRigL
+from rewire.methods.criteria.share import spread
+from rewire.methods.dynamic import itop
+from rewire.methods.dynamic.mest import Margin
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 
 

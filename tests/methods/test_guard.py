@@ -367,7 +367,7 @@ def test_the_first_epoch_without_any_step_is_refused() -> None:
 
 
 def test_values_of_every_dtype_have_a_fingerprint() -> None:
-    from rewire.methods.watch import fingerprint
+    from rewire.methods.core.watch import fingerprint
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64):
         values: Tensor = torch.linspace(-1, 1, 33).to(dtype)

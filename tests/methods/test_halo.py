@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rewire import methods, schedules
 from rewire.methods import Halo
-from rewire.methods.dense import largest
-from rewire.methods.halo import FLOOR, penalty_of
+from rewire.methods.dense_start.dense import largest
+from rewire.methods.dense_start.halo import FLOOR, penalty_of
 from rewire.nn import SparseConv1d, SparseLinear, SparseLSTM, sparse_weights
 
 VARIANTS = ["halo", "squared", "sws", "l1"]

@@ -13,7 +13,8 @@ from torch import nn
 
 from rewire import methods
 from rewire.budget import Limits
-from rewire.methods import Rewirer, drop, grow
+from rewire.methods import Rewirer
+from rewire.methods.criteria import drop, grow
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 
 BASE = Limits(fan_in=6, fan_out=9, block=(4, 4, 7))

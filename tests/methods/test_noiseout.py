@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewire.methods import NoiseOut
-from rewire.methods.correlation import measure
-from rewire.methods.noise_outputs import noise_targets
+from rewire.methods.noiseout.correlation import measure
+from rewire.methods.noiseout.noise_outputs import noise_targets
 from rewire.nn.surgery import UnitGraph
 
 pytest.importorskip("torch_pruning")

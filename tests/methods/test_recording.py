@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire
 from rewire import methods
-from rewire.methods import gradients
-from rewire.methods.recording import Status
-from rewire.methods.topk import Gradients, recorded
+from rewire.methods.core.recording import Status
+from rewire.methods.criteria import gradients
+from rewire.methods.criteria.topk import Gradients, recorded
 from rewire.nn import SparseLinear, sparse_weights
 
 DOUBLE = torch.float64

@@ -14,7 +14,8 @@ from harness import LAYERS, Run
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.methods import RigL, gradients
+from rewire.methods import RigL
+from rewire.methods.criteria import gradients
 from rewire.nn import Candidates, SparseConv2d, SparseLinear, SparseWeight, densify, sparse_weights
 from rewire.topology import TopologyError
 

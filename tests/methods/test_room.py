@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from rewire import methods
-from rewire.methods import Group, Rewirer, drop, grow
+from rewire.methods import Group, Rewirer
+from rewire.methods.criteria import drop, grow
 from rewire.nn import SparseLinear
 
 #: Those that take a model of pools, from the registry, so that a new one is tested too.

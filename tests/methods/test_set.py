@@ -10,9 +10,9 @@ from harness import Run, linear
 
 from rewire import schedules
 from rewire.methods import SET, Rewirer
-from rewire.methods.base import Pool
-from rewire.methods.drop import Magnitude, MagnitudeBySign
-from rewire.methods.grow import Random
+from rewire.methods.core.base import Pool
+from rewire.methods.criteria.drop import Magnitude, MagnitudeBySign
+from rewire.methods.criteria.grow import Random
 from rewire.nn import SparseWeight
 
 

@@ -11,7 +11,7 @@ from harness import Run
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.methods.shrink import final_budgets, weakest
+from rewire.methods.pruning.shrink import final_budgets, weakest
 from rewire.nn import SparseLinear, sparse_weights
 
 SGD = torch.optim.SGD

@@ -14,7 +14,7 @@ from torch import nn
 
 from rewire import methods, random, topology
 from rewire.methods import SoftDeepR
-from rewire.methods.base import Purpose
+from rewire.methods.core.base import Purpose
 from rewire.nn import SparseWeight, sparse_weights
 from rewire.schedules import Exponential
 

@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from rewire import schedules
 from rewire.methods import Ternary
-from rewire.methods.ternary import quantize, threshold_slope
+from rewire.methods.dense_start.ternary import quantize, threshold_slope
 from rewire.nn import SparseLinear, sparse_weights
-from rewire.nn.cut import dense_weights
+from rewire.nn.convert.cut import dense_weights
 
 
 class Sequence(nn.Module):

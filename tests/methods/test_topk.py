@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewire import ops
-from rewire.methods import topk
-from rewire.methods.base import Pool
-from rewire.methods.topk import Best, top
+from rewire.methods.core.base import Pool
+from rewire.methods.criteria import topk
+from rewire.methods.criteria.topk import Best, top
 from rewire.nn import SparseWeight
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewire import methods
-from rewire.methods.updates import in_epochs, in_steps
+from rewire.methods.core.updates import in_epochs, in_steps
 from rewire.nn import SparseLinear
 
 #: Methods that move or cut connections at intervals, and what they publish.

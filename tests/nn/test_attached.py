@@ -14,7 +14,7 @@ from twins import NAMES, connections, kind, made, output
 
 from rewire.budget import Limits
 from rewire.nn import SparseWeight, densify, sparsify, to_sparse
-from rewire.nn.kinds import sparse_kind_of
+from rewire.nn.convert.kinds import sparse_kind_of
 
 
 def wrapped(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

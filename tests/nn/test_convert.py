@@ -12,7 +12,8 @@ from torch import nn
 
 import rewire
 from rewire import budget
-from rewire.nn import SparseLinear, SparseWeight, densify, param_groups, sparse_weights, sparsify, summary
+from rewire.nn import SparseLinear, SparseWeight, densify, param_groups, sparse_weights, sparsify
+from rewire.nn.inspect import summary
 
 
 class Residual(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rewire
-from rewire.bench.networks import resnet18
+from rewire.app.bench.networks import resnet18
 from rewire.nn import (
     SparseConv2d,
     SparseLinear,

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import rewire
-from rewire.nn import SparseConv2d, SparseLinear, cost
+from rewire.nn import SparseConv2d, SparseLinear
+from rewire.nn.inspect import cost
 
 
 def test_a_convolutional_network_by_hand() -> None:

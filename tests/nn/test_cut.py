@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import rewire
 from rewire.nn import SparseLinear, SparseMultiheadAttention, sparse_weights, to_sparse
-from rewire.nn.cut import dense_weights
+from rewire.nn.convert.cut import dense_weights
 
 
 class Recurrent(nn.Module):

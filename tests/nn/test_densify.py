@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import rewire
 from rewire.nn import follow_optimizer, sparse_weights, to_sparse
-from rewire.nn.cut import dense_weights
+from rewire.nn.convert.cut import dense_weights
 
 
 def pair(name: str, optimizer: str) -> list[tuple[nn.Module, Optimizer]]:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewire.nn.gates import Elementwise, Gate, competitive, exclusive, group, non_competitive, p_norm
+from rewire.methods.differentiable.gates import (
+    Elementwise,
+    Gate,
+    competitive,
+    exclusive,
+    group,
+    non_competitive,
+    p_norm,
+)
 
 numbers = st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=9).map(
     lambda x: torch.tensor(x, dtype=torch.float64)

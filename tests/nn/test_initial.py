@@ -21,7 +21,7 @@ from rewire.nn import (
     SparseRNN,
     SparseWeight,
 )
-from rewire.nn.initial import INITS
+from rewire.nn.layers.initial import INITS
 
 #: Each layer type with 12 x 20 or the like potential connections a weight, and its dense twin.
 LAYERS: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module]]] = {

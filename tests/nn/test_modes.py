@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rewire.nn.modes import evaluating
-from rewire.train.metrics import evaluate
+from rewire.app.train.metrics import evaluate
+from rewire.nn.forward.modes import evaluating
 
 
 def half_frozen() -> nn.Sequential:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from rewire.methods import Differentiable, NoiseOut
-from rewire.nn.modes import rehearsing
+from rewire.nn.forward.modes import rehearsing
+from rewire.nn.forward.tensors import tensors_in
 from rewire.nn.surgery import UnitGraph, fold
-from rewire.nn.surgery.kinds import axes
+from rewire.nn.surgery.sides import axes
 from rewire.nn.surgery.trace import call
-from rewire.nn.tensors import tensors_in
 
 pytest.importorskip("torch_pruning")
 all_networks = pytest.mark.parametrize("name", ZOO)

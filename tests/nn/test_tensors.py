@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from rewire.nn.tensors import first_input, first_tensor, head, map_tensors, rows, tensors_in
+from rewire.nn.forward.tensors import first_input, first_tensor, head, map_tensors, rows, tensors_in
 
 A, B = torch.zeros(3, 2), torch.ones(3)
 Pair = namedtuple("Pair", "a b")

@@ -23,7 +23,7 @@ from twins import BY_NAME, EXAMPLES, NAMES, connections, kind, made, output
 from rewire import _native
 from rewire.budget import Limits
 from rewire.nn import SparseLinear, SparseWeight, SReLU, densify, sparsify
-from rewire.nn.kinds import KINDS
+from rewire.nn.convert.kinds import KINDS
 from rewire.ops import conv_kernels, flops, kernels
 
 

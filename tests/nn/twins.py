@@ -1,4 +1,4 @@
-"""One example of every layer type in the table of `rewire.nn.kinds`, for tests of what holds for all of them."""
+"""One example of every layer type in the table of `rewire.nn.convert.kinds`, for tests of what holds for all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.nn import SparseWeight
-from rewire.nn.kinds import KINDS, Kind
+from rewire.nn.convert.kinds import KINDS, Kind
 
 #: By the name of the dense class: how to make one, and arguments for its forward pass.
 EXAMPLES: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rewire import files, report, run_files
-from rewire.report import figures
-from rewire.report.page import render
-from rewire.report.read import Fan, Run, _Tensors, read_run
+from rewire.app import report, run_files
+from rewire.app.report import figures
+from rewire.app.report.page import render
+from rewire.app.report.read import Fan, Run, _Tensors, read_run
+from rewire.storage import files
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import toy
 
-from rewire.report import ReportError
-from rewire.report.read import read_run
-from rewire.train import loop
-from rewire.train.errors import StoppedError, TrainError
-from rewire.train.run_dir import RunDir
+from rewire.app.report import ReportError
+from rewire.app.report.read import read_run
+from rewire.app.train import loop
+from rewire.app.train.errors import StoppedError, TrainError
+from rewire.app.train.run_dir import RunDir
 
 FINISHED = ("config.json", "metrics.jsonl", "model.safetensors", "result.json", "checkpoint.json")
 GOING = ("config.json", "metrics.jsonl", "checkpoint.json", "checkpoint-5.safetensors")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewire import files
-from rewire.run_files import Prefix
-from rewire.train import checkpoint
-from rewire.train.checkpoint import Checkpoint, flatten, unflatten
+from rewire.app.run_files import Prefix
+from rewire.app.train import checkpoint
+from rewire.app.train.checkpoint import Checkpoint, flatten, unflatten
+from rewire.storage import files
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 keys = st.text() | st.integers()

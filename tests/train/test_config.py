@@ -7,11 +7,11 @@ import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewire.train.batches import Batches, make_generator, split
-from rewire.train.config import TrainConfig, difference, make_config, parse_config
-from rewire.train.errors import TrainError
-from rewire.train.model import build, layer_connections, layer_shapes
-from rewire.train.options import parse_method_options
+from rewire.app.train.batches import Batches, make_generator, split
+from rewire.app.train.config import TrainConfig, difference, make_config, parse_config
+from rewire.app.train.errors import TrainError
+from rewire.app.train.model import build, layer_connections, layer_shapes
+from rewire.app.train.options import parse_method_options
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_batches_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> 
     data = toy.tiny(31)
     batches = Batches(data.train_x, data.train_y, 4, seed=0)
     whole = list(batches.epoch(2))
-    monkeypatch.setattr("rewire.train.batches.BLOCK_NUMBERS", 1)
+    monkeypatch.setattr("rewire.app.train.batches.BLOCK_NUMBERS", 1)
     for (x1, y1), (x2, y2) in zip(whole, batches.epoch(2), strict=True):
         assert torch.equal(x1, x2)
         assert torch.equal(y1, y2)

@@ -5,14 +5,14 @@ import torch
 import toy
 from rich.console import Console
 
-from rewire.report import figures
-from rewire.report.read import read_run
-from rewire.train import display, loop
-from rewire.train.errors import StoppedError, TrainError
-from rewire.train.metrics import EpochRecord, evaluate
-from rewire.train.model import make_optimizer
-from rewire.train.observer import Progress
-from rewire.train.run_dir import RunDir
+from rewire.app.report import figures
+from rewire.app.report.read import read_run
+from rewire.app.train import display, loop
+from rewire.app.train.errors import StoppedError, TrainError
+from rewire.app.train.metrics import EpochRecord, evaluate
+from rewire.app.train.model import make_optimizer
+from rewire.app.train.observer import Progress
+from rewire.app.train.run_dir import RunDir
 
 
 def trainer(folder: Path, **changes) -> loop.Trainer:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import toy
 
-from rewire import files
-from rewire.run_files import EMPTY
-from rewire.train import checkpoint, loop
-from rewire.train.errors import StoppedError, TrainError
-from rewire.train.run_dir import RunDir
+from rewire.app.run_files import EMPTY
+from rewire.app.train import checkpoint, loop
+from rewire.app.train.errors import StoppedError, TrainError
+from rewire.app.train.run_dir import RunDir
+from rewire.storage import files
 
 WRITES = ("write_bytes", "sync_file", "rename", "remove", "sync_folder")
 

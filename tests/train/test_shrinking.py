@@ -14,15 +14,17 @@ import toy
 from torch import Tensor, nn
 
 import rewire
-from rewire import methods, report
-from rewire.report import figures
-from rewire.report.read import read_run
-from rewire.train import comparison, display, loop
-from rewire.train.config import make_config
-from rewire.train.errors import TrainError
-from rewire.train.metrics import evaluate
-from rewire.train.run_dir import RunDir
-from rewire.train.structure import structure
+from rewire import methods
+from rewire.app import report
+from rewire.app.report import figures
+from rewire.app.report.read import read_run
+from rewire.app.train import before_after as comparison
+from rewire.app.train import display, loop
+from rewire.app.train.config import make_config
+from rewire.app.train.errors import TrainError
+from rewire.app.train.metrics import evaluate
+from rewire.app.train.remaining import structure
+from rewire.app.train.run_dir import RunDir
 
 DENSE: dict[str, Any] = {
     "hidden": [12, 9], "epochs": 3, "batch_size": 100, "lr": 0.01, "optimizer": "adam", "threads": 1,

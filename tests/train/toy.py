@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rewire import data
-from rewire.data import Dataset
-from rewire.train.config import TrainConfig, make_config
+from rewire.app import data
+from rewire.app.data import Dataset
+from rewire.app.train.config import TrainConfig, make_config
 
 OPTIONS: dict[str, Any] = {
     "hidden": [12, 9],

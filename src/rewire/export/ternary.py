@@ -13,7 +13,7 @@ weight has three tensors, of which the first two are fields of bits, least signi
     name.scale   one number of the weight's dtype, the magnitude of all values
 
 Everything else of the model's state_dict (biases, normalization, weights of other layers) is there as it is. The
-metadata ``sha256`` is the checksum of all the rest (`rewire.tensor_file.content_sha256`).
+metadata ``sha256`` is the checksum of all the rest (`rewire.storage.tensors.content_sha256`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rewire import files, reading, tensor_file, topology
+from rewire import topology
 from rewire.nn import SparseWeight, sparse_weights
+from rewire.storage import files, reading
+from rewire.storage import tensors as tensor_file
 
 __all__ = ["PackResult", "PackedWeight", "load_ternary", "pack_ternary", "save_ternary"]
 

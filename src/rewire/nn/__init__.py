@@ -1,20 +1,21 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
-from rewire.nn.absent import Absent
-from rewire.nn.activation import SReLU
-from rewire.nn.ages import Moments
-from rewire.nn.attention import SparseMultiheadAttention
-from rewire.nn.candidates import Candidates
-from rewire.nn.conv import SparseConv1d, SparseConv2d, SparseConv3d
-from rewire.nn.convert import densify, param_groups, sparse_weights, sparsify
-from rewire.nn.cost import Cost, LayerCost, cost
-from rewire.nn.cut import to_sparse
-from rewire.nn.events import Event, Follower
-from rewire.nn.followers import OptimizerFollower, follow_optimizer, register_initial_state
-from rewire.nn.linear import SparseLinear
-from rewire.nn.recurrent import SparseGRU, SparseLSTM, SparseRNN
-from rewire.nn.summary import Summary, WeightSummary, summary
-from rewire.nn.weight import SparseWeight
+from rewire.nn.convert.cut import to_sparse
+from rewire.nn.convert.sparsify import densify, param_groups, sparsify
+from rewire.nn.inspect.cost import Cost, LayerCost, cost
+from rewire.nn.inspect.summary import Summary, WeightSummary, summary
+from rewire.nn.layers.absent import Absent
+from rewire.nn.layers.attention import SparseMultiheadAttention
+from rewire.nn.layers.conv import SparseConv1d, SparseConv2d, SparseConv3d
+from rewire.nn.layers.linear import SparseLinear
+from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN
+from rewire.nn.layers.srelu import SReLU
+from rewire.nn.optimizers.ages import Moments
+from rewire.nn.optimizers.followers import OptimizerFollower, follow_optimizer, register_initial_state
+from rewire.nn.weight.candidates import Candidates
+from rewire.nn.weight.events import Event, Follower
+from rewire.nn.weight.listing import sparse_weights
+from rewire.nn.weight.pool import SparseWeight
 
 __all__ = [
     "Absent",

@@ -1,6 +1,6 @@
 """Changes of a model's structure: parameters that shrink, become pools or mean something else, and who is told of them.
 
-A pool tells its followers itself (`rewire.nn.events`). This is the same for all other parameters: whatever cuts,
+A pool tells its followers itself (`rewire.nn.weight.events`). This is the same for all other parameters: whatever cuts,
 replaces or rescales one announces it here, and what keeps numbers for each of its entries (a weight average) follows.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewire.nn.weight import SparseWeight
+from rewire.nn.weight.pool import SparseWeight
 
 __all__ = ["Part", "StructureFollower", "announce", "follow_structure"]
 

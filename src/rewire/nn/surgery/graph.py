@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rewire.nn.surgery.kinds import Side, axes, depthwise, holds_units, reads_units, why_not
+from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.surgery.resize import Keep, apply_cuts, check_state
+from rewire.nn.surgery.sides import Side, axes, depthwise, holds_units, reads_units, why_not
 from rewire.nn.surgery.trace import Trace
 from rewire.nn.surgery.trial import Different, try_cut
-from rewire.nn.wrappers import listed
 
 __all__ = ["Group", "Site", "UnitGraph", "remove_units"]
 

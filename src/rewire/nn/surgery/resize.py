@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import LBFGS, Optimizer
 
 from rewire.nn.structure import Part, announce
-from rewire.nn.surgery.kinds import refresh
+from rewire.nn.surgery.sides import refresh
 
 __all__ = ["Keep", "check_state", "fit_shapes", "load_resized", "put", "select", "slice_state"]
 

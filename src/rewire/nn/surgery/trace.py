@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from rewire.nn.modes import rehearsing
-from rewire.nn.surgery.kinds import RECURRENT, Side, why_not
-from rewire.nn.tensors import map_tensors, rows, tensors_in
-from rewire.nn.weight import SparseWeight
+from rewire.nn.forward.modes import rehearsing
+from rewire.nn.forward.tensors import map_tensors, rows, tensors_in
+from rewire.nn.surgery.sides import RECURRENT, Side, why_not
+from rewire.nn.weight.pool import SparseWeight
 
 __all__ = ["Arguments", "Reached", "Trace", "call", "in_words", "mode_name", "torch_pruning", "twin_of"]
 

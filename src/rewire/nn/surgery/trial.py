@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire.nn.modes import rehearsing
+from rewire.nn.forward.modes import rehearsing
+from rewire.nn.forward.tensors import map_tensors, tensors_in
 from rewire.nn.surgery.trace import call, in_words, mode_name, twin_of
-from rewire.nn.tensors import map_tensors, tensors_in
 
 __all__ = ["Different", "try_cut"]
 

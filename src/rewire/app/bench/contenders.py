@@ -1,0 +1,169 @@
+"""The ways to compute one linear layer, forward and backward, that are timed against each other.
+
+All of them get the same weights, the same x (batch, in) and gradient g (batch, out), and give the output and the
+gradients of x, weight and bias by one call of `torch.autograd.grad`. Ordinary contiguous x and g, unless said.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rewire.app.bench.errors import NotAvailable
+from rewire.app.bench.timing import Contender
+from rewire.nn import SparseLinear, SparseWeight
+
+__all__ = ["DENSE", "LAYERS", "Layer", "Linear", "has_onednn", "has_sparseprop", "make"]
+
+Result = tuple[Tensor, ...]
+LAYERS = ("dense", "onednn", "masked", "csr", "sparseprop", "rewire", "rewire feature-major")
+#: Those whose time does not depend on the density.
+DENSE = ("dense", "onednn", "masked")
+
+
+def has_sparseprop() -> bool:
+    """Whether SparseProp is installed."""
+    return importlib.util.find_spec("sparseprop") is not None
+
+
+def has_onednn() -> bool:
+    """Whether torch has oneDNN's linear product."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to time: sizes, connections, batch."""
+
+    inputs: int
+    outputs: int
+    connections: int
+    batch: int
+
+    @classmethod
+    def of(cls, inputs: int, outputs: int, density: float, batch: int) -> Layer:
+        """With ``density`` of the potential connections, at least one."""
+        return cls(inputs, outputs, max(1, round(density * inputs * outputs)), batch)
+
+    @property
+    def density(self) -> float:
+        """Connections over potential connections."""
+        return self.connections / (self.inputs * self.outputs)
+
+
+@dataclass
+class Linear:
+    """The tensors all contenders for one layer share; the dense ones are made when first asked for."""
+
+    layer: Layer
+    seed: int = 0
+    sparse: SparseLinear = field(init=False)
+    x: Tensor = field(init=False)
+    g: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        layer, generator = self.layer, torch.Generator().manual_seed(self.seed)
+        self.sparse = SparseLinear(layer.inputs, layer.outputs, connections=layer.connections, generator=generator)
+        self.x = torch.randn(layer.batch, layer.inputs, generator=generator)
+        self.g = torch.randn(layer.batch, layer.outputs, generator=generator)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The weight as a dense matrix."""
+        with torch.no_grad():
+            return self.sparse.weight.to_dense()
+
+    @property
+    def weight(self) -> SparseWeight:
+        """The weight as a pool."""
+        return self.sparse.weight
+
+
+def _gradients(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], g: Tensor) -> Any:
+    leaf = x.detach().requires_grad_()  # keeps the strides
+    inputs = [leaf, *parameters]
+
+    def run() -> Result:
+        y = forward(leaf)
+        return (y, *torch.autograd.grad(y, inputs, g))
+
+    return run
+
+
+def _dense(p: Linear) -> Callable[[], Result]:
+    twin = nn.Linear(p.layer.inputs, p.layer.outputs)
+    with torch.no_grad():
+        twin.weight.copy_(p.dense)
+        twin.bias.copy_(p.sparse.bias)
+    return _gradients(twin, p.x, list(twin.parameters()), p.g)  # type: ignore[no-any-return]
+
+
+def _masked(p: Linear) -> Callable[[], Result]:
+    weight = p.dense.clone().requires_grad_()
+    bias = p.sparse.bias.detach().clone().requires_grad_()
+    mask = (p.dense != 0).to(weight.dtype)
+    return _gradients(lambda x: F.linear(x, weight * mask, bias), p.x, [weight, bias], p.g)  # type: ignore[no-any-return]
+
+
+def _onednn(p: Linear) -> Callable[[], Result]:
+    """oneDNN's inner product three times, without autograd and therefore without its overhead.
+
+    `F.linear` of float32 goes to MKL here; ONEDNN_VERBOSE=1 shows brg_matmul for this operator and nothing for
+    that one. The transposed operands are handed over as they are: oneDNN reads them in place.
+    """
+    if not has_onednn():
+        raise NotAvailable("torch has no oneDNN here")
+    product = torch.ops.mkldnn._linear_pointwise
+    weight, bias, x, g = p.dense, p.sparse.bias.detach(), p.x, p.g
+
+    def run() -> Result:
+        y = product(x, weight, bias, "none", [], "")
+        grad_x = product(g, weight.t(), None, "none", [], "")
+        grad_weight = product(g.t(), x.t(), None, "none", [], "")
+        return y, grad_x, grad_weight, g.sum(0)
+
+    return run
+
+
+def _csr(p: Linear) -> Callable[[], Result]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # says that CSR is in beta
+        weight = p.dense.to_sparse_csr().requires_grad_()
+    bias = p.sparse.bias.detach().clone().requires_grad_()
+    return _gradients(lambda x: torch.sparse.mm(weight, x.t()).t() + bias, p.x, [weight, bias], p.g)  # type: ignore[no-any-return]
+
+
+def _sparseprop(p: Linear) -> Callable[[], Result]:
+    if not has_sparseprop():
+        raise NotAvailable("SparseProp is not installed")
+    from sparseprop.modules import SparseLinear as Theirs
+
+    theirs: Any = Theirs(p.dense, nn.Parameter(p.sparse.bias.detach().clone()))
+    return _gradients(theirs, p.x, [theirs.W_val, theirs.bias], p.g)  # type: ignore[no-any-return]
+
+
+def _rewire(p: Linear) -> Callable[[], Result]:
+    return _gradients(p.sparse, p.x, [p.weight.values, p.sparse.bias], p.g)  # type: ignore[no-any-return]
+
+
+def _feature_major(p: Linear) -> Callable[[], Result]:
+    x, g = (t.t().contiguous().t() for t in (p.x, p.g))
+    return _gradients(p.sparse, x, [p.weight.values, p.sparse.bias], g)  # type: ignore[no-any-return]
+
+
+_MAKE: dict[str, Callable[[Linear], Callable[[], Result]]] = dict(
+    zip(LAYERS, (_dense, _onednn, _masked, _csr, _sparseprop, _rewire, _feature_major), strict=True)
+)
+
+
+def make(kind: str, problem: Linear, *, label: str | None = None, threads: int | None = None) -> Contender:
+    """The contender ``kind`` (one of `LAYERS`) for a layer. Raises `NotAvailable` where it is not installed."""
+    return Contender(label or kind, _MAKE[kind](problem), threads)

@@ -1,0 +1,144 @@
+"""Finds the layers of a model and what passes through them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewire.app.bench import networks
+from rewire.app.bench.errors import BenchError
+from rewire.nn.forward.tensors import first_input
+
+__all__ = ["MODELS", "Found", "layers", "load"]
+
+#: Models known by name: what makes them, and the shape of one sample.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (networks.set_mlp, (3072,)),
+    "resnet18": (networks.resnet18, (3, 224, 224)),
+}
+
+
+#: Layers that have a sparse twin but are not measured.
+_OTHERS = nn.RNNBase | nn.MultiheadAttention | nn.Conv1d | nn.Conv3d
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear layer or 2-D convolution: its module, the shape of its input at ``rows`` rows (or images)."""
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    rows: int
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer."""
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def inputs(self) -> int:
+        """Input features or channels."""
+        return int(getattr(self.module, "in_features" if self.is_linear else "in_channels"))
+
+    @property
+    def outputs(self) -> int:
+        """Output features or channels."""
+        return int(getattr(self.module, "out_features" if self.is_linear else "out_channels"))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for layers that take equally long."""
+        m = self.module
+        how = () if isinstance(m, nn.Linear) else (m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
+        return (self.inputs, self.outputs, self.shape, self.rows, *how)
+
+    @property
+    def shown(self) -> str:
+        """How it is printed."""
+        if self.is_linear:
+            return f"linear {self.outputs} x {self.inputs}"
+        kernel = " x ".join(map(str, self.module.kernel_size))  # type: ignore[arg-type]
+        size = " x ".join(map(str, self.shape[2:]))
+        return f"conv {kernel}, {self.inputs} to {self.outputs} channels, {size}"
+
+
+def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model called ``source`` ("mlp", "resnet18") or made by "module:callable", and the shape of a sample.
+
+    Without ``shape``, a model of your own takes what its first linear layer takes.
+    """
+    if source in MODELS:
+        make, known = MODELS[source]
+        return make(), tuple(shape or known)
+    module_name, colon, attribute = source.partition(":")
+    if not colon or not module_name or not attribute:
+        allowed = ", ".join(MODELS)
+        raise BenchError(f"--model: given {source!r}, allowed are {allowed} or path.to.module:callable")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as python -m has it: a model in the current folder is found
+        sys.path.insert(0, here)
+    try:
+        made: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            made = getattr(made, part)
+        model = made()
+    except Exception as error:
+        raise BenchError(f"--model: {source!r} cannot be made: {type(error).__name__}: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise BenchError(f"--model: {source!r} returned {type(model).__name__}, allowed is a torch.nn.Module")
+    if shape is None:
+        first = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
+        if not isinstance(first, nn.Linear):
+            raise BenchError(f"--model: {source!r} does not tell its input: give --input, such as --input 3x224x224")
+        shape = (first.in_features,)
+    return model, tuple(shape)
+
+
+@torch.no_grad()
+def layers(model: nn.Module, shape: Sequence[int], batch: int) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
+    """The linear layers and 2-D convolutions of ``model`` that a sample passes, in order, with their inputs' shapes.
+
+    Also the name and type of layers of other kinds that have a sparse twin and that it passes.
+    """
+    seen: dict[str, Found] = {}
+    others: dict[str, str] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if isinstance(module, _OTHERS):
+                others[name] = type(module).__name__
+                return
+            x = first_input(module, args, kwargs)
+            # One sample went in: for a linear layer every leading dimension is another row.
+            rows = x.shape[:-1].numel() if isinstance(module, nn.Linear) else x.shape[0]
+            seen.setdefault(name, Found(module, tuple(x.shape), rows * batch))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | _OTHERS)
+    ]
+    training = model.training
+    try:
+        model.eval()(torch.randn(1, *shape))
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        shown = "x".join(map(str, shape))
+        raise BenchError(f"--model: a sample of shape {shown} does not pass: {reason}; give --input") from None
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        only = f", only {', '.join(sorted({*others.values()}))}" if others else ""
+        raise BenchError(f"--model: the model has no linear layer and no 2-D convolution to compare{only}")
+    return list(seen.items()), list(others.items())

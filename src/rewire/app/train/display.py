@@ -1,0 +1,156 @@
+"""A run on the terminal: a progress bar where there is one, else one plain line an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from rewire.app.train.metrics import EpochRecord
+from rewire.app.train.observer import Progress
+
+
+def heading(info: Mapping[str, Any]) -> str:
+    """What is about to be trained, in one line."""
+    layers, samples = info["layers"], info["samples"]
+    sizes = "-".join(str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)])
+    connections = sum(layer["connections"] for layer in layers)
+    possible = sum(layer["inputs"] * layer["outputs"] for layer in layers)
+    budget = sum(layer.get("budget", layer["connections"]) for layer in layers)
+    end = f" to end with {budget:,}" if budget < connections else ""
+    return (
+        f"{sizes}, {connections:,} of {possible:,} connections ({connections / possible:.2%}){end}; "
+        f"{samples['train']:,} training, {samples['validation']:,} validation, {samples['test']:,} test samples"
+    )
+
+
+def epoch_line(record: EpochRecord, epochs: int, *, dense: bool = False) -> str:
+    """One epoch, in one line; of methods that start ``dense`` with units in place of turnover."""
+    if record.validation_accuracy is None:
+        scores = f"train accuracy {record.train_accuracy:.2%}"
+    else:
+        scores = f"validation accuracy {record.validation_accuracy:.2%}"
+    connections = sum(record.connections)
+    if dense:
+        change = f"units {'-'.join(map(str, record.units))}"
+    else:
+        change = f"turnover {sum(record.grown) / max(connections, 1):,.0%}"
+    return (
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f}  {scores}  "
+        f"connections {connections:,}  {change}  {record.seconds:.1f} s"
+    )
+
+
+def change_line(result: Mapping[str, Any]) -> str | None:
+    """What became smaller, in one line; None for a run that kept its size."""
+    if not {"before", "after", "inference"} <= result.keys():
+        return None
+    before, after, took = result["before"], result["after"], result["inference"]
+    units = ["-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)]
+    return (
+        f"{before['bytes']:,} -> {after['bytes']:,} bytes, {before['multiply_adds']:,} -> "
+        f"{after['multiply_adds']:,} multiply-adds, units {units[0]} -> {units[1]}, "
+        f"{took['before_ms']:.3g} -> {took['after_ms']:.3g} ms for {took['samples']} samples "
+        f"({took['speedup']:.2f} x as fast)"
+    )
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.epochs, self.dense = console, 0, False
+
+    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
+        """Print the heading."""
+        self.epochs, self.dense = epochs, bool(info.get("starts_dense"))
+        self.console.print(heading(info))
+        if done:
+            self.console.print(f"resumed after step {done:,} of {epochs * batches:,}")
+
+    def progress(self, progress: Progress) -> None:
+        """Say nothing between the ends of epochs."""
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Print the epoch's line."""
+        self.console.print(epoch_line(record, self.epochs, dense=self.dense))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class LiveBar(Lines):
+    """A bar below the lines, with accuracy, loss, connections, turnover and time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.batches, self.task = 1, TaskID(0)
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+
+    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
+        """Print the heading and show the bar."""
+        super().started(info, epochs, batches, done)
+        self.batches = batches
+        self.bar.start()
+        self.task = self.bar.add_task("epoch 1", total=epochs * batches, completed=done)
+
+    def progress(self, progress: Progress) -> None:
+        """Move the bar."""
+        text = (
+            f"epoch {progress.epoch}  acc {progress.accuracy:.1%}  loss {progress.loss:.3f}  "
+            f"active {progress.connections:,}"
+        )
+        if not self.dense:
+            text += f"  turnover {progress.turnover:,.0%}"
+        done = (progress.epoch - 1) * self.batches + progress.batch
+        self.bar.update(self.task, description=text, completed=done)
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Print the epoch's line and bring the bar there: an epoch may be over before it ever moved."""
+        super().epoch_ended(record)
+        connections = sum(record.connections)
+        turnover = sum(record.grown) / max(connections, 1)
+        self.progress(
+            Progress(record.epoch, self.batches, record.train_loss, record.train_accuracy, connections, turnover)
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.stop()
+
+
+class DownloadBar:
+    """Downloads: a bar on a terminal, else a line for each file."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.tasks: dict[str, TaskID] = {}
+        self.bar = Bar(console=console, transient=True) if console.is_terminal else None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of file `name` are here."""
+        if name not in self.tasks:
+            if self.bar is None:
+                self.console.print(f"downloading {name}, {total:,} bytes")
+                self.tasks[name] = TaskID(len(self.tasks))
+            else:
+                self.bar.start()
+                self.tasks[name] = self.bar.add_task(name, total=total)
+        if self.bar is not None:
+            self.bar.update(self.tasks[name], completed=done)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,438 @@
+"""The loop behind `rewire train`: a pure function of the options and the data, whatever interrupts it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import rewire
+from rewire import methods
+from rewire.app import memory
+from rewire.app.data import Dataset
+from rewire.app.run_files import COMMIT, EMPTY
+from rewire.app.train import before_after, checkpoint
+from rewire.app.train.batches import Batches, derive_seed, make_generator, split
+from rewire.app.train.checkpoint import Checkpoint
+from rewire.app.train.config import TrainConfig, check_name
+from rewire.app.train.errors import StoppedError, TrainError
+from rewire.app.train.metrics import EpochRecord, evaluate, versions
+from rewire.app.train.model import (
+    build,
+    build_dense,
+    check_limits,
+    layer_connections,
+    layer_shapes,
+    limits_of,
+    make_optimizer,
+    start_connections,
+)
+from rewire.app.train.observer import Observer, Progress, Silent
+from rewire.app.train.remaining import layer_counts, structure
+from rewire.app.train.run_dir import METRICS, MODEL, RunDir
+from rewire.nn.surgery import load_resized
+from rewire.schedules import Cosine
+from rewire.storage import files, reading
+from rewire.storage import tensors as tensor_file
+
+PROGRESS_SECONDS = 0.2
+RATE_STEPS = 1000  # a rate that falls along a curve does so in so many steps: a new rate costs methods some work
+ROWS = 1000  # samples at a time, where a method looks at activations
+ONE_THREAD = 1_000_000  # products in a step: a millisecond of work, below which threads cost more than they bring
+
+
+class Trainer:
+    """One run: everything it is made of, its state, and the way to save and restore it."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, run_dir: RunDir) -> None:
+        self.dataset, self.run_dir = dataset, run_dir
+        torch.manual_seed(derive_seed(config.seed, "torch"))  # for whatever asks the global stream
+        (train_x, train_y), self.held_out = split(dataset.train_x, dataset.train_y, config.validation, config.seed)
+        if not len(train_y):
+            raise TrainError(f"--validation: {config.validation} leaves no sample to train on")
+        if config.validation and not len(self.held_out[1]):
+            raise TrainError(f"--validation: {config.validation} of {len(train_y)} samples is none; 0 turns it off")
+        self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
+        shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
+        check_name("--method", config.method, methods.available())
+        entry = methods.info(config.method)
+        self.dense = entry.cls.starts_dense
+        self.shapes, self.possible = shapes, [rows * cols for rows, cols in shapes]
+        budgets = self.possible if self.dense else layer_connections(config, shapes)
+        if not self.dense:
+            check_limits(config, shapes, budgets)
+        connections = budgets if self.dense else start_connections(config, entry, shapes, budgets)
+        threads = config.threads or _threads(sum(connections) * config.batch_size)
+        torch.set_num_threads(threads)
+        self.config = config = config.model_copy(update={"threads": threads})
+        self.starts_with = connections
+        self.model = self._start_model()
+        self.optimizer = make_optimizer(config, self.model)
+        # Methods that look at activations see the training part, never what is held out.
+        provided = {
+            "data": train_x.split(ROWS),
+            "connections": budgets,
+            "steps": config.epochs * len(self.batches),
+            "epochs": config.epochs,
+        }
+        try:
+            self.method = methods.create(
+                config.method,
+                self.model,
+                self.optimizer,
+                seed=derive_seed(config.seed, "method"),
+                **config.method_options,
+                **({"density": config.density[0]} if self.dense and config.density is not None else {}),
+                **{name: value for name, value in provided.items() if name in entry.services},
+                **self._services(entry),
+            )
+        except (ValueError, TypeError) as error:
+            hint = "; leave out --weight-decay" if config.weight_decay and "weight decay" in str(error) else ""
+            raise TrainError(f"--method {config.method}: {error}{hint}") from None
+        except ImportError as error:  # removing units needs a package of its own
+            raise TrainError(f"--method {config.method}: {error}") from None
+        # The base class's penalty is 0: adding it would cost two operations a step for nothing.
+        self.has_penalty = type(self.method).penalty is not methods.Method.penalty
+        self.weights = dict(rewire.sparse_weights(self.model))
+        self.names = list(self._connections())
+        self.info = {
+            "starts_dense": self.dense,
+            "layers": [
+                {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count, "budget": budget}
+                for name, shape, count, budget in zip(self.names, shapes, connections, budgets, strict=True)
+            ],
+            "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
+            "classes": list(dataset.classes),
+            "samples": {
+                "train": len(train_y),
+                "validation": len(self.held_out[1]),
+                "test": len(dataset.test_y),
+            },
+            "data_sha256": dict(dataset.sha256),
+        }
+        self.epoch, self.batch, self.step = 0, 0, 0  # epochs completed, batches of this one, steps in all
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.correct = torch.zeros((), dtype=torch.int64)
+        self.before = self._counts()  # dropped and grown when this epoch began
+        self.metrics = EMPTY
+        self.seconds_before, self.clock = 0.0, time.perf_counter()
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def _start_model(self) -> nn.Module:
+        """The network that training begins with."""
+        config, generator = self.config, make_generator(self.config.seed, "model")
+        if self.dense:
+            return build_dense(self.shapes, config.bias, generator)
+        return build(self.shapes, self.starts_with, config.bias, generator, config.init, limits_of(config))
+
+    def _services(self, entry: methods.MethodInfo) -> dict[str, Any]:
+        """The score on held-out data, for methods that ask for it between epochs."""
+        if "evaluate" not in entry.services:
+            return {}
+        if not len(self.held_out[1]):
+            raise TrainError(f"--validation: {entry.name} decides by the validation accuracy, so it must not be 0")
+        return {"evaluate": lambda model: evaluate(model, *self.held_out)[1]}
+
+    def _connections(self) -> dict[str, int]:
+        return structure(self.model, self.method).connections if self.dense else self.method.connections()
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        if self.dense:
+            gone = {n: m - k for (n, k), m in zip(self._connections().items(), self.possible, strict=True)}
+            return {"dropped": gone, "grown": dict.fromkeys(gone, 0)}
+        stats = self.method.stats()
+        return {"dropped": dict(stats["dropped"]), "grown": dict(stats["grown"])}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, over all the pieces of an interrupted run."""
+        return self.seconds_before + time.perf_counter() - self.clock
+
+    def save(self) -> None:
+        """Commit a checkpoint of this moment."""
+        state = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "batch": self.batch,
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+            "before": self.before,
+            "torch_random": torch.get_rng_state(),
+        }
+        checkpoint.save(
+            self.run_dir.path,
+            Checkpoint(
+                epoch=self.epoch,
+                step=self.step,
+                config_sha256=self.config.sha256(),
+                metrics=self.metrics,
+                seconds=self.seconds,
+                info=self.info,
+                state=state,
+            ),
+        )
+
+    def begin(self) -> None:
+        """The first moment of a new run."""
+        self.run_dir.cut_metrics(EMPTY)
+        self.save()
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint; what was written after it is taken back."""
+        folder = self.run_dir.path
+        if not checkpoint.exists(folder):  # killed before the first one
+            if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
+                raise TrainError(
+                    f"{folder / COMMIT} is missing, and {folder / METRICS} says that the run had begun; restore it, "
+                    "or start the run again with --overwrite"
+                )
+            files.remove_unfinished(folder)
+            checkpoint.remove_orphans(folder, keep=None)
+            self.begin()
+            return
+        saved = self.run_dir.read_checkpoint(self.config)
+        state = saved.state
+        try:
+            if self.dense:  # it may have fewer units by now
+                load_resized(self.model, state["model"])
+            else:
+                self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            self.batch, self.before = int(state["batch"]), state["before"]
+            self.loss_sum, self.correct = state["loss_sum"], state["correct"]
+            torch.set_rng_state(state["torch_random"])
+        except Exception as error:  # whatever the file's content made of it
+            if memory.is_exhausted(error):
+                raise
+            reason = reading.brief(error) or type(error).__name__
+            raise TrainError(f"the checkpoint in {folder} does not fit its options: {reason}") from None
+        # Everything fits: only now may anything be removed.
+        files.remove_unfinished(folder)
+        checkpoint.remove_orphans(folder, keep=checkpoint.committed_file(folder))
+        self.epoch, self.step = saved.epoch, saved.step
+        self.metrics = saved.metrics
+        self.run_dir.cut_metrics(self.metrics)
+        self.seconds_before, self.clock = saved.seconds, time.perf_counter()
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def train(self, observer: Observer, stop: Callable[[], int]) -> None:
+        """Train to the end. `stop` gives the number of a signal that asks to stop, else 0."""
+        observer.started(self.info, self.config.epochs, len(self.batches), self.step)
+        while self.epoch < self.config.epochs:
+            self._train_epoch(observer, stop)
+            self._end_epoch(observer)
+            if signal := stop():
+                raise StoppedError(signal, self.step)
+
+    def _train_epoch(self, observer: Observer, stop: Callable[[], int]) -> None:
+        config, model, optimizer, method = self.config, self.model, self.optimizer, self.method
+        batches = len(self.batches)
+        self._set_lr()
+        each = self._rate_interval
+        due = time.perf_counter() + PROGRESS_SECONDS
+        model.train()
+        for x, y in self.batches.epoch(self.epoch, self.batch):
+            if self.step % each == 0:
+                self._set_lr()
+            logits = model(x)
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            (loss + method.penalty() if self.has_penalty else loss).backward()
+            optimizer.step()
+            method.step()
+            # Sums stay tensors: reading a number each step would cost more than keeping it.
+            self.loss_sum.add_(loss.detach(), alpha=len(y))
+            self.correct.add_((logits.detach().argmax(1) == y).sum())
+            self.batch += 1
+            self.step += 1
+            if self.batch < batches:  # at the last one the end of the epoch does all this
+                if signal := stop():
+                    self.save()
+                    raise StoppedError(signal, self.step)
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                    self.save()
+            if time.perf_counter() >= due:
+                observer.progress(self._progress())
+                due = time.perf_counter() + PROGRESS_SECONDS
+
+    @property
+    def _rate_interval(self) -> int:
+        """Steps for which the learning rate stays as it is: an epoch, or where it falls along a cosine a part of it."""
+        batches = len(self.batches)
+        return batches if self.config.lr_decay is not None else max(self.config.epochs * batches // RATE_STEPS, 1)
+
+    def _set_lr(self) -> None:
+        """The rate of this step: by default it falls to 0 along half a cosine, else by ``lr_decay`` an epoch."""
+        config = self.config
+        assert config.lr is not None  # make_config filled it in
+        if config.lr_decay is not None:
+            lr = config.lr * config.lr_decay**self.epoch
+        else:
+            lr = Cosine(config.lr, config.epochs * len(self.batches))(self.step - self.step % self._rate_interval)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _samples_seen(self) -> int:
+        return min(self.batch * self.config.batch_size, len(self.batches.y))
+
+    def _progress(self) -> Progress:
+        connections = sum(self._connections().values())
+        grown = sum(self._counts()["grown"].values()) - sum(self.before["grown"].values())
+        return Progress(
+            epoch=self.epoch + 1,
+            batch=self.batch,
+            loss=float(self.loss_sum) / self._samples_seen(),
+            accuracy=int(self.correct) / self._samples_seen(),
+            connections=connections,
+            turnover=grown / max(connections, 1),
+        )
+
+    def _end_epoch(self, observer: Observer) -> None:
+        """Score, let the method act, write the line, commit the checkpoint."""
+        config, samples = self.config, self._samples_seen()
+        train_loss = float(self.loss_sum) / samples
+        if not math.isfinite(train_loss):
+            raise TrainError(self._diverged(f"the loss is {train_loss}"))
+        held_x, held_y = self.held_out
+        scores = evaluate(self.model, held_x, held_y) if len(held_y) else None
+
+        def accuracy(model: nn.Module) -> float:
+            return evaluate(model, held_x, held_y)[1]
+
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        last = self.epoch + 1 == config.epochs
+        found = sum(self._connections().values())
+        try:
+            self.method.end_epoch(accuracy if scores else None, last=last)
+        except ValueError as error:  # a method that decides by a score, without a validation split
+            raise TrainError(f"--method {config.method}: {error}") from None
+        counts = self._counts()
+        connections = list(self._connections().values())
+        if scores and sum(connections) != found:  # cut or merged: the score is that of what is left
+            scores = evaluate(self.model, held_x, held_y)
+        if scores and not math.isfinite(scores[0]):
+            raise TrainError(self._diverged(f"the loss on the validation samples is {scores[0]}"))
+        # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
+        change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}
+        self.epoch, self.batch = self.epoch + 1, 0
+        record = EpochRecord(
+            epoch=self.epoch,
+            step=self.step,
+            lr=lr,
+            train_loss=train_loss,
+            train_accuracy=int(self.correct) / samples,
+            validation_loss=scores[0] if scores else None,
+            validation_accuracy=scores[1] if scores else None,
+            connections=connections,
+            dropped=change["dropped"],
+            grown=change["grown"],
+            turnover=[grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)],
+            seconds=self.seconds,
+            units=list(structure(self.model, self.method).units.values()),
+        )
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.before = counts
+        self.metrics = self.run_dir.append_metrics(record.to_line())
+        self.save()
+        observer.epoch_ended(record)
+
+    def _diverged(self, what: str) -> str:
+        epoch = min(self.epoch + 1, self.config.epochs)
+        return (
+            f"training diverged in epoch {epoch}: {what}; try a smaller --lr (it is {self.config.lr}); "
+            f"the checkpoint of epoch {self.epoch} is whole"
+        )
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Score the test set, this once, and write model and result. The result is the last to be written."""
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            model = self.method.finalize()
+        for warning in noticed:  # as a line of their own, for whoever looks at the run
+            print(f"warning: {' '.join(str(warning.message).split())}", file=sys.stderr)
+        loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
+        if not math.isfinite(loss):
+            raise TrainError(self._diverged(f"the loss on the test set is {loss}"))
+        state = model.state_dict()
+        written = tensor_file.write(self.run_dir.path / MODEL, state)
+        connections, possible = sum(layer_counts(model).values()), sum(self.possible)
+        result = {
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "connections": connections,
+            "possible_connections": possible,
+            "density": connections / possible,
+            "seconds": self.seconds,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seed": self.config.seed,
+            "config_sha256": self.config.sha256(),
+            "versions": versions(),
+            "info": self.info,
+            **self._comparison(model, tensor_file.size(state)),
+        }
+        self.run_dir.write_result(result, written)
+        return result
+
+    def _comparison(self, model: nn.Module, file_bytes: int) -> dict[str, Any]:
+        """Sizes and time of the network before and after; nothing for a method that keeps what it was given.
+
+        Before is the dense network where the start was one, or was so nearly that a dense one is no larger: stored
+        with its positions, a connection takes three times the memory.
+        """
+        left = list(layer_counts(model).values())
+        if not self.dense and left == self.starts_with:
+            return {}
+        dense = self.dense or 3 * sum(self.starts_with) >= sum(self.possible)
+        generator = make_generator(self.config.seed, "model")
+        before = build_dense(self.shapes, self.config.bias, generator) if dense else self._start_model()
+        part = before_after.compare(before, model, self.dataset.test_x, file_bytes)
+        part["before"]["network"] = "dense" if dense else "start"
+        return part
+
+
+def _threads(products: int) -> int:
+    """Threads for steps of so many products (connections x batch): one where they would mostly wait."""
+    return 1 if products < ONE_THREAD else torch.get_num_threads()
+
+
+def run(
+    config: TrainConfig,
+    dataset: Dataset,
+    run_dir: RunDir,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+    stop: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
+    """Train from the start or from the last checkpoint; returns the result.
+
+    A folder that exists is locked from the first moment; a new one is made only after everything that can be refused
+    has been built. Nothing in it is written or removed without its lock.
+    """
+    with run_dir.lock():
+        if not resume:
+            run_dir.check_free(overwrite=overwrite)
+        trainer = Trainer(config, dataset, run_dir)
+        with run_dir.lock(create=not resume):
+            if resume:
+                trainer.restore()
+            else:
+                run_dir.start(trainer.config, overwrite=overwrite)
+                trainer.begin()
+            trainer.train(observer or Silent(), stop)
+            return trainer.finish()

@@ -1,0 +1,47 @@
+"""How others watch a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rewire.app.train.metrics import EpochRecord
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The run at one moment, for those who watch; `turnover` is that of the epoch so far, over all layers."""
+
+    epoch: int
+    batch: int
+    loss: float
+    accuracy: float
+    connections: int
+    turnover: float
+
+
+class Observer(Protocol):
+    """Someone who watches a run."""
+
+    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
+        """Training begins, or goes on with step number `done`."""
+
+    def progress(self, progress: Progress) -> None:
+        """Called a few times a second."""
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """An epoch is over and its line is written."""
+
+
+class Silent:
+    """Watches nothing."""
+
+    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
+        """Do nothing."""
+
+    def progress(self, progress: Progress) -> None:
+        """Do nothing."""
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Do nothing."""

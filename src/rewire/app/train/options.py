@@ -1,0 +1,101 @@
+"""`--set name=value`: a method's own parameters, checked against the registry."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from rewire import methods
+from rewire.app.train.config import MethodOption, did_you_mean
+from rewire.app.train.errors import TrainError
+
+WORDS: dict[str, bool | None] = {
+    "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None
+}  # fmt: skip
+
+
+def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, MethodOption]:
+    """Turn `["l1=1e-5", ...]` into typed values; an unknown name or a value of the wrong kind is refused."""
+    parameters = methods.info(method).parameters()
+    parsed: dict[str, MethodOption] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise TrainError(f"--set {pair}: write it as name=value, for example --set l1=1e-5")
+        if name == "seed":
+            raise TrainError("--set seed: the whole run has one seed, given by --seed")
+        if name not in parameters:
+            names = ", ".join(parameters) or "none"
+            raise TrainError(
+                f"--set {name}: {method} has no such parameter{did_you_mean(name, parameters)}; allowed are {names}"
+            )
+        if name in parsed:
+            raise TrainError(f"--set {name}: given twice")
+        parsed[name] = _convert(name, text.strip(), parameters[name].annotation)
+    return parsed
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, flat."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return [annotation]
+
+
+def _convert(name: str, text: str, annotation: Any) -> MethodOption:
+    """Read `text` as the first kind that it fits of those the parameter takes."""
+    kinds = _kinds(annotation)
+    word = text.lower()
+    if word in WORDS and type(WORDS[word]) in kinds:
+        return WORDS[word]
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    for kind in kinds:
+        if get_origin(kind) is Literal and text in get_args(kind):
+            return text
+    several = _several(text, {get_origin(kind) for kind in kinds})
+    if several is not None:
+        return several
+    if str in kinds or typing.Any in kinds:
+        return text
+    typed = [kind for kind in kinds if get_origin(kind) is not Callable]  # a schedule cannot be typed
+    raise TrainError(f"--set {name}={text}: allowed is {' or '.join(dict.fromkeys(map(_shown, typed)))}")
+
+
+def _several(text: str, kinds: set[Any]) -> list[int | float] | dict[str, int | float] | None:
+    """Numbers per layer: "1e-5,1e-6" where a sequence is taken, "conv*:1e-5,fc*:1e-6" where a mapping is."""
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if Sequence in kinds and len(parts) > 1 and ":" not in text:
+            return [_number(part) for part in parts]
+        if Mapping in kinds and all(":" in part for part in parts):
+            pairs = (part.rpartition(":") for part in parts)
+            return {pattern.strip(): _number(number) for pattern, _, number in pairs}
+    except ValueError:
+        pass
+    return None
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _shown(kind: Any) -> str:
+    if get_origin(kind) is Sequence:
+        return "numbers, one per layer (1e-5,1e-6)"
+    if get_origin(kind) is Mapping:
+        return "numbers by pattern of names (conv*:1e-5,fc*:1e-6)"
+    names = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

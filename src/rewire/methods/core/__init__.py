@@ -1,0 +1,1 @@
+"""What every method is made of: base class, attachment to model and optimizer, registry, groups."""

@@ -1,0 +1,128 @@
+"""Several methods on several layers, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import random
+from rewire.methods.core.base import Evaluate, Method, only
+from rewire.nn import sparse_weights
+from rewire.nn.optimizers.wrappers import listed
+
+__all__ = ["Group"]
+
+#: Makes a method: its class, or `functools.partial` of it with hyper-parameters.
+Factory = Callable[..., Method]
+
+
+class Group:
+    """Different methods for different layers, with the protocol of one (`Method`)::
+
+        Group(model, optimizer, {"conv*": partial(RigL, fraction=0.2), "fc*": DeepR})
+
+    Args:
+        model, optimizer, seed: as of every method. The methods share the seed; no two draw the same numbers.
+        methods: glob patterns over names, of a weight ("conv1.weight") or the layer that has it ("conv1"), to classes
+            of methods, or functools.partial of one with hyper-parameters. Every trained sparse weight must match
+            exactly one. What a method does to all parameters (RigL's skipped step), it does to its own weights here.
+
+    Raises ValueError naming the weights that match no pattern or several, and patterns that match nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        methods: Mapping[str, Factory],
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizers = listed(optimizer)
+        known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        weights = [(n, w) for n, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
+        if seed is None:
+            agreed = weights[0][1].shared_seed if weights else None
+            seed = random.seed_from() if agreed is None else agreed
+        chosen = _assign([name for name, _ in weights], list(methods))
+        #: The methods, by pattern.
+        self.methods: dict[str, Method] = {}
+        for pattern, make in methods.items():
+            with only(chosen[pattern]):
+                self.methods[pattern] = make(model, self.optimizers, seed=seed)
+
+    def __getitem__(self, pattern: str) -> Method:
+        return self.methods[pattern]
+
+    def penalty(self) -> Tensor:
+        """The sum of the methods' terms of the loss."""
+        return torch.stack([method.penalty() for method in self.methods.values()]).sum()
+
+    def step(self) -> None:
+        """Let each method act on the optimizer step just made."""
+        for method in self.methods.values():
+            method.step()
+
+    def end_epoch(self, evaluate: Evaluate | None = None, *, last: bool = False) -> None:
+        """Let each method act on the end of an epoch."""
+        for method in self.methods.values():
+            method.end_epoch(evaluate, last=last)
+
+    def finalize(self) -> nn.Module:
+        """Finalize each method and return the model."""
+        for method in self.methods.values():
+            self.model = method.finalize()
+        return self.model
+
+    def connections(self) -> dict[str, int]:
+        """Connections of each weight, by name."""
+        return {name: k for method in self.methods.values() for name, k in method.connections().items()}
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of all methods together: the most steps and updates, dropped and grown of every weight."""
+        each = [method.stats() for method in self.methods.values()]
+        merged: dict[str, Any] = {name: max(stats[name] for stats in each) for name in ("steps", "updates")}
+        for name in ("dropped", "grown"):
+            merged[name] = {weight: n for stats in each for weight, n in stats[name].items()}
+        return merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the methods, by pattern."""
+        return {pattern: method.state_dict() for pattern, method in self.methods.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s result; ValueError for the state of a group with other patterns."""
+        if set(state) != set(self.methods):
+            raise ValueError(f"this is the state of a group of {', '.join(state)}, not of {', '.join(self.methods)}")
+        for pattern, method in self.methods.items():
+            method.load_state_dict(state[pattern])
+
+
+def _assign(names: list[str], patterns: list[str]) -> dict[str, list[str]]:
+    chosen: dict[str, list[str]] = {pattern: [] for pattern in patterns}
+    none, several = [], []
+    for name in names:
+        layer = name.rpartition(".")[0]
+        found = [p for p in patterns if fnmatchcase(name, p) or (layer and fnmatchcase(layer, p))]
+        if len(found) == 1:
+            chosen[found[0]].append(name)
+        elif found:
+            several.append(f"{name} ({' and '.join(found)})")
+        else:
+            none.append(name)
+    if none:
+        raise ValueError(
+            f"no pattern matches {', '.join(none)}: add one for them (methods.Static leaves a topology as it is)"
+        )
+    if several:
+        raise ValueError(f"more than one pattern matches {', '.join(several)}: make the patterns exclude each other")
+    idle = [pattern for pattern, matched in chosen.items() if not matched]
+    if idle:
+        raise ValueError(f"no trained sparse weight matches {', '.join(idle)}: there are {', '.join(names) or 'none'}")
+    return chosen

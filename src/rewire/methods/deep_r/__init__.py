@@ -1,0 +1,1 @@
+"""DEEP R and soft-DEEP R."""

@@ -1,0 +1,1 @@
+"""Methods that train ordinary dense layers and end in sparse ones: HALO and ternary."""

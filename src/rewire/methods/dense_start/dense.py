@@ -1,0 +1,141 @@
+"""What methods that start from dense layers share: the weights they act on, and the cut that ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import budget
+from rewire.nn.convert import attached
+from rewire.nn.convert.cut import dense_weights
+from rewire.nn.convert.kinds import join, kind_of
+from rewire.nn.convert.sparsify import refuse_shared
+from rewire.nn.optimizers.wrappers import movers
+
+__all__ = ["DenseWeight", "Patterns", "in_scope", "largest", "refuse_patterns"]
+
+#: Glob patterns over names of layers (``"encoder.*"``) or weights (``"lstm.weight_hh_l0"``), one or several.
+Patterns = str | Sequence[str]
+
+
+class DenseWeight:
+    """A dense weight that a method acts on: its layer, its optimizer and parameter group."""
+
+    def __init__(self, name: str, layer_name: str, layer: nn.Module, homes: list[tuple[Optimizer, int]]) -> None:
+        self.name = name
+        self.layer_name = layer_name
+        self.layer = layer
+        self.path = name[len(layer_name) :].lstrip(".")
+        self.optimizer, self._group_number = homes[0]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight as it is now: the parameter, or the differentiable view of it where attention stacks several."""
+        kind = kind_of(self.layer)
+        assert kind is not None
+        return kind.weights(self.layer)[self.path]
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The weight's part of its parameter's gradient, of the weight's shape."""
+        weight = self.tensor
+        owner = weight if weight._base is None else weight._base
+        if owner is weight or owner.grad is None:
+            return owner.grad
+        first = weight.storage_offset() - owner.storage_offset()
+        return owner.grad.reshape(-1)[first : first + weight.numel()].view(weight.shape)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes new ones."""
+        return self.optimizer.param_groups[self._group_number]
+
+
+def in_scope(
+    model: nn.Module, optimizers: Sequence[Optimizer], only: Patterns | None, exclude: Patterns | None
+) -> list[DenseWeight]:
+    """The trainable dense weights whose name or whose layer's name fits, in module order.
+
+    Layers that `rewire.to_sparse` can cut. Raises ValueError if there are none, if one shares a parameter with another
+    layer (a cut would untie them), if one is in no optimizer or in several groups, and for what the cut would refuse: a
+    prune mask, a parametrization, a hook on the gradient, a forward that was assigned.
+    """
+    for name, module in model.named_modules():
+        what = attached.disguised(module)
+        fits = (only is None or _any((name, join(name, "weight")), only)) and not (
+            exclude is not None and _any((name, join(name, "weight")), exclude)
+        )
+        if what is not None and fits:
+            raise ValueError(f"{name or 'the model'} {what}")
+    found = []
+    for name, layer_name, layer, weight in dense_weights(model):
+        both = (name, layer_name)
+        fits = (only is None or _any(both, only)) and not (exclude is not None and _any(both, exclude))
+        if fits and weight.requires_grad:
+            found.append((name, layer_name, layer, weight))
+    if not found:
+        raise ValueError(
+            "there is no dense weight to act on: the method needs trainable layers of torch.nn (Linear, convolutions, "
+            "RNN, GRU, LSTM, MultiheadAttention), and only= and exclude= must leave some of them"
+        )
+    layers = {layer_name: layer for _, layer_name, layer, _ in found}
+    refuse_shared(model, layers)
+    for layer_name, layer in layers.items():  # the cut that ends the method would refuse them, after all the training
+        kind = kind_of(layer)
+        assert kind is not None
+        attached.check_dense(layer_name, layer, kind)
+        for path in attached.prune_masks(layer, kind):
+            raise ValueError(
+                f"{join(layer_name, path)} has a prune mask, and the method decides itself what stays: call "
+                "torch.nn.utils.prune.remove(layer, name) first, or exclude the layer"
+            )
+    return [DenseWeight(name, at, layer, list(_homes(name, w, optimizers))) for name, at, layer, w in found]
+
+
+def _any(names: tuple[str, ...], patterns: Patterns) -> bool:
+    return any(fnmatchcase(n, p) for n in names for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def _homes(name: str, weight: Tensor, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Optimizer, int]]:
+    owner = weight if isinstance(weight, nn.Parameter) else weight._base
+    places = [
+        (optimizer, i)
+        for given in optimizers
+        for optimizer in movers(given, owner)[:1]
+        for i, group in enumerate(optimizer.param_groups)
+        if any(parameter is owner for parameter in group["params"])
+    ]
+    if len(places) != 1:
+        where = "in no optimizer" if not places else f"in {len(places)} parameter groups"
+        raise ValueError(
+            f"{name} is {where}, and must be in exactly one: make the optimizer from model.parameters() and pass all "
+            "optimizers to the method, freeze the weight, or exclude it"
+        )
+    yield places[0]
+
+
+def refuse_patterns(**patterns: Patterns | None) -> None:
+    """Raise ValueError for something that is neither a glob pattern nor several."""
+    for name, given in patterns.items():
+        several = isinstance(given, Sequence) and all(isinstance(p, str) for p in given)
+        if given is not None and not several:
+            raise ValueError(f"{name} must be a glob pattern over names, or several of them, not {given!r}")
+
+
+@torch.no_grad()
+def largest(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Masks of the share ``density`` of all entries together that is largest in magnitude (ties: the first).
+
+    Cost: O(M log M) for M entries. At least one entry stays, but a single weight may end up empty.
+    """
+    flat = torch.cat([w.detach().reshape(-1).abs() for w in weights.values()])
+    keep = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    count = budget.connections_of(density, flat.numel())
+    keep[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
+    parts = keep.split([w.numel() for w in weights.values()])
+    return {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}

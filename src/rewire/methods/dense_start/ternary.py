@@ -1,0 +1,441 @@
+"""Sparse ternary networks: learned quantization thresholds, a frozen mask, and survivors of plus or minus one scale."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import budget
+from rewire.methods.core.attachment import gradient_scale
+from rewire.methods.core.base import Evaluate, Method, Pool
+from rewire.methods.core.layer_hooks import LayerHook
+from rewire.methods.core.registry import register
+from rewire.methods.core.settings import choice
+from rewire.methods.dense_start.dense import Patterns, in_scope, largest, refuse_patterns
+from rewire.nn.convert.cut import to_sparse
+from rewire.nn.optimizers.wrappers import listed
+from rewire.nn.structure import Part, announce
+from rewire.schedules import Schedule, at, checked, within
+
+__all__ = ["Ternary", "quantize", "threshold_slope"]
+
+#: A threshold is at most this share of the largest magnitude, so that something always stays above it.
+HIGHEST = 0.999
+
+
+class _Quantize(torch.autograd.Function):
+    """Plus or minus ``scale`` where ``keep``, else 0; the gradient goes straight through where ``passes``."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, keep: Tensor, scale: Tensor, passes: Tensor) -> Tensor:
+        ctx.save_for_backward(passes)
+        return torch.where(keep, torch.copysign(scale, w), torch.zeros_like(w))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        (passes,) = ctx.saved_tensors
+        return gradients[0] * passes, None, None, None
+
+
+def quantize(w: Tensor, keep: Tensor, *, scaled: bool, clip: float, frozen: bool) -> Tensor:
+    """``scale * sign(w)`` where ``keep``, else 0, in the shape of ``w``; differentiable by straight-through.
+
+    scale: the mean of |w| over ``keep`` if ``scaled`` (Li and Liu 2016, ternary weight networks), else 1. The gradient
+    passes unchanged where |w| <= ``clip`` (Courbariaux et al. 2016) and, if the mask is ``frozen``, only where
+    ``keep``. The sign of a zero is its sign bit, so that every survivor has one. Cost: O(M).
+    """
+    size = w.detach().abs()
+    scale = (size * keep).sum() / keep.sum().clamp(min=1) if scaled else size.new_ones(())
+    passes = size <= clip
+    found: Tensor = _Quantize.apply(w, keep, scale, passes & keep if frozen else passes)  # type: ignore[no-untyped-call]
+    return found
+
+
+def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bool) -> tuple[float, int]:
+    """An estimate of the loss's derivative by the threshold (in units of w), and the number of survivors.
+
+    ``gradient`` is that by the quantized weight, Q. Q jumps at the threshold, so its derivative is taken of Q smoothed
+    over a box of half the threshold to each side: ``-scale sign(w) / (2 h)`` where ``| |w| - threshold | < h =
+    threshold / 2``, else 0. Ours, see `Ternary`. Cost: O(M).
+    """
+    size = w.abs()
+    keep = size > threshold
+    count = int(keep.count_nonzero())
+    half = threshold / 2
+    if not half:
+        return 0.0, count
+    scale = float((size * keep).sum()) / count if scaled and count else 1.0
+    edge = (size > threshold - half) & (size < threshold + half)
+    return -scale * float((w.sign() * gradient * edge).sum()) / (2 * half), count
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How one weight is quantized: by its frozen mask, or else by the threshold, a share of its largest magnitude."""
+
+    mask: Tensor | None
+    threshold: float
+    scaled: bool
+    clip: float
+
+    def keep(self, w: Tensor) -> Tensor:
+        """Which entries are not 0; ``w`` without gradient."""
+        if self.mask is not None:
+            return self.mask
+        size = w.abs()
+        return size > self.threshold * size.max()
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """What the forward pass uses in place of the dense values ``w``."""
+        keep = self.keep(w.detach()).to(w.device)
+        return quantize(w, keep, scaled=self.scaled, clip=self.clip, frozen=self.mask is not None)
+
+    def copied(self) -> _Rule:
+        """With a mask of its own."""
+        return self if self.mask is None else replace(self, mask=self.mask.clone())
+
+
+@register(
+    name="ternary",
+    paper="Faraone et al., ICONIP 2017 (arXiv 1709.06262), reconstructed from its abstract",
+    summary="learned quantization thresholds make weights 0 or plus or minus one scale; then the mask is frozen",
+    keeps_budget="no",
+    memory="O(M)",
+    guarantees=(
+        "after finalize() every weight in scope has one magnitude",
+        "at most the given share of the weights with trained thresholds is left by stage 2",
+        "finalize() changes no output",
+    ),
+)
+class Ternary(Method):
+    """Sparse ternary weights in three stages. The paper's body could not be had: this is a RECONSTRUCTION of what its
+    abstract says (L2 and a regularizer on quantization thresholds; quantization pruning; retraining)::
+
+        1  min loss(Q(W)) + l2 sum ||W||^2 - push sum_l t_l      Q = scale sign(w) where |w| > t_l max |W_l|, else 0
+        2  the mask Q != 0 is frozen (if more than ``density`` is left, the smallest |w| / (t_l max |W_l|) go as well)
+        3  the survivors are trained on, plus or minus scale; no regularizers
+
+    Forward passes use Q, the optimizer moves the dense weights, and gradients go straight through (`quantize`). The
+    threshold t_l is a share of the largest magnitude of its weight. What is ours: the threshold's gradient
+    (`threshold_slope`, divided by the square root of the number of survivors, as in LSQ, Esser et al. 2020), its plain
+    SGD at the weight's learning rate, and that the push stops where the whole scope has come down to ``density``. The
+    gradient by Q is read from ``weight.grad`` just before the optimizer's step, so no loss scaling reaches it.
+
+    `finalize` leaves sparse layers with values of exactly plus or minus scale (`rewire.to_sparse`; the optimizers
+    follow); `rewire.export.save_ternary` packs them to a sign bit and an index each.
+
+    Args:
+        threshold: t of every weight at the start, a share of its largest magnitude.
+        trainable: whether thresholds are trained; otherwise they stay.
+        push: strength of the regularizer that raises thresholds; a float or a schedule over epochs.
+        l2: strength of the L2 term of stage 1; a float or a schedule over epochs.
+        density: what the push aims at, and the most that stage 2 leaves, a share of the entries in scope. Not for
+            thresholds that are not trained.
+        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in which the share of
+            survivors has first come down to ``density`` (it hovers there from then on); at the last epoch's end anyway.
+        scale: "mean", the mean magnitude of a weight's survivors, or "one".
+        clip: no gradient goes to dense weights of a larger magnitude.
+        threshold_lr: learning rate of the thresholds, in multiples of their weight's.
+        only: glob patterns over names of layers or weights to quantize.
+        exclude: glob patterns of those to leave alone.
+
+    Layers are quantized by hooks on their forward pass: names, state_dict and optimizer see the dense weights until
+    `finalize`. Cost: O(M) time per forward pass and step, O(M) memory.
+    """
+
+    starts_dense = True
+    run_optimizer = "sgd"  # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        threshold: float = 0.05,
+        trainable: bool = True,
+        push: float | Schedule = 1e-2,
+        l2: float | Schedule = 1e-5,
+        density: float = 0.05,
+        prune: int | Literal["auto"] = "auto",
+        scale: Literal["mean", "one"] = "mean",
+        clip: float = 1.0,
+        threshold_lr: float = 1.0,
+        only: Patterns | None = None,
+        exclude: Patterns | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.threshold = within("threshold", threshold, 0.0, HIGHEST)
+        self.push, self.l2 = checked("push", push, 0.0), checked("l2", l2, 0.0)
+        if not (isinstance(density, (int, float)) and 0 < density <= 1):
+            raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
+        if prune != "auto" and (not isinstance(prune, int) or isinstance(prune, bool) or prune < 1):
+            raise ValueError(f"prune must be 'auto' or a number of epochs of at least 1, not {prune!r}")
+        if prune == "auto" and not trainable:
+            raise ValueError("prune='auto' waits for thresholds to rise: give a number of epochs, or trainable=True")
+        choice("scale", scale, ("mean", "one"))
+        if not (isinstance(clip, (int, float)) and clip > 0):
+            raise ValueError(f"clip must be a number above 0 (float('inf') is none), not {clip}")
+        self.clip, self.threshold_lr = float(clip), within("threshold_lr", threshold_lr, 0.0)
+        refuse_patterns(only=only, exclude=exclude)
+        self.trainable, self.density, self.prune, self.scale = bool(trainable), density, prune, scale
+        optimizers = listed(optimizer)
+        self.weights = in_scope(model, optimizers, only, exclude)
+        budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
+        super().__init__(model, optimizers, seed=seed)
+        #: 1 while thresholds are trained, 3 once the masks are frozen (stage 2 is that moment).
+        self.stage = 1
+        self._thresholds = [float(threshold)] * len(self.weights)
+        self._masks: list[Tensor] = []
+        self._penalised = self._reached = False
+        self._slopes: dict[int, tuple[float, int]] = {}
+        here = weakref.ref(self)
+        self._attachment.before_step(lambda stepping: _tell(here, stepping))
+        for layer in dict.fromkeys(w.layer for w in self.weights):
+            self._attachment.hold(*_hooks(self, layer))
+
+    # --- what it does to the weights --------------------------------------------------------------------------------
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which entries are not zero now, by name of the weight."""
+        return {w.name: self._rule(i).keep(w.tensor.detach()) for i, w in enumerate(self.weights)}
+
+    def thresholds(self) -> dict[str, float]:
+        """The thresholds t, shares of the largest magnitude, by name of the weight."""
+        return {w.name: t for w, t in zip(self.weights, self._thresholds, strict=True)}
+
+    def survivors(self) -> float:
+        """Share of the entries in scope that are not zero now. Cost: O(M)."""
+        return sum(self.connections().values()) / sum(w.tensor.numel() for w in self.weights)
+
+    def _rule(self, number: int) -> _Rule:
+        """How the forward pass quantizes weight ``number`` now."""
+        mask = self._masks[number] if self.stage == 3 else None
+        return _Rule(mask, self._thresholds[number], self.scale == "mean", self.clip)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in `step`."""
+        strength = within("l2", at(self.l2, self.epochs), 0.0)
+        if self.stage == 3 or not strength:
+            return super().penalty()
+        self._penalised = True
+        return strength * torch.stack([w.tensor.square().sum() for w in self.weights]).sum()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Note the slopes of the thresholds whose weights ``optimizer`` is about to move."""
+        if self.stage == 3 or not self.trainable:
+            return
+        l2 = at(self.l2, self.epochs) if self._penalised else 0.0
+        for i, weight in enumerate(self.weights):
+            gradient = weight.gradient
+            if weight.optimizer is optimizer and gradient is not None:
+                w = weight.tensor.detach()
+                largest = float(w.abs().max())
+                gradient = gradient / gradient_scale(optimizer)
+                by_q = gradient - 2 * l2 * w if l2 else gradient
+                slope, count = threshold_slope(w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean")
+                self._slopes[i] = slope * largest / max(count, 1) ** 0.5, count
+
+    def _after_step(self, pools: list[Pool]) -> None:
+        self._penalised = False
+        slopes, self._slopes = self._slopes, {}
+        if not slopes:
+            return
+        push = within("push", at(self.push, self.epochs), 0.0)
+        if len(slopes) == len(self.weights):  # counted already, just before the step
+            share = sum(count for _, count in slopes.values()) / sum(w.tensor.numel() for w in self.weights)
+        else:
+            share = self.survivors()
+        if share <= self.density:
+            self._reached, push = True, 0.0
+        for i, (slope, _) in slopes.items():
+            rate = float(self.weights[i].group["lr"]) * self.threshold_lr
+            self._thresholds[i] = min(max(self._thresholds[i] - rate * (slope - push), 0.0), HIGHEST)
+
+    def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
+        if self.stage == 1:
+            due = self._reached if self.prune == "auto" else self.epochs >= self.prune
+            if due or last:
+                self.freeze()
+
+    def _schedule(self) -> str | None:
+        if self.prune == "auto":
+            return f"prune='auto' waits until at most density={self.density} is left, and {self.survivors():.3g} is"
+        return f"prune={self.prune} epochs"
+
+    @torch.no_grad()
+    def freeze(self, *, cut: bool = True) -> None:
+        """Stage 2: freeze the masks, cut to ``density`` or as they are; stage 3 begins. `end_epoch` does it by itself.
+
+        Cost: O(M log M) if it cuts.
+        """
+        if self.stage == 3:
+            return
+        masks = self.masks()
+        if cut and self.trainable and self.survivors() > self.density:
+            # As if all thresholds were raised by one factor: what stays is largest in multiples of its threshold.
+            floor = torch.finfo(torch.float32).tiny
+            tops = [
+                max(float(w.tensor.abs().max()) * t, floor) for w, t in zip(self.weights, self._thresholds, strict=True)
+            ]
+            ratios = {w.name: w.tensor / top for w, top in zip(self.weights, tops, strict=True)}
+            masks = {name: masks[name] & mask for name, mask in largest(ratios, self.density).items()}
+        self._masks = list(masks.values())
+        self.stage = 3
+        self.updates += 1
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finalize(self) -> nn.Module:
+        """Make the layers in scope sparse ones of plus or minus scale, let the optimizers follow, return the model.
+
+        No output changes. Where stage 2 has not been reached, what is above the thresholds stays, however much it is.
+        """
+        if not self._attachment.attached:
+            return self.model
+        self._warn_of_no_update()
+        self.freeze(cut=False)
+        super().finalize()
+        owners: dict[Tensor, list[tuple[int, int]]] = {}
+        for i, weight in enumerate(self.weights):
+            w = weight.tensor
+            owner = w if w._base is None else w._base  # attention stacks three weights in one parameter
+            owners.setdefault(owner, []).append((i, int(w.storage_offset() - owner.storage_offset())))
+        for owner, places in owners.items():
+            take = partial(
+                _quantize_parts, parts=[(self._rule(i), first, self.weights[i].tensor) for i, first in places]
+            )
+            owner.copy_(take(owner))
+            announce(owner, [Part(owner, take)])
+        self.model = to_sparse(self.model, self.masks(), self.optimizers)
+        return self.model
+
+    def connections(self) -> dict[str, int]:
+        """Entries of each weight in scope that are not zero now, by name. Cost: O(M)."""
+        return {name: int(mask.count_nonzero()) for name, mask in self.masks().items()}
+
+    def stats(self) -> dict[str, Any]:
+        """Counts as every method's, the stage and the thresholds."""
+        return super().stats() | {"stage": self.stage, "thresholds": self.thresholds()}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        names = [w.name for w in self.weights]
+        return {"trainable": self.trainable, "prune": self.prune, "scale": self.scale, "weights": names}
+
+    def _state(self) -> dict[str, Any]:
+        masks = [m.clone() for m in self._masks]
+        thresholds = list(self._thresholds)
+        return {"stage": self.stage, "reached": self._reached, "thresholds": thresholds, "masks": masks}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        stage, reached, thresholds = int(state["stage"]), bool(state["reached"]), [*map(float, state["thresholds"])]
+        masks = [m.to(w.tensor.device, torch.bool) for m, w in zip(state["masks"], self.weights, strict=stage == 3)]
+        if stage not in (1, 3) or len(thresholds) != len(self.weights):
+            raise ValueError(f"this state is damaged: stage {stage}, {len(thresholds)} thresholds")
+        if any(m.shape != w.tensor.shape for m, w in zip(masks, self.weights, strict=False)):
+            raise ValueError("this is the state of weights of other shapes")
+        self.stage, self._reached = stage, reached
+        self._thresholds, self._masks = thresholds, [m.clone() for m in masks]
+
+
+@torch.no_grad()
+def _quantize_parts(stacked: Tensor, parts: list[tuple[_Rule, int, Tensor]]) -> Tensor:
+    """A parameter with its weights quantized, each of which begins at a place of its own and has the shape given."""
+    flat = stacked.detach().clone(memory_format=torch.contiguous_format).view(-1)
+    for rule, first, like in parts:
+        part = flat[first : first + like.numel()].view(like.shape)
+        part.copy_(rule(part))
+    return flat.view(stacked.shape)
+
+
+@torch.no_grad()
+def _tell(method: weakref.ref[Ternary], optimizer: Optimizer) -> None:
+    here = method()
+    if here is not None:
+        here._before_step(optimizer)
+
+
+class _Quantizer(LayerHook):
+    """Puts quantized weights in the place of a layer's parameters for the time of its forward pass.
+
+    That of a copy goes on with the thresholds or masks of the moment of copying.
+    """
+
+    def __init__(self, method: Ternary, layer: nn.Module) -> None:
+        super().__init__(method)
+        self._parts: dict[str, list[tuple[int, int | None]]] = {}  # parameter -> (number, which third; None: all)
+        for number, weight in enumerate(method.weights):
+            if weight.layer is layer:
+                name, third = _place(layer, weight.path)
+                self._parts.setdefault(name, []).append((number, third))
+        self._rules: dict[int, _Rule] = {}  # of a copy, by number of the weight
+        # By module, because shallow copies and replicas of the layer share this hook.
+        self._replaced: dict[int, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+
+    def copied(self) -> _Quantizer:
+        method = self.method
+        found = _Quantizer.__new__(_Quantizer)
+        found.__dict__ |= {"_parts": self._parts, "_rules": self._rules, "_replaced": {}}
+        if method is not None:
+            numbers = [number for members in self._parts.values() for number, _ in members]
+            found._rules = {number: method._rule(number).copied() for number in numbers}
+        return found
+
+    def _quantized(self, number: int, w: Tensor) -> Tensor:
+        rule = self._rules.get(number) if self.method is None else self.method._rule(number)
+        return w if rule is None else rule(w)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        if self.method is None and not self._rules:
+            return
+        swaps: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
+        for name, members in self._parts.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            dense = owner.get_parameter(leaf)
+            if members[0][1] is None:
+                swaps.append((owner, leaf, dense, self._quantized(members[0][0], dense)))
+                continue
+            thirds = list(dense.chunk(3))
+            for number, third in members:
+                assert third is not None
+                thirds[third] = self._quantized(number, thirds[third])
+            swaps.append((owner, leaf, dense, torch.cat(thirds)))
+        self._replaced[id(module)] = [(owner, leaf, dense) for owner, leaf, dense, _ in swaps]
+        for owner, leaf, _, tensor in swaps:
+            owner._parameters[leaf] = tensor  # type: ignore[assignment]
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        for owner, leaf, parameter in self._replaced.pop(id(module), []):
+            owner._parameters[leaf] = parameter
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its list of weights, where the quantized ones must not stay
+
+
+def _hooks(method: Ternary, layer: nn.Module) -> list[Any]:
+    quantizer = _Quantizer(method, layer)
+    return [
+        layer.register_forward_pre_hook(quantizer.before),
+        layer.register_forward_hook(quantizer.after, always_call=True),
+    ]
+
+
+_STACKED = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _place(layer: nn.Module, path: str) -> tuple[str, int | None]:
+    """The parameter that holds the weight at ``path``, and which third of it the weight is (None: all of it)."""
+    if isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim and path in _STACKED:
+        return "in_proj_weight", _STACKED.index(path)
+    return path, None

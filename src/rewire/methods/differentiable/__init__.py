@@ -1,0 +1,1 @@
+"""Differentiable sparsification: gates that learn to close."""

@@ -1,0 +1,26 @@
+"""Fixed random connectivity: the baseline every rewiring method must beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rewire.methods.core.base import Method
+from rewire.methods.core.registry import register
+
+__all__ = ["Static"]
+
+
+@register(
+    name="static",
+    paper="baseline of Bellec et al., ICLR 2018 (arXiv 1711.05136)",
+    summary="fixed random connectivity: the topology drawn at the start is trained and never changed",
+    keeps_budget="every step",
+    guarantees=("K exact in every layer at every moment", "topology never changes"),
+)
+class Static(Method):
+    """Train the connections there are, the paper's baseline: same K, plain optimizer, no signs, no noise, no L1.
+
+    Cost: nothing.
+    """
+
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")

@@ -1,0 +1,1 @@
+"""NoiseOut: merging correlated neurons."""

@@ -1,0 +1,159 @@
+"""Methods that start with more connections than they may end with: final budgets, and cuts down to them.
+
+Such a method takes its final budget at construction (``connections=`` or ``density=``, see `final_budgets`), acts on
+ordinary pools that were built with more connections (up to all of them, then memory is O(M)), and gives storage back as
+it goes: dropped slots are emptied and the pool is resized, so time and memory follow the connections that are left.
+Under DDP, whose buckets have a fixed size, the slots stay, empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire import budget
+from rewire.methods.core.base import Method, Moments, Pool
+from rewire.methods.core.settings import choice, named_globs
+
+__all__ = ["Connections", "Density", "Shrinking", "final_budgets", "weakest"]
+
+#: A final budget: of the network (a number), or of each pool: in order, or by name or glob pattern.
+Connections: TypeAlias = int | Sequence[int] | Mapping[str, int]
+Density: TypeAlias = float | Sequence[float] | Mapping[str, float]
+
+
+def final_budgets(
+    pools: Sequence[Pool], connections: Connections | None, density: Density | None, distribution: str = "erk"
+) -> list[int]:
+    """Connections that each pool may have at the end; one of ``connections`` and ``density`` must be given.
+
+    A number is for all pools together and spread by ``distribution`` (see `rewire.budget`). A list has one entry per
+    pool. A dict has names or glob patterns of pools (``"0.weight"``) or their layers (``"0"``, ``"fc*"``); the first
+    match counts, and every pool needs one. Densities are shares of M, the potential connections.
+
+    Raises ValueError for a budget that cannot be, a list of the wrong length, a pattern that matches nothing.
+    """
+    if (connections is None) == (density is None):
+        raise ValueError("give exactly one of connections= and density=: what is to be left at the end")
+    given: Any = connections if density is None else density
+    sizes = [pool.weight.size for pool in pools]
+    if isinstance(given, Mapping):
+        given = [given[pattern] for pattern in named_globs(pools, list(given), "the budget")]
+    elif isinstance(given, Sequence) and len(given) != len(pools):
+        names = ", ".join(pool.name for pool in pools)
+        raise ValueError(f"the budget has {len(given)} entries for {len(pools)} weights: {names}")
+    if isinstance(given, Sequence):
+        return [
+            budget.allowed(size, *((None, g) if connections is None else (g, None)))
+            for size, g in zip(sizes, given, strict=True)
+        ]
+    total = budget.allowed(sum(sizes), *((None, given) if connections is None else (given, None)))
+    return budget.distribute(distribution, [tuple(pool.weight.shape) for pool in pools], total)
+
+
+def weakest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tensor]:
+    """What to drop so that ``keep`` of all scores are left, the highest, and ``at_least`` of each tensor.
+
+    Returns places in each tensor (int64, ascending). Among equals the first is kept. Where ``keep`` is below what
+    ``at_least`` asks for, ``at_least`` wins. O(n log n) for n scores.
+    """
+    order = [torch.sort(s, descending=True, stable=True).indices for s in scores]
+    floor = [min(at_least, s.numel()) for s in scores]
+    rest = torch.cat([s[o[f:]] for s, o, f in zip(scores, order, floor, strict=True)])
+    kept = torch.zeros(rest.numel(), dtype=torch.bool, device=rest.device)
+    kept[torch.sort(rest, descending=True, stable=True).indices[: max(keep - sum(floor), 0)]] = True
+    dropped = []
+    shares = kept.split([s.numel() - f for s, f in zip(scores, floor, strict=True)])
+    for o, f, mine in zip(order, floor, shares, strict=True):
+        dropped.append(torch.sort(o[f:][~mine]).values)
+    return dropped
+
+
+class Shrinking(Method):
+    """What methods share that end with fewer connections than they start with.
+
+    Args:
+        connections, density: the final budget, see `final_budgets`. ``required`` says whether one must be given.
+        distribution: how one number is spread over the pools.
+        scope: "layer", or "network" where only the sum over the (trained) pools counts.
+
+    `finalize` cuts by `_scores` what is still above the final budget, so the model it returns is always within it.
+    Raises ValueError if the pools have fewer connections than they are to end with.
+    """
+
+    #: The density that `rewire train` builds the pools with.
+    start_density: ClassVar[float | None] = 1.0
+    #: What only drops stays within any limits.
+    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        connections: Connections | None = None,
+        density: Density | None = None,
+        distribution: str = "erk",
+        scope: Literal["layer", "network"] = "layer",
+        required: bool = True,
+        moments: Moments = "auto",
+        seed: int | None = None,
+    ) -> None:
+        choice("scope", scope, ("layer", "network"))
+        super().__init__(model, optimizer, moments=moments, seed=seed)
+        self.scope = scope
+        #: Final connections of each pool, in order; None where there is no budget.
+        self.final: list[int] | None = None
+        if required or connections is not None or density is not None:
+            self.final = final_budgets(self.pools, connections, density, distribution)
+            self._check_start(self.final)
+
+    def _check_start(self, final: Sequence[int]) -> None:
+        has = [pool.weight.connections for pool in self.pools]
+        if self.scope == "network":
+            if sum(final) > sum(has):
+                raise ValueError(
+                    f"the network has {sum(has)} connections and is to end with {sum(final)}: build it with more "
+                    "(density=1 on its layers), or choose a smaller budget"
+                )
+            return
+        for pool, k, f in zip(self.pools, has, final, strict=True):
+            if f > k:
+                raise ValueError(
+                    f"{pool.name} has {k} connections and is to end with {f}: build it with more (density=1), or "
+                    "choose a smaller budget, another distribution or one number per layer"
+                )
+
+    def _scores(self, pool: Pool) -> Tensor:
+        """Which connections are worth keeping, in the order of ``pool.weight.active()``: magnitude, here."""
+        return pool.weight.values.detach()[pool.weight.active()].abs()
+
+    def _cut(self, counts: Sequence[int], at_least: int = 1) -> None:
+        """Drop the lowest `_scores` until each trained pool has ``counts[pool.number]`` connections, or, with scope
+        "network", all of them together; ``at_least`` stay in each. Pools with fewer are left as they are."""
+        pools = self._trained()
+        groups = [pools] if self.scope == "network" and pools else [[pool] for pool in pools]
+        for group in groups:
+            keep = sum(counts[pool.number] for pool in group)
+            places = weakest([self._scores(pool) for pool in group], keep, at_least)
+            for pool, gone in zip(group, places, strict=True):
+                self._shrink(pool, pool.weight.active()[gone])
+        self.updates += 1
+
+    def finalize(self) -> nn.Module:
+        """As `Method.finalize`; drops before what is above the final budget."""
+        self._warn_of_no_update()
+        if self.final is not None and self._attachment.attached:
+            pools = self._trained()
+            over = [pool.weight.connections - self.final[pool.number] for pool in pools]
+            if (sum(over) if self.scope == "network" else max(over, default=0)) > 0:
+                with torch.no_grad():
+                    self._cut(self.final)
+        return super().finalize()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"final": None if self.final is None else list(self.final), "scope": self.scope}

@@ -1,0 +1,1 @@
+"""From dense layers to sparse ones and back."""

@@ -1,0 +1,289 @@
+"""From a dense model and masks to truly sparse layers, with the optimizers following."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire.nn.convert import attached
+from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
+from rewire.nn.convert.sparsify import layers_of, refuse_shared, swap
+from rewire.nn.optimizers.followers import check_optimizer, reset_optimizer_state
+from rewire.nn.optimizers.wrappers import listed
+from rewire.nn.structure import Part, announce
+from rewire.nn.weight.listing import sparse_weights
+from rewire.nn.weight.pool import SparseWeight
+
+__all__ = ["dense_weights", "to_sparse"]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A weight to be cut: the parameter it is (a part of) and the connections that stay.
+
+    first: place of the weight's first entry in the flattened parameter (attention stacks three weights in one).
+    kept: int64, ascending positions in the flattened weight.
+    """
+
+    path: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    first: int
+    kept: Tensor
+
+
+def to_sparse(
+    model: nn.Module, masks: Mapping[str, Tensor] | None = None, optimizers: Optimizer | Iterable[Optimizer] = ()
+) -> nn.Module:
+    """Replace dense layers by sparse ones that hold exactly the connections of ``masks``, in place; returns the model.
+
+    Args:
+        model: any model; a model that is itself such a layer is not replaced in place, so use what is returned.
+        masks: boolean tensor of the weight's shape by the name of the weight (``"fc1.weight"``,
+            ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for layers of one weight, of the layer
+            (``"fc1"``). True stays, also where the value is 0. The other weights of a chosen layer (a layer is sparse
+            as a whole) stay complete. A weight that `torch.nn.utils.prune` masks has its prune mask, which a mask given
+            for it must equal; None (the default) takes the layers that have prune masks.
+        optimizers: those that train the model. The pool's values take the place of the dense parameter in its
+            parameter group, with the state and the gradient of the entries that stay, so training goes on as that of
+            the masked dense model would. Every elementwise optimizer of `torch.optim` can; Adafactor's factored
+            second moment is multiplied out.
+
+    Values, gradients and state are exact copies, in (row, column) order of the slots; biases and all other parameters
+    stay the objects they are, and so do a layer's hooks and whatever else was set on it. A weight of which nothing
+    stays keeps a pool of one empty slot: its layer then gives its bias alone.
+
+    Layers that can be cut are those `sparsify` converts. Raises ValueError for a name or shape that does not fit, a
+    layer of another type (also one with a parametrization), a weight that something else computes or whose gradient has
+    a hook, a parameter that layers share, an optimizer that cannot train pools or keeps state of another shape; the
+    model and the optimizers are then unchanged. Cost: O(M) time, as for reading the masks.
+    """
+    optimizers = listed(optimizers)
+    chosen = _chosen(model, masks)
+    refuse_shared(model, {name: layer for name, (layer, _, _) in chosen.items()})
+    cuts = [cut for _, _, weights in chosen.values() for cut in weights]
+    moves = [move for o in optimizers for move in _moves(o, {id(cut.parameter) for cut in cuts})]
+    values: dict[int, list[tuple[_Cut, nn.Parameter]]] = {}
+    places = {name: set(kind.places(layer).values()) for name, (layer, kind, _) in chosen.items()}
+
+    def sparse(name: str) -> nn.Module:
+        layer, kind, weights = chosen[name]
+        made = _twin(layer, kind)
+        for cut in weights:
+            pool = _pool(cut)
+            parent, _, leaf = cut.path.rpartition(".")
+            setattr(made.get_submodule(parent), leaf, pool)
+            values.setdefault(id(cut.parameter), []).append((cut, pool.values))
+        attached.move(made, layer, kind.plain(), places[name])
+        return made
+
+    model = swap(model, chosen, sparse, lambda name, made: attached.settle(made, chosen[name][0], places[name]))
+    for module in model.modules():
+        # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SparseWeight) for m in module.modules()):
+            module.use_nested_tensor = False
+    for move in moves:
+        move.to(values[id(move.parameter)])
+    pools = {id(weight.values): weight for _, weight in sparse_weights(model)}
+    for parts in values.values():
+        old = parts[0][0].parameter
+        announce(old, [Part(new, partial(_taken, cut), pools[id(new)]) for cut, new in parts])
+    return model
+
+
+def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
+    """What could be cut: (name of the weight, of its layer, the layer, the weight) for every dense layer of `KINDS`.
+
+    The tensor is the parameter, or the view of a parameter that attention stacks (`torch.nn.MultiheadAttention`).
+    """
+    for name, layer, kind in layers_of(model, kind_of):
+        for path, weight in kind.weights(layer).items():
+            yield join(name, path), name, layer, weight
+
+
+def _chosen(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
+    """The layers that masks are for, with what stays of each of their weights; everything about names and shapes."""
+    found = {name: (layer, kind) for name, layer, kind in layers_of(model, kind_of)}
+    pruned = {
+        (name, path): mask
+        for name, (layer, kind) in found.items()
+        for path, mask in attached.prune_masks(layer, kind).items()
+    }
+    given = {} if masks is None else _given(model, masks, found)
+    if not given and not (masks is None and pruned):
+        raise ValueError(
+            "there is no mask, so there is nothing to cut: give one for at least one weight"
+            + (", or prune layers with torch.nn.utils.prune" if masks is None else "")
+        )
+    for key in given:
+        if key in pruned and not torch.equal(given[key].to(pruned[key].device), pruned[key]):
+            raise ValueError(
+                f"the mask of {join(*key)} is not the prune mask that it has: leave masks= out to take that one, or "
+                "call torch.nn.utils.prune.remove(layer, name) first"
+            )
+    chosen: dict[str, tuple[nn.Module, Kind, list[_Cut]]] = {}
+    for name in dict.fromkeys(layer for layer, _ in (pruned if masks is None else given)):
+        layer, kind = found[name]
+        attached.check_dense(name, layer, kind)
+        cuts = []
+        for path, weight in kind.weights(layer).items():
+            mask = given.get((name, path), pruned.get((name, path)))
+            cuts.append(_cut(layer, kind, path, weight, mask))
+        chosen[name] = layer, kind, cuts
+    return chosen
+
+
+def _given(
+    model: nn.Module, masks: Mapping[str, Tensor], found: Mapping[str, tuple[nn.Module, Kind]]
+) -> dict[tuple[str, str], Tensor]:
+    """The masks by layer and weight."""
+    weights = {(name, path): w for name, (layer, kind) in found.items() for path, w in kind.weights(layer).items()}
+    names = {join(*key): key for key in weights}
+    for name in found:
+        own = [key for key in weights if key[0] == name]
+        if len(own) == 1:
+            names.setdefault(name, own[0])
+    given: dict[tuple[str, str], Tensor] = {}
+    for name, mask in masks.items():
+        if name not in names:
+            layer = name if name in dict(model.named_modules()) else name.rpartition(".")[0]
+            what = attached.disguised(dict(model.named_modules()).get(layer, model))
+            if what is not None:
+                raise ValueError(f"{layer or 'the model'} {what}")
+            raise ValueError(
+                f"{name!r} is no weight that can be cut: there are {', '.join(map(repr, names)) or 'none'} (layers "
+                f"{', '.join(kind.dense.__name__ for kind in KINDS)} of torch.nn themselves, without parametrization)"
+            )
+        key = names[name]
+        if key in given:
+            raise ValueError(f"two masks are for {join(*key)}: give one")
+        shape = tuple(weights[key].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"the mask of {name} must be a boolean tensor of shape {shape}, not {got}")
+        given[key] = mask
+    return given
+
+
+def _cut(layer: nn.Module, kind: Kind, path: str, weight: Tensor, mask: Tensor | None) -> _Cut:
+    owner = attached.parameter(layer, kind, path)
+    if mask is None:
+        kept = torch.arange(weight.numel(), device=weight.device)
+    else:
+        kept = mask.reshape(-1).nonzero().flatten().to(weight.device)
+    part = kind.part(layer, path, owner)
+    first = 0 if part is owner else int(part.storage_offset() - owner.storage_offset())
+    return _Cut(path, owner, weight.shape, first, kept)
+
+
+def _pool(cut: _Cut) -> SparseWeight:
+    """The pool of what stays, in (row, column) order, with its part of the gradient."""
+    columns = cut.shape[1:].numel()
+    flat = cut.parameter.detach().reshape(-1)
+    rows, cols = cut.kept // columns, cut.kept % columns
+    capacity = max(cut.kept.numel(), 1)
+    pool = SparseWeight.from_coo(cut.shape, rows, cols, flat[cut.first + cut.kept], capacity=capacity)
+    if cut.parameter.grad is not None:
+        pool.values.grad = _gather(cut, cut.parameter.grad)
+    pool.values.requires_grad_(cut.parameter.requires_grad)
+    return pool
+
+
+def _gather(cut: _Cut, dense: Tensor) -> Tensor:
+    """What a tensor of the dense parameter's shape has for each slot."""
+    found = dense.detach().reshape(-1)[cut.first + cut.kept]
+    return found if found.numel() else found.new_zeros(1)
+
+
+def _taken(cut: _Cut, dense: Tensor) -> Tensor:
+    """`_gather`, with 0 in the empty slot of a pool of nothing."""
+    return _gather(cut, dense) if cut.kept.numel() else dense.new_zeros(1)
+
+
+def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
+    """The sparse layer with its settings and biases; its pools, of one connection each, are to be replaced."""
+    device = next(layer.parameters()).device
+    with contextlib.ExitStack() as stack:  # what is drawn is thrown away, and nobody's random numbers may depend on it
+        if device.type != "meta":
+            devices = [] if device.type == "cpu" else [device]
+            kinds = {} if device.type == "cpu" else {"device_type": device.type}
+            stack.enter_context(torch.random.fork_rng(devices, **kinds))
+        return kind.to_sparse(layer, dict.fromkeys(kind.weights(layer), 1), None)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One place where an optimizer has a dense parameter, and what it keeps for it (of the parameter's shape)."""
+
+    optimizer: Optimizer
+    group: dict[str, Any]
+    parameter: nn.Parameter
+    dense: dict[str, Tensor]
+    rest: dict[str, Any]
+
+    def to(self, parts: list[tuple[_Cut, nn.Parameter]]) -> None:
+        """Put the pools' values where the parameter is."""
+        members: list[Tensor] = self.group["params"]
+        at = next(i for i, member in enumerate(members) if member is self.parameter)
+        members[at : at + 1] = [values for _, values in parts]
+        if "param_names" in self.group:
+            names: list[str] = self.group["param_names"]
+            layer, _, leaf = names[at].rpartition(".")
+            own = join(layer, leaf.removesuffix("_orig"))  # the name that torch.nn.utils.prune gave it
+            new = [join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [own]
+            names[at : at + 1] = [f"{name}.values" for name in new]
+        if self.parameter not in self.optimizer.state:
+            return
+        del self.optimizer.state[self.parameter]
+        for cut, values in parts:
+            state: dict[str, Any] = {k: _gather(cut, v) for k, v in self.dense.items()}
+            # Step counters and the like: one of its own for each, because optimizers count in place.
+            state |= {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rest.items()}
+            self.optimizer.state[values] = state
+            if not cut.kept.numel():
+                reset_optimizer_state(self.optimizer, values, torch.zeros(1, dtype=torch.int64, device=values.device))
+
+
+def _moves(optimizer: Optimizer, parameters: set[int]) -> list[_Move]:
+    """All that has to be done to one optimizer; ValueError if it cannot be."""
+    found = [
+        _move(optimizer, group, parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in parameters
+    ]
+    if found:
+        check_optimizer(optimizer)
+    return found
+
+
+def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> _Move:
+    state = dict(optimizer.state.get(parameter, {}))
+    dense: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    if {"row_var", "col_var"} <= state.keys():  # Adafactor: its estimate, as it would use it for this matrix
+        row, col = state.pop("row_var"), state.pop("col_var")
+        least = group["eps"][0] or torch.finfo(row.dtype).eps
+        dense["variance"] = row @ col / row.mean(-2, keepdim=True).clamp_(min=least)
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            dense[key] = value
+        elif isinstance(value, Tensor) and value.dim():
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a weight of shape "
+                f"{tuple(parameter.shape)}, which cannot be cut along with it: use SGD or Adam, or make a new "
+                "optimizer after the cut"
+            )
+        else:
+            rest[key] = value
+    return _Move(optimizer, group, parameter, dense, rest)

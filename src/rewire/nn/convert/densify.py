@@ -1,0 +1,166 @@
+"""The way back from pools to dense parameters, with the optimizers following: the mirror image of `rewire.nn.convert.cut`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rewire.nn.optimizers.ages import KEY as AGE
+from rewire.nn.optimizers.followers import check_optimizer, following, initial_of
+from rewire.nn.optimizers.wrappers import inner_optimizers, kept_beside
+from rewire.nn.weight.pool import SparseWeight
+
+__all__ = ["Target", "moves_to_dense", "refuse_followed"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a pool goes: the dense parameter, its name, and the place of the pool's first entry in it (attention stacks
+    three weights in one)."""
+
+    name: str
+    pool: SparseWeight
+    parameter: nn.Parameter
+    first: int
+
+    def scatter(self, per_slot: Tensor, into: Tensor) -> None:
+        """Write what slots have to where their connections are."""
+        slots = self.pool.active()
+        columns = self.pool.matrix_shape[1]
+        places = self.pool.rows[slots].long() * columns + self.pool.cols[slots].long() + self.first
+        into.view(-1)[places] = per_slot.detach()[slots].to(into)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One place where an optimizer has pools that become one dense parameter, and what it keeps for them."""
+
+    optimizer: Optimizer
+    group: dict[str, Any]
+    targets: list[Target]
+    per_slot: dict[str, list[Tensor]]
+    rest: dict[str, Any]
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Put the dense parameter where the first of the pools' values is."""
+        parameter = self.targets[0].parameter
+        gone = {id(target.pool.values) for target in self.targets}
+        members: list[Tensor] = self.group["params"]
+        places = [i for i, member in enumerate(members) if id(member) in gone]
+        if places:  # else another optimizer that shares the group has done it
+            members[places[0]] = parameter
+            names: list[str] | None = self.group.get("param_names")
+            if names is not None:
+                names[places[0]] = self.targets[0].name
+            for place in reversed(places[1:]):
+                del members[place]
+                if names is not None:
+                    del names[place]
+        state: dict[Any, Any] = self.optimizer.state
+        if not any(target.pool.values in state for target in self.targets):
+            return
+        made = dict(self.rest)
+        for key, parts in self.per_slot.items():
+            initial = initial_of(self.optimizer, key, self.group)
+            dense = torch.empty(parameter.shape, dtype=parts[0].dtype, device=parts[0].device)
+            if initial is None:
+                dense.copy_(parameter)
+            else:
+                dense.fill_(initial)
+            for target, part in zip(self.targets, parts, strict=True):
+                target.scatter(part, dense)
+            made[key] = dense
+        if _factored(self.optimizer) and "variance" in made and parameter.dim() > 1:
+            variance = made.pop("variance")
+            made["row_var"], made["col_var"] = variance.mean(-1, keepdim=True), variance.mean(-2, keepdim=True)
+        for target in self.targets:
+            state.pop(target.pool.values, None)
+        state[parameter] = made
+
+
+def _factored(optimizer: Optimizer) -> bool:
+    return any(c.__name__ == "Adafactor" for c in type(optimizer).__mro__)
+
+
+def moves_to_dense(optimizers: Iterable[Optimizer], targets: Mapping[int, Target]) -> list[Move]:
+    """All that has to be done to the optimizers; ``targets`` by the ``id`` of a pool's values.
+
+    Raises ValueError where it cannot be: a weight whose parts are in several groups, or what an optimizer keeps that
+    has not one number for each connection.
+    """
+    found = []
+    for optimizer in optimizers:
+        for member in inner_optimizers(optimizer):
+            for group in member.param_groups:
+                mine = [targets[id(p)] for p in group["params"] if id(p) in targets]
+                together: dict[int, list[Target]] = {}
+                for target in mine:
+                    together.setdefault(id(target.parameter), []).append(target)
+                for parts in together.values():
+                    whole = [t for t in targets.values() if t.parameter is parts[0].parameter]
+                    if len(parts) != len(whole):
+                        raise ValueError(
+                            f"{parts[0].name} is made of {len(whole)} pools, and {type(optimizer).__name__} has "
+                            f"{len(parts)} of them in one parameter group: put them into the same group, or make a new "
+                            "optimizer after densify()"
+                        )
+                    found.append(_move(member, group, parts))
+        check_optimizer(optimizer)
+    return found
+
+
+def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) -> Move:
+    values = {id(target.pool.values): target for target in targets}
+    title = type(optimizer).__name__
+    for kept in kept_beside(optimizer):
+        if kept.parameter is not None and id(kept.parameter) in values:
+            raise ValueError(
+                f"{title} keeps {kept.name} of {targets[0].name} beside optimizer.state, where it cannot be made "
+                "dense: make a new optimizer after densify(), or keep it in optimizer.state[parameter]"
+            )
+    states = [dict(optimizer.state.get(target.pool.values, {})) for target in targets]
+    for state in states:
+        state.pop(AGE, None)  # a dense parameter has one age, its optimizer's step
+    per_slot: dict[str, list[Tensor]] = {}
+    rest: dict[str, Any] = {}
+    if len({frozenset(state) for state in states}) > 1:
+        raise ValueError(f"{title} has trained only some of the pools that {targets[0].name} is made of")
+    for key, value in states[0].items():
+        parts = [state[key] for state in states]
+        if all(
+            isinstance(part, Tensor) and part.dim() == 1 and part.numel() == target.pool.capacity
+            for part, target in zip(parts, targets, strict=True)
+        ):
+            per_slot[key] = parts
+        elif isinstance(value, Tensor) and value.dim():
+            raise ValueError(
+                f"{title} keeps {key} of shape {tuple(value.shape)} for {targets[0].pool.capacity} slots, which cannot "
+                f"be made dense along with {targets[0].name}: make a new optimizer after densify()"
+            )
+        else:
+            rest[key] = value
+    return Move(optimizer, group, targets, per_slot, rest)
+
+
+def refuse_followed(pools: Mapping[str, SparseWeight], optimizers: Iterable[Optimizer]) -> None:
+    """Raise ValueError if a method or an optimizer that is not among ``optimizers`` still works on one of the pools."""
+    given = {id(member) for optimizer in optimizers for member in inner_optimizers(optimizer)}
+    for name, pool in pools.items():
+        owner = pool.owner()
+        if owner is not None and getattr(owner, "attached", False):
+            raise ValueError(
+                f"a method still rewires {name}: call its finalize() before densify(), or densify a copy.deepcopy of "
+                "the model"
+            )
+        for optimizer in following(pool):
+            if id(optimizer) not in given:
+                raise ValueError(
+                    f"{type(optimizer).__name__} trains {name} and would train nothing afterwards: give it to "
+                    "densify(model, optimizers), which carries its state over, or densify a copy.deepcopy of the model"
+                )

@@ -1,0 +1,1 @@
+"""Sparse layers, twins of those in `torch.nn`."""

@@ -1,0 +1,100 @@
+"""What the layers with one weight share: weight and bias, their initial values, autocast."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewire.nn.layers.initial import Init, check_init, draw_values
+from rewire.nn.weight.pool import SparseWeight
+from rewire.nn.weight.twin import Twin
+
+__all__ = ["SparseLayer", "autocast_dtype"]
+
+
+def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
+    """What autocast narrows a product to; None where it is off and, as in torch.nn, for float64."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class SparseLayer(Twin):
+    """A layer of one `SparseWeight` and perhaps a bias of one number per row of it; subclasses say how to apply them.
+
+    Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
+    """
+
+    weight: SparseWeight
+    bias: nn.Parameter
+
+    def _hold(self, weight: SparseWeight, bias: bool | Tensor | None) -> None:
+        """Take ``weight`` and make a bias: none, zeros (True), or a copy of a tensor."""
+        rows = weight.shape[:1]
+        if isinstance(bias, Tensor) and bias.shape != rows:
+            raise ValueError(f"bias must have shape {tuple(rows)}, not {tuple(bias.shape)}")
+        self.weight = weight
+        if bias is None or bias is False:
+            self.register_parameter("bias", None)
+            return
+        self.bias = nn.Parameter(torch.zeros(rows, device=weight.device, dtype=weight.dtype))
+        if isinstance(bias, Tensor):
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """Draw new values, and a bias as the dense twin has it, for the connections there are.
+
+        The dense twin in `torch.nn` draws both from U(-b, b), b = 1 / sqrt(inputs of a row). ``init`` says what becomes
+        of b where a row has fewer: "auto" (its own number of connections counts), "dense" (b stays) or "sparse" (the
+        mean number counts); see `rewire.nn.layers.initial.draw_values`.
+        """
+        self.reset_weights(generator, init=init)
+        if self.bias is not None and self.weight.device.type != "meta":
+            bound = 1 / math.sqrt(self.weight.matrix_shape[1])
+            self.bias.uniform_(-bound, bound, generator=generator)
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+        """As `reset_parameters`, but the bias stays."""
+        check_init(init)
+        weight = self.weight
+        if weight.device.type == "meta":
+            return
+        if not weight.drawn:
+            weight.draw(generator)
+        draw_values(weight, 1 / math.sqrt(weight.matrix_shape[1]), init, generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer; shapes as in the layer's description."""
+        narrow = autocast_dtype(input, self._modules["weight"])  # type: ignore[arg-type]  # no look-up of attributes
+        if narrow is None:
+            return self._product(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return self._product(input.to(self._input_dtype(narrow))).to(narrow)
+
+    def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
+        """What x is converted to under autocast, whose dtype is ``narrow``."""
+        return self.weight.dtype
+
+    @abstractmethod
+    def _product(self, x: Tensor) -> Tensor:
+        """The layer's result for ``x`` of the weight's dtype."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        if prefix + "weight" in state_dict:
+            error_msgs: list[str] = arguments[-1]
+            error_msgs.append(
+                f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: load it into a dense "
+                "model, and use rewire.sparsify(model, select='magnitude') on that"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _budget_repr(self) -> str:
+        return f"connections={self.weight.connections}, density={self.weight.density:.4g}"

@@ -1,0 +1,1 @@
+"""How optimizer state follows the connections: restarts, ages, and optimizers inside optimizers."""

@@ -1,0 +1,1 @@
+"""A sparse weight: its pool of connections, what it tells its followers, loading and sealing."""

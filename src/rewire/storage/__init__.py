@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks and checksums; bounded reading of JSON and tensors."""

@@ -1,0 +1,41 @@
+"""Which connections exist: index algebra, sampling, and topologies within limits. Knows no weights and no autograd."""
+
+from rewire.topology.index import (
+    Index,
+    TopologyError,
+    build_index,
+    candidates,
+    check_integers,
+    check_slots,
+    empty_index,
+    fingerprint,
+    index_dtype,
+    matrix_size,
+    position_signs,
+    raise_problem,
+    replace_,
+    sample,
+    sample_dormant,
+    sample_dormant_in_rows,
+    sample_in_rows,
+)
+
+__all__ = [
+    "Index",
+    "TopologyError",
+    "build_index",
+    "candidates",
+    "check_integers",
+    "check_slots",
+    "empty_index",
+    "fingerprint",
+    "index_dtype",
+    "matrix_size",
+    "position_signs",
+    "raise_problem",
+    "replace_",
+    "sample",
+    "sample_dormant",
+    "sample_dormant_in_rows",
+    "sample_in_rows",
+]
