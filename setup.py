@@ -1,7 +1,7 @@
 """Builds the C++ kernels (rewire.ops.cpu._C). Everything else is in pyproject.toml.
 
-The kernels are optional: where they cannot be built, or with REWIRE_NO_NATIVE=1, the package installs without
-them and computes in plain PyTorch, slowly.
+The kernels are optional: where they cannot be built, or with REWIRE_NO_NATIVE=1, the package
+installs without them and computes in plain PyTorch, slowly.
 """
 
 import os
@@ -12,13 +12,23 @@ from pathlib import Path
 from setuptools import setup
 
 FOLDER = Path("src/rewire/ops/cpu")
-# The stable ABI of torch 2.10: one build serves all later versions. (py_limited_api does the same for Python,
-# from 3.10 on: torch's BuildExtension defines Py_LIMITED_API itself.)
+# The stable ABI of torch 2.10: one build serves all later versions. (py_limited_api does the same
+# for Python, from 3.10 on: torch's BuildExtension defines Py_LIMITED_API itself.)
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-# Contraction makes fused multiply-adds; vectors are passed between inlined functions only, hence no psabi notes.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
-# What `make asan` builds with (REWIRE_SANITIZE=1): the tests then stop at the first bad access or undefined operation.
-# (Left out is what AddressSanitizer sees by itself; it takes most of the time of the build.)
+# Contraction makes fused multiply-adds; vectors are passed between inlined functions only, hence no
+# psabi notes.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wno-psabi",
+]
+# What `make asan` builds with (REWIRE_SANITIZE=1): the tests then stop at the first bad access or
+# undefined operation. (Left out is what AddressSanitizer sees by itself; it takes most of the time
+# of the build.)
 SANITIZERS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize=null,object-size,vptr,pointer-overflow",
@@ -26,7 +36,8 @@ SANITIZERS = [
 ]
 SANITIZE = os.environ.get("REWIRE_SANITIZE", "0") not in ("", "0")
 if SANITIZE:
-    # (Without optimization the kernels are built in half the time, and their tests take hardly longer.)
+    # (Without optimization the kernels are built in half the time, and their tests take hardly
+    # longer.)
     FLAGS += [*SANITIZERS, "-fno-omit-frame-pointer", "-O0", "-g1"]
 
 

@@ -1,12 +1,15 @@
-"""The loss around RigL's updates, with Adam's bias correction by each connection's own age, and without.
+"""The loss around RigL's updates, with Adam's bias correction by each connection's own age, and
+without.
 
-    python benchmarks/adam_ages.py [--out docs/results/adam_ages.json] [--picture docs/results/adam_ages.svg]
+    python benchmarks/adam_ages.py [--out docs/results/adam_ages.json] [--picture
+    docs/results/adam_ages.svg]
 
-A Transformer of two layers (width 64, four heads) learns the characters of Python's standard library, its weights
-sparse at 20 %, with AdamW; RigL replaces 30 % of the connections every 100 steps. Two runs of each seed differ in
-``moments`` only: "aged" and "cleared". At the steps around every update the loss on the same held-out text is
-measured; the figure shows its mean over updates and seeds, as the difference to the loss before the update. A step
-that updates moves no parameter (RigL's rule), so step 0 shows what dropping and growing alone do. A few minutes.
+A Transformer of two layers (width 64, four heads) learns the characters of Python's standard
+library, its weights sparse at 20 %, with AdamW; RigL replaces 30 % of the connections every 100
+steps. Two runs of each seed differ in ``moments`` only: "aged" and "cleared". At the steps around
+every update the loss on the same held-out text is measured; the figure shows its mean over updates
+and seeds, as the difference to the loss before the update. A step that updates moves no parameter
+(RigL's rule), so step 0 shows what dropping and growing alone do. A few minutes.
 """
 
 from __future__ import annotations
@@ -45,12 +48,16 @@ class Characters(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(128, WIDTH)
         self.place = nn.Parameter(0.02 * torch.randn(CONTEXT, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 128)
         self.mask: Tensor
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
+        self.register_buffer(
+            "mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.body(self.embedding(x) + self.place, mask=self.mask)
@@ -80,7 +87,9 @@ def run(moments: Any, seed: int, steps: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     found: list[list[float]] = []
     for step in range(1, steps + AFTER + 1):
-        batch = pieces(train, torch.randint(train.numel() - CONTEXT - 1, (BATCH,), generator=generator))
+        batch = pieces(
+            train, torch.randint(train.numel() - CONTEXT - 1, (BATCH,), generator=generator)
+        )
         optimizer.zero_grad()
         loss_on(model, batch).backward()
         optimizer.step()
@@ -97,7 +106,12 @@ def run(moments: Any, seed: int, steps: int) -> dict[str, Any]:
 
 def mean(runs: list[dict[str, Any]], moments: str) -> list[float]:
     """By step around an update: the mean difference to the loss one step before it."""
-    rows = [[x - around[BEFORE - 1] for x in around] for r in runs if r["moments"] == moments for around in r["around"]]
+    rows = [
+        [x - around[BEFORE - 1] for x in around]
+        for r in runs
+        if r["moments"] == moments
+        for around in r["around"]
+    ]
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
@@ -123,32 +137,46 @@ def picture(runs: list[dict[str, Any]]) -> str:
     for k in range(-20, 60):
         if low <= k * unit <= high:
             (x, y), (end, _) = at(-BEFORE, k * unit), at(AFTER, k * unit)
-            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-            parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{k * unit:+.2f}</text>')
+            parts.append(
+                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            )
+            parts.append(
+                f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{k * unit:+.2f}</text>'
+            )
     for step in (0, 5, 10, 15, 20, 25):
         x, y = at(step, low)
         parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{step}</text>')
     x, y = at(0, low)
-    parts.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{y:.1f}" stroke="#999" stroke-dasharray="4 3"/>')
+    parts.append(
+        f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{y:.1f}" stroke="#999" '
+        'stroke-dasharray="4 3"/>'
+    )
     axis = (left + width - right) / 2
-    parts.append(f'<text x="{axis}" y="{height - 10}" text-anchor="middle">steps after the update</text>')
+    parts.append(
+        f'<text x="{axis}" y="{height - 10}" text-anchor="middle">steps after the update</text>'
+    )
     names = {
         "cleared": "before: correction of the optimizer's step (moments='cleared')",
         "aged": "now: correction of each connection's own age (the default)",
     }
     for row, (moments, color) in enumerate(COLORS.items()):
-        points = " ".join("{:.1f},{:.1f}".format(*at(i - BEFORE, v)) for i, v in enumerate(curves[moments]))
+        points = " ".join(
+            "{:.1f},{:.1f}".format(*at(i - BEFORE, v)) for i, v in enumerate(curves[moments])
+        )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
         y = top + 16 + 18 * row
         parts.append(
-            f'<line x1="{axis - 90}" y1="{y - 4}" x2="{axis - 66}" y2="{y - 4}" stroke="{color}" stroke-width="2"/>'
+            f'<line x1="{axis - 90}" y1="{y - 4}" x2="{axis - 66}" y2="{y - 4}" stroke="{color}" '
+            'stroke-width="2"/>'
         )
         parts.append(f'<text x="{axis - 60}" y="{y}">{names[moments]}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -162,7 +190,10 @@ def main() -> None:
         shown = mean([one], one["moments"])
         after = f"after an update {shown[BEFORE]:+.3f}, one step later {shown[BEFORE + 1]:+.3f}"
         end = f"at most {max(shown[BEFORE + 1 :]):+.3f}, after {AFTER} steps {shown[-1]:+.3f}"
-        print(f"seed {one['seed']}, {one['moments']}: {after}, {end}; last {one['last']:.3f}", flush=True)
+        print(
+            f"seed {one['seed']}, {one['moments']}: {after}, {end}; last {one['last']:.3f}",
+            flush=True,
+        )
     if options.out:
         report = {
             "steps": options.steps,
@@ -173,7 +204,9 @@ def main() -> None:
             "runs": [r | {"around": [[round(x, 5) for x in a] for a in r["around"]]} for r in runs],
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, separators=(",", ":")).replace('{"moments"', '\n{"moments"') + "\n")
+        options.out.write_text(
+            json.dumps(report, separators=(",", ":")).replace('{"moments"', '\n{"moments"') + "\n"
+        )
     if options.picture:
         options.picture.write_text(picture(runs))
 

@@ -1,4 +1,6 @@
-"""CIFAR-10 from the folder ``cifar-10-batches-py`` as published (files plain or .xz), for the benchmarks here."""
+"""CIFAR-10 from the folder ``cifar-10-batches-py`` as published (files plain or .xz), for the
+benchmarks here.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Sparse against dense 3x3 convolutions, forward + backward through autograd, side by side in one process.
+"""Sparse against dense 3x3 convolutions, forward + backward through autograd, side by side in one
+process.
 
     python benchmarks/conv.py [--threads 2] [--repeats 21] [--cpu-time]
 
-Prints, for each size, density and memory format, milliseconds (medians) and how many times faster than the best dense
-convolution (channels-last or NCHW) the sparse layer is; then the same for a conv-BatchNorm-ReLU-pool block against the
-dense channels-last block. On a busy machine, `--threads 1 --cpu-time` counts the time the thread ran only.
+Prints, for each size, density and memory format, milliseconds (medians) and how many times faster
+than the best dense convolution (channels-last or NCHW) the sparse layer is; then the same for a
+conv-BatchNorm-ReLU-pool block against the dense channels-last block. On a busy machine, `--threads
+1 --cpu-time` counts the time the thread ran only.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def block(conv: nn.Module, channels: int) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2))
 
 
-def medians(calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Milliseconds of each call; calls take turns, so that a disturbance hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 2):

@@ -1,15 +1,18 @@
 """What every method reaches with the defaults of `rewire train`.
 
-    python benchmarks/defaults.py --data-dir DIR [--only METHOD,...] [--data NAME,...] [--densities D,...] [--seeds 3]
+    python benchmarks/defaults.py --data-dir DIR [--only METHOD,...] [--data NAME,...] [--densities
+    D,...] [--seeds 3]
         [--jobs 2] [--out docs/results/defaults.json] [--page docs/defaults.md]
 
-Nothing is set but the data, the density, the seed and the number of epochs: 20 on the digits at 1, 2, 5 and 10 % of the
-connections of 64-300-100-10, 2 on MNIST and Fashion-MNIST at 2 and 10 % of 784-300-100-10. Beside the methods stands
-`static`, fixed random connections, from each of its three starts (``--init``): no method should be below the best of
-them. Methods that do not keep a budget are listed with the density that they end with.
+Nothing is set but the data, the density, the seed and the number of epochs: 20 on the digits at 1,
+2, 5 and 10 % of the connections of 64-300-100-10, 2 on MNIST and Fashion-MNIST at 2 and 10 % of
+784-300-100-10. Beside the methods stands `static`, fixed random connections, from each of its three
+starts (``--init``): no method should be below the best of them. Methods that do not keep a budget
+are listed with the density that they end with.
 
-Runs that are in ``--out`` are not made again, so the script can be stopped and goes on; delete the file after a change
-of what decides the numbers. ``--page`` writes the tables into the page, between its marks.
+Runs that are in ``--out`` are not made again, so the script can be stopped and goes on; delete the
+file after a change of what decides the numbers. ``--page`` writes the tables into the page, between
+its marks.
 """
 
 from __future__ import annotations
@@ -63,7 +66,9 @@ class Job:
     @property
     def key(self) -> str:
         """Its name in the results."""
-        return f"{self.data} {'-' if self.density is None else self.density} {self.method} {self.seed}"
+        return (
+            f"{self.data} {'-' if self.density is None else self.density} {self.method} {self.seed}"
+        )
 
 
 _LOADED: dict[str, Dataset] = {}
@@ -75,7 +80,12 @@ def train(job: Job, data_dir: Path | None) -> dict[str, Any]:
     if job.data not in _LOADED:
         _LOADED[job.data] = data.load(job.data, data_dir=data_dir)
     method, _, init = job.method.partition(", init ")
-    options: dict[str, Any] = {"data": job.data, "method": method, "seed": job.seed, "epochs": SETTINGS[job.data][1]}
+    options: dict[str, Any] = {
+        "data": job.data,
+        "method": method,
+        "seed": job.seed,
+        "epochs": SETTINGS[job.data][1],
+    }
     if job.density is not None:
         options["density"] = (job.density,)
     if init:
@@ -121,21 +131,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         done = json.loads(options.out.read_text())["runs"]
     missing = [job for job in jobs(options) if job.key not in done]
     context = get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=os.nice, initargs=(options.nice,)) as pool:
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=context, initializer=os.nice, initargs=(options.nice,)
+    ) as pool:
         waiting = {pool.submit(train, job, options.data_dir): job for job in missing}
         for future in as_completed(waiting):
             done[waiting[future].key] = made = future.result()
-            print(f"{waiting[future].key}: {100 * made['test_accuracy']:.2f} % in {made['seconds']:.0f} s", flush=True)
+            print(
+                f"{waiting[future].key}: {100 * made['test_accuracy']:.2f} % in "
+                f"{made['seconds']:.0f} s",
+                flush=True,
+            )
             options.out.parent.mkdir(parents=True, exist_ok=True)
             unfinished = options.out.with_suffix(".part")
             unfinished.write_text(
-                json.dumps({"torch": torch.__version__, "runs": dict(sorted(done.items()))}, indent=0)
+                json.dumps(
+                    {"torch": torch.__version__, "runs": dict(sorted(done.items()))}, indent=0
+                )
             )
             unfinished.replace(options.out)
     return done
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def accuracies(runs: dict[str, Any], dataset: str, density: float | None, name: str) -> list[float]:
@@ -146,11 +164,17 @@ def accuracies(runs: dict[str, Any], dataset: str, density: float | None, name: 
 
 def best_static(runs: dict[str, Any], dataset: str, density: float) -> float:
     """The mean of `static` from its best start."""
-    return max(statistics.mean(found) for name in STARTS if (found := accuracies(runs, dataset, density, name)))
+    return max(
+        statistics.mean(found)
+        for name in STARTS
+        if (found := accuracies(runs, dataset, density, name))
+    )
 
 
 def misses(runs: dict[str, Any]) -> list[tuple[str, float, str, float]]:
-    """Data, density, method and points below `static` with its best start of all that are too far below."""
+    """Data, density, method and points below `static` with its best start of all that are too far
+    below.
+    """
     found = []
     for dataset, (densities, _) in SETTINGS.items():
         for density in densities:
@@ -193,7 +217,9 @@ def tables(runs: dict[str, Any]) -> str:
                 if got:
                     given = "-" if asked is None else f"{asked:.0%}"
                     prefix = f"{dataset} {'-' if asked is None else asked} {name} "
-                    left = statistics.mean(made["density"] for key, made in runs.items() if key.startswith(prefix))
+                    left = statistics.mean(
+                        made["density"] for key, made in runs.items() if key.startswith(prefix)
+                    )
                     score = f"{statistics.mean(got):.1f} ± {statistics.pstdev(got):.1f}"
                     parts.append(f"| {dataset} | {name} | {given} | {left:.1%} | {score} |")
     return "\n".join(parts)
@@ -208,8 +234,12 @@ def write_page(page: Path, runs: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="the files of MNIST and Fashion-MNIST, as for rewire train")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="the files of MNIST and Fashion-MNIST, as for rewire train"
+    )
     parser.add_argument("--only", help="methods, with commas between them")
     parser.add_argument("--data", help="data sets, with commas between them")
     parser.add_argument("--densities", help="numbers, with commas between them")
@@ -221,7 +251,10 @@ def main() -> None:
     options = parser.parse_args()
     runs = run(options)
     for dataset, density, name, below in misses(runs):
-        print(f"{name} on {dataset} at {density:.0%}: {below:.1f} points below static with its best start")
+        print(
+            f"{name} on {dataset} at {density:.0%}: {below:.1f} points below static with its "
+            "best start"
+        )
     if options.page:
         write_page(options.page, runs)
 

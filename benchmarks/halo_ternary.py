@@ -1,12 +1,15 @@
-"""HALO, SWS and L1 against magnitude at one cut, and sparse ternary against binary and ternary, on MNIST.
+"""HALO, SWS and L1 against magnitude at one cut, and sparse ternary against binary and ternary, on
+MNIST.
 
-    python benchmarks/halo_ternary.py --data-dir DIR [--seeds 3] [--epochs 6] [--out docs/results/halo_ternary.json]
+    python benchmarks/halo_ternary.py --data-dir DIR [--seeds 3] [--epochs 6] [--out
+    docs/results/halo_ternary.json]
 
-784-300-100-10 with biases and ReLU, batch 100, SGD of rate 0.1 falling to 0 along a line, momentum 0.9, one thread.
-All 60,000 images train; the test set is scored at the end of a run. A run of the first kind is trained once and cut,
-without fine-tuning, at several densities of all weights together; each cut is scored as the sparse layers it leaves. A
-run of the second kind ends in sparse layers of one magnitude, packed by `rewire.export.pack_ternary`. How the settings
-were chosen is said in docs/halo_ternary.md. Writes every run as JSON, after each of them; runs that the file has
+784-300-100-10 with biases and ReLU, batch 100, SGD of rate 0.1 falling to 0 along a line, momentum
+0.9, one thread. All 60,000 images train; the test set is scored at the end of a run. A run of the
+first kind is trained once and cut, without fine-tuning, at several densities of all weights
+together; each cut is scored as the sparse layers it leaves. A run of the second kind ends in sparse
+layers of one magnitude, packed by `rewire.export.pack_ternary`. How the settings were chosen is
+said in docs/halo_ternary.md. Writes every run as JSON, after each of them; runs that the file has
 already are not made again.
 """
 
@@ -53,7 +56,7 @@ def train(
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
-    )  # fmt: skip
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     method: methods.Method | None = None
     if name in QUANTIZED:
@@ -90,7 +93,11 @@ def run(dataset: data.Dataset, name: str, epochs: int, seed: int) -> dict[str, A
     began = time.perf_counter()
     settings = PENALTIES[name] if name in PENALTIES else QUANTIZED[name]
     model, method, _ = train(dataset, name, settings, epochs, seed)
-    result: dict[str, Any] = {"seed": seed, "settings": settings, "seconds": time.perf_counter() - began}
+    result: dict[str, Any] = {
+        "seed": seed,
+        "settings": settings,
+        "seconds": time.perf_counter() - began,
+    }
     result["accuracy_before"] = accuracy(model, dataset)
     if isinstance(method, methods.Ternary):
         result["stage"] = method.stage
@@ -104,7 +111,10 @@ def run(dataset: data.Dataset, name: str, epochs: int, seed: int) -> dict[str, A
             "binary_bytes": packed.binary_bytes,
             "ternary_bytes": packed.ternary_bytes,
             "file_bytes": packed.file_bytes,
-            "codes": {w.name: {"code": w.code, "bits": w.bits, "entries": w.entries} for w in packed.weights},
+            "codes": {
+                w.name: {"code": w.code, "bits": w.bits, "entries": w.entries}
+                for w in packed.weights
+            },
         }
         return result
     cuts = {}
@@ -118,7 +128,9 @@ def run(dataset: data.Dataset, name: str, epochs: int, seed: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)

@@ -1,10 +1,12 @@
 """DEEP R on MNIST in its authors' setting, and baselines at the same budget, over several seeds.
 
-    python benchmarks/mnist_authors.py --data-dir DIR [--seeds 5] [--jobs 2] [--out docs/results/mnist_authors.json]
+    python benchmarks/mnist_authors.py --data-dir DIR [--seeds 5] [--jobs 2] [--out
+    docs/results/mnist_authors.json]
 
-784-300-100-10 without biases, densities 1 / 3 / 30 % (K = 3552 of 266200), batch 10, SGD of rate 0.5 times 0.8 per
-epoch, 10 epochs, no validation split: the test set is looked at once per run, at its end. Each run is the command's
-own (`rewire train`), in a process of its own. Prints a Markdown table and writes every run's result as JSON.
+784-300-100-10 without biases, densities 1 / 3 / 30 % (K = 3552 of 266200), batch 10, SGD of rate
+0.5 times 0.8 per epoch, 10 epochs, no validation split: the test set is looked at once per run, at
+its end. Each run is the command's own (`rewire train`), in a process of its own. Prints a Markdown
+table and writes every run's result as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +23,17 @@ from pathlib import Path
 from typing import Any
 
 SETTING = [
-    *("--data", "mnist", "--hidden", "300,100", "--no-bias", "--density", "0.01,0.03,0.3", "--batch-size", "10"),
+    *(
+        "--data",
+        "mnist",
+        "--hidden",
+        "300,100",
+        "--no-bias",
+        "--density",
+        "0.01,0.03,0.3",
+        "--batch-size",
+        "10",
+    ),
     *("--optimizer", "sgd", "--lr", "0.5", "--lr-decay", "0.8", "--validation", "0"),
 ]
 _DEEP_R = ["--method", "deep-r", "--init", "dense", "--set", "l1=1e-5", "--set", "noise=1e-5"]
@@ -40,15 +52,36 @@ def train(arguments: list[str], seed: int, data_dir: str, epochs: int) -> dict[s
     """One run of the command line; what its result.json says."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, "-m", "rewire", "train", *SETTING, *arguments, "--epochs", str(epochs), "--seed"]
-        command += [str(seed), "--threads", "1", "--data-dir", data_dir, "--run-dir", str(run_dir), "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "rewire",
+            "train",
+            *SETTING,
+            *arguments,
+            "--epochs",
+            str(epochs),
+            "--seed",
+        ]
+        command += [
+            str(seed),
+            "--threads",
+            "1",
+            "--data-dir",
+            data_dir,
+            "--run-dir",
+            str(run_dir),
+            "--quiet",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
         return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10)
@@ -60,7 +93,10 @@ def main() -> None:
     results = {}
     for name, arguments in RUNS.items():
         with ThreadPoolExecutor(options.jobs) as pool:
-            each = (pool.submit(train, arguments, s, options.data_dir, options.epochs) for s in range(options.seeds))
+            each = (
+                pool.submit(train, arguments, s, options.data_dir, options.epochs)
+                for s in range(options.seeds)
+            )
             runs = [future.result() for future in list(each)]
         results[name] = runs
         accuracy = [100 * run["test_accuracy"] for run in runs]
@@ -71,7 +107,11 @@ def main() -> None:
             flush=True,
         )
     if options.out:
-        report = {"setting": SETTING, "epochs": options.epochs, "machine": platform.processor() or platform.machine()}
+        report = {
+            "setting": SETTING,
+            "epochs": options.epochs,
+            "machine": platform.processor() or platform.machine(),
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
 

@@ -1,18 +1,22 @@
-"""NoiseOut on MNIST: its paper's two networks with all four kinds of noise outputs, over several seeds.
+"""NoiseOut on MNIST: its paper's two networks with all four kinds of noise outputs, over several
+seeds.
 
-    python benchmarks/noiseout.py --data-dir DIR [--network NAME] [--noise KIND] [--first-seed 3] [--seeds 3]
+    python benchmarks/noiseout.py --data-dir DIR [--network NAME] [--noise KIND] [--first-seed 3]
+    [--seeds 3]
         [--cache DIR] --out FILE.json
 
-lenet-300-100: 784-300-100-10, all hidden neurons, trained with noise outputs from the start on images shifted by up to
-one pixel. lenet-5: 32 convolutions 5x5, pool, 32 of 3x3, pool, a dense layer of 512, 10 outputs; neurons of the dense
-layer, as in the paper. The network is trained once per seed; then its first convolution stands still, what it makes of
-the images is kept, and the rest trains with noise outputs in bfloat16: with dropout, and at last on shifted images.
+lenet-300-100: 784-300-100-10, all hidden neurons, trained with noise outputs from the start on
+images shifted by up to one pixel. lenet-5: 32 convolutions 5x5, pool, 32 of 3x3, pool, a dense
+layer of 512, 10 outputs; neurons of the dense layer, as in the paper. The network is trained once
+per seed; then its first convolution stands still, what it makes of the images is kept, and the rest
+trains with noise outputs in bfloat16: with dropout, and at last on shifted images.
 
-The learning rate falls with progress instead of the clock: a check that merges turns it up again, and a stage ends when
-the rate has reached its lowest without a merge. Every check sees the mean of the last weights (`Average`). 50,000
-images train and 10,000 validate: a merge stands if the validation error is at most the paper's error level. The test
-set is looked at once per run, at its end, and not at all with --trial, for choosing a plan. Runs that FILE.json has
-already are not made again; it is written after every run, and a Markdown table of it is printed at the end.
+The learning rate falls with progress instead of the clock: a check that merges turns it up again,
+and a stage ends when the rate has reached its lowest without a merge. Every check sees the mean of
+the last weights (`Average`). 50,000 images train and 10,000 validate: a merge stands if the
+validation error is at most the paper's error level. The test set is looked at once per run, at its
+end, and not at all with --trial, for choosing a plan. Runs that FILE.json has already are not made
+again; it is written after every run, and a Markdown table of it is printed at the end.
 """
 
 from __future__ import annotations
@@ -36,10 +40,18 @@ NOISES = ("none", "gaussian", "constant", "binomial")
 #: Neurons left and percent of parameters removed, as the paper reports them.
 PAPER: dict[str, dict[str, tuple[str, float]]] = {
     "lenet-300-100": {
-        "none": ("23/14", 93.04), "gaussian": ("20/9", 94.00), "constant": ("20/7", 94.02), "binomial": ("19/6", 94.33)
+        "none": ("23/14", 93.04),
+        "gaussian": ("20/9", 94.00),
+        "constant": ("20/7", 94.02),
+        "binomial": ("19/6", 94.33),
     },
-    "lenet-5": {"none": ("313", 38.21), "gaussian": ("3", 97.75), "constant": ("33", 91.99), "binomial": ("26", 93.34)},
-}  # fmt: skip
+    "lenet-5": {
+        "none": ("313", 38.21),
+        "gaussian": ("3", 97.75),
+        "constant": ("33", 91.99),
+        "binomial": ("26", 93.34),
+    },
+}
 PAPER["lenet-5, channels too"] = PAPER["lenet-5"]
 VALIDATION = 10_000
 
@@ -48,10 +60,11 @@ VALIDATION = 10_000
 class Stage:
     """How a network, or a part of it, is pruned.
 
-    The rate falls from ``lr`` to ``lr_end`` over ``cycle`` epochs; a check that merges takes ``back`` of that way back.
-    The stage ends at the lowest rate, or after ``most`` epochs. ``every``: steps between checks; ``before``: epochs
-    without checks; ``shift``: pixels (of maps behind the first pooling: theirs) that the input moves by at most;
-    ``average``: share of the steps since the last check whose weights a check sees the mean of.
+    The rate falls from ``lr`` to ``lr_end`` over ``cycle`` epochs; a check that merges takes
+    ``back`` of that way back. The stage ends at the lowest rate, or after ``most`` epochs.
+    ``every``: steps between checks; ``before``: epochs without checks; ``shift``: pixels (of maps
+    behind the first pooling: theirs) that the input moves by at most; ``average``: share of the
+    steps since the last check whose weights a check sees the mean of.
     """
 
     cycle: float
@@ -70,7 +83,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The validation error in percent that a network must meet, NoiseOut's settings, and the stages."""
+    """The validation error in percent that a network must meet, NoiseOut's settings, and the
+    stages.
+    """
 
     bar: float
     stages: dict[str, Stage]
@@ -110,7 +125,9 @@ PLANS = {
         layers="5",
         stages={
             "still": Stage(cycle=5, back=0.4, most=16, lr=2e-3, batch=100, every=250, dropout=0.3),
-            "moved": Stage(cycle=30, back=0.3, most=120, lr=2e-3, batch=100, every=250, dropout=0.1, shift=1),
+            "moved": Stage(
+                cycle=30, back=0.3, most=120, lr=2e-3, batch=100, every=250, dropout=0.1, shift=1
+            ),
         },
     ),
 }
@@ -120,26 +137,42 @@ PLANS["lenet-5, channels too"] = replace(PLANS["lenet-5"], layers="0,5", pace=0.
 
 
 def lenet_300_100() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    return nn.Sequential(
+        nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
 
 
 def lenet_5() -> nn.Sequential:
-    """The first convolution, and all behind it; pooling comes before ReLU, which is the same and takes less time."""
-    first = nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU())
+    """The first convolution, and all behind it; pooling comes before ReLU, which is the same and
+    takes less time.
+    """
+    first = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU()
+    )
     rest = nn.Sequential(
-        nn.Conv2d(32, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0),
-        nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 10),
-    )  # fmt: skip
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.0),
+        nn.Linear(1152, 512),
+        nn.ReLU(),
+        nn.Linear(512, 10),
+    )
     return nn.Sequential(first, rest).to(memory_format=torch.channels_last)
 
 
 class Shifts:
-    """Moves each image of a batch by up to ``most`` pixels along each axis (MNIST's borders are empty)."""
+    """Moves each image of a batch by up to ``most`` pixels along each axis (MNIST's borders are
+    empty).
+    """
 
     def __init__(self, most: int, generator: torch.Generator) -> None:
         pixels = torch.arange(784).view(28, 28)
         moves = range(-most, most + 1)
-        self._tables = torch.stack([pixels.roll((a, b), (0, 1)).flatten() for a in moves for b in moves])
+        self._tables = torch.stack(
+            [pixels.roll((a, b), (0, 1)).flatten() for a in moves for b in moves]
+        )
         self._most, self._generator = most, generator
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -147,9 +180,13 @@ class Shifts:
             return x
         if (
             x.dim() == 4
-        ):  # maps behind the first pooling: one of their pixels is two of the image's, a quarter at a time
+            # maps behind the first pooling: one of their pixels is two of the image's, a quarter at
+            # a time
+        ):
             return torch.cat([part.roll(self._draw(1, 2), (1, 2)) for part in x.chunk(4)])
-        return x.gather(1, self._tables[torch.randint(len(self._tables), (len(x),), generator=self._generator)])
+        return x.gather(
+            1, self._tables[torch.randint(len(self._tables), (len(x),), generator=self._generator)]
+        )
 
     def _draw(self, most: int, count: int) -> list[int]:
         return torch.randint(-most, most + 1, (count,), generator=self._generator).tolist()
@@ -179,7 +216,9 @@ def images(folder: str, seed: int) -> tuple[Split, Split, Split]:
 
 
 def base(seed: int, epochs: int, train: Split, cache: Path | None) -> nn.Sequential:
-    """lenet-5, trained in bfloat16 on images shifted by up to two pixels (the last epoch: not shifted)."""
+    """lenet-5, trained in bfloat16 on images shifted by up to two pixels (the last epoch: not
+    shifted).
+    """
     torch.manual_seed(seed)
     model = lenet_5()
     file = None if cache is None else cache / f"lenet-5-{epochs}-{seed}.pt"
@@ -189,7 +228,9 @@ def base(seed: int, epochs: int, train: Split, cache: Path | None) -> nn.Sequent
     x, y = train
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     steps = len(y) // 100 * epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.15
+    )
     generator = torch.Generator().manual_seed(seed)
     shifts, still = Shifts(2, generator), Shifts(0, generator)
     for epoch in range(epochs):
@@ -208,7 +249,9 @@ def base(seed: int, epochs: int, train: Split, cache: Path | None) -> nn.Sequent
 
 @torch.no_grad()
 def through(model: nn.Module, x: Tensor) -> Tensor:
-    """What the first convolution makes of the images, (images, rows, columns, channels), in bfloat16."""
+    """What the first convolution makes of the images, (images, rows, columns, channels), in
+    bfloat16.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         return torch.cat([model(part).permute(0, 2, 3, 1).bfloat16() for part in x.split(1000)])
 
@@ -219,7 +262,9 @@ def seen(x: Tensor) -> Tensor:
 
 
 class Anneal:
-    """The learning rate by progress: ``at`` goes from 0 to 1 over a cycle, and back a bit when units were merged."""
+    """The learning rate by progress: ``at`` goes from 0 to 1 over a cycle, and back a bit when
+    units were merged.
+    """
 
     def __init__(self, stage: Stage, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.stage, self.at = stage, 0.0
@@ -227,16 +272,20 @@ class Anneal:
 
     def step(self, merges: int) -> None:
         """After a step; how many units were merged so far."""
-        self.at = self.at + self._step if merges == self._merges else max(0.0, self.at - self.stage.back)
+        self.at = (
+            self.at + self._step if merges == self._merges else max(0.0, self.at - self.stage.back)
+        )
         self._merges = merges
         for group in self._optimizer.param_groups:
             group["lr"] = self.stage.lr * (self.stage.lr_end / self.stage.lr) ** min(1.0, self.at)
 
 
 class Average:
-    """Before every check the weights become their mean over the last steps, and training goes on from there.
+    """Before every check the weights become their mean over the last steps, and training goes on
+    from there.
 
-    So a check sees about the network that a lower rate would have led to, while the rate stays high.
+    So a check sees about the network that a lower rate would have led to, while the rate stays
+    high.
     """
 
     def __init__(self, stage: Stage, model: nn.Module) -> None:
@@ -262,7 +311,9 @@ class Average:
 
 
 def outputs(model: nn.Sequential, x: Tensor, half: bool) -> Tensor:
-    """What the network says of images or maps; with ``half`` all before the dense layers is done in bfloat16."""
+    """What the network says of images or maps; with ``half`` all before the dense layers is done in
+    bfloat16.
+    """
     if not half:
         return model(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -281,7 +332,9 @@ def prune(
     verbose: bool,
     half: bool = False,
 ) -> tuple[float, bool]:
-    """Train with NoiseOut: the validation error before the first merge, and whether a network met the level."""
+    """Train with NoiseOut: the validation error before the first merge, and whether a network met
+    the level.
+    """
     x, y = train
     optimizer = torch.optim.Adam(model.parameters(), lr=stage.lr)
 
@@ -289,15 +342,27 @@ def prune(
         return error(m, seen(held[0]), held[1], half)
 
     method = NoiseOut(
-        model, optimizer, data=seen(x[:2000].float()).split(1000), noise=noise, strength=plan.strength,
-        threshold=plan.bar, mode="min", criterion=plan.criterion, every=stage.every, seed=seed, pace=plan.pace,
-        layers=plan.layers, warmup=stage.before * len(x) // stage.batch // stage.every, evaluate=validation,
+        model,
+        optimizer,
+        data=seen(x[:2000].float()).split(1000),
+        noise=noise,
+        strength=plan.strength,
+        threshold=plan.bar,
+        mode="min",
+        criterion=plan.criterion,
+        every=stage.every,
+        seed=seed,
+        pace=plan.pace,
+        layers=plan.layers,
+        warmup=stage.before * len(x) // stage.batch // stage.every,
+        evaluate=validation,
         overshoot=stage.overshoot,
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(seed)
     shifts = Shifts(stage.shift, generator)
     average = Average(stage, model)
-    torch.manual_seed(seed)  # dropout's numbers do not depend on whether the network was trained or read
+    # dropout's numbers do not depend on whether the network was trained or read
+    torch.manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = stage.dropout
@@ -321,7 +386,15 @@ def prune(
             base_error = validation(model)
         if verbose:
             stats, spent = method.stats(), time.perf_counter() - start
-            print(noise, seed, epoch, stats["units"], stats["score"], f"{anneal.at:.2f} {spent:.0f}s", flush=True)
+            print(
+                noise,
+                seed,
+                epoch,
+                stats["units"],
+                stats["score"],
+                f"{anneal.at:.2f} {spent:.0f}s",
+                flush=True,
+            )
         if anneal.at >= 1:
             break
     met = method.stats()["parameters_met"] is not None
@@ -331,7 +404,9 @@ def prune(
     return base_error, met
 
 
-def run(name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    name: str, noise: str, seed: int, plan: Plan, options: argparse.Namespace
+) -> dict[str, Any]:
     """One network trained and pruned; what became of it."""
     train, held, test = images(options.data_dir, seed)
     start = time.perf_counter()
@@ -376,33 +451,52 @@ def _channels(made: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> str:
     """What docs/noiseout.md shows, from the results."""
     lines = [
-        "| network | noise | neurons, each seed | parameters removed | test error | paper: neurons, removed |",
+        "| network | noise | neurons, each seed | parameters removed | test error | paper: "
+        "neurons, removed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, entry in report["networks"].items():
         for noise, runs in entry["results"].items():
             each = ", ".join("/".join(map(str, r["neurons"])) + _channels(r) for r in runs)
-            removed, wrong = (sum(r[k] or 0 for r in runs) / len(runs) for k in ("removed", "test_error"))
+            removed, wrong = (
+                sum(r[k] or 0 for r in runs) / len(runs) for k in ("removed", "test_error")
+            )
             neurons, paper = PAPER[name][noise]
-            lines.append(f"| {name} | {noise} | {each} | {removed:.2f} % | {wrong:.2f} % | {neurons}, {paper:.2f} % |")
+            lines.append(
+                f"| {name} | {noise} | {each} | {removed:.2f} % | {wrong:.2f} % | "
+                f"{neurons}, {paper:.2f} % |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--network", choices=list(PLANS), action="append")
     parser.add_argument("--noise", choices=NOISES, action="append")
-    parser.add_argument("--first-seed", type=int, default=3, help="0 to 2 were used up by the trials of an older plan")
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=3,
+        help="0 to 2 were used up by the trials of an older plan",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="a folder for lenet-5's trained convolutions")
-    parser.add_argument("--set", action="append", default=[], metavar="[STAGE.]NAME=VALUE", help="change the plan")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="[STAGE.]NAME=VALUE", help="change the plan"
+    )
     parser.add_argument("--trial", action="store_true", help="do not look at the test set")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": platform.machine(), "torch": torch.__version__, "networks": {}}
+    report: dict[str, Any] = {
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "networks": {},
+    }
     if options.out.exists():
         report = json.loads(options.out.read_text())
     for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -1,12 +1,15 @@
-"""Averaging the networks that DEEP R samples, against a single one: accuracy, likelihood, calibration.
+"""Averaging the networks that DEEP R samples, against a single one: accuracy, likelihood,
+calibration.
 
-    python benchmarks/posterior.py --data-dir DIR [--data fashion-mnist] [--seeds 3] [--out docs/results/posterior.json]
+    python benchmarks/posterior.py --data-dir DIR [--data fashion-mnist] [--seeds 3] [--out
+    docs/results/posterior.json]
         [--picture docs/results/posterior.svg]
 
-784-300-100-10 without biases at the budget of DEEP R's authors (1 / 3 / 30 %, 3552 connections), batch 10, plain SGD.
-The rate falls from 0.5 by 0.8 an epoch for 5 epochs, the burn-in, and stays for 5 more, in which a network is kept
-every 500 steps: 60 samples. All 60,000 training samples; the test set is looked at once, at the end: by the last
-network alone, by every sample alone, and by the average of all.
+784-300-100-10 without biases at the budget of DEEP R's authors (1 / 3 / 30 %, 3552 connections),
+batch 10, plain SGD. The rate falls from 0.5 by 0.8 an epoch for 5 epochs, the burn-in, and stays
+for 5 more, in which a network is kept every 500 steps: 60 samples. All 60,000 training samples; the
+test set is looked at once, at the end: by the last network alone, by every sample alone, and by the
+average of all.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ def build(seed: int) -> nn.Sequential:
     """The network, its topology and values drawn by ``seed``."""
     generator, layers = torch.Generator().manual_seed(seed), list[nn.Module]()
     for inputs, outputs, connections in LAYERS:
-        layer = SparseLinear(inputs, outputs, bias=False, connections=connections, generator=generator, init="dense")
+        layer = SparseLinear(
+            inputs, outputs, bias=False, connections=connections, generator=generator, init="dense"
+        )
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -98,14 +103,17 @@ def run(dataset: Dataset, seed: int) -> dict[str, Any]:
 def expected_fan_out(samples: posterior.Posterior) -> Tensor:
     """Connections of each input, averaged over the samples."""
     found = samples.inclusion("0.weight")
-    return torch.zeros(LAYERS[0][0], dtype=torch.float64).index_add(0, found.cols, found.probability)
+    return torch.zeros(LAYERS[0][0], dtype=torch.float64).index_add(
+        0, found.cols, found.probability
+    )
 
 
 def picture(result: dict[str, Any]) -> str:
     """Left: accuracy against confidence, single and average. Right: connections of each pixel."""
     size, gap, top = 300, 90, 44
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * size + 2 * gap + 60} {size + top + 56}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * size + 2 * gap + 60} '
+        f'{size + top + 56}" '
         'font-family="sans-serif" font-size="13">',
         f'<rect width="{2 * size + 2 * gap + 60}" height="{size + top + 56}" fill="white"/>',
     ]
@@ -116,7 +124,9 @@ def picture(result: dict[str, Any]) -> str:
     def place(confidence: float, accuracy: float) -> tuple[float, float]:
         return gap + confidence * size, top + (1 - accuracy) * size
 
-    parts.append(f'<rect x="{gap}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#888"/>')
+    parts.append(
+        f'<rect x="{gap}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#888"/>'
+    )
     parts.append(
         '<path d="M{:.1f} {:.1f}L{:.1f} {:.1f}" stroke="#bbb" stroke-dasharray="4 4"/>'.format(
             *place(0, 0), *place(1, 1)
@@ -129,14 +139,23 @@ def picture(result: dict[str, Any]) -> str:
         text(x - 8, y + 4, f"{tick:g}", "end")
     for line, (name, colour) in enumerate((("single", "#e0762f"), ("average", "#2f7fc1"))):
         confidence, accuracy, number = result["reliability"][name]
-        points = [place(c, a) for c, a, n in zip(confidence, accuracy, number, strict=True) if n >= 20]
+        points = [
+            place(c, a) for c, a, n in zip(confidence, accuracy, number, strict=True) if n >= 20
+        ]
         parts.append(
             f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
-            + " ".join(f"{x:.1f},{y:.1f}" for x, y in points) + '"/>'
-        )  # fmt: skip
+            + " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            + '"/>'
+        )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points]
         label = {"single": "last network", "average": f"average of {result['samples']}"}[name]
-        text(gap + 12, top + 22 + 20 * line, f"{label}: ECE {result[name]['ece']:.3f}", "start", f'fill="{colour}"')
+        text(
+            gap + 12,
+            top + 22 + 20 * line,
+            f"{label}: ECE {result[name]['ece']:.3f}",
+            "start",
+            f'fill="{colour}"',
+        )
     text(gap + size / 2, top - 16, "Calibration on the test set", more='font-size="15"')
     text(gap + size / 2, top + size + 42, "confidence")
     text(26, top + size / 2, "accuracy", more=f'transform="rotate(-90 26 {top + size / 2})"')
@@ -146,15 +165,22 @@ def picture(result: dict[str, Any]) -> str:
         share = connections / most
         x, y = left + i % 28 * cell, top + i // 28 * cell
         shade = ",".join(str(round(255 + share * (dark - 255))) for dark in (16, 60, 120))
-        parts.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" height="{cell:.2f}" fill="rgb({shade})"/>')
-    parts.append(f'<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#888"/>')
+        parts.append(
+            f'<rect x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" height="{cell:.2f}" '
+            f'fill="rgb({shade})"/>'
+        )
+    parts.append(
+        f'<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#888"/>'
+    )
     text(left + size / 2, top - 16, "Connections of each pixel, averaged", more='font-size="15"')
     text(left + size / 2, top + size + 42, f"white: 0; darkest: {most:.1f}")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--data", default="fashion-mnist", choices=["mnist", "fashion-mnist"])
     parser.add_argument("--seeds", type=int, default=3)
@@ -174,7 +200,9 @@ def main() -> None:
             print(f"| {seed} | {name} | {100 * s['accuracy']:.2f} % | {rest} |", flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"data": options.data, "results": runs}, indent=1) + "\n")
+            options.out.write_text(
+                json.dumps({"data": options.data, "results": runs}, indent=1) + "\n"
+            )
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         options.picture.write_text(picture(runs[0]))

@@ -1,7 +1,7 @@
 """The tables of docs/speed.md, from the results of a full run of `rewire bench`.
 
 rewire bench --out runs/bench
-python benchmarks/speed_page.py runs/bench/bench.json      # writes docs/results/bench.json and prints the tables
+python benchmarks/speed_page.py runs/bench/bench.json   # writes docs/results/bench.json
 """
 
 from __future__ import annotations
@@ -46,7 +46,14 @@ def bars(results: dict[str, Any]) -> list[str]:
             verdict = "met" if f["met"] else "**missed**"
             limit = f"{f['sense']} {tables.number(f['bar'], f['unit'])}"
             lines.append(
-                _row(bar["name"].upper(), f["name"], tables.number(f["value"], f["unit"]), limit, verdict, f["note"])
+                _row(
+                    bar["name"].upper(),
+                    f["name"],
+                    tables.number(f["value"], f["unit"]),
+                    limit,
+                    verdict,
+                    f["note"],
+                )
             )
     return lines
 
@@ -58,7 +65,13 @@ def grid(results: dict[str, Any]) -> list[str]:
         size = f"{curve['outputs']} x {curve['inputs']}, {curve['batch']}"
         for i, density in enumerate(curve["densities"]):
             seconds = [curve["seconds"].get(way) for way in WAYS]
-            lines.append(_row(size, f"{density:.0%}", *("" if s is None else f"{1e3 * s[i]:.3g}" for s in seconds)))
+            lines.append(
+                _row(
+                    size,
+                    f"{density:.0%}",
+                    *("" if s is None else f"{1e3 * s[i]:.3g}" for s in seconds),
+                )
+            )
     return lines
 
 
@@ -69,7 +82,12 @@ def large(results: dict[str, Any]) -> list[str]:
     for p in points:
         each = 1e9 * p["seconds"] / p["connections"]
         lines.append(
-            _row(f"{p['connections']:,}", f"{1e3 * p['seconds']:.3g}", f"{each:.3g}", f"{p['bytes'] / 2**20:,.0f}")
+            _row(
+                f"{p['connections']:,}",
+                f"{1e3 * p['seconds']:.3g}",
+                f"{each:.3g}",
+                f"{p['bytes'] / 2**20:,.0f}",
+            )
         )
     return lines
 
@@ -82,15 +100,24 @@ def wide(results: dict[str, Any]) -> list[str]:
 def headline(results: dict[str, Any]) -> str:
     """What README says."""
     # Names are unique within a bar only: P4 has layers of the same names.
-    figures = {(bar["name"], f["name"]): f["value"] for bar in results["bars"] for f in bar["figures"]}
+    figures = {
+        (bar["name"], f["name"]): f["value"] for bar in results["bars"] for f in bar["figures"]
+    }
     over = {
-        density: [figures["p1", f"{size} x {size}, {density}, {layout}"] for size in (1024, 4096) for layout in LAYOUTS]
+        density: [
+            figures["p1", f"{size} x {size}, {density}, {layout}"]
+            for size in (1024, 4096)
+            for layout in LAYOUTS
+        ]
         for density in ("10%", "5%", "1%")
     }
-    shown = ", ".join(f"{min(o):.0f} to {max(o):.0f} times at {density[:-1]} %" for density, o in over.items())
+    shown = ", ".join(
+        f"{min(o):.0f} to {max(o):.0f} times at {density[:-1]} %" for density, o in over.items()
+    )
     breaks = figures["p3", "break-even with nn.Linear, contiguous"]
     return (
-        "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside `nn.Linear` on the same two\n"
+        "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside "
+        "`nn.Linear` on the same two\n"
         f"cores: {shown} of the connections; both take equally long\n"
         f"at {breaks:.0f} %. Every bar, layer and way to compute it as measured, misses included: "
         "[docs/speed.md](docs/speed.md)."
@@ -102,7 +129,9 @@ PARTS = (machine, bars, grid, large, wide)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     results = json.loads(parser.parse_args().results.read_text())
     RESULTS.write_text(json.dumps(results, indent=None, separators=(",", ":")) + "\n")

@@ -1,4 +1,6 @@
-"""Settings of all tests: few threads, reproducible random numbers, hypothesis without clock or luck."""
+"""Settings of all tests: few threads, reproducible random numbers, hypothesis without clock or
+luck.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)  # cores are shared with other test processes; tests of threads choose their own number
+# cores are shared with other test processes; tests of threads choose their own number
+torch.set_num_threads(1)
 
 settings.register_profile(
-    "rewire", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "rewire",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("rewire")
 

@@ -1,7 +1,7 @@
 """Runs of the command line in processes of their own, without waiting for torch each time.
 
-Importing torch takes longer than a whole training run of the tests, so one server process imports it once and forks a
-child for every command.
+Importing torch takes longer than a whole training run of the tests, so one server process imports
+it once and forks a child for every command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 SERVER = """
 import json, os, resource, signal, sys, time
-import rewire.app.cli, rewire.__main__, rewire.app.report, rewire.app.train.command, plotly.offline, rewire.app.data.mnist
+import rewire.app.cli, rewire.__main__, rewire.app.report, rewire.app.train.command, plotly.offline
+import rewire.app.data.mnist
 import torch
 import torch._dynamo  # the first optimizer of a process imports it: here, not once in every child
 torch.set_num_threads(1)
@@ -82,7 +83,9 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit code (negative: the signal that killed it) and all that it wrote to stderr."""
+    """How a command ended: exit code (negative: the signal that killed it) and all that it wrote to
+    stderr.
+    """
 
     code: int
     told: str
@@ -117,11 +120,17 @@ class Server:
     ) -> list[Ended]:
         """Run commands at once.
 
-        signals: (seconds, number), in that order, for all of them. memory: bytes that each may take beyond what there
+        signals: (seconds, number), in that order, for all of them. memory: bytes that each may take
+            beyond what there
         is when it begins. user: whose rights it has. setup: Python code that goes before.
         """
         assert self.process.stdin is not None
-        request: dict[str, Any] = {"commands": commands, "signals": signals, "memory": memory, "user": user}
+        request: dict[str, Any] = {
+            "commands": commands,
+            "signals": signals,
+            "memory": memory,
+            "user": user,
+        }
         self.process.stdin.write(json.dumps(request | {"setup": setup}) + "\n")
         self.process.stdin.flush()
         answer, self.seconds = json.loads(self._line())

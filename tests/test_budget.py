@@ -1,4 +1,6 @@
-"""Budgets: exact sums within limits for whatever is possible, and the published formulas where nothing saturates."""
+"""Budgets: exact sums within limits for whatever is possible, and the published formulas where
+nothing saturates.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def sizes(of: Sequence[Shape]) -> list[int]:
 
 
 @given(shapes, st.sampled_from(NAMES), st.data())
-def test_counts_sum_exactly_and_keep_within_limits(of: list[Shape], name: str, data: st.DataObject) -> None:
+def test_counts_sum_exactly_and_keep_within_limits(
+    of: list[Shape], name: str, data: st.DataObject
+) -> None:
     total = data.draw(
         st.one_of(
             st.integers(len(of), sum(sizes(of))),
@@ -38,18 +42,26 @@ def test_counts_sum_exactly_and_keep_within_limits(of: list[Shape], name: str, d
     )
     counts = budget.distribute(name, of, total)
     assert sum(counts) == total
-    assert all(isinstance(n, int) and 1 <= n <= size for n, size in zip(counts, sizes(of), strict=True))
+    assert all(
+        isinstance(n, int) and 1 <= n <= size for n, size in zip(counts, sizes(of), strict=True)
+    )
 
 
 @given(shapes, st.sampled_from(NAMES), st.integers(1, 1000))
 def test_totals_that_cannot_be_are_refused(of: list[Shape], name: str, excess: int) -> None:
     for total in (len(of) - excess, sum(sizes(of)) + excess):
-        with pytest.raises(ValueError, match=rf"total of {total} connections .* choose between {len(of)}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"total of {total} connections .* choose between "
+            rf"{len(of)}",
+        ):
             budget.distribute(name, of, total)
 
 
 def rigl(of: Sequence[Shape], total: int, raw: Callable[[Shape], float]) -> list[float]:
-    """RigL's solve (google-research/rigl, get_sparsities): densities epsilon * raw; the largest go dense."""
+    """RigL's solve (google-research/rigl, get_sparsities): densities epsilon * raw; the largest go
+    dense.
+    """
     dense: set[int] = set()
     size = sizes(of)
     while True:
@@ -69,7 +81,14 @@ RAW: dict[str, Callable[[Shape], float]] = {
     "er": lambda s: (s[0] + s[1]) / (s[0] * s[1]),
     "erk": lambda s: sum(s) / math.prod(s),
 }
-RESNET = [(64, 3, 7, 7), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3), (128, 64, 1, 1), (1000, 512)]
+RESNET = [
+    (64, 3, 7, 7),
+    (64, 64, 3, 3),
+    (128, 64, 3, 3),
+    (128, 128, 3, 3),
+    (128, 64, 1, 1),
+    (1000, 512),
+]
 MLP = [(300, 784), (100, 300), (10, 100)]
 
 
@@ -84,11 +103,14 @@ def test_published_formula(name: str, of: list[Shape], density: float) -> None:
 
 
 @given(shapes, st.sampled_from(NAMES), st.floats(0.001, 0.999))
-def test_published_formula_where_every_weight_gets_a_connection(of: list[Shape], name: str, density: float) -> None:
+def test_published_formula_where_every_weight_gets_a_connection(
+    of: list[Shape], name: str, density: float
+) -> None:
     total = max(len(of), round(density * sum(sizes(of))))
     expected = [d * size for d, size in zip(rigl(of, total, RAW[name]), sizes(of), strict=True)]
     if min(expected) < 1:
-        return  # the published formula gives less than one connection there; the limits are tested above
+        # the published formula gives less than one connection there; the limits are tested above
+        return
     counts = budget.distribute(name, of, total)
     assert all(abs(n - e) <= 1 + 1e-6 for n, e in zip(counts, expected, strict=True))
 
@@ -125,7 +147,11 @@ def test_huge_weights() -> None:
 
 
 def test_unknown_distribution_and_bad_shapes() -> None:
-    with pytest.raises(ValueError, match=r"unknown distribution 'earth': choose one of er, erk, uniform"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown distribution 'earth': choose one of er, erk, "
+        r"uniform",
+    ):
         budget.distribute("earth", MLP, 100)
     for bad in [(5,), (0, 5), (5, -1)]:
         with pytest.raises(ValueError, match="at least two dimensions"):

@@ -1,4 +1,6 @@
-"""The command line as users meet it: one clear line for everything that is wrong, and nothing lost."""
+"""The command line as users meet it: one clear line for everything that is wrong, and nothing
+lost.
+"""
 
 import json
 import os
@@ -49,16 +51,26 @@ def test_without_a_command_the_help_is_printed_and_no_empty_error(capsys) -> Non
 def test_a_run_from_beginning_to_end(capsys, tmp_path: Path) -> None:
     out = works(capsys, "train", *QUICK)
     lines = out.splitlines()
-    assert lines[0].startswith("64-10-10, 74 of 740 connections (10.00%); 1,298 training, 144 validation, 355 test")
+    assert lines[0].startswith(
+        "64-10-10, 74 of 740 connections (10.00%); 1,298 training, 144 validation, 355 test"
+    )
     assert [line.split()[:2] for line in lines[1:3]] == [["epoch", "1/2"], ["epoch", "2/2"]]
-    assert all(word in lines[1] for word in ("validation accuracy", "train loss", "connections 74", "turnover"))
+    assert all(
+        word in lines[1]
+        for word in ("validation accuracy", "train loss", "connections 74", "turnover")
+    )
     assert [line.split()[0] for line in lines[3:]] == ["test", "connections", "seconds", "report"]
     folder = tmp_path / "runs" / "digits-deep-r-0"
     assert lines[-1].endswith("runs/digits-deep-r-0/report.html")
     names = {path.name for path in folder.iterdir()}
     assert names >= {
-        "config.json", "metrics.jsonl", "checkpoint.json", "result.json", "report.html", "model.safetensors"
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.json",
+        "result.json",
+        "report.html",
+        "model.safetensors",
+    }
     result = json.loads((folder / "result.json").read_text())
     assert result["connections"] == 74
     assert result["density"] == 0.1
@@ -86,7 +98,8 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
     assert Path("r/result.json").read_bytes() == before
     assert works(capsys, "train", "--resume", "--run-dir", "r", *QUICK, "--quiet") == ""
     assert fails(capsys, "train", "--resume", "--run-dir", "r", "--lr", "0.2") == (
-        "--resume: --lr: the run has 0.1, given 0.2; leave the option out, or start another run with another --run-dir"
+        "--resume: --lr: the run has 0.1, given 0.2; leave the option out, or start another run "
+        "with another --run-dir"
     ).replace("0.1,", f"{json.loads(Path('r/config.json').read_text())['lr']},")
     assert "--set: the run has l1=0.1, given l1=1.0" in fails(
         capsys, "train", "--resume", "--run-dir", "r", "--set", "l1=1"
@@ -96,48 +109,95 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--method", "deepr"], "--method: unknown name 'deepr' (did you mean 'deep-r'?); allowed are "),
-        (["--data", "minst"], "--data: unknown name 'minst' (did you mean 'mnist'?); allowed are digits, mnist"),
-        (["--distribution", "ekr"], "--distribution: unknown name 'ekr' (did you mean 'er'?); allowed are"),
-        (["--optimizer", "sdg"], "--optimizer: unknown name 'sdg' (did you mean 'sgd'?); allowed are sgd"),
+        (
+            ["--method", "deepr"],
+            "--method: unknown name 'deepr' (did you mean 'deep-r'?); allowed are ",
+        ),
+        (
+            ["--data", "minst"],
+            "--data: unknown name 'minst' (did you mean 'mnist'?); allowed are digits, mnist",
+        ),
+        (
+            ["--distribution", "ekr"],
+            "--distribution: unknown name 'ekr' (did you mean 'er'?); allowed are",
+        ),
+        (
+            ["--optimizer", "sdg"],
+            "--optimizer: unknown name 'sdg' (did you mean 'sgd'?); allowed are sgd",
+        ),
         (["--optimiser", "sgd"], "No such option: --optimiser (Possible options: --optimizer)"),
-        (["--density", "0"], "--density: given 0.0, allowed is a number greater than 0 and at most 1"),
+        (
+            ["--density", "0"],
+            "--density: given 0.0, allowed is a number greater than 0 and at most 1",
+        ),
         (["--density", "-0.5"], "--density: given -0.5, allowed is"),
         (["--density", "1.01"], "--density: given 1.01, allowed is"),
         (["--density", "nan"], "--density: given nan, allowed is"),
         (["--density", "a,b"], "--density: given 'a,b', allowed is a number such as 0.1"),
         (["--density", "0.1,0.1"], "--density: given 2 numbers for 3 layers"),
-        (["--density", "1e-7"], "--density 1e-07: 0 connections for layer 1 (64 inputs, 300 outputs)"),
-        (["--density", "0.1,0.1,1e-9"], "--density: 1e-09 gives layer 3 (100 inputs, 10 outputs) 0 connections"),
+        (
+            ["--density", "1e-7"],
+            "--density 1e-07: 0 connections for layer 1 (64 inputs, 300 outputs)",
+        ),
+        (
+            ["--density", "0.1,0.1,1e-9"],
+            "--density: 1e-09 gives layer 3 (100 inputs, 10 outputs) 0 connections",
+        ),
         (["--connections", "60000"], "--connections 60000: 60000 connections for layer 1"),
         (["--connections", "many"], "--connections: given 'many', allowed is a whole number"),
         (["--fan-in", "0"], "--fan-in: given 0, allowed is a number greater than 0"),
-        (["--block", "4,4"], "--block: given [4, 4], allowed is three whole numbers greater than 0"),
-        (["--method", "rigl", "--set", "until=-1"], "--method rigl: until must be a finite number at least 0, not -1"),
-        (["--block", "4,4,x"], "--block: given '4,4,x', allowed is three numbers such as 64,64,128"),
-        (["--fan-in", "2"], "--fan-in, --fan-out, --block: layer 1 (64 inputs, 300 outputs) gets 2091 connections"),
+        (
+            ["--block", "4,4"],
+            "--block: given [4, 4], allowed is three whole numbers greater than 0",
+        ),
+        (
+            ["--method", "rigl", "--set", "until=-1"],
+            "--method rigl: until must be a finite number at least 0, not -1",
+        ),
+        (
+            ["--block", "4,4,x"],
+            "--block: given '4,4,x', allowed is three numbers such as 64,64,128",
+        ),
+        (
+            ["--fan-in", "2"],
+            "--fan-in, --fan-out, --block: layer 1 (64 inputs, 300 outputs) gets 2091 connections",
+        ),
         (["--start-density", "0.5"], "--start-density: deep-r has its budget from the start"),
         (["--hidden", "300,x"], "--hidden: given '300,x', allowed is sizes such as 300,100"),
         (["--hidden", "300,0"], "--hidden: given 0, allowed is"),
         (["--epochs", "1.5"], "--epochs: given '1.5', allowed is a whole number"),
         (["--lr", "fast"], "--lr: given 'fast', allowed is a number"),
         (["--lr", "nan"], "--lr: given nan, allowed is a finite number"),
-        (["--validation", "0.0001"], "--validation: 0.0001 of 1442 samples is none; 0 turns it off"),
+        (
+            ["--validation", "0.0001"],
+            "--validation: 0.0001 of 1442 samples is none; 0 turns it off",
+        ),
         (["--validation", "0.9999"], "--validation: 0.9999 leaves no sample to train on"),
         (["--set", "l1"], "--set l1: write it as name=value"),
         (["--set", "l2=1"], "--set l2: deep-r has no such parameter"),
         (["--set", "l1=x"], "--set l1=x: allowed is a number"),
         (["--set", "l1=-1"], "--method deep-r: "),
-        (["--weight-decay", "0.1"], "--method deep-r: DeepR must not be combined with weight decay"),
+        (
+            ["--weight-decay", "0.1"],
+            "--method deep-r: DeepR must not be combined with weight decay",
+        ),
         (["--data", "mnist", "--data-dir", "nowhere"], "--data-dir"),
         (["--resume"], "--resume: give the run with --run-dir FOLDER"),
-        (["--resume", "--run-dir", "r"], "--resume: there is no run in r; leave --resume out to start one"),
-        (["--resume", "--overwrite", "--run-dir", "r"], "--resume goes on with a run, --overwrite replaces it"),
+        (
+            ["--resume", "--run-dir", "r"],
+            "--resume: there is no run in r; leave --resume out to start one",
+        ),
+        (
+            ["--resume", "--overwrite", "--run-dir", "r"],
+            "--resume goes on with a run, --overwrite replaces it",
+        ),
         (["surplus"], "Got unexpected extra argument"),
         (["--lr"], "Option '--lr' requires an argument."),
     ],
 )
-def test_bad_input_gets_one_line_and_leaves_nothing(capsys, tmp_path: Path, arguments, line: str) -> None:
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    capsys, tmp_path: Path, arguments, line: str
+) -> None:
     assert line in fails(capsys, "train", *arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -166,10 +226,16 @@ def test_an_existing_run_is_not_touched(capsys) -> None:
 
 def test_run_dir_that_cannot_be(capsys) -> None:
     Path("file").write_text("")
-    assert fails(capsys, "train", *QUICK, "--run-dir", "file") == "--run-dir file: this is a file, needed is a folder"
-    assert fails(capsys, "train", *QUICK, "--run-dir", "file/r") == "cannot read or write file/r: Not a directory"
+    assert fails(capsys, "train", *QUICK, "--run-dir", "file") == (
+        "--run-dir file: this is a file, needed is a folder"
+    )
+    assert fails(capsys, "train", *QUICK, "--run-dir", "file/r") == (
+        "cannot read or write file/r: Not a directory"
+    )
     if Path("/proc/self").exists():
-        assert "cannot read or write /proc/r: " in fails(capsys, "train", *QUICK, "--run-dir", "/proc/r")
+        assert ("cannot read or write /proc/r: ") in fails(
+            capsys, "train", *QUICK, "--run-dir", "/proc/r"
+        )
 
 
 def test_damaged_checkpoint(capsys, monkeypatch) -> None:
@@ -184,7 +250,9 @@ def test_damaged_checkpoint(capsys, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal_and_resumed_by_the_command_it_prints(capsys, monkeypatch, number, code) -> None:
+def test_stopped_by_a_signal_and_resumed_by_the_command_it_prints(
+    capsys, monkeypatch, number, code
+) -> None:
     works(capsys, "train", *QUICK, "--run-dir", "whole")
     former = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -199,7 +267,9 @@ def test_stopped_by_a_signal_and_resumed_by_the_command_it_prints(capsys, monkey
 
 
 def test_stopped_while_loading(capsys, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("rewire.app.data.load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        "rewire.app.data.load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+    )
     assert fails(capsys, "train", *QUICK, "--run-dir", "r", code=130) == "stopped"
     assert list(tmp_path.iterdir()) == []
 
@@ -219,15 +289,21 @@ def test_full_disk_keeps_the_last_checkpoint(capsys) -> None:
         sys.exit(cli.run({options!r}))
         """
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: cannot read or write r/checkpoint-6.safetensors: File too large; make room; the last checkpoint "
+        "error: cannot read or write r/checkpoint-6.safetensors: File too large; make room; the "
+        "last checkpoint "
         "is whole, go on with: rewire train --resume --run-dir r\n"
     )
     assert {path.name for path in Path("r").iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.json", "checkpoint-3.safetensors"
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.json",
+        "checkpoint-3.safetensors",
+    }
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     works(capsys, "train", "--resume", "--run-dir", "r")
     works(capsys, "train", *options[1:], "--run-dir", "again")
@@ -235,7 +311,19 @@ def test_full_disk_keeps_the_last_checkpoint(capsys) -> None:
 
 
 def test_divergence_is_said(capsys) -> None:
-    line = fails(capsys, "train", *QUICK, "--method", "static", "--lr", "1e30", "--run-dir", "r", "--epochs", "4")
+    line = fails(
+        capsys,
+        "train",
+        *QUICK,
+        "--method",
+        "static",
+        "--lr",
+        "1e30",
+        "--run-dir",
+        "r",
+        "--epochs",
+        "4",
+    )
     assert "training diverged in epoch" in line
     assert "try a smaller --lr (it is 1e+30)" in line
 
@@ -243,9 +331,26 @@ def test_divergence_is_said(capsys) -> None:
 def test_linear_model_and_every_optimizer(capsys) -> None:
     for optimizer in ("sgd", "adam", "adamw", "rmsprop"):
         out = works(
-            capsys, "train", "--hidden", "none", "--epochs", "1", "--batch-size", "300", "--optimizer", optimizer,
-            "--lr", "0.01", "--no-bias", "--validation", "0", "--run-dir", optimizer, "--connections", "100",
-        )  # fmt: skip
+            capsys,
+            "train",
+            "--hidden",
+            "none",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "300",
+            "--optimizer",
+            optimizer,
+            "--lr",
+            "0.01",
+            "--no-bias",
+            "--validation",
+            "0",
+            "--run-dir",
+            optimizer,
+            "--connections",
+            "100",
+        )
         assert out.startswith("64-10, 100 of 640 connections")
         assert "train accuracy" in out
 
@@ -282,7 +387,15 @@ def test_version_and_help(capsys) -> None:
     assert out[1] == f"torch {torch.__version__}"
     assert out[2].startswith("kernels: ")
     text = works(capsys, "train", "--help")
-    for panel in ("Data", "Network and budget", "Method", "Training", "Run", "--resume", "[default: 300,100]"):
+    for panel in (
+        "Data",
+        "Network and budget",
+        "Method",
+        "Training",
+        "Run",
+        "--resume",
+        "[default: 300,100]",
+    ):
         assert panel in text
 
 

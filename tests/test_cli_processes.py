@@ -57,7 +57,10 @@ def test_two_that_begin_at_once_in_one_folder(server: Server, tmp_path: Path) ->
         won = [seed for seed, e in zip((1, 2, 3), ended, strict=True) if e == Ended(0, "")]
         lines = [error(e) for e in ended if e.code]
         assert len(won) == 1
-        assert all("another process is training here" in line or "already has a run" in line for line in lines)
+        assert all(
+            "another process is training here" in line or "already has a run" in line
+            for line in lines
+        )
         assert json.loads((folder / "result.json").read_text())["seed"] == won[0]
         assert server.run("report", str(folder)) == Ended(0, "")
 
@@ -78,7 +81,9 @@ def test_overwriting_a_live_run_changes_nothing(server: Server, tmp_path: Path) 
         "display.Lines.epoch_ended = ended\n"
     )
     found: list[Ended] = []
-    thread = threading.Thread(target=lambda: found.append(server.run(*begin, str(live), setup=wait)))
+    thread = threading.Thread(
+        target=lambda: found.append(server.run(*begin, str(live), setup=wait))
+    )
     thread.start()
     second = Server()
     try:
@@ -86,7 +91,11 @@ def test_overwriting_a_live_run_changes_nothing(server: Server, tmp_path: Path) 
             assert thread.is_alive()
             threading.Event().wait(0.01)
         before = contents(live)
-        for command in ((*QUICK, "--overwrite"), (*QUICK, "--overwrite", "--seed", "5"), ("train", "--resume")):
+        for command in (
+            (*QUICK, "--overwrite"),
+            (*QUICK, "--overwrite", "--seed", "5"),
+            ("train", "--resume"),
+        ):
             command = (*command, "--run-dir", str(live))
             assert "another process is training here" in error(second.run(*command))
             assert contents(live) == before
@@ -103,7 +112,9 @@ def test_overwriting_a_live_run_changes_nothing(server: Server, tmp_path: Path) 
 
 def test_a_killed_run_locks_nobody_out(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
-        ended = server.run(*LONG, "--run-dir", str(tmp_path / "r"), "--overwrite", signals=[(1.5, signal.SIGKILL)])
+        ended = server.run(
+            *LONG, "--run-dir", str(tmp_path / "r"), "--overwrite", signals=[(1.5, signal.SIGKILL)]
+        )
         assert ended == Ended(-signal.SIGKILL, "")
     assert server.run(*QUICK, "--run-dir", str(tmp_path / "r"), "--overwrite") == Ended(0, "")
 
@@ -111,7 +122,9 @@ def test_a_killed_run_locks_nobody_out(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("apart", [0.0, 0.0005, 0.004, 0.02])
 def test_signals_in_a_row(server: Server, tmp_path: Path, number: int, apart: float) -> None:
-    """However soon a second and a third follow the first: one line, no traceback, and a run that can go on."""
+    """However soon a second and a third follow the first: one line, no traceback, and a run that
+    can go on.
+    """
     folder = tmp_path / "r"
     signals = [(0.6 + apart * i, number) for i in range(3)]
     ended = server.run(*LONG, "--run-dir", str(folder), signals=signals)
@@ -132,7 +145,9 @@ def test_other_commands_stop_in_one_line(server: Server, run: Path) -> None:
             assert error(ended, 130) == "stopped"
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can have fewer rights for a moment")
+@pytest.mark.skipif(
+    os.name != "posix" or os.getuid() != 0, reason="only root can have fewer rights for a moment"
+)
 def test_without_rights(server: Server, run: Path) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to all others
         Path(name).chmod(0o755)
@@ -145,17 +160,32 @@ def _check_without_rights(server: Server, tmp_path: Path) -> None:
     (closed / "inside").mkdir(parents=True)
     closed.chmod(0o700)
     # The package may lie where only root can read it.
-    loaded = "from rewire import data\nfound = data.load('digits')\ndata.load = lambda *_, **__: found\n"
+    loaded = (
+        "from rewire import data\nfound = data.load('digits')\ndata.load = lambda *_, **__: found\n"
+    )
     for command in (
         (*QUICK, "--run-dir", str(closed / "inside" / "r")),
         (*QUICK, "--run-dir", str(closed / "inside" / "r"), "--overwrite"),
         ("train", "--resume", "--run-dir", str(closed / "inside")),
         ("report", str(closed / "inside")),
-        (*QUICK, "--data", "mnist", "--data-dir", str(closed / "inside"), "--run-dir", str(tmp_path / "new")),
+        (
+            *QUICK,
+            "--data",
+            "mnist",
+            "--data-dir",
+            str(closed / "inside"),
+            "--run-dir",
+            str(tmp_path / "new"),
+        ),
     ):
         assert "Permission denied" in error(server.run(*command, user=nobody)), command
-    for command in ((*QUICK, "--run-dir", str(tmp_path / "new")), (*QUICK, "--run-dir", str(run), "--overwrite")):
-        assert "Permission denied" in error(server.run(*command, user=nobody, setup=loaded)), command
+    for command in (
+        (*QUICK, "--run-dir", str(tmp_path / "new")),
+        (*QUICK, "--run-dir", str(run), "--overwrite"),
+    ):
+        assert ("Permission denied") in error(server.run(*command, user=nobody, setup=loaded)), (
+            command
+        )
     before = contents(run)
     (run / "metrics.jsonl").chmod(0)
     for command in (("report", str(run)), ("train", "--resume", "--run-dir", str(run))):
@@ -167,7 +197,11 @@ def _check_without_rights(server: Server, tmp_path: Path) -> None:
 
 def test_names_that_cannot_be(server: Server, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name, reason in (("x" * 256, "File name too long"), ("loop", "symbolic links"), ("loop/r", "symbolic links")):
+    for name, reason in (
+        ("x" * 256, "File name too long"),
+        ("loop", "symbolic links"),
+        ("loop/r", "symbolic links"),
+    ):
         folder = str(tmp_path / name)
         for command in (
             (*QUICK, "--run-dir", folder),
@@ -177,13 +211,23 @@ def test_names_that_cannot_be(server: Server, tmp_path: Path) -> None:
             (*QUICK, "--data", "mnist", "--data-dir", folder, "--run-dir", str(tmp_path / "new")),
         ):
             line = error(server.run(*command))
-            assert any(r in line for r in (reason, "no run in", "not found in", "needed is a folder")), line
+            assert any(
+                r in line for r in (reason, "no run in", "not found in", "needed is a folder")
+            ), line
     assert not (tmp_path / "new").exists()
 
 
 def test_names_that_are_no_text(server: Server, tmp_path: Path) -> None:
     """Marks of the page's template, line ends, bytes that are no UTF-8, markup."""
-    names = ("@FIGURES@", "@PLOTLY@@BODY@", "a\nb", os.fsdecode(b"\xff\xfe"), "<script>alert(1)<", "--help", "x" * 255)
+    names = (
+        "@FIGURES@",
+        "@PLOTLY@@BODY@",
+        "a\nb",
+        os.fsdecode(b"\xff\xfe"),
+        "<script>alert(1)<",
+        "--help",
+        "x" * 255,
+    )
     for name in names:
         folder = tmp_path / name
         assert server.run(*QUICK, "--run-dir", str(folder)) == Ended(0, ""), name
@@ -198,7 +242,9 @@ def test_names_that_are_no_text(server: Server, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_one_line(server: Server, tmp_path: Path) -> None:
-    """In building the network, in torch's and our own native code, while saving; and nothing is half written."""
+    """In building the network, in torch's and our own native code, while saving; and nothing is
+    half written.
+    """
     for number, command in enumerate(
         (
             ("--hidden", "60000000", "--density", "1e-8"),
@@ -209,7 +255,9 @@ def test_out_of_memory_is_one_line(server: Server, tmp_path: Path) -> None:
         )
     ):
         folder = tmp_path / str(number)
-        ended = server.run("train", "--epochs", "1", *command, "--run-dir", str(folder), memory=200 << 20)
+        ended = server.run(
+            "train", "--epochs", "1", *command, "--run-dir", str(folder), memory=200 << 20
+        )
         if ended == Ended(0, ""):  # a batch is never larger than the data
             assert "--batch-size" in command
             continue
@@ -220,7 +268,9 @@ def test_out_of_memory_is_one_line(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(server: Server, tmp_path: Path) -> None:
-    """At every write in turn the system has no room left; afterwards the run ends as if it had had."""
+    """At every write in turn the system has no room left; afterwards the run ends as if it had
+    had.
+    """
     whole = tmp_path / "whole"
     assert server.run(*QUICK, "--run-dir", str(whole)) == Ended(0, "")
     for at in (1, 2, 4, 6, 8, 9, 10):
@@ -241,12 +291,16 @@ def test_a_full_disk_is_one_line(server: Server, tmp_path: Path) -> None:
         begun = (folder / "config.json").exists()
         again = ("train", "--resume") if begun else QUICK
         assert server.run(*again, "--run-dir", str(folder)) == Ended(0, "")
-        assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert (folder / "model.safetensors").read_bytes() == (
+            whole / "model.safetensors"
+        ).read_bytes()
         assert server.run("report", str(folder)) == Ended(0, "")
 
 
 class _Slow(http.server.BaseHTTPRequestHandler):
-    """Serves `server.content` in pieces, so that those who ask meet each other; counts what it was asked."""
+    """Serves `server.content` in pieces, so that those who ask meet each other; counts what it was
+    asked.
+    """
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
@@ -263,7 +317,9 @@ class _Slow(http.server.BaseHTTPRequestHandler):
 
 
 def test_first_downloads_at_once(server: Server, tmp_path: Path) -> None:
-    """Three processes want the same file: one fetches it, all have it, whole; also if the first of them is killed."""
+    """Three processes want the same file: one fetches it, all have it, whole; also if the first of
+    them is killed.
+    """
     content = os.urandom(400_000)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Slow) as source:
         source.content, source.requests = content, []
@@ -275,7 +331,8 @@ def test_first_downloads_at_once(server: Server, tmp_path: Path) -> None:
                 "import pathlib\n"
                 "from rewire.app.data.download import download\n"
                 "target = pathlib.Path(command[0])\n"
-                f"download('http://127.0.0.1:{source.server_address[1]}/f', target, size={len(content)},\n"
+                f"download('http://127.0.0.1:{source.server_address[1]}/f', target, "
+                f"size={len(content)},\n"
                 f"    sha256='{hashlib.sha256(content).hexdigest()}', help_line='')\n"
                 "os._exit(0)\n"
             )
@@ -285,7 +342,9 @@ def test_first_downloads_at_once(server: Server, tmp_path: Path) -> None:
             assert source.requests == ["/f"]
             assert [path.name for path in target.parent.iterdir()] == ["file.gz"]
             shutil.rmtree(target.parent)
-            assert server.run(str(target), setup=fetch, signals=[(0.2, signal.SIGKILL)]) == Ended(-signal.SIGKILL, "")
+            assert server.run(str(target), setup=fetch, signals=[(0.2, signal.SIGKILL)]) == Ended(
+                -signal.SIGKILL, ""
+            )
             assert server.together([[str(target)]] * 2, setup=fetch) == [Ended(0, "")] * 2
             assert target.read_bytes() == content
             assert [path.name for path in target.parent.iterdir()] == ["file.gz"]

@@ -35,12 +35,15 @@ from rewire.nn import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux",
+    reason="needs gloo on Linux",
 )
 
 
 def model(roomy: bool = False) -> nn.Sequential:
-    """``roomy``: with slots for all that may ever be active, as methods that move budget between layers need."""
+    """``roomy``: with slots for all that may ever be active, as methods that move budget between
+    layers need.
+    """
     return nn.Sequential(
         SparseLinear(20, 30, connections=150, capacity=600 if roomy else None),
         nn.BatchNorm1d(30),
@@ -58,13 +61,20 @@ def train(ddp: nn.Module, optimizer: optim.Optimizer, method: Any, steps: int) -
         method.step()
 
 
-def start(seed: int | None = None, **options: Any) -> tuple[nn.Module, nn.Sequential, optim.Optimizer, Any]:
+def start(
+    seed: int | None = None, **options: Any
+) -> tuple[nn.Module, nn.Sequential, optim.Optimizer, Any]:
     torch.manual_seed(100 + dist.get_rank())  # values, topology and data differ between ranks
     plain = model(roomy=options.get("scope") == "network")
     assert prepare(plain, seed=seed) is plain
     ddp = DistributedDataParallel(plain)
     optimizer = optim.SGD(plain.parameters(), lr=0.2, momentum=0.5)
-    return ddp, plain, optimizer, rewire.methods.DeepR(plain, optimizer, **{"l1": 1e-2, "noise": 0.1} | options)
+    return (
+        ddp,
+        plain,
+        optimizer,
+        rewire.methods.DeepR(plain, optimizer, **{"l1": 1e-2, "noise": 0.1} | options),
+    )
 
 
 def same_everywhere(value: Any) -> bool:
@@ -83,12 +93,20 @@ def agree_after_200_steps(steps: int = 200, **options: Any) -> None:
     train(ddp, optimizer, method, steps)
     assert sum(method.stats()["dropped"].values()) > 2 * steps
     assert [w.fingerprint() for _, w in sparse_weights(plain)] != before
-    state = {k: v.tolist() for k, v in plain.state_dict().items() if "running" not in k and "num_batches" not in k}
+    state = {
+        k: v.tolist()
+        for k, v in plain.state_dict().items()
+        if "running" not in k and "num_batches" not in k
+    }
     assert same_everywhere(state)
     assert same_everywhere(method.stats())
     # Only the batch norm's statistics are broadcast at each step: no index list, no slot.
     buffers = {id(b): name for name, b in plain.named_buffers()}
-    assert {buffers[id(b)] for b in ddp.modules_buffers} == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert {buffers[id(b)] for b in ddp.modules_buffers} == {
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    }
 
 
 def agree_where_budget_moves_between_layers() -> None:
@@ -100,7 +118,9 @@ def agree_where_fan_in_is_kept() -> None:
 
 
 class Last(nn.Module):
-    """A recurrent or attention layer that reads (batch, 20) as 5 positions of 4 features; sums over positions."""
+    """A recurrent or attention layer that reads (batch, 20) as 5 positions of 4 features; sums over
+    positions.
+    """
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -114,7 +134,10 @@ class Last(nn.Module):
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv1d": lambda: nn.Sequential(
-        nn.Unflatten(1, (4, 5)), SparseConv1d(4, 2, 3, padding=1, density=0.5), nn.Flatten(), nn.Linear(10, 4)
+        nn.Unflatten(1, (4, 5)),
+        SparseConv1d(4, 2, 3, padding=1, density=0.5),
+        nn.Flatten(),
+        nn.Linear(10, 4),
     ),
     "conv2d": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 2, 5)), SparseConv2d(2, 4, (2, 5), groups=2, density=0.5), nn.Flatten()
@@ -132,14 +155,20 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def similarities_are_those_of_all_ranks_data() -> None:
     torch.manual_seed(3)
     whole = torch.randn(30, 20)
-    plain = prepare(nn.Sequential(SparseLinear(20, 30, connections=150), nn.ReLU(), SparseLinear(30, 4, density=0.5)))
+    plain = prepare(
+        nn.Sequential(
+            SparseLinear(20, 30, connections=150), nn.ReLU(), SparseLinear(30, 4, density=0.5)
+        )
+    )
     optimizer = optim.SGD(plain.parameters(), lr=0.2)
     mine = whole[:12] if dist.get_rank() else whole[12:]
     method = rewire.methods.CoPACoRSET(plain, optimizer, data=[mine], output_layer=True)
     source = method.drop.source
     source.record(method.pools, 0, 1)
     centred = whole - whole.mean(0)  # the data, from the mean over all ranks
-    for pool, x, y in zip(method.pools, (centred, plain[0](whole)), (plain[0](whole), plain(whole)), strict=True):
+    for pool, x, y in zip(
+        method.pools, (centred, plain[0](whole)), (plain[0](whole), plain(whole)), strict=True
+    ):
         expected = nn.functional.cosine_similarity(y.t()[:, None], x.t()[None], dim=2).abs()
         torch.testing.assert_close(source.of(pool).block(0, y.shape[1]), expected.detach())
     train(DistributedDataParallel(plain), optimizer, method, 3)
@@ -149,7 +178,9 @@ def similarities_are_those_of_all_ranks_data() -> None:
 
 
 def every_layer_type_trains() -> None:
-    """The gradient is the mean over ranks: two processes of 8 samples each equal one that sees all 16."""
+    """The gradient is the mean over ranks: two processes of 8 samples each equal one that sees all
+    16.
+    """
     for name, build in LAYERS.items():
         torch.manual_seed(100 + dist.get_rank())
         plain = prepare(build())
@@ -162,19 +193,26 @@ def every_layer_type_trains() -> None:
         for step in range(4):
             x = torch.randn(16, 20, generator=torch.Generator().manual_seed(step))
             mine = x[8 * dist.get_rank() :][:8]
-            for network, batch, opt, m in ((ddp, mine, optimizer, method), (alone, x, alone_optimizer, alone_method)):
+            for network, batch, opt, m in (
+                (ddp, mine, optimizer, method),
+                (alone, x, alone_optimizer, alone_method),
+            ):
                 opt.zero_grad()
                 nn.functional.cross_entropy(network(batch), batch[:, :4].argmax(1)).backward()
                 opt.step()
                 m.step()
         assert sum(method.stats()["grown"].values()) > 0, name
-        for (key, value), (_, other) in zip(plain.state_dict().items(), alone.state_dict().items(), strict=True):
+        for (key, value), (_, other) in zip(
+            plain.state_dict().items(), alone.state_dict().items(), strict=True
+        ):
             torch.testing.assert_close(value, other, msg=f"{name}: {key}", rtol=1e-3, atol=1e-5)
         assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
 
 
 def growth_by_gradients_is_that_of_one_process() -> None:
-    """Each rank captures its own samples; the sum over ranks decides, so all choose as one process with all samples."""
+    """Each rank captures its own samples; the sum over ranks decides, so all choose as one process
+    with all samples.
+    """
     make: dict[str, Callable[..., Any]] = {
         "exact": partial(rewire.methods.RigL, every=2, candidates=None),
         "sampled": partial(rewire.methods.RigL, every=2, candidates=40),
@@ -196,7 +234,9 @@ def growth_by_gradients_is_that_of_one_process() -> None:
             optimizer = optim.SGD(own.parameters(), lr=0.2)
             networks.append((network, optimizer, build(own, optimizer, seed=5)))
         for step in range(8):
-            x = torch.randn(16, 20, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            x = torch.randn(
+                16, 20, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+            )
             mine = x[8 * dist.get_rank() :][:8]
             for (network, opt, m), batch in zip(networks, (mine, x), strict=True):
                 opt.zero_grad()
@@ -224,11 +264,18 @@ def methods_by_gradient_and_magnitude_agree() -> None:
         before = [w.fingerprint() for _, w in sparse_weights(plain)]
         train(ddp, optimizer, method, 20)
         assert [w.fingerprint() for _, w in sparse_weights(plain)] != before
-        assert [w.capacity for _, w in sparse_weights(plain)] == [150, 60]  # DDP's buckets stay as they are
-        state = {k: v.tolist() for k, v in plain.state_dict().items() if "running" not in k and "num_batches" not in k}
+        # DDP's buckets stay as they are
+        assert [w.capacity for _, w in sparse_weights(plain)] == [150, 60]
+        state = {
+            k: v.tolist()
+            for k, v in plain.state_dict().items()
+            if "running" not in k and "num_batches" not in k
+        }
         assert same_everywhere(state), name
         own = method.state_dict()["own"]
-        assert name != "top-kast" or same_everywhere({k: v.tolist() for k, v in own["theta"].items()})
+        assert name != "top-kast" or same_everywhere(
+            {k: v.tolist() for k, v in own["theta"].items()}
+        )
 
 
 def a_seed_can_be_given() -> None:
@@ -308,7 +355,9 @@ def unprepared_models_are_refused() -> None:
         network = DistributedDataParallel(plain) if wrap else plain
         optimizer = optim.SGD(plain.parameters(), 0.1)
         with pytest.raises(
-            RuntimeError, match=r"0\.weight is not prepared.*SET.*\n    model = rewire\.distributed\.prepare"
+            RuntimeError,
+            match=r"0\.weight is not prepared.*SET.*\n    model = "
+            r"rewire\.distributed\.prepare",
         ):
             rewire.methods.SET(network, optimizer)
         with pytest.raises(RuntimeError, match="is not prepared"):
@@ -328,7 +377,10 @@ def unprepared_models_are_refused() -> None:
 def dense_methods_agree_or_are_refused() -> None:
     torch.manual_seed(7)
     dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
-    for name, options in {"halo": {"density": 0.3}, "ternary": {"threshold": 0.2, "density": 0.3, "prune": 1}}.items():
+    for name, options in {
+        "halo": {"density": 0.3},
+        "ternary": {"threshold": 0.2, "density": 0.3, "prune": 1},
+    }.items():
         torch.manual_seed(50 + dist.get_rank())
         plain = copy.deepcopy(dense)
         ddp = DistributedDataParallel(plain)
@@ -343,7 +395,10 @@ def dense_methods_agree_or_are_refused() -> None:
         method.finalize()
         assert same_everywhere([w.fingerprint() for _, w in sparse_weights(plain)]), name
         assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
-    for name, options in {"noiseout": {"data": [torch.randn(4, 20)], "noise": "none"}, "differentiable": {}}.items():
+    for name, options in {
+        "noiseout": {"data": [torch.randn(4, 20)], "noise": "none"},
+        "differentiable": {},
+    }.items():
         before = list(dense._modules["0"]._modules)
         with pytest.raises(RuntimeError, match=r"shapes of parameters.*rewire\.distributed\.alone"):
             rewire.methods.create(name, dense, optim.Adam(dense.parameters()), **options)
@@ -365,7 +420,8 @@ def forwards_that_others_do_not_make_are_fine() -> None:
                 ddp.module(torch.randn(4, 20)).sum().backward()
         step(ddp, optimizer, method)
     assert same_everywhere(method.stats())
-    linear = prepare(nn.Sequential(SparseLinear(20, 4, density=0.5)))  # no buffers, about which DDP itself would meet
+    # no buffers, about which DDP itself would meet
+    linear = prepare(nn.Sequential(SparseLinear(20, 4, density=0.5)))
     ddp = DistributedDataParallel(linear)
     if dist.get_rank():
         ddp(torch.randn(3, 20))
@@ -407,12 +463,18 @@ def uneven_batches_under_join() -> None:
             method.end_epoch()
         assert name == "static" or method.stats()["updates"] == 3
         assert same_everywhere(method.stats())
-        assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items() if "weight" in k})
+        assert same_everywhere(
+            {k: v.tolist() for k, v in plain.state_dict().items() if "weight" in k}
+        )
     with Join([ddp]):
         step(ddp, optimizer, method)
         with pytest.raises(RuntimeError, match=r"within .*Join.*end_epoch\(\) after the Join"):
             method.end_epoch()
-    for name, options in {"deep-r": {"l1": 1e-2}, "rigl": {"every": 1}, "snfs": {"every": 1}}.items():
+    for name, options in {
+        "deep-r": {"l1": 1e-2},
+        "rigl": {"every": 1},
+        "snfs": {"every": 1},
+    }.items():
         plain = prepare(model(roomy=True), seed=4)
         ddp = DistributedDataParallel(plain)
         optimizer = optim.SGD(plain.parameters(), lr=0.1)
@@ -443,7 +505,11 @@ def join_may_throw_instead() -> None:
 
 
 def other_settings_of_ddp_work() -> None:
-    for options in ({"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+    for options in (
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True},
+    ):
         torch.manual_seed(100 + dist.get_rank())
         plain = prepare(model(), check_every=2)
         ddp = DistributedDataParallel(plain, **options)
@@ -481,13 +547,21 @@ def sharded_models_are_refused_by_name() -> None:
     for words, build in made.items():
         network = build()
         optimizer = optim.SGD(network.parameters(), 0.1)
-        with pytest.raises(RuntimeError, match=f"{words}.*DistributedDataParallel.rewire.distributed.prepare"):
+        with pytest.raises(
+            RuntimeError, match=f"{words}.*DistributedDataParallel.rewire.distributed.prepare"
+        ):
             rewire.methods.SET(network, optimizer)
         with pytest.raises(RuntimeError, match=words):
             prepare(network)
-    with pytest.raises(RuntimeError, match=r"are a DTensor.*DistributedDataParallel.rewire.distributed.prepare"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"are a "
+        r"DTensor.*DistributedDataParallel.rewire.distributed.prepare",
+    ):
         network(torch.randn(3, 20))
-    half = nn.Sequential(fully_shard(nn.Linear(20, 20), mesh=mesh), SparseLinear(20, 4, density=0.5))
+    half = nn.Sequential(
+        fully_shard(nn.Linear(20, 20), mesh=mesh), SparseLinear(20, 4, density=0.5)
+    )
     rewire.distributed.alone(half)  # what is sharded holds no sparse weight
 
 
@@ -536,7 +610,8 @@ def run(rank: int, folder: str) -> None:
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # torch's own threads at times abort an ordinary exit ("terminate called"), with everything done
+    # torch's own threads at times abort an ordinary exit ("terminate called"), with everything done
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -556,7 +631,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 @pytest.mark.parametrize("scene", [scene.__name__ for scene in SCENES])
 def test_two_processes(scene: str, outcomes: list[dict[str, str]]) -> None:
     for rank, outcome in enumerate(outcomes):
-        assert outcome.get(scene, "not reached") == "", f"rank {rank}: {outcome.get(scene, 'not reached')}"
+        assert outcome.get(scene, "not reached") == "", (
+            f"rank {rank}: {outcome.get(scene, 'not reached')}"
+        )
 
 
 def test_without_a_process_group() -> None:

@@ -36,7 +36,9 @@ def test_links_lead_somewhere() -> None:
         assert [link for link in links if not (page.parent / link).exists()] == [], page
 
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
-    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", README)), "a page that README does not lead to"
+    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", README)), (
+        "a page that README does not lead to"
+    )
 
 
 def test_method_table_is_the_registry() -> None:
@@ -57,7 +59,9 @@ def test_madelon_is_as_measured() -> None:
     least = min(sorted(run["fan_out"])[-20] for run in runs)
     most = max(sorted(run["fan_out"])[-21] for run in runs)
     text = " ".join(README.split())
-    assert f"in {hits} of {len(runs)} seeds the 20 most connected inputs are exactly those 20" in text
+    assert (
+        f"in {hits} of {len(runs)} seeds the 20 most connected inputs are exactly those 20"
+    ) in text
     assert f"at least {least} connections each against at most {most} of any other" in text
 
     def mean(kind: str, removed: int) -> str:
@@ -89,7 +93,9 @@ def test_posterior_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     code = re.search(r"```python\n(.*?)```", POSTERIOR, re.DOTALL)
     assert code
     torch.manual_seed(0)
-    model = torch.nn.Sequential(rewire.nn.SparseLinear(8, 16, density=0.3), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    model = torch.nn.Sequential(
+        rewire.nn.SparseLinear(8, 16, density=0.3), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+    )
     names: dict[str, Any] = {
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
@@ -111,7 +117,10 @@ def test_posterior_is_as_measured() -> None:
         return sum(run[which][key] for run in runs) / len(runs)
 
     rows = re.findall(
-        r"^\| .*(last|alone,|average) .*\| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", POSTERIOR, re.M
+        r"^\| .*(last|alone,|average) .*\| ([\d.]+) % \| ([\d.]+) \| ([\d.]+) \| "
+        r"([\d.]+) \|$",
+        POSTERIOR,
+        re.M,
     )
     names = {"last": "single", "alone,": "samples_alone_mean", "average": "average"}
     assert [names[row[0]] for row in rows] == list(names.values())
@@ -124,9 +133,14 @@ def test_posterior_is_as_measured() -> None:
     assert mean("average", "ece") < mean("single", "ece")
     different = sum(run["connections_in_any_sample"] for run in runs) / len(runs)
     text = " ".join(POSTERIOR.split())
-    assert f"{different:,.0f} different connections, {different / runs[0]['connections']:.1f} times as many" in text
     assert (
-        f"{mean('mutual_information', 'wrong'):.3f} nats on average on test images that the average gets wrong" in text
+        f"{different:,.0f} different connections, "
+        f"{different / runs[0]['connections']:.1f} "
+        "times as many"
+    ) in text
+    assert (
+        f"{mean('mutual_information', 'wrong'):.3f} nats on average on test images that the "
+        "average gets wrong" in text
     )
     assert f"gets wrong, {mean('mutual_information', 'right'):.3f} on the others" in text
 
@@ -134,7 +148,12 @@ def test_posterior_is_as_measured() -> None:
 def test_one_percent_is_what_was_measured() -> None:
     found = json.loads((ROOT / "docs" / "results" / "mnist_one_percent.json").read_text())
     assert sum(found["connections"]) == 2662
-    rows = re.findall(r"^\| (DEEP R, \d+ epochs[^|]*) \| ([\d., ]+) \| (\d\d\.\d\d) % \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (DEEP R, \d+ epochs[^|]*) \| ([\d., ]+) \| "
+        r"(\d\d\.\d\d) % \|$",
+        README,
+        re.MULTILINE,
+    )
     assert len(rows) == len(found["results"]) == 2
     means = []
     for title, each, mean in rows:

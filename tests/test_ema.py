@@ -1,4 +1,6 @@
-"""Weight averages that follow their connections, against averages kept by hand, position by position."""
+"""Weight averages that follow their connections, against averages kept by hand, position by
+position.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ DECAY = 0.9
 
 
 def make() -> nn.Sequential:
-    return nn.Sequential(SparseLinear(6, 8, connections=20, capacity=24), nn.ReLU(), nn.Linear(8, 3))
+    return nn.Sequential(
+        SparseLinear(6, 8, connections=20, capacity=24), nn.ReLU(), nn.Linear(8, 3)
+    )
 
 
 def rewire(weight: SparseWeight, slots: list[int], step: int, value: float = 0.5) -> None:
     none = torch.empty(0, dtype=torch.int64)
-    drawn = topology.sample_dormant(weight.index, *weight.matrix_shape, len(slots), none, none, 5, step, 1)
+    drawn = topology.sample_dormant(
+        weight.index, *weight.matrix_shape, len(slots), none, none, 5, step, 1
+    )
     weight.rewire(torch.tensor(slots), *drawn, value)
 
 
@@ -55,9 +61,13 @@ class ByHand:
 
     def update(self) -> None:
         value = self.model[0].weight.to_dense().detach()
-        self.dense = torch.where(self.was, DECAY * self.dense + (1 - DECAY) * value, torch.zeros(()))
+        self.dense = torch.where(
+            self.was, DECAY * self.dense + (1 - DECAY) * value, torch.zeros(())
+        )
         own = (self.model[0].bias, *self.model[2].parameters())
-        self.rest = [DECAY * a + (1 - DECAY) * p.detach() for a, p in zip(self.rest, own, strict=True)]
+        self.rest = [
+            DECAY * a + (1 - DECAY) * p.detach() for a, p in zip(self.rest, own, strict=True)
+        ]
 
     def check(self, average: ExponentialMovingAverage) -> None:
         with average.applied() as model:
@@ -99,7 +109,9 @@ def test_swapped_positions_start_afresh() -> None:
     weight = model[0].weight
     average = ExponentialMovingAverage(model, DECAY)
     slots = torch.tensor([0, 1])
-    weight.rewire(slots, weight.rows[slots.flip(0)], weight.cols[slots.flip(0)], torch.tensor([5.0, 6.0]))
+    weight.rewire(
+        slots, weight.rows[slots.flip(0)], weight.cols[slots.flip(0)], torch.tensor([5.0, 6.0])
+    )
     assert average.state_dict()["average"]["0.weight.values"][:2].tolist() == [5, 6]
 
 
@@ -145,7 +157,8 @@ def test_state_round_trip() -> None:
     again.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
     assert other.decay == DECAY
-    train(again, optim.SGD(again.parameters(), lr=0.1))  # and what was saved is not touched by going on
+    # and what was saved is not touched by going on
+    train(again, optim.SGD(again.parameters(), lr=0.1))
     other.update()
     again.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
@@ -171,7 +184,9 @@ def test_bare_and_shared_pools_and_other_dtypes() -> None:
     rewire(weight, [3], 1)
     average.update()
     assert average.state_dict()["average"]["values"][3] == 0.5
-    shared = nn.Sequential(SparseLinear.from_weight(weight), nn.ReLU(), SparseLinear.from_weight(weight))
+    shared = nn.Sequential(
+        SparseLinear.from_weight(weight), nn.ReLU(), SparseLinear.from_weight(weight)
+    )
     both = ExponentialMovingAverage(shared, DECAY)
     shared.double()
     rewire(weight, [4], 2)

@@ -1,4 +1,6 @@
-"""PyTorch's AveragedModel with averaging functions of ours, against our own average and means kept by hand."""
+"""PyTorch's AveragedModel with averaging functions of ours, against our own average and means kept
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ METHODS: dict[str, dict[str, Any]] = {
 def make() -> nn.Sequential:
     g = torch.Generator().manual_seed(0)
     return nn.Sequential(
-        rewire.nn.SparseLinear(12, 10, density=0.3, generator=g), nn.BatchNorm1d(10), nn.ReLU(),
+        rewire.nn.SparseLinear(12, 10, density=0.3, generator=g),
+        nn.BatchNorm1d(10),
+        nn.ReLU(),
         rewire.nn.SparseLinear(10, 4, density=0.5, generator=g),
-    )  # fmt: skip
+    )
 
 
 def batch(step: int) -> Tensor:
@@ -47,8 +51,12 @@ def train(model: nn.Module, method: rewire.methods.Method, step: int) -> None:
 def test_equals_our_own_average(name: str, use_buffers: bool) -> None:
     torch.manual_seed(0)
     model = make()
-    method = rewire.methods.create(name, model, optim.SGD(model.parameters(), 0.1), seed=1, **METHODS[name])
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(model, 0.9), use_buffers=use_buffers)
+    method = rewire.methods.create(
+        name, model, optim.SGD(model.parameters(), 0.1), seed=1, **METHODS[name]
+    )
+    averaged = AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(model, 0.9), use_buffers=use_buffers
+    )
     mean = None
     for step in range(24):
         train(model, method, step)
@@ -64,9 +72,13 @@ def test_equals_our_own_average(name: str, use_buffers: bool) -> None:
             inner = averaged.module
             assert torch.equal(inner[0].weight.to_dense() != 0, expected[0].weight.to_dense() != 0)
             for at in (0, 3):
-                torch.testing.assert_close(inner[at].weight.to_dense(), expected[at].weight.to_dense())
+                torch.testing.assert_close(
+                    inner[at].weight.to_dense(), expected[at].weight.to_dense()
+                )
                 torch.testing.assert_close(inner[at].bias, expected[at].bias)
-            torch.testing.assert_close(inner[1].running_mean, mean if use_buffers else model[1].running_mean)
+            torch.testing.assert_close(
+                inner[1].running_mean, mean if use_buffers else model[1].running_mean
+            )
             assert int(inner[1].num_batches_tracked) == step + 1
             expected[1].load_state_dict(inner[1].state_dict())
             for _ in range(2):
@@ -86,7 +98,8 @@ def test_the_mean_of_the_values_of_each_connection() -> None:
     method = rewire.methods.SET(model, optim.SGD(model.parameters(), 0.1), seed=1)
     averaged = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn(model))
     weight = model[0].weight
-    again = torch.zeros(weight.shape, dtype=torch.bool)  # where one has grown, perhaps as it was there before
+    # where one has grown, perhaps as it was there before
+    again = torch.zeros(weight.shape, dtype=torch.bool)
     grown = torch.tensor(True)
     weight.follow(lambda e: again.index_put_((weight.rows[e.slots], weight.cols[e.slots]), grown))
     values = []
@@ -110,7 +123,12 @@ def test_pools_may_be_resized_and_sorted() -> None:
     averaged.update_parameters(model)
     ours = ExponentialMovingAverage(model, 0.5)
     weight = model[0].weight
-    for change in (lambda: weight.resize(50), weight.reorder, lambda: grow(weight), lambda: weight.resize(44)):
+    for change in (
+        lambda: weight.resize(50),
+        weight.reorder,
+        lambda: grow(weight),
+        lambda: weight.resize(44),
+    ):
         with torch.no_grad():
             weight.values.mul_(1.5)
         change()
@@ -119,7 +137,9 @@ def test_pools_may_be_resized_and_sorted() -> None:
         expected = copy.deepcopy(model)
         ours.copy_to(expected)
         assert averaged.module[0].weight.capacity == weight.capacity
-        torch.testing.assert_close(averaged.module[0].weight.to_dense(), expected[0].weight.to_dense())
+        torch.testing.assert_close(
+            averaged.module[0].weight.to_dense(), expected[0].weight.to_dense()
+        )
         assert torch.isfinite(averaged(batch(1))).all()
 
 
@@ -150,7 +170,9 @@ def test_only_what_ours_feeds_is_trusted() -> None:
     method.end_epoch()
     with torch.no_grad():
         for a, b in zip(
-            [*before.parameters(), *before.buffers()], [*model.parameters(), *model.buffers()], strict=True
+            [*before.parameters(), *before.buffers()],
+            [*model.parameters(), *model.buffers()],
+            strict=True,
         ):
             a.copy_(b)
     averaged.update_parameters(model)

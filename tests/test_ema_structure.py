@@ -1,4 +1,6 @@
-"""Weight averages of models whose layers are cut, made sparse or exchanged, against averages kept by hand."""
+"""Weight averages of models whose layers are cut, made sparse or exchanged, against averages kept
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def make() -> nn.Sequential:
     return nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-def train(model: nn.Module, optimizer: optim.Optimizer, average: Any, method: Any = None, steps: int = 4) -> None:
+def train(
+    model: nn.Module, optimizer: optim.Optimizer, average: Any, method: Any = None, steps: int = 4
+) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         loss = (model(X) - 1).square().mean()
@@ -90,7 +94,9 @@ def test_halo(made: str) -> None:
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
 def test_ternary_averages_stay_what_they_were(kind: str, freeze: bool) -> None:
     torch.manual_seed(0)
-    model: nn.Module = make() if kind == "mlp" else nn.TransformerEncoderLayer(10, 2, 16, 0.0, batch_first=True)
+    model: nn.Module = (
+        make() if kind == "mlp" else nn.TransformerEncoderLayer(10, 2, 16, 0.0, batch_first=True)
+    )
     inputs = X if kind == "mlp" else X.view(2, 3, 10)
     optimizer = optim.Adam(model.parameters(), 0.01)
     average = ExponentialMovingAverage(model, DECAY)
@@ -115,7 +121,9 @@ def test_noiseout_cuts_and_goes_back() -> None:
     model = make()
     optimizer = optim.Adam(model.parameters(), 0.01)
     average = ExponentialMovingAverage(model, DECAY)
-    method = rewire.methods.NoiseOut(model, optimizer, data=[X], noise="none", threshold=0.0, at_once=2)
+    method = rewire.methods.NoiseOut(
+        model, optimizer, data=[X], noise="none", threshold=0.0, at_once=2
+    )
     scores = iter([1.0, -1.0])
     train(model, optimizer, average, method)
     method.end_epoch(lambda _: 1.0)
@@ -128,15 +136,19 @@ def test_noiseout_cuts_and_goes_back() -> None:
     method.finalize()
     assert torch.equal(model[0].weight, kept)
     for name, parameter in model.named_parameters():
-        assert torch.equal(averaged(average)[name], parameter), name  # begins anew with the network that is back
+        # begins anew with the network that is back
+        assert torch.equal(averaged(average)[name], parameter), name
     train(model, optimizer, average)
 
 
-@pytest.mark.parametrize("settings", [{"units": "0"}, {"weights": "*"}, {"units": "0", "weights": "2"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"units": "0"}, {"weights": "*"}, {"units": "0", "weights": "2"}], ids=str
+)
 def test_differentiable(settings: dict[str, str]) -> None:
     model = make()
     optimizer = optim.Adam(model.parameters(), 0.01)
-    average = ExponentialMovingAverage(model, 0.0)  # the average is the model itself: easy to tell right from wrong
+    # the average is the model itself: easy to tell right from wrong
+    average = ExponentialMovingAverage(model, 0.0)
     method = rewire.methods.Differentiable(model, optimizer, initial=0.9, strength=0.05, **settings)
     train(model, optimizer, average, method, 20)
     method.finalize()
@@ -163,7 +175,11 @@ def test_what_nothing_announced_is_refused() -> None:
     average = ExponentialMovingAverage(model, DECAY)
     model[0] = rewire.nn.SparseLinear(10, 16, density=0.5)
     for use in (average.update, average.state_dict, lambda: average.applied().__enter__()):
-        with pytest.raises(RuntimeError, match=r"were replaced .*0.weight.values.* make a new average"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"were replaced .*0.weight.values.* make a new "
+            r"average",
+        ):
             use()
     model = make()
     average = ExponentialMovingAverage(model, DECAY)
@@ -189,8 +205,17 @@ def test_files_are_checked(decay: Any) -> None:
         ({"decay": 0.5}, "incomplete or damaged"),
         ({"decay": 0.5, "average": 3}, "incomplete or damaged"),
         ({"decay": 0.5, "average": {**good["average"], "0.bias": 3}}, "'0.bias' is no tensor"),
-        ({"decay": 0.5, "average": {**good["average"], "0.bias": torch.ones(16, dtype=torch.int64)}}, "is no tensor"),
-        ({"decay": 0.5, "average": {**good["average"], "0.bias": torch.ones(15)}}, "belong to another model"),
+        (
+            {
+                "decay": 0.5,
+                "average": {**good["average"], "0.bias": torch.ones(16, dtype=torch.int64)},
+            },
+            "is no tensor",
+        ),
+        (
+            {"decay": 0.5, "average": {**good["average"], "0.bias": torch.ones(15)}},
+            "belong to another model",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             average.load_state_dict(bad)

@@ -1,4 +1,6 @@
-"""docs/halo_ternary.md: its example runs, and its numbers are those in docs/results/halo_ternary.json."""
+"""docs/halo_ternary.md: its example runs, and its numbers are those in
+docs/results/halo_ternary.json.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from rewire.nn import sparse_weights
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "halo_ternary.md").read_text()
-RESULTS: dict[str, list[dict[str, Any]]] = json.loads((DOCS / "results" / "halo_ternary.json").read_text())["results"]
+RESULTS: dict[str, list[dict[str, Any]]] = json.loads(
+    (DOCS / "results" / "halo_ternary.json").read_text()
+)["results"]
 CUT = ("magnitude", "L1", "SWS", "HALO")
 PACKED = ("sparse ternary, 5 %", "sparse ternary, 2 %")
 DENSE = {"dense ternary": "ternary_bytes", "binary": "binary_bytes"}
@@ -50,12 +54,21 @@ def test_cuts_are_those_that_were_measured() -> None:
     for name, cells in table.items():
         runs = RESULTS[name]
         assert [run["seed"] for run in runs] == [0, 1, 2]
-        cuts = [percent(run["cuts"][d]["accuracy"] for run in runs) for d in ("0.05", "0.02", "0.01")]
+        cuts = [
+            percent(run["cuts"][d]["accuracy"] for run in runs) for d in ("0.05", "0.02", "0.01")
+        ]
         assert cells == [percent(run["accuracy_before"] for run in runs), *cuts]
         for run in runs:
-            assert [sum(cut["connections"].values()) for cut in run["cuts"].values()] == [13310, 5324, 2662]
+            assert [sum(cut["connections"].values()) for cut in run["cuts"].values()] == [
+                13310,
+                5324,
+                2662,
+            ]
     for density in ("0.05", "0.02", "0.01"):  # what the paper claims, on this network
-        best = [mean(run["cuts"][density]["accuracy"] for run in RESULTS[name]) for name in ("HALO", "magnitude")]
+        best = [
+            mean(run["cuts"][density]["accuracy"] for run in RESULTS[name])
+            for name in ("HALO", "magnitude")
+        ]
         assert best[0] > best[1]
 
 
@@ -69,6 +82,14 @@ def test_ternary_networks_are_as_measured() -> None:
         each = ", ".join(f"{100 * run['accuracy']:.2f}" for run in runs)
         share = percent((1 - run["density"] for run in runs), 1)
         smaller = [f"{runs[0][kind] / size:.1f}" for kind in ("binary_bytes", "ternary_bytes")]
-        assert cells == [percent(run["accuracy"] for run in runs), each, share, f"{size:,.0f}", *smaller]
+        assert cells == [
+            percent(run["accuracy"] for run in runs),
+            each,
+            share,
+            f"{size:,.0f}",
+            *smaller,
+        ]
         for run in runs:
-            assert run["accuracy"] == pytest.approx(run["accuracy_before"], abs=2e-4), "finalize changes no output"
+            assert run["accuracy"] == pytest.approx(run["accuracy_before"], abs=2e-4), (
+                "finalize changes no output"
+            )

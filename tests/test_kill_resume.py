@@ -1,6 +1,8 @@
-"""Kill -9 at random moments, then --resume: the run ends bit-identical to the one that was never interrupted.
+"""Kill -9 at random moments, then --resume: the run ends bit-identical to the one that was never
+interrupted.
 
-Real processes and real SIGKILLs, over ten methods. `REWIRE_KILLS` says how many in all (before a release: 200).
+Real processes and real SIGKILLs, over ten methods. `REWIRE_KILLS` says how many in all (before a
+release: 200).
 """
 
 import hashlib
@@ -19,9 +21,20 @@ from processes import Server
 KILLS = int(os.environ.get("REWIRE_KILLS", "10"))
 
 TRAIN = [
-    "train", "--hidden", "30,20", "--density", "0.2", "--epochs", "4", "--batch-size", "25", "--lr-decay", "0.9",
-    "--threads", "1",
-]  # fmt: skip
+    "train",
+    "--hidden",
+    "30,20",
+    "--density",
+    "0.2",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "25",
+    "--lr-decay",
+    "0.9",
+    "--threads",
+    "1",
+]
 METHODS: dict[str, tuple[str, ...]] = {
     "deep-r": ("--checkpoint-every", "7", "--optimizer", "sgd", "--lr", "0.3"),
     "set": ("--momentum", "0.9"),
@@ -44,7 +57,9 @@ def server() -> Iterator[Server]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything that must be the same: all files but the report and the sums, without the seconds."""
+    """Everything that must be the same: all files but the report and the sums, without the
+    seconds.
+    """
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     for part in (*metrics, result):
@@ -75,16 +90,23 @@ def test_killed_runs_end_as_if_never_killed(server: Server, tmp_path: Path, meth
     assert (ended.code, ended.told) == (0, "")
     duration = server.seconds
     expected = outcome(tmp_path / "whole")
-    assert sum(sum(line["dropped"]) for line in expected["metrics"]) + expected["result"]["connections"] > 0
+    assert (
+        sum(sum(line["dropped"]) for line in expected["metrics"])
+        + expected["result"]["connections"]
+        > 0
+    )
     moments = random.Random(method)
     killed = resumed = runs = 0
     while killed < max(KILLS // len(METHODS), 1):
-        folder = tmp_path / f"killed {runs}"  # a new one each time: some are finished before they are killed
+        # a new one each time: some are finished before they are killed
+        folder = tmp_path / (f"killed {runs}")
         runs += 1
         code, kill_after = -signal.SIGKILL, moments.uniform(0, duration)
         while code == -signal.SIGKILL:
             resumed += (folder / "config.json").exists()
-            ended = server.run(*arguments_for(folder, method), signals=[(kill_after, signal.SIGKILL)])
+            ended = server.run(
+                *arguments_for(folder, method), signals=[(kill_after, signal.SIGKILL)]
+            )
             code = ended.code
             killed += code == -signal.SIGKILL
             kill_after = moments.uniform(0, duration / 2) if moments.random() < 0.4 else 1000.0

@@ -24,7 +24,10 @@ def matrices(draw: st.DrawFn) -> tuple[int, int, Limits]:
     rows, cols = draw(ROWS), draw(COLS)
     fan_in = draw(st.none() | st.integers(1, cols + 1))
     fan_out = draw(st.none() | st.integers(1, rows + 1))
-    block = draw(st.none() | st.tuples(st.integers(1, rows + 1), st.integers(1, cols + 1), st.integers(1, 12)))
+    block = draw(
+        st.none()
+        | st.tuples(st.integers(1, rows + 1), st.integers(1, cols + 1), st.integers(1, 12))
+    )
     return rows, cols, Limits(fan_in, fan_out, block)
 
 
@@ -80,7 +83,9 @@ def test_maximum_is_that_of_an_integer_program(matrix: tuple[int, int, Limits]) 
 
 @given(matrices(), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
-def test_sampling_is_exact_up_to_the_maximum(matrix: tuple[int, int, Limits], share: float, seed: int) -> None:
+def test_sampling_is_exact_up_to_the_maximum(
+    matrix: tuple[int, int, Limits], share: float, seed: int
+) -> None:
     rows, cols, limits = matrix
     most = limits.maximum(rows, cols)
     for k in {most, round(share * most), max(most - 1, 0)}:
@@ -109,7 +114,9 @@ def test_large_and_tight() -> None:
     assert torch.equal(torch.bincount(r), torch.full((rows,), 20))
     assert torch.equal(torch.bincount(c), torch.full((cols,), 30))
     other = limited.sample(rows, cols, most, limits, 2)
-    same = set(zip(r.tolist(), c.tolist(), strict=True)) & set(zip(*(t.tolist() for t in other), strict=True))
+    same = set(zip(r.tolist(), c.tolist(), strict=True)) & set(
+        zip(*(t.tolist() for t in other), strict=True)
+    )
     assert len(same) < 0.05 * most  # another seed, another topology
 
 
@@ -118,14 +125,21 @@ def test_large_and_tight() -> None:
 def test_first_fitting_is_a_loop(data: st.DataObject) -> None:
     n = data.draw(st.integers(0, 40))
     groups = [
-        torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)), dtype=torch.int64)
+        torch.tensor(
+            data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)), dtype=torch.int64
+        )
         for _ in range(3)
     ]
-    room = [torch.tensor(data.draw(st.lists(st.integers(0, 6), min_size=6, max_size=6))) for _ in range(3)]
+    room = [
+        torch.tensor(data.draw(st.lists(st.integers(0, 6), min_size=6, max_size=6)))
+        for _ in range(3)
+    ]
     count = data.draw(st.integers(0, 40))
     left, want = [r.tolist() for r in room], []
     for i in range(n):
-        if len(want) < count and all(own[int(g[i])] > 0 for own, g in zip(left, groups, strict=True)):
+        if len(want) < count and all(
+            own[int(g[i])] > 0 for own, g in zip(left, groups, strict=True)
+        ):
             want.append(i)
             for own, g in zip(left, groups, strict=True):
                 own[int(g[i])] -= 1
@@ -134,12 +148,16 @@ def test_first_fitting_is_a_loop(data: st.DataObject) -> None:
 
 @given(matrices(), st.integers(0, 99), st.data())
 @settings(max_examples=150, deadline=None)
-def test_growing_replaces_exactly_and_fits(matrix: tuple[int, int, Limits], seed: int, data: st.DataObject) -> None:
+def test_growing_replaces_exactly_and_fits(
+    matrix: tuple[int, int, Limits], seed: int, data: st.DataObject
+) -> None:
     rows, cols, limits = matrix
     k = data.draw(st.integers(1, limits.maximum(rows, cols)))
     r, c = limited.sample(rows, cols, k, limits, seed)
     index = topology.build_index(r, c, rows, cols)
-    dropped = torch.tensor(data.draw(st.lists(st.integers(0, k - 1), unique=True)), dtype=torch.int64)
+    dropped = torch.tensor(
+        data.draw(st.lists(st.integers(0, k - 1), unique=True)), dtype=torch.int64
+    )
     stay = torch.ones(k, dtype=torch.bool)
     stay[dropped] = False
     preferred = None
@@ -148,10 +166,14 @@ def test_growing_replaces_exactly_and_fits(matrix: tuple[int, int, Limits], seed
         free = every[~torch.isin(every, (r * cols + c)[stay])]
         free = free[torch.randperm(free.numel(), generator=torch.Generator().manual_seed(seed))]
         preferred = free // cols, free % cols
-    new = limited.grow(index, rows, cols, dropped.numel(), r[dropped], c[dropped], limits, seed, 3, 9, preferred)
+    new = limited.grow(
+        index, rows, cols, dropped.numel(), r[dropped], c[dropped], limits, seed, 3, 9, preferred
+    )
     assert new[0].numel() == dropped.numel()
     assert within(torch.cat([r[stay], new[0]]), torch.cat([c[stay], new[1]]), limits)
-    again = limited.grow(index, rows, cols, dropped.numel(), r[dropped], c[dropped], limits, seed, 3, 9, preferred)
+    again = limited.grow(
+        index, rows, cols, dropped.numel(), r[dropped], c[dropped], limits, seed, 3, 9, preferred
+    )
     assert torch.equal(new[0], again[0])
     assert torch.equal(new[1], again[1])
     if preferred is not None and not limits.kinds:  # the best, in their order
@@ -170,11 +192,13 @@ def test_growing_is_uniform_over_what_fits() -> None:
         and within(torch.tensor([0, 0, 1, i]), torch.tensor([0, 1, 2, j]), limits)
     ]
     counts = Counter(
-        tuple(int(t) for t in limited.grow(index, 3, 4, 1, r[3:], c[3:], limits, 5, step, 9)) for step in range(3000)
+        tuple(int(t) for t in limited.grow(index, 3, 4, 1, r[3:], c[3:], limits, 5, step, 9))
+        for step in range(3000)
     )
     assert set(counts) == set(fits)
     expected = 3000 / len(fits)
-    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 30  # chi-square, about 6 degrees of freedom
+    # chi-square, about 6 degrees of freedom
+    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 30
 
 
 def test_more_than_was_dropped_may_not_fit() -> None:
@@ -186,7 +210,14 @@ def test_more_than_was_dropped_may_not_fit() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"fan_in": 0}, {"fan_out": -1}, {"fan_in": 1.5}, {"block": (2, 2)}, {"block": (2, 0, 1)}, {"block": (2, None, 1)}],
+    [
+        {"fan_in": 0},
+        {"fan_out": -1},
+        {"fan_in": 1.5},
+        {"block": (2, 2)},
+        {"block": (2, 0, 1)},
+        {"block": (2, None, 1)},
+    ],
 )
 def test_bad_limits_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"at least 1|three numbers"):

@@ -1,8 +1,10 @@
-"""Files that were damaged or changed, at random, thousands of them: refused in one line, or of no other content.
+"""Files that were damaged or changed, at random, thousands of them: refused in one line, or of no
+other content.
 
-`REWIRE_MUTATIONS` says how many (before a release: 5000). Half of the changed files
-have their checksums made anew, as somebody would who means it: then their content may be taken, but no reader may do
-anything but take it or refuse it in one line. Memory is limited for all: what is legitimate takes half of it.
+`REWIRE_MUTATIONS` says how many (before a release: 5000). Half of the changed files have their
+checksums made anew, as somebody would who means it: then their content may be taken, but no reader
+may do anything but take it or refuse it in one line. Memory is limited for all: what is legitimate
+takes half of it.
 """
 
 from __future__ import annotations
@@ -46,11 +48,12 @@ SLACK = 1 << 20  # bytes that a reader may take beyond twice what the file as it
 ADDRESS_SPACE = 256 << 20  # and what all of the process may grow by, with what Python does not see
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- what is read ---------------------------------------------------------------------------------
 
 
 class Reader:
-    """A kind of file or folder: how to read it, what may be raised, and which of its files may be changed.
+    """A kind of file or folder: how to read it, what may be raised, and which of its files may be
+    changed.
 
     read: from the folder to what was read, as something that can be compared.
     seal: make the checksums of a changed folder right.
@@ -64,7 +67,13 @@ class Reader:
         refusals: tuple[type[Exception], ...],
         seal: Callable[[Path], None] | None = None,
     ) -> None:
-        self.folder, self.names, self.read, self.refusals, self.seal = folder, names, read, refusals, seal
+        self.folder, self.names, self.read, self.refusals, self.seal = (
+            folder,
+            names,
+            read,
+            refusals,
+            seal,
+        )
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         tracemalloc.start()
         self.expected = read(folder)
@@ -75,7 +84,11 @@ class Reader:
 def plain(value: Any) -> Any:
     """Anything as something that can be compared with ==, to the last bit."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), list(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return (
+            str(value.dtype),
+            list(value.shape),
+            value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
     if isinstance(value, np.ndarray):
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, dict):
@@ -91,7 +104,11 @@ def report_of(folder: Path) -> Any:
     _sections(run, {})
     layers = [
         [v.name, v.inputs, v.outputs, v.connections]
-        + [[f.size, plain(f.units), plain(f.counts)] for f in (v.fan_in, v.fan_out) if f is not None]
+        + [
+            [f.size, plain(f.units), plain(f.counts)]
+            for f in (v.fan_in, v.fan_out)
+            if f is not None
+        ]
         for v in run.layers
     ]
     config = {key: value for key, value in run.config.items() if key not in run_files.FREE}
@@ -104,7 +121,15 @@ def resumed(folder: Path) -> Any:
     config = place.read_config()
     saved = place.read_checkpoint(config)
     metrics = (folder / "metrics.jsonl").read_bytes()[: saved.metrics.bytes]
-    return [config.sha256(), saved.epoch, saved.step, saved.seconds, saved.info, plain(saved.state), metrics]
+    return [
+        config.sha256(),
+        saved.epoch,
+        saved.step,
+        saved.seconds,
+        saved.info,
+        plain(saved.state),
+        metrics,
+    ]
 
 
 def resumed_at_the_end(folder: Path) -> Any:
@@ -164,7 +189,14 @@ def idx_file() -> tuple[bytes, mnist.IdxFile]:
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     """One reader of each kind, over files that are right."""
     base = tmp_path_factory.mktemp("files")
-    options = {"hidden": [6], "density": [0.3], "epochs": 3, "batch_size": 400, "threads": 1, "lr": 0.3}
+    options = {
+        "hidden": [6],
+        "density": [0.3],
+        "epochs": 3,
+        "batch_size": 400,
+        "threads": 1,
+        "lr": 0.3,
+    }
     going, over = base / "going on", base / "finished"
     asked = iter([0] * 9 + [2] * 9)
     with pytest.raises(StoppedError):
@@ -205,27 +237,68 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
         "report": Reader(over, finished, report_of, (ReportError,), seal_run),
         "report of a run that goes on": Reader(going, run, report_of, (ReportError,), seal_run),
         "resume": Reader(going, run, resumed, (TrainError,), seal_run),
-        "resume of a finished run": Reader(over, finished, resumed_at_the_end, (TrainError,), seal_run),
+        "resume of a finished run": Reader(
+            over, finished, resumed_at_the_end, (TrainError,), seal_run
+        ),
         "ternary": Reader(
-            base / "ternary", ["x"], lambda folder: plain(load_ternary(folder / "x")), (ValueError,), seal_tensors
+            base / "ternary",
+            ["x"],
+            lambda folder: plain(load_ternary(folder / "x")),
+            (ValueError,),
+            seal_tensors,
         ),
         "posterior": Reader(base / "posterior", ["x"], load_posterior, (ValueError,), seal_tensors),
         "idx": Reader(
-            base / "idx", ["x"], lambda folder: plain(mnist.read(folder / "x", described)), (data.DataError,)
+            base / "idx",
+            ["x"],
+            lambda folder: plain(mnist.read(folder / "x", described)),
+            (data.DataError,),
         ),
         "digits": Reader(base / "digits", [digits.FILE], read_digits, (data.DataError,)),
     }
 
 
-# --- how it is changed ------------------------------------------------------------------------------------------------
+# --- how it is changed ----------------------------------------------------------------------------
 
 NASTY: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 255, 2**30, 2**31, 2**40, 2**53 + 1,
-    2**63 - 1, 2**63, 10**30, 10**300, 0.5, -0.0,
-    1e308, math.nan, math.inf, -math.inf, "", "x", "0" * 64, "\u2028", "../x", "\ud800", [], {}, [[]], [1],
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    255,
+    2**30,
+    2**31,
+    2**40,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    10**30,
+    10**300,
+    0.5,
+    -0.0,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "x",
+    "0" * 64,
+    "\u2028",
+    "../x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [1],
     {"$tensor": "x"},
-    {"$dict": [[1]]}, {"$tuple": 3}, [0] * 1000,
-)  # fmt: skip
+    {"$dict": [[1]]},
+    {"$tuple": 3},
+    [0] * 1000,
+)
 
 
 def spots(value: Any) -> list[tuple[Any, Any]]:
@@ -260,7 +333,12 @@ def change_json(text: bytes, dice: random.Random) -> bytes:
     lines[at] = json.dumps(value)
     if dice.random() < 0.05:
         lines[at] = dice.choice(
-            ("[" * 100_000, '{"a":' * 5000, lines[at][:1] + '"a": 1, "a": 2, ' + lines[at][1:], "9" * 9999)
+            (
+                "[" * 100_000,
+                '{"a":' * 5000,
+                lines[at][:1] + '"a": 1, "a": 2, ' + lines[at][1:],
+                "9" * 9999,
+            )
         )
     return ("\n".join(lines) + "\n").encode()
 
@@ -277,22 +355,32 @@ def change_tensors(content: bytes, dice: random.Random) -> bytes:
     how = dice.random()
     if tensor.numel() and how < 0.6:
         extreme = (
-            torch.iinfo(tensor.dtype) if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool else None
+            torch.iinfo(tensor.dtype)
+            if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
+            else None
         )
-        choices = [0, 1, -1, 2**30] if extreme is None else [0, 1, extreme.min, extreme.max, extreme.max // 2]
+        choices = (
+            [0, 1, -1, 2**30]
+            if extreme is None
+            else [0, 1, extreme.min, extreme.max, extreme.max // 2]
+        )
         flat = tensor.reshape(-1).clone()
         flat[dice.randrange(tensor.numel())] = dice.choice(choices)
         tensor = flat.reshape(tensor.shape)
     elif how < 0.75:
         tensor = tensor.reshape(-1)[: dice.randrange(tensor.numel() + 1)].clone()
     elif how < 0.9:
-        tensor = tensor.to(dice.choice((torch.float32, torch.float16, torch.int64, torch.int8, torch.bool)))
+        tensor = tensor.to(
+            dice.choice((torch.float32, torch.float16, torch.int64, torch.int8, torch.bool))
+        )
     else:
         tensor = tensor.reshape(1, *tensor.shape)
     tensors[name] = tensor
     for key in list(metadata):
         if key != "sha256" and dice.random() < 0.3 and metadata[key][:1] in "[{":
-            metadata[key] = change_json(metadata[key].encode(), dice).decode("utf-8", "replace").strip()
+            metadata[key] = (
+                change_json(metadata[key].encode(), dice).decode("utf-8", "replace").strip()
+            )
     return tensor_file.pack(tensors, metadata)
 
 
@@ -317,7 +405,9 @@ def change_bytes(content: bytes, dice: random.Random) -> bytes:
     elif how == 6:
         found[at : at + many] = bytes(len(found[at : at + many]))
     else:
-        found[0:8] = struct.pack("<Q", dice.choice((0, 1, len(found), 2**31, 2**40, 2**63, 2**64 - 1)))
+        found[0:8] = struct.pack(
+            "<Q", dice.choice((0, 1, len(found), 2**31, 2**40, 2**63, 2**64 - 1))
+        )
     return bytes(found)
 
 
@@ -341,7 +431,7 @@ def changed(name: str, content: bytes, dice: random.Random) -> bytes:
     return change_tensors(content, dice)
 
 
-# --- and what must come of it -----------------------------------------------------------------------------------------
+# --- and what must come of it ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -364,9 +454,13 @@ def one_changed(folder: Path, reader: Reader, dice: random.Random) -> tuple[Path
     return folder, name
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by way of /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="memory is limited by way of /proc"
+)
 @pytest.mark.usefixtures("little_memory")
-def test_changed_files_are_refused_or_of_no_other_content(readers: dict[str, Reader], tmp_path: Path) -> None:
+def test_changed_files_are_refused_or_of_no_other_content(
+    readers: dict[str, Reader], tmp_path: Path
+) -> None:
     kinds = list(readers)
     refused = taken = sealed = 0
     for number in range(COUNT):
@@ -379,7 +473,11 @@ def test_changed_files_are_refused_or_of_no_other_content(readers: dict[str, Rea
                 reader.seal(folder)
                 own = True
         sealed += own
-        told = f"mutation {number} of {name}, {kinds[number % len(kinds)]}{', checksums made anew' if own else ''}"
+        told = (
+            f"mutation {number} of "
+            f"{name}, "
+            f"{kinds[number % len(kinds)]}{', checksums made anew' if own else ''}"
+        )
         line = None
         tracemalloc.start()
         try:
@@ -398,11 +496,16 @@ def test_changed_files_are_refused_or_of_no_other_content(readers: dict[str, Rea
             refused += 1
             assert "\n" not in line, told
             assert 0 < len(line) < 2000, told
-        assert peak <= 2 * reader.peak + SLACK, f"{told}: {peak:,} bytes, of the file as it was {reader.peak:,}"
+        assert peak <= 2 * reader.peak + SLACK, (
+            f"{told}: {peak:,} bytes, of the file as it was {reader.peak:,}"
+        )
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-    print(f"{COUNT} changed files: {refused} refused, {taken} with nothing changed that counts; {sealed} sealed anew")
+    print(
+        f"{COUNT} changed files: {refused} refused, {taken} with nothing changed that counts; "
+        f"{sealed} sealed anew"
+    )
     assert refused > COUNT / 2
 
 
@@ -413,13 +516,18 @@ def test_the_command_line_says_so_in_one_line(
         dice = random.Random(f"command {number}")
         reader = readers[("report", "resume of a finished run", "resume")[number % 3]]
         folder, name = one_changed(tmp_path / str(number), reader, dice)
-        # Training cannot be asked to go on with whatever somebody made of a checkpoint and sealed anew.
+        # Training cannot be asked to go on with whatever somebody made of a checkpoint and sealed
+        # anew.
         if number % 3 != 2 and dice.random() < 0.5 and reader.seal is not None:
             with contextlib.suppress(Exception):
                 reader.seal(folder)
-        command = ("report", str(folder)) if number % 3 == 0 else ("train", "--resume", "--run-dir", str(folder), "-q")
+        command = (
+            ("report", str(folder))
+            if number % 3 == 0
+            else ("train", "--resume", "--run-dir", str(folder), "-q")
+        )
         code = cli.run(command)
         told = capsys.readouterr().err
-        assert (code, told) == (0, "") or (code == 2 and told.startswith("error: ") and told.count("\n") == 1), (
-            number, name, command, told,
-        )  # fmt: skip
+        assert (code, told) == (0, "") or (
+            code == 2 and told.startswith("error: ") and told.count("\n") == 1
+        ), (number, name, command, told)

@@ -1,4 +1,6 @@
-"""docs/noiseout.md: its example, its table (that of docs/results/noiseout.json), and what the benchmark trains with."""
+"""docs/noiseout.md: its example, its table (that of docs/results/noiseout.json), and what the
+benchmark trains with.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ REPORT = json.loads((ROOT / "docs" / "results" / "noiseout.json").read_text())
 
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark, imported from its file (dataclasses look their module up by name)."""
-    spec = importlib.util.spec_from_file_location("noiseout_benchmark", ROOT / "benchmarks" / "noiseout.py")
+    spec = importlib.util.spec_from_file_location(
+        "noiseout_benchmark", ROOT / "benchmarks" / "noiseout.py"
+    )
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -35,8 +39,12 @@ def test_the_table_is_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_counts_are_those_of_the_networks() -> None:
-    """Parameters and shares follow from the neurons, by the formulas of the paper's two networks."""
-    for run in (r for runs in REPORT["networks"]["lenet-300-100"]["results"].values() for r in runs):
+    """Parameters and shares follow from the neurons, by the formulas of the paper's two
+    networks.
+    """
+    for run in (
+        r for runs in REPORT["networks"]["lenet-300-100"]["results"].values() for r in runs
+    ):
         a, b = run["neurons"]
         assert run["parameters"] == 784 * a + a + a * b + b + 10 * b + 10
         assert run["removed"] == pytest.approx(100 * (1 - run["parameters"] / 266_610))
@@ -44,7 +52,10 @@ def test_counts_are_those_of_the_networks() -> None:
         for run in (r for runs in REPORT["networks"][name]["results"].values() for r in runs):
             (neurons,), (_, channels) = run["neurons"], run["channels"]
             assert channels == 32 or name != "lenet-5"
-            assert run["parameters"] == 832 + 289 * channels + neurons * (36 * channels + 1) + 10 * neurons + 10
+            assert (
+                run["parameters"]
+                == 832 + 289 * channels + neurons * (36 * channels + 1) + 10 * neurons + 10
+            )
             assert run["removed"] == pytest.approx(100 * (1 - run["parameters"] / 605_546))
 
 
@@ -58,7 +69,9 @@ def test_what_the_page_says_of_the_papers_figures() -> None:
     for noise, runs in large.items():
         assert min(run["removed"] for run in runs) > 94.33
         assert mean("lenet-300-100", noise, "test_error") < 3.05
-    assert f"up to {max(run['test_error'] for runs in large.values() for run in runs):.2f} %" in PAGE
+    assert (
+        f"up to {max(run['test_error'] for runs in large.values() for run in runs):.2f} %"
+    ) in PAGE
     first = [run["neurons"][0] for runs in large.values() for run in runs]
     assert f"There are {min(first)} to {max(first)} neurons in the first layer" in PAGE
     for network, words in (
@@ -76,9 +89,14 @@ def test_the_example_runs() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     loader = [(torch.randn(10, 6), torch.randint(0, 3, (10,))) for _ in range(3)]
     names: dict[str, Any] = {
-        "torch": torch, "rewire": rewire, "model": model, "loader": loader, "epochs": 2,
-        "optimizer": torch.optim.Adam(model.parameters()), "validation_accuracy": lambda m: 1.0,
-    }  # fmt: skip
+        "torch": torch,
+        "rewire": rewire,
+        "model": model,
+        "loader": loader,
+        "epochs": 2,
+        "optimizer": torch.optim.Adam(model.parameters()),
+        "validation_accuracy": lambda m: 1.0,
+    }
     exec(code[1], names)
     assert names["model"][0].out_features == 1
 
@@ -99,7 +117,9 @@ def test_the_rate_falls_without_merges_and_rises_with_them(monkeypatch: pytest.M
 def test_a_check_sees_the_mean_of_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark(monkeypatch)
     model = torch.nn.Linear(1, 1, bias=False)
-    average = module.Average(module.Stage(cycle=1, back=0, most=1, lr=1.0, every=4, average=0.5), model)
+    average = module.Average(
+        module.Stage(cycle=1, back=0, most=1, lr=1.0, every=4, average=0.5), model
+    )
     seen = []
     for value in (1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 8.0, 10.0):
         with torch.no_grad():
@@ -113,7 +133,9 @@ def test_shifts_move_images_and_maps_by_whole_pixels(monkeypatch: pytest.MonkeyP
     module = benchmark(monkeypatch)
     image = torch.zeros(28, 28)
     image[10, 12] = 1
-    moved = module.Shifts(2, torch.Generator().manual_seed(0))(image.view(1, 784).repeat(500, 1)).view(-1, 28, 28)
+    moved = module.Shifts(2, torch.Generator().manual_seed(0))(
+        image.view(1, 784).repeat(500, 1)
+    ).view(-1, 28, 28)
     places = {tuple(p) for p in (moved.nonzero()[:, 1:] - torch.tensor([10, 12])).tolist()}
     assert places == {(a, b) for a in range(-2, 3) for b in range(-2, 3)}
     maps = torch.zeros(8, 12, 12, 3)

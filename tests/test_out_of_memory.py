@@ -31,7 +31,15 @@ def _native() -> object:
         lambda: torch.empty(2**60, 2**60),
         _native,
     ],
-    ids=["python", "numpy", "torch", "torch, a copy", "torch, a product", "torch, beyond counting", "native"],
+    ids=[
+        "python",
+        "numpy",
+        "torch",
+        "torch, a copy",
+        "torch, a product",
+        "torch, beyond counting",
+        "native",
+    ],
 )
 def test_is_recognised(fail: Callable[[], object]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 (its class is what differs)

@@ -1,4 +1,6 @@
-"""Averages over sampled networks: the scores against scikit-learn and by hand, the samples against the model itself."""
+"""Averages over sampled networks: the scores against scikit-learn and by hand, the samples against
+the model itself.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,30 @@ from rewire.nn import SparseLinear, sparse_weights
 from rewire.posterior import Posterior
 
 
-def probabilities(n: int = 500, classes: int = 4, sharp: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+def probabilities(
+    n: int = 500, classes: int = 4, sharp: float = 2.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
     p = torch.softmax(sharp * torch.randn(n, classes, generator=g, dtype=torch.float64), 1)
     return p, torch.randint(0, classes, (n,), generator=g)
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def test_scores_equal_scikit_learn_and_a_loop() -> None:
     p, y = probabilities()
-    assert posterior.negative_log_likelihood(p, y) == pytest.approx(log_loss(y, p.numpy()), rel=1e-6)
+    assert posterior.negative_log_likelihood(p, y) == pytest.approx(
+        log_loss(y, p.numpy()), rel=1e-6
+    )
     assert posterior.accuracy(p, y) == np.mean(
         [int(row.argmax()) == int(label) for row, label in zip(p, y, strict=True)]
     )
     brier = np.mean(
-        [sum((row[c] - (c == label)) ** 2 for c in range(4)) for row, label in zip(p.tolist(), y.tolist(), strict=True)]
+        [
+            sum((row[c] - (c == label)) ** 2 for c in range(4))
+            for row, label in zip(p.tolist(), y.tolist(), strict=True)
+        ]
     )
     assert posterior.brier_score(p, y) == pytest.approx(float(brier), rel=1e-5)
     found = posterior.scores(p, y)
@@ -87,20 +96,28 @@ def test_scores_refuse_what_does_not_fit(p: torch.Tensor, y: torch.Tensor) -> No
         posterior.scores(p, y)
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 class Training:
-    """DEEP R on random data, with batch normalization (buffers) and a dense head besides the sparse layers."""
+    """DEEP R on random data, with batch normalization (buffers) and a dense head besides the sparse
+    layers.
+    """
 
     def __init__(self, cls: Any = DeepR, **parameters: Any) -> None:
         g = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         self.model = nn.Sequential(
-            SparseLinear(8, 12, connections=30, generator=g), nn.BatchNorm1d(12), nn.ReLU(),
-            SparseLinear(12, 6, connections=20, generator=g), nn.Linear(6, 3))  # fmt: skip
+            SparseLinear(8, 12, connections=30, generator=g),
+            nn.BatchNorm1d(12),
+            nn.ReLU(),
+            SparseLinear(12, 6, connections=20, generator=g),
+            nn.Linear(6, 3),
+        )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.2)
-        self.method = cls(self.model, self.optimizer, seed=1, **({"l1": 1e-2, "noise": 0.1} | parameters))
+        self.method = cls(
+            self.model, self.optimizer, seed=1, **({"l1": 1e-2, "noise": 0.1} | parameters)
+        )
         self.time = 0
 
     def step(self) -> None:
@@ -132,11 +149,15 @@ def test_average_is_that_of_the_networks_there_were() -> None:
     assert found.count == 7
     torch.testing.assert_close(found.mean, each.mean(0), atol=1e-7, rtol=0)
     torch.testing.assert_close(found.std, each.std(0), atol=1e-7, rtol=0)
-    torch.testing.assert_close(found.expected_entropy, -(each * each.log()).sum(2).mean(0), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        found.expected_entropy, -(each * each.log()).sum(2).mean(0), atol=1e-7, rtol=0
+    )
     torch.testing.assert_close(found.entropy - found.expected_entropy, found.mutual_information)
     assert float(found.mutual_information.min()) > 0
     parts = samples.predict([x[:4], x[4:]], link=lambda y: y)
-    torch.testing.assert_close(parts.mean, torch.stack([m(x) for m in kept]).double().mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        parts.mean, torch.stack([m(x) for m in kept]).double().mean(0), atol=1e-6, rtol=0
+    )
     assert run.model.training
     for key, value in run.model.state_dict().items():
         assert torch.equal(value, before[key])
@@ -165,9 +186,15 @@ def test_inclusion_counts_connections() -> None:
     for row, col, mean, std in zip(found.rows, found.cols, found.mean, found.std, strict=True):
         values = torch.stack([v[row, col] for t, v in dense if t[row, col]])
         assert float(mean) == pytest.approx(float(values.mean()), abs=1e-9)
-        assert float(std) == pytest.approx(float(values.std()) if len(values) > 1 else 0.0, abs=1e-9)
-    torch.testing.assert_close(samples.inputs("3.weight"), torch.stack([t.amax(0) for t, _ in dense]).double().mean(0))
-    torch.testing.assert_close(samples.outputs("3.weight"), torch.stack([t.amax(1) for t, _ in dense]).double().mean(0))
+        assert float(std) == pytest.approx(
+            float(values.std()) if len(values) > 1 else 0.0, abs=1e-9
+        )
+    torch.testing.assert_close(
+        samples.inputs("3.weight"), torch.stack([t.amax(0) for t, _ in dense]).double().mean(0)
+    )
+    torch.testing.assert_close(
+        samples.outputs("3.weight"), torch.stack([t.amax(1) for t, _ in dense]).double().mean(0)
+    )
     assert len(samples.inputs()) == 8  # of the first weight by default
 
 
@@ -217,7 +244,11 @@ def test_every_layer_type_and_shared_weights() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.one, self.two = nn.Sequential(nn.Unflatten(1, (2, 6)), conv), shared, shared
+            self.body, self.one, self.two = (
+                nn.Sequential(nn.Unflatten(1, (2, 6)), conv),
+                shared,
+                shared,
+            )
             self.lstm = rewire.nn.SparseLSTM(6, 6, batch_first=True, density=0.3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The counter-based generator against published vectors, and what is drawn from it against the laws it must follow."""
+"""The counter-based generator against published vectors, and what is drawn from it against the laws
+it must follow.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
+def test_philox_known_answers(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
     assert words(counter, key) == expected
     assert philox(counter, key) == expected
 
@@ -56,14 +60,18 @@ word = st.integers(0, ONES)
 
 
 @given(st.tuples(word, word, word, word), st.tuples(word, word))
-def test_philox_equals_the_integers_of_the_paper(counter: tuple[int, ...], key: tuple[int, int]) -> None:
+def test_philox_equals_the_integers_of_the_paper(
+    counter: tuple[int, ...], key: tuple[int, int]
+) -> None:
     assert words(counter, key) == philox(counter, key)
 
 
 @given(st.integers(0, 2**63 - 1), word, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
 def test_bits_are_the_first_two_words(seed: int, step: int, stream: int, index: int) -> None:
     w = philox((index & ONES, index >> 32, step, stream), (seed & ONES, seed >> 32))
-    assert int(random.bits(seed, step, stream, torch.tensor(index))) == (w[1] << 32 | w[0]) & (2**63 - 1)
+    assert int(random.bits(seed, step, stream, torch.tensor(index))) == (w[1] << 32 | w[0]) & (
+        2**63 - 1
+    )
 
 
 def test_words_broadcast_and_keep_the_shape() -> None:
@@ -95,7 +103,7 @@ def test_below_stays_below_and_is_uniform() -> None:
     assert each[0] == each[5] == 0
 
 
-# --- normal ----------------------------------------------------------------------------------------------------------
+# --- normal ---------------------------------------------------------------------------------------
 
 
 def test_normal_is_normal() -> None:
@@ -107,7 +115,8 @@ def test_normal_is_normal() -> None:
     assert abs(drawn.var() - 1) < 5 * math.sqrt(2 / n)
     assert abs(stats.skew(drawn)) < 5 * math.sqrt(6 / n)
     assert abs(stats.kurtosis(drawn)) < 5 * math.sqrt(24 / n)
-    for lag in (1, 2, 3, 4):  # the four numbers of a counter, and neighbouring counters, are independent
+    # the four numbers of a counter, and neighbouring counters, are independent
+    for lag in (1, 2, 3, 4):
         assert abs(np.corrcoef(drawn[:-lag], drawn[lag:])[0, 1]) < 5 / math.sqrt(n)
         squares = drawn**2
         assert abs(np.corrcoef(squares[:-lag], squares[lag:])[0, 1]) < 5 / math.sqrt(n)
@@ -137,7 +146,7 @@ def test_normal_differs_between_steps_and_streams() -> None:
     assert not (base == random.normal(1, 2, 4, 100)).any()
 
 
-# --- distinct --------------------------------------------------------------------------------------------------------
+# --- distinct -------------------------------------------------------------------------------------
 
 
 def first_distinct(n: int, bound: int, seed: int, step: int, stream: int, offset: int) -> list[int]:
@@ -174,7 +183,9 @@ def test_distinct_is_what_it_is_defined_to_be(
     assert drawn.tolist() == expected
 
 
-@pytest.mark.parametrize(("n", "bound"), [(0, 0), (0, 5), (5, 5), (1, 1), (1000, 1000), (0, 2**62), (7, 2**62)])
+@pytest.mark.parametrize(
+    ("n", "bound"), [(0, 0), (0, 5), (5, 5), (1, 1), (1000, 1000), (0, 2**62), (7, 2**62)]
+)
 def test_distinct_at_the_edges(n: int, bound: int) -> None:
     drawn = random.distinct(n, bound, 3, 0, 0)
     assert drawn.shape == (n,)
@@ -188,7 +199,8 @@ def test_distinct_refuses_what_cannot_be(n: int, bound: int) -> None:
         random.distinct(n, bound, 0, 0, 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])  # bound 5: n = 1, 2 draw the subset, n = 3, 4 its complement
+# bound 5: n = 1, 2 draw the subset, n = 3, 4 its complement
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_distinct_is_uniform_over_subsets(n: int) -> None:
     bound, draws = 5, 3000
     number = {subset: i for i, subset in enumerate(itertools.combinations(range(bound), n))}

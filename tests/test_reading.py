@@ -46,7 +46,10 @@ def test_json_that_is_read() -> None:
         "a": [1, -2.5, None, True, "\U0001f600"]
     }
     assert reading.parse_json(b"[" * 64 + b"]" * 64, "")
-    assert reading.parse_json(b"[-Infinity, 1e999]", "", finite=False) == [-float("inf"), float("inf")]
+    assert reading.parse_json(b"[-Infinity, 1e999]", "", finite=False) == [
+        -float("inf"),
+        float("inf"),
+    ]
     assert reading.parse_json(str(2**64).encode(), "") == 2**64
 
 
@@ -87,7 +90,9 @@ TENSORS = {
 
 def test_tensors_are_written_as_safetensors_would(tmp_path: Path) -> None:
     expected = tensor_file.pack(TENSORS, {"key": "text"})
-    assert tensor_file.write(tmp_path / "x", TENSORS, {"key": "text"}) == files.sha256_bytes(expected)
+    assert tensor_file.write(tmp_path / "x", TENSORS, {"key": "text"}) == files.sha256_bytes(
+        expected
+    )
     assert (tmp_path / "x").read_bytes() == expected
     assert tensor_file.size(TENSORS) == len(tensor_file.pack(TENSORS))
     whole = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
@@ -100,7 +105,9 @@ def test_tensors_are_written_as_safetensors_would(tmp_path: Path) -> None:
         for name, tensor in TENSORS.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor)
-    assert tensor_file.content_sha256(back, metadata) == tensor_file.content_sha256(TENSORS, metadata)
+    assert tensor_file.content_sha256(back, metadata) == tensor_file.content_sha256(
+        TENSORS, metadata
+    )
     with pytest.raises(TypeError, match=r"x: a tensor of torch\.complex128"):
         tensor_file.pack({"x": torch.zeros(1, dtype=torch.complex128)})
 
@@ -108,11 +115,18 @@ def test_tensors_are_written_as_safetensors_would(tmp_path: Path) -> None:
 def test_the_sum_tells_every_change_of_content() -> None:
     zero = torch.zeros(2, 3)
     variants = [
-        ({"a": zero}, {}), ({"b": zero}, {}), ({"a": zero.view(3, 2)}, {}), ({"a": zero.int()}, {}),
-        ({"a": torch.tensor([[0.0, 0, 0], [0, 0, -0.0]])}, {}), ({"a": zero}, {"k": "v"}), ({"a": zero}, {"k": "w"}),
-    ]  # fmt: skip
+        ({"a": zero}, {}),
+        ({"b": zero}, {}),
+        ({"a": zero.view(3, 2)}, {}),
+        ({"a": zero.int()}, {}),
+        ({"a": torch.tensor([[0.0, 0, 0], [0, 0, -0.0]])}, {}),
+        ({"a": zero}, {"k": "v"}),
+        ({"a": zero}, {"k": "w"}),
+    ]
     assert len({tensor_file.content_sha256(*variant) for variant in variants}) == len(variants)
-    assert tensor_file.content_sha256({"a": zero}, {"sha256": "x"}) == tensor_file.content_sha256({"a": zero}, {})
+    assert tensor_file.content_sha256({"a": zero}, {"sha256": "x"}) == tensor_file.content_sha256(
+        {"a": zero}, {}
+    )
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 30))

@@ -1,4 +1,6 @@
-"""Index algebra against brute force on small matrices, laws of sampling, and sizes that only O(K) code survives."""
+"""Index algebra against brute force on small matrices, laws of sampling, and sizes that only O(K)
+code survives.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def pools(draw: st.DrawFn) -> tuple[Slots, int, int]:
     return list(slots), n_rows, n_cols
 
 
-# --- build_index -----------------------------------------------------------------------------------------------------
+# --- build_index ----------------------------------------------------------------------------------
 
 
 @given(pools(), st.sampled_from([torch.int32, torch.int64]))
@@ -71,7 +73,9 @@ def test_index_of_a_larger_matrix_equals_scipy() -> None:
     shuffle = torch.randperm(k)
     rows, cols = rows[shuffle].int(), cols[shuffle].int()
     index = topology.build_index(rows, cols, n_rows, n_cols)
-    matrix = sparse.coo_array((np.arange(k) + 1, (rows.numpy(), cols.numpy())), shape=(n_rows, n_cols))
+    matrix = sparse.coo_array(
+        (np.arange(k) + 1, (rows.numpy(), cols.numpy())), shape=(n_rows, n_cols)
+    )
     by_row, by_col = matrix.tocsr(), matrix.tocsc()
     by_row.sort_indices()
     by_col.sort_indices()
@@ -127,12 +131,14 @@ def test_shapes_must_agree() -> None:
             topology.build_index(*bad, 2, 2)
 
 
-# --- replace_ --------------------------------------------------------------------------------------------------------
+# --- replace_ -------------------------------------------------------------------------------------
 
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[Slots, int, int, list[int], Slots]:
-    """A pool, slots to change, and what they shall hold: any mix of moving, swapping, emptying and filling."""
+    """A pool, slots to change, and what they shall hold: any mix of moving, swapping, emptying and
+    filling.
+    """
     slots, n_rows, n_cols = draw(pools())
     chosen = draw(st.lists(st.sampled_from(range(len(slots))), unique=True)) if slots else []
     kept = {s for k, s in enumerate(slots) if k not in chosen}
@@ -140,11 +146,19 @@ def changes(draw: st.DrawFn) -> tuple[Slots, int, int, list[int], Slots]:
     wanted = draw(st.permutations(free))[: len(chosen)]
     new = list(wanted) + [EMPTY] * (len(chosen) - len(wanted))
     emptied = draw(st.lists(st.booleans(), min_size=len(new), max_size=len(new)))
-    return slots, n_rows, n_cols, chosen, [EMPTY if e else p for p, e in zip(new, emptied, strict=True)]
+    return (
+        slots,
+        n_rows,
+        n_cols,
+        chosen,
+        [EMPTY if e else p for p, e in zip(new, emptied, strict=True)],
+    )
 
 
 @given(changes(), st.sampled_from([torch.int32, torch.int64]))
-def test_replace_equals_a_fresh_build(change: tuple[Slots, int, int, list[int], Slots], dtype: torch.dtype) -> None:
+def test_replace_equals_a_fresh_build(
+    change: tuple[Slots, int, int, list[int], Slots], dtype: torch.dtype
+) -> None:
     slots, n_rows, n_cols, chosen, new = change
     rows, cols = pool(slots, dtype)
     index = topology.build_index(rows, cols, n_rows, n_cols)
@@ -160,7 +174,8 @@ def test_replace_equals_a_fresh_build(change: tuple[Slots, int, int, list[int], 
     assert [t.data_ptr() for t in (rows, cols, *index)] == held
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.5, 1.0])  # from few changes (a merge) to many (a rebuild)
+# from few changes (a merge) to many (a rebuild)
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.5, 1.0])
 def test_replace_in_a_larger_pool(share: float) -> None:
     n_rows, n_cols, k, capacity = 200, 300, 6000, 6500
     generator = torch.Generator().manual_seed(1)
@@ -179,7 +194,14 @@ def test_replace_in_a_larger_pool(share: float) -> None:
         )
         blank = torch.full((slots.numel() - new[0].numel(),), -1)
         topology.replace_(
-            rows, cols, index, n_rows, n_cols, slots, torch.cat([new[0], blank]), torch.cat([new[1], blank])
+            rows,
+            cols,
+            index,
+            n_rows,
+            n_cols,
+            slots,
+            torch.cat([new[0], blank]),
+            torch.cat([new[1], blank]),
         )
         fresh = topology.build_index(rows, cols, n_rows, n_cols)
         assert all(torch.equal(a, b) for a, b in zip(index, fresh, strict=True))
@@ -200,7 +222,11 @@ BAD_CHANGES = {
     "beyond int32": ([1], [(2**32, 0)], r"connection \(4294967296, 0\) is outside"),
     "beyond int32 too": ([1], [(0, 2**32 - 1)], r"connection \(0, 4294967295\) is outside"),
     "active elsewhere": ([0], [(1, 1)], r"connection \(1, 1\) occurs more than once"),
-    "active elsewhere, into an empty slot": ([2], [(0, 1)], r"connection \(0, 1\) occurs more than once"),
+    "active elsewhere, into an empty slot": (
+        [2],
+        [(0, 1)],
+        r"connection \(0, 1\) occurs more than once",
+    ),
     "twice among the new": ([0, 2], [(2, 2), (2, 2)], r"connection \(2, 2\) occurs more than once"),
 }
 
@@ -236,7 +262,7 @@ def test_swapping_slots_and_staying_in_place() -> None:
     assert as_lists(index) == brute(new, 3, 4)
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 11, 12])
@@ -272,7 +298,9 @@ def with_dropped(draw: st.DrawFn) -> tuple[Slots, int, int, Slots]:
 
 
 @given(with_dropped(), st.sampled_from([torch.int32, torch.int64]))
-def test_candidates_is_a_bijection(given_: tuple[Slots, int, int, Slots], dtype: torch.dtype) -> None:
+def test_candidates_is_a_bijection(
+    given_: tuple[Slots, int, int, Slots], dtype: torch.dtype
+) -> None:
     slots, n_rows, n_cols, dropped = given_
     index = topology.build_index(*pool(slots, dtype), n_rows, n_cols)
     dormant = [p for p in itertools.product(range(n_rows), range(n_cols)) if p not in slots]
@@ -291,7 +319,9 @@ def test_dormant_ones_are_dormant(given_: tuple[Slots, int, int, Slots], step: i
     kept = set(slots) - set(dropped) - {EMPTY}
     free = n_rows * n_cols - len(kept)
     for n in {0, min(1, free), free // 2, free}:
-        rows, cols = topology.sample_dormant(index, n_rows, n_cols, n, *pool(dropped, torch.int64), 1, step, 2)
+        rows, cols = topology.sample_dormant(
+            index, n_rows, n_cols, n, *pool(dropped, torch.int64), 1, step, 2
+        )
         drawn = list(zip(rows.tolist(), cols.tolist(), strict=True))
         assert len(set(drawn)) == len(drawn) == n
         assert kept.isdisjoint(drawn)
@@ -307,7 +337,9 @@ def test_dormant_ones_are_drawn_uniformly(n: int) -> None:
     number = {frozenset(s): i for i, s in enumerate(itertools.combinations(open_, n))}
     seen = np.zeros(len(number))
     for step in range(1500):
-        rows, cols = topology.sample_dormant(index, 3, 3, n, *pool(dropped, torch.int64), 23, step, 1)
+        rows, cols = topology.sample_dormant(
+            index, 3, 3, n, *pool(dropped, torch.int64), 23, step, 1
+        )
         seen[number[frozenset(zip(rows.tolist(), cols.tolist(), strict=True))]] += 1
     assert stats.chisquare(seen).pvalue > 1e-4
 
@@ -341,7 +373,7 @@ def test_sampling_depends_on_positions_not_on_slots() -> None:
         assert torch.equal(draw(a), draw(b))
 
 
-# --- sampling within rows --------------------------------------------------------------------------------------------
+# --- sampling within rows -------------------------------------------------------------------------
 
 
 @given(with_dropped(), st.integers(0, 1000))
@@ -349,7 +381,9 @@ def test_in_rows_keeps_every_fan_in(given_: tuple[Slots, int, int, Slots], step:
     slots, n_rows, n_cols, dropped = given_
     dropped = sorted(dropped, key=lambda p: p[0])
     index = topology.build_index(*pool(slots), n_rows, n_cols)
-    cols = topology.sample_dormant_in_rows(index, n_rows, n_cols, *pool(dropped, torch.int64), 4, step, 1)
+    cols = topology.sample_dormant_in_rows(
+        index, n_rows, n_cols, *pool(dropped, torch.int64), 4, step, 1
+    )
     assert cols.dtype == torch.int64
     kept = set(slots) - set(dropped) - {EMPTY}
     grown = [(r, c) for (r, _), c in zip(dropped, cols.tolist(), strict=True)]
@@ -358,12 +392,19 @@ def test_in_rows_keeps_every_fan_in(given_: tuple[Slots, int, int, Slots], step:
 
 
 def test_in_rows_is_uniform_and_rows_are_independent() -> None:
-    # Hundreds of pairs of rows in one matrix: even rows draw 2 of {1} + {3, 0}, odd rows 1 of {0} + {2}.
+    # Hundreds of pairs of rows in one matrix: even rows draw 2 of {1} + {3, 0}, odd rows 1 of {0} +
+    # {2}.
     pairs = 900
-    slots = [(2 * i + r, c) for i in range(pairs) for r, c in ((0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3))]
+    slots = [
+        (2 * i + r, c)
+        for i in range(pairs)
+        for r, c in ((0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3))
+    ]
     dropped = [(2 * i + r, c) for i in range(pairs) for r, c in ((0, 3), (0, 0), (1, 2))]
     index = topology.build_index(*pool(slots), 2 * pairs, 4)
-    drawn = topology.sample_dormant_in_rows(index, 2 * pairs, 4, *pool(dropped, torch.int64), 5, 7, 1)
+    drawn = topology.sample_dormant_in_rows(
+        index, 2 * pairs, 4, *pool(dropped, torch.int64), 5, 7, 1
+    )
     outcomes = list(itertools.product(itertools.combinations((0, 1, 3), 2), (0, 2)))
     seen = Counter((tuple(sorted((a, b))), c) for a, b, c in drawn.view(pairs, 3).tolist())
     assert set(seen) == set(outcomes)
@@ -374,14 +415,20 @@ def test_in_rows_of_full_rows_and_of_nothing() -> None:
     slots = list(itertools.product(range(3), range(2)))
     index = topology.build_index(*pool(slots), 3, 2)
     dropped: Slots = [(0, 1), (2, 0), (2, 1)]
-    cols = topology.sample_dormant_in_rows(index, 3, 2, *pool(dropped, torch.int64), 0, 0, 0).tolist()
+    cols = topology.sample_dormant_in_rows(
+        index, 3, 2, *pool(dropped, torch.int64), 0, 0, 0
+    ).tolist()
     assert cols[0] == 1
     assert sorted(cols[1:]) == [0, 1]
-    assert topology.sample_dormant_in_rows(index, 3, 2, *pool([], torch.int64), 0, 0, 0).shape == (0,)
+    assert topology.sample_dormant_in_rows(index, 3, 2, *pool([], torch.int64), 0, 0, 0).shape == (
+        0,
+    )
 
 
 def test_filling_rows_is_uniform_over_what_is_free() -> None:
-    """Row 0 has one connection and draws 2 of the 4 other columns, row 1 none of 5, row 2 all that are left."""
+    """Row 0 has one connection and draws 2 of the 4 other columns, row 1 none of 5, row 2 all that
+    are left.
+    """
     rows, cols = torch.tensor([2, 0, 2, 1]), torch.tensor([4, 1, 0, 3])
     need = torch.tensor([2, 0, 3, 1])
     seen: Counter[tuple[int, ...]] = Counter()
@@ -395,14 +442,15 @@ def test_filling_rows_is_uniform_over_what_is_free() -> None:
     assert stats.chisquare(list(seen.values())).pvalue > 1e-4
     for wrong in (torch.tensor([1]), torch.tensor([0, -1, 0, 0])):
         with pytest.raises(
-            topology.TopologyError, match="need must have a number of at least 0 for each of the 4 rows"
+            topology.TopologyError,
+            match="need must have a number of at least 0 for each of the 4 rows",
         ):
             topology.sample_in_rows(rows, cols, 4, 5, wrong, 5, 0, 1)
     with pytest.raises(topology.TopologyError, match="row 2 has 3 columns left, not 4"):
         topology.sample_in_rows(rows, cols, 4, 5, torch.tensor([0, 0, 4, 0]), 5, 0, 1)
 
 
-# --- large matrices --------------------------------------------------------------------------------------------------
+# --- large matrices -------------------------------------------------------------------------------
 
 
 def test_a_million_by_a_million() -> None:
@@ -412,14 +460,19 @@ def test_a_million_by_a_million() -> None:
     rows, cols = topology.sample(n, n, k, 1)
     rows, cols = rows.int(), cols.int()
     index = topology.build_index(rows, cols, n, n)
-    assert int(cols.max()) > n // 2  # the positions use the whole range, beyond what int32 products could tell
+    # the positions use the whole range, beyond what int32 products could tell
+    assert int(cols.max()) > n // 2
     for step in range(3):
         slots = torch.randperm(k)[: 10 ** (step + 2)]
-        drawn = topology.sample_dormant(index, n, n, slots.numel(), rows[slots].long(), cols[slots].long(), 1, step, 1)
+        drawn = topology.sample_dormant(
+            index, n, n, slots.numel(), rows[slots].long(), cols[slots].long(), 1, step, 1
+        )
         assert topology.replace_(rows, cols, index, n, n, slots, *drawn) == k
         order = torch.sort(rows[slots].long(), stable=True).indices
         slots = slots[order]
-        new = topology.sample_dormant_in_rows(index, n, n, rows[slots].long(), cols[slots].long(), 1, step, 2)
+        new = topology.sample_dormant_in_rows(
+            index, n, n, rows[slots].long(), cols[slots].long(), 1, step, 2
+        )
         topology.replace_(rows, cols, index, n, n, slots, rows[slots].long(), new)
     fresh = topology.build_index(rows, cols, n, n)
     assert all(torch.equal(a, b) for a, b in zip(index, fresh, strict=True))
@@ -441,7 +494,7 @@ def test_duplicates_are_found_by_position_not_by_a_wrapped_product() -> None:
     assert int(index.row_ptr[-1]) == 3
 
 
-# --- signs and fingerprints ------------------------------------------------------------------------------------------
+# --- signs and fingerprints -----------------------------------------------------------------------
 
 
 def test_signs_are_balanced_and_belong_to_positions() -> None:
@@ -452,7 +505,11 @@ def test_signs_are_balanced_and_belong_to_positions() -> None:
     assert signs.dtype == torch.int8
     assert set(signs.tolist()) == {-1, 1}
     for axis in (None, 0, 1):
-        total = signs.view(side, side).double().sum() if axis is None else signs.view(side, side).double().sum(axis)
+        total = (
+            signs.view(side, side).double().sum()
+            if axis is None
+            else signs.view(side, side).double().sum(axis)
+        )
         n = side * side if axis is None else side
         assert (total / n**0.5).abs().max() < 5
     assert abs(np.corrcoef(signs[:-1], signs[1:])[0, 1]) < 5 / side
@@ -485,6 +542,7 @@ def test_fingerprint_is_of_the_set() -> None:
     assert topology.fingerprint(*pool(slots[1:])) != base
     assert topology.fingerprint(*pool([(c, r) for r, c in slots])) != base
     prints = {
-        topology.fingerprint(*pool(list(s))) for s in itertools.combinations(itertools.product(range(4), range(4)), 3)
+        topology.fingerprint(*pool(list(s)))
+        for s in itertools.combinations(itertools.product(range(4), range(4)), 3)
     }
     assert len(prints) == 560

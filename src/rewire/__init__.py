@@ -34,7 +34,9 @@ __all__ = [
     "to_sparse",
 ]
 
-_FROM_NN = frozenset({"densify", "param_groups", "sparse_weights", "sparsify", "summary", "to_sparse"})
+_FROM_NN = frozenset(
+    {"densify", "param_groups", "sparse_weights", "sparsify", "summary", "to_sparse"}
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -48,7 +50,8 @@ def __getattr__(name: str) -> Any:
 
 
 if "torch" in sys.modules:
-    # Whoever uses torch already pays for no import, and torch.export.load needs the operators to be registered.
+    # Whoever uses torch already pays for no import, and torch.export.load needs the operators to be
+    # registered.
     importlib.import_module("rewire.ops")
 
 

@@ -1,8 +1,9 @@
 """Loads the C++ library with the native kernels, if it was built, and says what became of it.
 
-The library registers its functions as ``torch.ops.rewire.*``. Two environment variables are read once, when it is
-first asked for: ``REWIRE_NATIVE=0`` leaves it out (everything then runs in plain PyTorch), and
-``REWIRE_CPU_CAPABILITY`` = ``portable``, ``avx2`` or ``avx512`` caps the instruction set.
+The library registers its functions as ``torch.ops.rewire.*``. Two environment variables are read
+once, when it is first asked for: ``REWIRE_NATIVE=0`` leaves it out (everything then runs in plain
+PyTorch), and ``REWIRE_CPU_CAPABILITY`` = ``portable``, ``avx2`` or ``avx512`` caps the instruction
+set.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _CAPABILITIES = ("portable", "avx2", "avx512")
 
 
 class NativeKernelsUnavailable(UserWarning):
-    """The native kernels are missing or do not load; results are the same, but computed many times slower."""
+    """The native kernels are missing or do not load; results are the same, but computed many times
+    slower.
+    """
 
 
 class _State(NamedTuple):
@@ -33,13 +36,21 @@ class _State(NamedTuple):
 
 @functools.cache
 def _load() -> _State:
-    """Load the library on the first call; warn (once, therefore) if it should be there and is not."""
+    """Load the library on the first call; warn (once, therefore) if it should be there and is
+    not.
+    """
     cap = os.environ.get("REWIRE_CPU_CAPABILITY", "")
     if cap and cap not in _CAPABILITIES:
-        raise ValueError(f"REWIRE_CPU_CAPABILITY is {cap!r}; allowed are {', '.join(_CAPABILITIES)}")
+        raise ValueError(
+            f"REWIRE_CPU_CAPABILITY is {cap!r}; allowed are {', '.join(_CAPABILITIES)}"
+        )
     if os.environ.get("REWIRE_NATIVE", "") == "0":
         return _State(frozenset(), "switched off by REWIRE_NATIVE=0", None)
-    built = [path for pattern in ("_C*.so", "_C*.pyd", "_C*.dylib") for path in sorted(_FOLDER.glob(pattern))]
+    built = [
+        path
+        for pattern in ("_C*.so", "_C*.pyd", "_C*.dylib")
+        for path in sorted(_FOLDER.glob(pattern))
+    ]
     if not built:
         reason = "the C++ extension is not built"
     else:
@@ -54,8 +65,10 @@ def _load() -> _State:
         except OSError as error:
             reason = f"the C++ extension does not load: {error}"
     warnings.warn(
-        f"rewire computes in plain PyTorch, many times slower than with native kernels, because {reason}. "
-        "Reinstall it where a C++17 compiler is present, or set REWIRE_NATIVE=0 to accept this silently.",
+        "rewire computes in plain PyTorch, many times slower than with native kernels, because "
+        f"{reason}. "
+        "Reinstall it where a C++17 compiler is present, or set REWIRE_NATIVE=0 to accept this "
+        "silently.",
         NativeKernelsUnavailable,
         stacklevel=2,
     )
@@ -73,7 +86,9 @@ def reason() -> str:
 
 
 def instruction_set() -> str | None:
-    """``portable`` (the compiler's default target), ``avx2`` or ``avx512``; None without the library."""
+    """``portable`` (the compiler's default target), ``avx2`` or ``avx512``; None without the
+    library.
+    """
     return _load().instruction_set
 
 

@@ -1,7 +1,8 @@
 """How many connections each weight may have: pure functions from shapes and a total to counts.
 
-Every function returns integers that sum to ``total`` exactly, each between 1 and the weight's size. Shapes are those of
-the weights, output dimension first, kernel dimensions last: ``(out, in)``, ``(out, in, kh, kw)``.
+Every function returns integers that sum to ``total`` exactly, each between 1 and the weight's size.
+Shapes are those of the weights, output dimension first, kernel dimensions last: ``(out, in)``,
+``(out, in, kh, kw)``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-__all__ = ["DISTRIBUTIONS", "Limits", "allowed", "connections_of", "distribute", "er", "erk", "uniform"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "Limits",
+    "allowed",
+    "connections_of",
+    "distribute",
+    "er",
+    "erk",
+    "uniform",
+]
 
 Shapes = Sequence[Sequence[int]]
 
@@ -22,33 +32,45 @@ def uniform(shapes: Shapes, total: int) -> list[int]:
 
 
 def er(shapes: Shapes, total: int) -> list[int]:
-    """Erdos-Renyi (SET, Mocanu et al. 2018): density proportional to ``(n_in + n_out) / (n_in n_out)``.
+    """Erdos-Renyi (SET, Mocanu et al. 2018): density proportional to ``(n_in + n_out) / (n_in
+    n_out)``.
 
-    Dimensions of a kernel do not count; weights that would exceed density 1 become dense and the rest is solved again.
+    Dimensions of a kernel do not count; weights that would exceed density 1 become dense and the
+    rest is solved again.
     """
     return _allot([(s[0] + s[1]) / (s[0] * s[1]) for s in _checked(shapes)], shapes, total)
 
 
 def erk(shapes: Shapes, total: int) -> list[int]:
-    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density as ``sum(dims) / prod(dims)``, kernel included."""
+    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density as ``sum(dims) / prod(dims)``, kernel
+    included.
+    """
     return _allot([sum(s) / math.prod(s) for s in _checked(shapes)], shapes, total)
 
 
 #: The distributions by the names users type.
-DISTRIBUTIONS: Mapping[str, Callable[[Shapes, int], list[int]]] = {"uniform": uniform, "er": er, "erk": erk}
+DISTRIBUTIONS: Mapping[str, Callable[[Shapes, int], list[int]]] = {
+    "uniform": uniform,
+    "er": er,
+    "erk": erk,
+}
 
 
 def distribute(name: str, shapes: Shapes, total: int) -> list[int]:
     """Apply the distribution called ``name`` (see `DISTRIBUTIONS`)."""
     if name not in DISTRIBUTIONS:
-        raise ValueError(f"unknown distribution {name!r}: choose one of {', '.join(sorted(DISTRIBUTIONS))}")
+        raise ValueError(
+            f"unknown distribution {name!r}: choose one of {', '.join(sorted(DISTRIBUTIONS))}"
+        )
     return DISTRIBUTIONS[name](shapes, total)
 
 
 def connections_of(density: float, size: int) -> int:
-    """The number of connections that ``density`` gives a weight of ``size`` potential ones: at least 1, at most all.
+    """The number of connections that ``density`` gives a weight of ``size`` potential ones: at
+    least 1, at most all.
 
-    Raises ValueError for a density outside (0, 1] (NaN included) and for one so small that it rounds to nothing.
+    Raises ValueError for a density outside (0, 1] (NaN included) and for one so small that it
+    rounds to nothing.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be above 0 and at most 1, not {density}")
@@ -62,7 +84,8 @@ def connections_of(density: float, size: int) -> int:
 
 
 def allowed(size: int, connections: int | None = None, density: float | None = None) -> int:
-    """K of a weight of ``size`` potential connections, from exactly one of ``connections`` and ``density``.
+    """K of a weight of ``size`` potential connections, from exactly one of ``connections`` and
+    ``density``.
 
     Raises ValueError where both or none are given, or K is not a whole number from 1 to ``size``.
     """
@@ -73,7 +96,8 @@ def allowed(size: int, connections: int | None = None, density: float | None = N
     assert connections is not None
     if not 1 <= connections <= size or int(connections) != connections:
         raise ValueError(
-            f"connections must be a whole number between 1 and {size} (all potential ones), not {connections}"
+            f"connections must be a whole number between 1 and {size} (all potential ones), not "
+            f"{connections}"
         )
     return int(connections)
 
@@ -81,16 +105,22 @@ def allowed(size: int, connections: int | None = None, density: float | None = N
 def _checked(shapes: Shapes) -> Shapes:
     for shape in shapes:
         if len(shape) < 2 or min(shape) < 1:
-            raise ValueError(f"a weight needs at least two dimensions, all of them at least 1, not {tuple(shape)}")
+            raise ValueError(
+                "a weight needs at least two dimensions, all of them at least 1, "
+                f"not {tuple(shape)}"
+            )
     return shapes
 
 
 def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
-    """Counts proportional to weight x size, in [1, size], summing to total: water filling, then largest remainders."""
+    """Counts proportional to weight x size, in [1, size], summing to total: water filling, then
+    largest remainders.
+    """
     sizes = [math.prod(s) for s in _checked(shapes)]
     if not len(sizes) <= total <= sum(sizes):
         raise ValueError(
-            f"a total of {total} connections cannot be spread over {len(sizes)} weights of sizes {sizes}: "
+            f"a total of {total} connections cannot be spread over {len(sizes)} weights of sizes "
+            f"{sizes}: "
             f"choose between {len(sizes)} (one each) and {sum(sizes)} (all)"
         )
     share = [w * n for w, n in zip(weights, sizes, strict=True)]
@@ -100,7 +130,8 @@ def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
         left = total - sum(fixed.values())
         scale = left / sum(share[i] for i in free) if free else 0.0
         full = {i: sizes[i] for i in free if share[i] * scale >= sizes[i]}
-        # Saturate from above first: it only raises the scale for the rest, so a weight below 1 may still get more.
+        # Saturate from above first: it only raises the scale for the rest, so a weight below 1 may
+        # still get more.
         bound = full or {i: 1 for i in free if share[i] * scale < 1}
         if not bound:
             break
@@ -114,10 +145,15 @@ def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
 
 
 def _settle(counts: list[int], sizes: Sequence[int], total: int) -> list[int]:
-    """Move single connections until the total is exact: saturated weights can leave a few too many or too few."""
+    """Move single connections until the total is exact: saturated weights can leave a few too many
+    or too few.
+    """
     while (off := total - sum(counts)) != 0:
         if off > 0:
-            i = max((i for i in range(len(sizes)) if counts[i] < sizes[i]), key=lambda i: sizes[i] - counts[i])
+            i = max(
+                (i for i in range(len(sizes)) if counts[i] < sizes[i]),
+                key=lambda i: sizes[i] - counts[i],
+            )
             counts[i] += min(off, sizes[i] - counts[i])
         else:
             i = max(range(len(sizes)), key=lambda i: counts[i])
@@ -127,11 +163,14 @@ def _settle(counts: list[int], sizes: Sequence[int], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What hardware allows a weight besides K: most connections of a row, of a column, and of a block of the matrix.
+    """What hardware allows a weight besides K: most connections of a row, of a column, and of a
+    block of the matrix.
 
-    fan_in: most connections of one row (output neuron). fan_out: of one column (input). block: (rows, cols, count):
-    the matrix is cut into blocks of rows x cols, those at its ends smaller, and each may have ``count`` (the core of a
-    neuromorphic chip). None is no limit. Raises ValueError for numbers below 1.
+    fan_in: most connections of one row (output neuron). fan_out: of one column (input). block:
+        (rows, cols, count):
+    the matrix is cut into blocks of rows x cols, those at its ends smaller, and each may have
+    ``count`` (the core of a neuromorphic chip). None is no limit. Raises ValueError for numbers
+    below 1.
     """
 
     fan_in: int | None = None
@@ -141,10 +180,16 @@ class Limits:
     def __post_init__(self) -> None:
         if self.block is not None:
             if len(self.block) != 3:
-                raise ValueError(f"block must be three numbers, (rows, cols, count), not {self.block}")
+                raise ValueError(
+                    f"block must be three numbers, (rows, cols, count), not {self.block}"
+                )
             object.__setattr__(self, "block", tuple(self.block))
         numbers = {"fan_in": self.fan_in, "fan_out": self.fan_out} | dict(
-            zip(("rows of a block", "cols of a block", "count of a block"), self.block or (), strict=False)
+            zip(
+                ("rows of a block", "cols of a block", "count of a block"),
+                self.block or (),
+                strict=False,
+            )
         )
         for name, number in numbers.items():
             if number is None and name in ("fan_in", "fan_out"):
@@ -160,7 +205,10 @@ class Limits:
 
     def as_numbers(self) -> list[int]:
         """Five numbers for a file: fan-in, fan-out, block; -1 is no limit."""
-        return [-1 if n is None else n for n in (self.fan_in, self.fan_out, *(self.block or (None, None, None)))]
+        return [
+            -1 if n is None else n
+            for n in (self.fan_in, self.fan_out, *(self.block or (None, None, None)))
+        ]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> Limits:
@@ -173,9 +221,10 @@ class Limits:
     def maximum(self, rows: int, cols: int) -> int:
         """The most connections that a rows x cols matrix can have within the limits; exact, O(1).
 
-        It is a maximum flow from bands of rows to bands of columns through the blocks: within a block, and over the
-        rows of a band, connections can always be spread evenly. All bands but the last are alike and a cut's
-        capacity is bilinear in how many of them are on its side, so the least cut has all or none of them: 16 cuts.
+        It is a maximum flow from bands of rows to bands of columns through the blocks: within a
+        block, and over the rows of a band, connections can always be spread evenly. All bands but
+        the last are alike and a cut's capacity is bilinear in how many of them are on its side, so
+        the least cut has all or none of them: 16 cuts.
         """
         height, width, count = self.block or (rows, cols, rows * cols)
         fan_in, fan_out = min(self.fan_in or cols, cols), min(self.fan_out or rows, rows)
@@ -184,7 +233,9 @@ class Limits:
 
         def capacity(near: tuple[bool, ...]) -> int:
             sides = near[:2], near[2:]
-            out = sum(n * h * fan_in for (n, h), s in zip(row_bands, sides[0], strict=True) if not s)
+            out = sum(
+                n * h * fan_in for (n, h), s in zip(row_bands, sides[0], strict=True) if not s
+            )
             out += sum(n * w * fan_out for (n, w), s in zip(col_bands, sides[1], strict=True) if s)
             for ((n, h), a), ((m, w), b) in product(
                 zip(row_bands, sides[0], strict=True), zip(col_bands, sides[1], strict=True)
@@ -196,11 +247,14 @@ class Limits:
         return min(capacity(near) for near in product((False, True), repeat=4))
 
     def check(self, rows: int, cols: int, connections: int) -> None:
-        """Raise ValueError if a rows x cols matrix cannot have so many connections within the limits."""
+        """Raise ValueError if a rows x cols matrix cannot have so many connections within the
+        limits.
+        """
         most = self.maximum(rows, cols)
         if connections > most:
             raise ValueError(
-                f"{connections} connections do not fit a {rows} x {cols} matrix within {self}: at most {most} do; "
+                f"{connections} connections do not fit a {rows} x {cols} matrix within {self}: at "
+                f"most {most} do; "
                 "allow fewer connections or raise the limits"
             )
 

@@ -19,20 +19,25 @@ from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = ["TopologyMismatch", "agree", "alone", "prepare", "refuse_unprepared", "sum_over_ranks"]
 
-#: The process group that a pool was prepared for, where it is not the default one, and what guards it.
+#: The process group that a pool was prepared for, where it is not the default one, and what guards
+#: it.
 _GROUPS: weakref.WeakKeyDictionary[SparseWeight, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _GUARDS: weakref.WeakKeyDictionary[SparseWeight, _Guard] = weakref.WeakKeyDictionary()
 #: Models and pools that each rank trains for itself.
 _ALONE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 _DIVERGED = (
-    "the ranks' topologies have diverged: rewire only through a method, or identically on all ranks, and let all ranks "
+    "the ranks' topologies have diverged: rewire only through a method, or identically on all "
+    "ranks, and let all ranks "
     "make the same steps; reload the last checkpoint on all of them"
 )
 _UNEVEN = (
-    "within torch.distributed.algorithms.join.Join, ranks that have run out of batches make no more steps, so weights "
-    "cannot be rewired and nothing can be summed over ranks there: let all ranks make the same steps "
-    "(DistributedSampler), use Join(..., throw_on_early_termination=True), or a method that rewires at the ends of "
+    "within torch.distributed.algorithms.join.Join, ranks that have run out of batches make no "
+    "more steps, so weights "
+    "cannot be rewired and nothing can be summed over ranks there: let all ranks make the same "
+    "steps "
+    "(DistributedSampler), use Join(..., throw_on_early_termination=True), or a method that "
+    "rewires at the ends of "
     "epochs, with end_epoch() after the Join"
 )
 
@@ -48,30 +53,39 @@ def prepare(
     seed: int | None = None,
     check_every: int = 1,
 ) -> nn.Module:
-    """Make ``model`` ready for DDP; call on every rank, before wrapping and before making the method. Returns it::
+    """Make ``model`` ready for DDP; call on every rank, before wrapping and before making the
+    method. Returns it::
 
         model = rewire.distributed.prepare(model)
         ddp = DistributedDataParallel(model)
 
     - Rank 0's topology and values are broadcast, once.
-    - The index buffers are kept out of DDP's broadcast of buffers at every step, which costs several times the step.
-    - A seed is agreed on (rank 0's ``seed``, or one drawn there) and kept as ``shared_seed`` of every pool; methods
-      made afterwards use it. They decide by synchronised values, seed and step alone, so the ranks rewire alike.
-    - A running hash of all changes of topology is compared between ranks before every ``check_every``-th optimizer step
-      whose gradients DDP has reduced, and at every `Method.end_epoch`; `TopologyMismatch` is raised on every rank, with
-      the step not made, if they differ. It is one all-reduce of two numbers, in a group of its own (gloo, where torch
-      has it), so it can neither be mistaken for another nor wait for the GPU. Forward passes ask nobody: not of the
-      bare model, nor without gradients, nor those that no step follows. A compiled model leaves it out.
+    - The index buffers are kept out of DDP's broadcast of buffers at every step, which costs
+      several times the step.
+    - A seed is agreed on (rank 0's ``seed``, or one drawn there) and kept as ``shared_seed`` of
+      every pool; methods made afterwards use it. They decide by synchronised values, seed and step
+      alone, so the ranks rewire alike.
+    - A running hash of all changes of topology is compared between ranks before every
+      ``check_every``-th optimizer step whose gradients DDP has reduced, and at every
+      `Method.end_epoch`; `TopologyMismatch` is raised on every rank, with the step not made, if
+      they differ. It is one all-reduce of two numbers, in a group of its own (gloo, where torch has
+      it), so it can neither be mistaken for another nor wait for the GPU. Forward passes ask
+      nobody: not of the bare model, nor without gradients, nor those that no step follows. A
+      compiled model leaves it out.
 
-    Under `torch.distributed.algorithms.join.Join` ranks make different numbers of steps. Topology then stays as it is:
-    methods that rewire at steps, or sum over ranks, raise RuntimeError at the first change; those that rewire at the
-    ends of epochs work, and take the largest number of steps of all ranks for their own.
+    Under `torch.distributed.algorithms.join.Join` ranks make different numbers of steps. Topology
+    then stays as it is: methods that rewire at steps, or sum over ranks, raise RuntimeError at the
+    first change; those that rewire at the ends of epochs work, and take the largest number of steps
+    of all ranks for their own.
 
-    Raises RuntimeError without an initialised process group and for a model that is wrapped (in DDP, FSDP or the like)
-    or prepared already, ValueError where ranks have pools of different sizes.
+    Raises RuntimeError without an initialised process group and for a model that is wrapped (in
+    DDP, FSDP or the like) or prepared already, ValueError where ranks have pools of different
+    sizes.
     """
     if not dist.is_initialized():
-        raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group first"
+        )
     if check_every < 1:
         raise ValueError(f"check_every must be a number of steps of at least 1, not {check_every}")
     if isinstance(model, DistributedDataParallel):
@@ -82,10 +96,14 @@ def prepare(
     refuse_sharded(model)
     pools = list(sparse_weights(model))
     if any(weight.shared_seed is not None for _, weight in pools):
-        raise RuntimeError("this model is prepared already: call prepare once, before wrapping it in DDP")
+        raise RuntimeError(
+            "this model is prepared already: call prepare once, before wrapping it in DDP"
+        )
     device = pools[0][1].device if pools else torch.device("cpu")
     source = dist.get_global_rank(process_group, 0) if process_group else 0
-    agreed = torch.tensor([random.seed_from() if seed is None else seed], dtype=torch.int64, device=device)
+    agreed = torch.tensor(
+        [random.seed_from() if seed is None else seed], dtype=torch.int64, device=device
+    )
     dist.broadcast(agreed, source, group=process_group)
     _same_sizes(pools, process_group, device)
     guard = _Guard([weight for _, weight in pools], process_group, device, check_every)
@@ -100,26 +118,35 @@ def prepare(
         weight.follow(lambda event, number=number: guard.note(number, event))
     _ALONE.discard(model)
     ignored = {
-        f"{name}.{buffer}" if name else buffer for name, w in pools for buffer, _ in w.named_buffers(recurse=False)
+        f"{name}.{buffer}" if name else buffer
+        for name, w in pools
+        for buffer, _ in w.named_buffers(recurse=False)
     }
-    ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))  # what the user asked for already
+    # what the user asked for already
+    ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
     model.register_forward_pre_hook(_AtForward(guard))
     here = weakref.ref(guard)
-    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _before_step(here, optimizer))
+    handle = register_optimizer_step_pre_hook(
+        lambda optimizer, args, kwargs: _before_step(here, optimizer)
+    )
     weakref.finalize(guard, handle.remove)
     return model
 
 
 def alone(model: nn.Module) -> nn.Module:
-    """Declare that this rank trains ``model`` for itself, whatever other ranks do (in a search, say).
+    """Declare that this rank trains ``model`` for itself, whatever other ranks do (in a search,
+    say).
 
-    Methods then take it although the process group has several ranks. Returns it. Raises RuntimeError for a model that
-    `prepare` has tied to other ranks.
+    Methods then take it although the process group has several ranks. Returns it. Raises
+    RuntimeError for a model that `prepare` has tied to other ranks.
     """
     pools = [weight for _, weight in sparse_weights(model)]
     if any(weight.shared_seed is not None for weight in pools):
-        raise RuntimeError("this model is prepared for DDP, so its ranks train together: use a copy (copy.deepcopy)")
+        raise RuntimeError(
+            "this model is prepared for DDP, so its ranks train together: use a "
+            "copy (copy.deepcopy)"
+        )
     for module in (model, *pools):
         _ALONE.add(module)
     return model
@@ -133,7 +160,8 @@ def several_ranks() -> bool:
 def refuse_unprepared(
     model: nn.Module, pools: Iterable[tuple[str, SparseWeight]], what: str, *, in_ranks: bool = True
 ) -> None:
-    """Raise RuntimeError where the world has several ranks and ``what`` (a method) cannot know that they will agree.
+    """Raise RuntimeError where the world has several ranks and ``what`` (a method) cannot know that
+    they will agree.
 
     ``in_ranks``: whether it can act on all ranks alike at all.
     """
@@ -142,25 +170,30 @@ def refuse_unprepared(
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if not in_ranks and inner not in _ALONE:
         raise RuntimeError(
-            f"{what} changes the shapes of parameters by what each rank sees for itself, and DistributedDataParallel "
-            f"knows nothing of it: train in one process, or, where every rank trains a model of its own, call "
+            f"{what} changes the shapes of parameters by what each rank sees for itself, and "
+            "DistributedDataParallel "
+            "knows nothing of it: train in one process, or, where every rank trains a model of "
+            "its own, call "
             "model = rewire.distributed.alone(model) first"
         )
     for name, weight in pools:
         if weight.shared_seed is None and weight not in _ALONE:
             raise RuntimeError(
-                f"{dist.get_world_size()} ranks train, and {name} is not prepared for it, so {what} would give each "
+                f"{dist.get_world_size()} ranks train, and {name} is not prepared for it, so "
+                f"{what} would give each "
                 "another topology: before wrapping the model and making the method, write\n"
                 "    model = rewire.distributed.prepare(model)\n"
-                "or, where every rank trains a model of its own, model = rewire.distributed.alone(model)"
+                "or, where every rank trains a model of its own, model = "
+                "rewire.distributed.alone(model)"
             )
 
 
 def agree(weights: Iterable[SparseWeight], steps: int) -> int:
-    """All ranks that share ``weights`` meet at the end of an epoch: the largest of their numbers of steps.
+    """All ranks that share ``weights`` meet at the end of an epoch: the largest of their numbers of
+    steps.
 
-    `TopologyMismatch` on all of them if their topologies differ, RuntimeError within a Join. ``steps`` itself for pools
-    that were not prepared. One small all-reduce per preparation.
+    `TopologyMismatch` on all of them if their topologies differ, RuntimeError within a Join.
+    ``steps`` itself for pools that were not prepared. One small all-reduce per preparation.
     """
     guards = {id(g): g for g in (_GUARDS.get(weight) for weight in weights) if g is not None}
     for guard in guards.values():
@@ -169,7 +202,8 @@ def agree(weights: Iterable[SparseWeight], steps: int) -> int:
 
 
 def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
-    """``tensor`` summed over the ranks that share ``weight``, in place and with the same bits everywhere; returns it.
+    """``tensor`` summed over the ranks that share ``weight``, in place and with the same bits
+    everywhere; returns it.
 
     As it is, for a pool that was not prepared. For what a method computes of a rank's own samples.
     """
@@ -180,14 +214,19 @@ def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _same_sizes(pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device) -> None:
+def _same_sizes(
+    pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device
+) -> None:
     mine = [(name, tuple(w.shape), w.capacity) for name, w in pools]
-    everyone: list[list[tuple[str, tuple[int, ...], int]] | None] = [None] * dist.get_world_size(group)
+    everyone: list[list[tuple[str, tuple[int, ...], int]] | None] = [None] * dist.get_world_size(
+        group
+    )
     dist.all_gather_object(everyone, mine, group=group)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise ValueError(
-                f"rank {rank} has sparse weights {theirs}, rank 0 has {everyone[0]}: build the same model on all ranks"
+                f"rank {rank} has sparse weights {theirs}, rank 0 has {everyone[0]}: build the "
+                "same model on all ranks"
             )
 
 
@@ -227,14 +266,19 @@ def _before_step(guard: weakref.ref[_Guard], optimizer: Optimizer) -> None:
 
 
 class _Guard:
-    """Compares the history of topology changes between ranks, before optimizer steps that all of them make.
+    """Compares the history of topology changes between ranks, before optimizer steps that all of
+    them make.
 
-    A step is one of all ranks if DDP has reduced its gradients: if a forward pass of DDP came before it that asked for
-    that. In forward passes themselves ranks need not meet.
+    A step is one of all ranks if DDP has reduced its gradients: if a forward pass of DDP came
+    before it that asked for that. In forward passes themselves ranks need not meet.
     """
 
     def __init__(
-        self, weights: list[SparseWeight], group: dist.ProcessGroup | None, device: torch.device, every: int
+        self,
+        weights: list[SparseWeight],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        every: int,
     ) -> None:
         self._weights = [weakref.ref(weight) for weight in weights]
         self._every = every
@@ -254,7 +298,11 @@ class _Guard:
             words = [number, weight.fingerprint(), weight.connections]
         else:
             # A position-dependent sum over the change, cheap next to the change itself.
-            slots, rows, cols = event.slots, weight.rows[event.slots].long(), weight.cols[event.slots].long()
+            slots, rows, cols = (
+                event.slots,
+                weight.rows[event.slots].long(),
+                weight.cols[event.slots].long(),
+            )
             mixed = (slots * 0x9E3779B1 + rows * 0x85EBCA77 + cols * 0xC2B2AE3D) ^ (rows << 20)
             words = [number, slots.numel(), int(mixed.sum().item())]
         for word in words:
@@ -265,7 +313,11 @@ class _Guard:
         if ddp is None:  # the bare model
             return
         if self._ddp is None or self._ddp() is not ddp:
-            mine = {id(weight.rows) for weight in (found() for found in self._weights) if weight is not None}
+            mine = {
+                id(weight.rows)
+                for weight in (found() for found in self._weights)
+                if weight is not None
+            }
             if any(id(buffer) in mine for buffer in ddp.modules_buffers):
                 raise RuntimeError(
                     "DistributedDataParallel broadcasts the index of sparse weights: call "
@@ -280,7 +332,11 @@ class _Guard:
     def before_step(self, optimizer: Optimizer) -> None:
         if not self._due:
             return
-        mine = {id(weight.values) for weight in (found() for found in self._weights) if weight is not None}
+        mine = {
+            id(weight.values)
+            for weight in (found() for found in self._weights)
+            if weight is not None
+        }
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             return
         self._due = False
@@ -301,7 +357,8 @@ class _Guard:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                "another rank did not come to this step, or has ended: all ranks must make the same optimizer steps "
+                "another rank did not come to this step, or has ended: all ranks must make the "
+                "same optimizer steps "
                 f"and the same calls of end_epoch ({str(error).splitlines()[0]})"
             ) from error
         first, second, steps = found.tolist()

@@ -22,14 +22,15 @@ __all__ = ["ExponentialMovingAverage", "get_ema_multi_avg_fn", "get_swa_multi_av
 class ExponentialMovingAverage:
     """``average <- decay * average + (1 - decay) * parameter`` over every parameter of a model.
 
-    Unlike `torch.optim.swa_utils.AveragedModel` with a function of torch's, which averages slot by slot whatever the
-    slots hold, this one follows the model: the average of a new connection starts at its new value, moved and resized
-    pools move their averages. Where a layer is cut or made sparse (`rewire.to_sparse`, `remove_units`, the methods that
-    start dense) the averages are cut along, and where a method goes back to an earlier network they start there.
-    What a merge of units adds to other weights reaches the average as any update does.
+    Unlike `torch.optim.swa_utils.AveragedModel` with a function of torch's, which averages slot by
+    slot whatever the slots hold, this one follows the model: the average of a new connection starts
+    at its new value, moved and resized pools move their averages. Where a layer is cut or made
+    sparse (`rewire.to_sparse`, `remove_units`, the methods that start dense) the averages are cut
+    along, and where a method goes back to an earlier network they start there. What a merge of
+    units adds to other weights reaches the average as any update does.
 
-    Buffers are not averaged: the statistics of a BatchNorm are those of the model (`applied`), or of the copy that
-    `copy_to` writes to; `torch.optim.swa_utils.update_bn` measures them anew.
+    Buffers are not averaged: the statistics of a BatchNorm are those of the model (`applied`), or
+    of the copy that `copy_to` writes to; `torch.optim.swa_utils.update_bn` measures them anew.
 
     Args:
         model: averaged; its parameters are followed until `detach`.
@@ -42,10 +43,12 @@ class ExponentialMovingAverage:
         self.decay = _checked(decay)
         self._model = model
         self._average: dict[Tensor, Tensor] = {}
-        #: Tensors that go with the parameters: the averages and, while those are in the model, its own values.
+        #: Tensors that go with the parameters: the averages and, while those are in the model, its
+        #: own values.
         self._kept = [self._average]
         self._handles: dict[Tensor, list[Any]] = {}
-        self._arrived: list[Tensor] = []  # what took the place of a parameter since the last look at the model
+        # what took the place of a parameter since the last look at the model
+        self._arrived: list[Tensor] = []
         pools = {w.values: w for _, w in sparse_weights(model)}
         for parameter in model.parameters():
             self._join(parameter, pools.get(parameter))
@@ -53,7 +56,8 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are now into the average; call after each optimizer (and method) step.
+        """Take the parameters as they are now into the average; call after each optimizer (and
+        method) step.
 
         Raises RuntimeError where parameters were replaced by others in a way that was not announced
         (`rewire.nn.structure`): by `rewire.sparsify`, say, or by hand.
@@ -63,7 +67,9 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model with averaged weights inside the ``with``, its own afterwards, whatever is raised inside."""
+        """The model with averaged weights inside the ``with``, its own afterwards, whatever is
+        raised inside.
+        """
         pairs = self._pairs()
         own = {p: p.detach().clone() for _, p, _ in pairs}
         self._kept.append(own)
@@ -87,31 +93,54 @@ class ExponentialMovingAverage:
         averages = {n: average for n, _, average in self._pairs()}
         theirs = dict(model.named_parameters())
         if {n: p.shape for n, p in theirs.items()} != {n: t.shape for n, t in averages.items()}:
-            raise ValueError("names or shapes of this model's parameters are not those of the averages: copy to a copy")
+            raise ValueError(
+                "names or shapes of this model's parameters are not those of the "
+                "averages: copy to a copy"
+            )
         mine = dict(sparse_weights(self._model))
         for name, weight in sparse_weights(model):
             same = name in mine and torch.equal(weight.rows, mine[name].rows.to(weight.rows))
             if not same or not torch.equal(weight.cols, mine[name].cols.to(weight.cols)):
-                raise ValueError(f"{name} has other connections than the averages are of: copy to a copy made now")
+                raise ValueError(
+                    f"{name} has other connections than the averages are of: copy to "
+                    "a copy made now"
+                )
         for name, parameter in theirs.items():
             parameter.copy_(averages[name])
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the decay."""
-        return {"decay": self.decay, "average": {n: average.clone() for n, _, average in self._pairs()}}
+        return {
+            "decay": self.decay,
+            "average": {n: average.clone() for n, _, average in self._pairs()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; ValueError if it is damaged or its names or shapes are not this model's (load the model first)."""
+        """Restore; ValueError if it is damaged or its names or shapes are not this model's (load
+        the model first).
+        """
         try:
             decay, new = _checked(state["decay"]), dict(state["average"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this state of an average is incomplete or damaged: {error!r}") from None
-        odd = [n for n, t in new.items() if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex())]
+            raise ValueError(
+                f"this state of an average is incomplete or damaged: {error!r}"
+            ) from None
+        odd = [
+            n
+            for n, t in new.items()
+            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex())
+        ]
         if odd:
-            raise ValueError(f"this state of an average is damaged: {odd[0]!r} is no tensor of floating-point numbers")
+            raise ValueError(
+                f"this state of an average is damaged: {odd[0]!r} is no tensor of "
+                "floating-point numbers"
+            )
         pairs = self._pairs()
         if {n: t.shape for n, t in new.items()} != {n: p.shape for n, p, _ in pairs}:
-            raise ValueError("these averages belong to another model: names or shapes differ; load the model first")
+            raise ValueError(
+                "these averages belong to another model: names or shapes differ; "
+                "load the model first"
+            )
         self.decay = decay
         self._average.update({p: new[n].detach().to(p.device, copy=True) for n, p, _ in pairs})
 
@@ -122,22 +151,26 @@ class ExponentialMovingAverage:
                 handle.remove()
         self._handles.clear()
 
-    # --- following the model ----------------------------------------------------------------------------------------
+    # --- following the model ----------------------------------------------------------------------
 
     def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, parameter and average of everything in the model now; averages of what is new start at its value."""
+        """Name, parameter and average of everything in the model now; averages of what is new start
+        at its value.
+        """
         there = dict(self._model.named_parameters())
         present = set(there.values())
         lost = [parameter for parameter in self._average if parameter not in present]
         new = {n: p for n, p in there.items() if p not in self._average and p not in self._handles}
         if any(parameter not in present for parameter in self._arrived):
             raise RuntimeError(
-                "the model is one layer and was replaced as a whole: make a new average, of the model that finalize() "
+                "the model is one layer and was replaced as a whole: make a new average, of the "
+                "model that finalize() "
                 "or to_sparse() returned"
             )
         if lost and new:
             raise RuntimeError(
-                f"parameters of the model were replaced ({', '.join(new)} are new): make a new average after "
+                f"parameters of the model were replaced ({', '.join(new)} are new): make a new "
+                "average after "
                 "layers were converted (rewire.sparsify, rewire.densify)"
             )
         self._arrived.clear()
@@ -154,7 +187,8 @@ class ExponentialMovingAverage:
                 average = self._average[parameter] = parameter.detach().clone()
             if average.shape != parameter.shape:
                 raise RuntimeError(
-                    f"{name} was of shape {tuple(average.shape)} and is of shape {tuple(parameter.shape)} now, and "
+                    f"{name} was of shape {tuple(average.shape)} and is of shape "
+                    f"{tuple(parameter.shape)} now, and "
                     "nothing announced it: make a new average after tensors were exchanged by hand"
                 )
             found.append((name, parameter, average))
@@ -162,7 +196,11 @@ class ExponentialMovingAverage:
 
     def _join(self, parameter: Tensor, weight: SparseWeight | None) -> None:
         here = weakref.ref(self)
-        handles = [follow_structure(parameter, lambda old, parts: _tell(here, lambda e: e._restructure(old, parts)))]
+        handles = [
+            follow_structure(
+                parameter, lambda old, parts: _tell(here, lambda e: e._restructure(old, parts))
+            )
+        ]
         if weight is not None:
             handles.append(weight.follow(lambda event: _tell(here, lambda e: e._follow(event))))
         self._handles[parameter] = handles
@@ -213,35 +251,42 @@ def _moved(average: Tensor, event: Event) -> Tensor:
         return values.clone()
     if event.source is not None:
         source = event.source
-        taken = average[source.clamp(min=0)] if average.numel() else average.new_zeros(source.numel())
+        taken = (
+            average[source.clamp(min=0)] if average.numel() else average.new_zeros(source.numel())
+        )
         average = torch.where(source >= 0, taken, taken.new_zeros(()))
     average[event.slots] = values[event.slots]
     return average
 
 
-def _tell(average: weakref.ref[ExponentialMovingAverage], what: Callable[[ExponentialMovingAverage], None]) -> None:
+def _tell(
+    average: weakref.ref[ExponentialMovingAverage], what: Callable[[ExponentialMovingAverage], None]
+) -> None:
     here = average()
     if here is not None:
         what(here)
 
 
-# --- for torch.optim.swa_utils.AveragedModel --------------------------------------------------------------------------
+# --- for torch.optim.swa_utils.AveragedModel ------------------------------------------------------
 
 
 def get_ema_multi_avg_fn(model: nn.Module, decay: float = 0.999) -> MultiAverage:
-    """An exponential moving average that follows the connections of ``model``, for PyTorch's `AveragedModel`::
+    """An exponential moving average that follows the connections of ``model``, for PyTorch's
+    `AveragedModel`::
 
         averaged = AveragedModel(model, multi_avg_fn=rewire.ema.get_ema_multi_avg_fn(model))
 
-    In ``averaged.module`` every connection of the model then has its own average, as by `ExponentialMovingAverage`; it
-    takes the model's topology at each update. ``use_buffers`` may be either: other floating-point buffers are averaged,
-    integers copied. ``decay``: in [0, 1).
+    In ``averaged.module`` every connection of the model then has its own average, as by
+    `ExponentialMovingAverage`; it takes the model's topology at each update. ``use_buffers`` may be
+    either: other floating-point buffers are averaged, integers copied. ``decay``: in [0, 1).
 
-    Make it before the `AveragedModel` and use it for that one. Pools may be resized once it has been updated for the
-    first time (PyTorch copies tensors then, of whatever size). Where parameters are cut or replaced (`to_sparse`,
-    units removed) the next update raises RuntimeError: make a new one then.
+    Make it before the `AveragedModel` and use it for that one. Pools may be resized once it has
+    been updated for the first time (PyTorch copies tensors then, of whatever size). Where
+    parameters are cut or replaced (`to_sparse`, units removed) the next update raises RuntimeError:
+    make a new one then.
 
-    Cost: two more numbers per slot; per update O(parameters), and O(K log K) for weights that were rewired.
+    Cost: two more numbers per slot; per update O(parameters), and O(K log K) for weights that were
+    rewired.
     """
     decay = _checked(decay)
     return MultiAverage(model, lambda n: 1.0 - decay)
@@ -250,14 +295,16 @@ def get_ema_multi_avg_fn(model: nn.Module, decay: float = 0.999) -> MultiAverage
 def get_swa_multi_avg_fn(model: nn.Module) -> MultiAverage:
     """As `get_ema_multi_avg_fn`, for the mean over all updates (stochastic weight averaging).
 
-    The mean of a connection that grew on the way begins with the value it started from, at the weight of all updates
-    before.
+    The mean of a connection that grew on the way begins with the value it started from, at the
+    weight of all updates before.
     """
     return MultiAverage(model, lambda n: 1.0 / (n + 1))
 
 
 class MultiAverage:
-    """The function that `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` return: (averages, parameters, count)."""
+    """The function that `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` return: (averages,
+    parameters, count).
+    """
 
     _tokens = itertools.count()
 
@@ -267,9 +314,13 @@ class MultiAverage:
         self._skip: set[int] = set()
         self._replaced = False
         here = weakref.ref(self)
-        self._pools = [_Births(weight, (self._token, n)) for n, (_, weight) in enumerate(sparse_weights(model))]
+        self._pools = [
+            _Births(weight, (self._token, n)) for n, (_, weight) in enumerate(sparse_weights(model))
+        ]
         self._handles = [births.handle for births in self._pools]
-        self._handles += [follow_structure(p, lambda old, parts: _note_replaced(here)) for p in model.parameters()]
+        self._handles += [
+            follow_structure(p, lambda old, parts: _note_replaced(here)) for p in model.parameters()
+        ]
         for births in self._pools:
             births.weight.__dict__["_feeds"] = births.mark
             weakref.finalize(self, seal.forget, births.mark)
@@ -278,10 +329,13 @@ class MultiAverage:
         return self  # as functions do
 
     @torch.no_grad()
-    def __call__(self, averages: Sequence[Tensor], parameters: Sequence[Tensor], count: Tensor | int) -> None:
+    def __call__(
+        self, averages: Sequence[Tensor], parameters: Sequence[Tensor], count: Tensor | int
+    ) -> None:
         if self._replaced:
             raise RuntimeError(
-                "parameters of the model were cut or replaced since this averaging function was made: make a new "
+                "parameters of the model were cut or replaced since this averaging function was "
+                "made: make a new "
                 "AveragedModel, with a new function"
             )
         fed = {w: births for births in self._pools for w in births.copies()}
@@ -296,7 +350,8 @@ class MultiAverage:
                 continue  # of a pool's topology, which goes with its values
             elif average.shape != parameter.shape:
                 raise RuntimeError(
-                    f"an average of shape {tuple(average.shape)} meets a parameter of shape {tuple(parameter.shape)}: "
+                    f"an average of shape {tuple(average.shape)} meets a parameter of shape "
+                    f"{tuple(parameter.shape)}: "
                     "the model is not what it was, so make a new AveragedModel"
                 )
             elif average.is_floating_point() or average.is_complex():
@@ -312,7 +367,9 @@ def _note_replaced(average: weakref.ref[MultiAverage]) -> None:
 
 
 class _Births:
-    """When each connection of a pool grew, and with which value: what an average of it has to begin with."""
+    """When each connection of a pool grew, and with which value: what an average of it has to begin
+    with.
+    """
 
     def __init__(self, weight: SparseWeight, mark: object) -> None:
         self.weight, self.mark = weight, mark
@@ -332,7 +389,8 @@ class _Births:
     @torch.no_grad()
     def note(self, event: Event) -> None:
         for copy in self.copies():
-            if copy not in self._seen and copy.written:  # AveragedModel's first update was before this event
+            # AveragedModel's first update was before this event
+            if copy not in self._seen and copy.written:
                 self._seen[copy] = self.clock
         self.clock += 1
         values = event.weight.values.detach()
@@ -347,7 +405,9 @@ class _Births:
         self.start[event.slots] = values[event.slots].to(self.start)
 
     def average(self, copy: Any, average: Tensor, parameter: Tensor, rate: float) -> None:
-        """Bring ``copy``, whose values are ``average``, to this pool's topology and one update further."""
+        """Bring ``copy``, whose values are ``average``, to this pool's topology and one update
+        further.
+        """
         seen = self._seen.get(copy)
         self._seen[copy] = self.clock
         if seen == self.clock:
@@ -355,12 +415,19 @@ class _Births:
             return
         copy._check_seal()
         weight, device = self.weight, copy.device
-        slots, (rows, cols) = copy.active(), (weight.rows.to(device).long(), weight.cols.to(device).long())
+        slots, (rows, cols) = (
+            copy.active(),
+            (weight.rows.to(device).long(), weight.cols.to(device).long()),
+        )
         width = weight.matrix_shape[1]
         known = copy.rows[slots].long() * width + copy.cols[slots].long()  # ascending
         wanted = rows * width + cols
         at = torch.searchsorted(known, wanted).clamp(max=max(known.numel() - 1, 0))
-        there = (rows >= 0) & (known[at] == wanted) if known.numel() else rows.new_zeros(rows.shape, dtype=torch.bool)
+        there = (
+            (rows >= 0) & (known[at] == wanted)
+            if known.numel()
+            else rows.new_zeros(rows.shape, dtype=torch.bool)
+        )
         if seen is not None:
             there &= self.born.to(device) <= seen  # dropped and grown again at the same place
         before = self.start.to(device=device, dtype=average.dtype)

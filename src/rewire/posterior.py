@@ -1,15 +1,16 @@
-"""Averages over sampled networks: DEEP R draws networks from a posterior, so use more than its last one.
+"""Averages over sampled networks: DEEP R draws networks from a posterior, so use more than its last
+one.
 
     posterior = rewire.posterior.Posterior(model, burn_in=30_000, every=500)
     for x, y in loader:
         ...                         # loss, backward, optimizer.step(), method.step()
         posterior.update()
-    prediction = posterior.predict(test_x)          # .mean: probabilities averaged over the samples; .std, .entropy ...
-    scores(prediction.mean, test_y)                 # accuracy, negative log-likelihood, calibration error, Brier score
-    posterior.inputs()                              # in which share of the samples each input is connected
+    prediction = posterior.predict(test_x)  # .mean: averaged probabilities; .std, .entropy ...
+    scores(prediction.mean, test_y)         # accuracy, likelihood, calibration error, Brier score
+    posterior.inputs()                      # share of the samples in which each input is connected
 
-Works with any model with sparse weights and any method that changes them; with one that does not sample a posterior it
-is an ensemble along the way.
+Works with any model with sparse weights and any method that changes them; with one that does not
+sample a posterior it is an ensemble along the way.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _softmax(outputs: Tensor) -> Tensor:
     return torch.softmax(outputs, dim=-1)
 
 
-# --- what predictions are worth: pure functions ----------------------------------------------------------------------
+# --- what predictions are worth: pure functions ---------------------------------------------------
 
 
 def _check(probabilities: Tensor, labels: Tensor) -> None:
@@ -59,7 +60,11 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
             "probabilities must be (samples, classes) and labels (samples,), at least one, "
             f"not {tuple(probabilities.shape)} and {tuple(labels.shape)}"
         )
-    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= probabilities.shape[1]:
+    if (
+        labels.is_floating_point()
+        or int(labels.min()) < 0
+        or int(labels.max()) >= probabilities.shape[1]
+    ):
         raise ValueError(f"labels must be integers between 0 and {probabilities.shape[1] - 1}")
 
 
@@ -70,20 +75,25 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean of -ln p(right class), in nats; infinite where a right class has probability 0. (N, C) and (N,)."""
+    """Mean of -ln p(right class), in nats; infinite where a right class has probability 0. (N, C)
+    and (N,).
+    """
     _check(probabilities, labels)
     return float(-probabilities.double().gather(1, labels.long()[:, None]).log().mean())
 
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean squared distance of the probabilities to the one-hot label, summed over classes: 0 to 2. (N, C), (N,)."""
+    """Mean squared distance of the probabilities to the one-hot label, summed over classes: 0 to 2.
+    (N, C), (N,).
+    """
     _check(probabilities, labels)
     right = nn.functional.one_hot(labels.long(), probabilities.shape[1])
     return float((probabilities.double() - right).square().sum(1).mean())
 
 
 class Bins(NamedTuple):
-    """A reliability diagram: per bin of confidence the mean confidence, the accuracy and how many samples fell in it.
+    """A reliability diagram: per bin of confidence the mean confidence, the accuracy and how many
+    samples fell in it.
 
     Confidence and accuracy of an empty bin are 0.
     """
@@ -94,7 +104,9 @@ class Bins(NamedTuple):
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Bins:
-    """The samples by confidence (the largest probability), in ``bins`` equally wide bins, each with its upper end."""
+    """The samples by confidence (the largest probability), in ``bins`` equally wide bins, each with
+    its upper end.
+    """
     _check(probabilities, labels)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
@@ -108,12 +120,15 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Bins:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by their counts.
+    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by
+    their counts.
 
     Naeini, Cooper, Hauskrecht, AAAI 2015; Guo et al., ICML 2017 (15 bins).
     """
     found = reliability(probabilities, labels, bins)
-    return float(((found.confidence - found.accuracy).abs() * found.number).sum() / found.number.sum())
+    return float(
+        ((found.confidence - found.accuracy).abs() * found.number).sum() / found.number.sum()
+    )
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -136,8 +151,10 @@ def scores(probabilities: Tensor, labels: Tensor, bins: int = 15) -> dict[str, f
 class Prediction:
     """What the samples say together.
 
-    mean, std: over samples, of what the model returned after the link (probabilities); the model's output shape.
-    expected_entropy: mean over samples of each one's own entropy (the outputs' shape without the last dimension).
+    mean, std: over samples, of what the model returned after the link (probabilities); the model's
+        output shape.
+    expected_entropy: mean over samples of each one's own entropy (the outputs' shape without the
+        last dimension).
     count: samples.
     """
 
@@ -153,14 +170,17 @@ class Prediction:
 
     @property
     def mutual_information(self) -> Tensor:
-        """How far the samples disagree: the part of `entropy` that is about which network is right, in nats."""
+        """How far the samples disagree: the part of `entropy` that is about which network is right,
+        in nats.
+        """
         return (self.entropy - self.expected_entropy).clamp(min=0)
 
 
 class Inclusion(NamedTuple):
     """Connections of one weight that any sample has, sorted by (row, col).
 
-    rows, cols: int64. probability: share of the samples that have it. mean, std: of its value where it is there.
+    rows, cols: int64. probability: share of the samples that have it. mean, std: of its value where
+        it is there.
     """
 
     rows: Tensor
@@ -170,34 +190,43 @@ class Inclusion(NamedTuple):
     std: Tensor
 
 
-# --- the samples -----------------------------------------------------------------------------------------------------
+# --- the samples ----------------------------------------------------------------------------------
 
 
 class Posterior:
     """Samples of a model's weights and topology, taken while it trains.
 
-    A sample is everything in the model's ``state_dict``, on the CPU, of each sparse weight the K connections alone.
-    The model itself is never changed: predictions run on a copy.
+    A sample is everything in the model's ``state_dict``, on the CPU, of each sparse weight the K
+    connections alone. The model itself is never changed: predictions run on a copy.
 
     Args:
         model: with at least one sparse weight.
         burn_in: calls of `update` (optimizer steps) before the first sample.
         every: calls between samples.
-        limit: the most samples to keep, at least 2; when there are more, every second one goes and ``every`` doubles,
-            so that what is kept stays evenly spread. None for no limit.
+        limit: the most samples to keep, at least 2; when there are more, every second one goes and
+            ``every`` doubles, so that what is kept stays evenly spread. None for no limit.
 
     Raises ValueError for a model without sparse weights or numbers out of range.
 
     Cost: O(parameters) memory per sample, nothing per step in between.
     """
 
-    def __init__(self, model: nn.Module, *, burn_in: int = 0, every: int = 1, limit: int | None = None) -> None:
-        for name, number, low in (("burn_in", burn_in, 0), ("every", every, 1), ("limit", limit, 2)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < low):
+    def __init__(
+        self, model: nn.Module, *, burn_in: int = 0, every: int = 1, limit: int | None = None
+    ) -> None:
+        for name, number, low in (
+            ("burn_in", burn_in, 0),
+            ("every", every, 1),
+            ("limit", limit, 2),
+        ):
+            if number is not None and (
+                isinstance(number, bool) or not isinstance(number, int) or number < low
+            ):
                 raise ValueError(f"{name} must be a whole number of at least {low}, not {number!r}")
         if not any(True for _ in sparse_weights(model)):
             raise ValueError(
-                "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
+                "the model has no sparse weights: build it of rewire.nn layers or call "
+                "rewire.sparsify first"
             )
         self.model = model
         self.burn_in, self.every, self.limit = burn_in, every, limit
@@ -233,17 +262,23 @@ class Posterior:
             prefix = f"{name}." if name else ""
             rows, cols, values = weight.coo()
             kind = weight.rows.dtype
-            for part, tensor in (("values", values), ("rows", rows.to(kind)), ("cols", cols.to(kind))):
+            for part, tensor in (
+                ("values", values),
+                ("rows", rows.to(kind)),
+                ("cols", cols.to(kind)),
+            ):
                 sample[prefix + part] = tensor.detach().to("cpu", copy=True)
         self.samples.append(sample)
         if self.limit is not None and len(self.samples) > self.limit:
             self.samples = self.samples[1::2]
             self.every *= 2
 
-    # --- predicting -------------------------------------------------------------------------------------------------
+    # --- predicting -------------------------------------------------------------------------------
 
     def networks(self) -> Iterator[nn.Module]:
-        """Each sample as a model in eval mode: one object, given one sample after the other, so use it at once."""
+        """Each sample as a model in eval mode: one object, given one sample after the other, so use
+        it at once.
+        """
         self._check_any()
         network = copy.deepcopy(self.model).eval()
         for sample in self.samples:
@@ -255,12 +290,13 @@ class Posterior:
         """Predict with the average over the samples.
 
         Args:
-            x: one batch of inputs, or several in a list (or another iterable that can be gone through once per
-                sample); their predictions are put together.
-            link: from the model's output to what is averaged: softmax over the last dimension. For regression give
-                ``lambda y: y`` (the entropies then mean nothing).
+            x: one batch of inputs, or several in a list (or another iterable that can be gone
+                through once per sample); their predictions are put together.
+            link: from the model's output to what is averaged: softmax over the last dimension. For
+                regression give ``lambda y: y`` (the entropies then mean nothing).
 
-        Memory: four times one prediction, however many samples. Raises ValueError before the first sample.
+        Memory: four times one prediction, however many samples. Raises ValueError before the first
+        sample.
         """
         mean = square = own = torch.empty(0)
         for n, network in enumerate(self.networks(), start=1):
@@ -277,10 +313,12 @@ class Posterior:
         std = (square / max(len(self.samples) - 1, 1)).clamp(min=0).sqrt()
         return Prediction(mean, std, own, len(self.samples))
 
-    # --- what the samples have in common ----------------------------------------------------------------------------
+    # --- what the samples have in common ----------------------------------------------------------
 
     def inclusion(self, name: str | None = None) -> Inclusion:
-        """The connections of the weight ``name`` (the model's first by default) that any sample has, and how often."""
+        """The connections of the weight ``name`` (the model's first by default) that any sample
+        has, and how often.
+        """
         rows, cols, values, (_, width) = self._stacked(name)
         key, at = torch.unique(rows * width + cols, return_inverse=True)
         zero = torch.zeros(key.numel(), dtype=torch.float64)
@@ -290,11 +328,15 @@ class Posterior:
         return Inclusion(key // width, key % width, count / len(self.samples), mean, spread.sqrt())
 
     def inputs(self, name: str | None = None) -> Tensor:
-        """Share of the samples in which each column (input) of the weight has at least one connection; float64."""
+        """Share of the samples in which each column (input) of the weight has at least one
+        connection; float64.
+        """
         return self._share(name, 1)
 
     def outputs(self, name: str | None = None) -> Tensor:
-        """Share of the samples in which each row (output) of the weight has at least one connection; float64."""
+        """Share of the samples in which each row (output) of the weight has at least one
+        connection; float64.
+        """
         return self._share(name, 0)
 
     def _share(self, name: str | None, axis: int) -> Tensor:
@@ -307,7 +349,8 @@ class Posterior:
     def _stacked(self, name: str | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         key = self._name(name)
         rows, cols, values = (
-            torch.cat([s[_key(key, part)] for s in self.samples]) for part in ("rows", "cols", "values")
+            torch.cat([s[_key(key, part)] for s in self.samples])
+            for part in ("rows", "cols", "values")
         )
         return rows.long(), cols.long(), values.double(), self._weights()[key].matrix_shape
 
@@ -317,7 +360,9 @@ class Posterior:
         if name is None:
             return known[0]
         if name not in known:
-            raise ValueError(f"the model has no sparse weight called {name!r}: it has {', '.join(known)}")
+            raise ValueError(
+                f"the model has no sparse weight called {name!r}: it has {', '.join(known)}"
+            )
         return name
 
     def _weights(self) -> dict[str, SparseWeight]:
@@ -326,16 +371,24 @@ class Posterior:
     def _check_any(self) -> None:
         if not self.samples:
             raise ValueError(
-                f"there is no sample yet, after {self.steps} of {self.burn_in} steps of burn-in: train on, with "
+                f"there is no sample yet, after {self.steps} of {self.burn_in} steps of burn-in: "
+                "train on, with "
                 "update() after every step, or call collect()"
             )
 
-    # --- saving -----------------------------------------------------------------------------------------------------
+    # --- saving -----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write samples and counters to a safetensors file, which is whole or as it was before at every moment."""
+        """Write samples and counters to a safetensors file, which is whole or as it was before at
+        every moment.
+        """
         tensors = {f"{i}/{k}": v for i, s in enumerate(self.samples) for k, v in s.items()}
-        numbers = {"burn_in": self.burn_in, "every": self.every, "limit": self.limit, "steps": self.steps}
+        numbers = {
+            "burn_in": self.burn_in,
+            "every": self.every,
+            "limit": self.limit,
+            "steps": self.steps,
+        }
         about = {"rewire.posterior": json.dumps(numbers | {"samples": len(self.samples)})}
         about["sha256"] = tensor_file.content_sha256(tensors, about)
         tensor_file.write(Path(path), tensors, about)
@@ -344,8 +397,8 @@ class Posterior:
     def load(cls, path: str | Path, model: nn.Module) -> Posterior:
         """Read what `save` wrote, for the model the samples are of; collecting can go on.
 
-        Raises OSError if there is no such file, ValueError for one that is something else, is damaged or was changed,
-        or belongs to another model. Memory: twice the size of the file.
+        Raises OSError if there is no such file, ValueError for one that is something else, is
+        damaged or was changed, or belongs to another model. Memory: twice the size of the file.
         """
         try:
             flat, metadata = tensor_file.read(Path(path))
@@ -354,10 +407,12 @@ class Posterior:
             self.steps, count = (_natural(name, about[name]) for name in ("steps", "samples"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no samples that rewire.posterior can read: {reading.brief(repr(error))}"
+                f"{path} holds no samples that rewire.posterior can read: "
+                f"{reading.brief(repr(error))}"
             ) from None
         tensor_file.check_sum(flat, metadata, str(path))
-        samples: dict[str, dict[str, Tensor]] = {}  # no list of a length that the file merely claims
+        # no list of a length that the file merely claims
+        samples: dict[str, dict[str, Tensor]] = {}
         for key, tensor in flat.items():
             number, _, name = key.partition("/")
             samples.setdefault(number, {})[name] = tensor
@@ -374,7 +429,9 @@ class Posterior:
             for sample in self.samples:
                 network.load_state_dict(sample)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"samples of {path} do not fit this model: {reading.brief(error)}") from None
+            raise ValueError(
+                f"samples of {path} do not fit this model: {reading.brief(error)}"
+            ) from None
 
 
 def _natural(name: str, number: object) -> int:
@@ -391,5 +448,9 @@ def _key(name: str, part: str) -> str:
 
 
 def _pools(model: nn.Module) -> Mapping[str, SparseWeight]:
-    """All pools by every name they have (a shared one has several), as ``state_dict`` lists them."""
-    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseWeight)}
+    """All pools by every name they have (a shared one has several), as ``state_dict`` lists
+    them.
+    """
+    return {
+        n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseWeight)
+    }

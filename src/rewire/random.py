@@ -1,12 +1,13 @@
 """Counter-based random numbers: pure functions of ``(seed, step, stream, index)``.
 
-A number drawn inside a training step depends on nothing but its coordinates, so results do not depend on threads,
-batches of calls or what else was drawn, and a run resumes by knowing its step. The generator is Philox4x32-10
-(Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the 128-bit counter is
-``(index low, index high, step, stream)``, the 64-bit key is the seed, and one call gives four 32-bit words.
+A number drawn inside a training step depends on nothing but its coordinates, so results do not
+depend on threads, batches of calls or what else was drawn, and a run resumes by knowing its step.
+The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1,
+2, 3", SC 2011): the 128-bit counter is ``(index low, index high, step, stream)``, the 64-bit key is
+the seed, and one call gives four 32-bit words.
 
-These are the plain PyTorch definitions, on any device. `rewire.topology` and `rewire.ops` have native twins that give
-the same bits.
+These are the plain PyTorch definitions, on any device. `rewire.topology` and `rewire.ops` have
+native twins that give the same bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ SEED_BOUND = 2**63
 
 
 def seed_from(generator: torch.Generator | None = None) -> int:
-    """Draw a seed from ``generator`` (or from torch's default one, so that `torch.manual_seed` governs it)."""
+    """Draw a seed from ``generator`` (or from torch's default one, so that `torch.manual_seed`
+    governs it).
+    """
     return int(torch.randint(0, SEED_BOUND - 1, (), dtype=torch.int64, generator=generator).item())
 
 
@@ -38,17 +41,23 @@ def words(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of the counters ``(c0, c1, c2, c3)`` under the key ``seed``.
 
-    Counters are int64 tensors (broadcast together) or integers with values in ``[0, 2**32)``; the four results are
-    int64 tensors with values in ``[0, 2**32)``.
+    Counters are int64 tensors (broadcast together) or integers with values in ``[0, 2**32)``; the
+    four results are int64 tensors with values in ``[0, 2**32)``.
     """
     like = next(c for c in (c0, c1, c2, c3) if isinstance(c, Tensor))
     full = [c if isinstance(c, Tensor) else torch.full_like(like, c) for c in (c0, c1, c2, c3)]
     a, b, c, d = (t & _MASK for t in torch.broadcast_tensors(*full))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # The product wraps around in int64, which keeps its 64 bits; the masks then take the two halves.
+        # The product wraps around in int64, which keeps its 64 bits; the masks then take the two
+        # halves.
         p, q = a * _MULTIPLIER[0], c * _MULTIPLIER[1]
-        a, b, c, d = ((q >> 32) & _MASK) ^ b ^ k0, q & _MASK, ((p >> 32) & _MASK) ^ d ^ k1, p & _MASK
+        a, b, c, d = (
+            ((q >> 32) & _MASK) ^ b ^ k0,
+            q & _MASK,
+            ((p >> 32) & _MASK) ^ d ^ k1,
+            p & _MASK,
+        )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return a, b, c, d
 
@@ -60,15 +69,17 @@ def bits(seed: int, step: int, stream: int, index: Tensor) -> Tensor:
 
 
 def below(seed: int, step: int, stream: int, index: Tensor, bound: int | Tensor) -> Tensor:
-    """Integers in ``[0, bound)`` for every element of ``index``; the bias is at most ``bound / 2**63``."""
+    """Integers in ``[0, bound)`` for every element of ``index``; the bias is at most ``bound /
+    2**63``.
+    """
     return bits(seed, step, stream, index) % bound
 
 
 def normal(seed: int, step: int, stream: int, n: int, device: torch.device | str = "cpu") -> Tensor:
     """``n`` standard normal numbers, float32; number k depends on k alone, not on ``n``.
 
-    Box-Muller on 24-bit uniforms in (0, 1]: counter ``k // 4`` gives four words, hence two pairs of normals.
-    The largest possible magnitude is ``sqrt(-2 ln 2**-24) = 5.77``.
+    Box-Muller on 24-bit uniforms in (0, 1]: counter ``k // 4`` gives four words, hence two pairs of
+    normals. The largest possible magnitude is ``sqrt(-2 ln 2**-24) = 5.77``.
     """
     quads = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)
     w = words(seed, quads & _MASK, (quads >> 32) & _MASK, step & _MASK, stream)
@@ -90,14 +101,18 @@ def distinct(
     offset: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A uniformly random subset of ``n`` of the integers ``0 ... bound - 1``: int64, sorted ascending.
+    """A uniformly random subset of ``n`` of the integers ``0 ... bound - 1``: int64, sorted
+    ascending.
 
-    Definition (the native twin follows it to the letter): the first ``n`` distinct values of the sequence
-    ``below(seed, step, stream, offset + t, bound)``, t = 0, 1, ...; where ``2 n > bound``, the complement of the
-    first ``bound - n`` distinct ones. Expected draws are below ``1.39 n``, memory is O(n).
+    Definition (the native twin follows it to the letter): the first ``n`` distinct values of the
+    sequence ``below(seed, step, stream, offset + t, bound)``, t = 0, 1, ...; where ``2 n > bound``,
+    the complement of the first ``bound - n`` distinct ones. Expected draws are below ``1.39 n``,
+    memory is O(n).
     """
     if not 0 <= n <= bound:
-        raise ValueError(f"cannot draw {n} distinct integers below {bound}: draw between 0 and {bound}")
+        raise ValueError(
+            f"cannot draw {n} distinct integers below {bound}: draw between 0 and {bound}"
+        )
     if _native.available() and torch.device(device).type == "cpu":
         drawn: Tensor = torch.ops.rewire.distinct(n, bound, seed, step, stream, offset)
         return drawn

@@ -1,8 +1,9 @@
 """Numbers that change over time: pure functions of a step.
 
-Wherever the library takes a number that may change, it takes a float or a schedule: any callable from a step (0, 1, 2,
-...: the number of optimizer steps or epochs done, as the parameter's documentation says) to a float. Schedules hold no
-state, so a resumed run gets the same numbers. They are frozen dataclasses: printable, comparable, picklable.
+Wherever the library takes a number that may change, it takes a float or a schedule: any callable
+from a step (0, 1, 2, ...: the number of optimizer steps or epochs done, as the parameter's
+documentation says) to a float. Schedules hold no state, so a resumed run gets the same numbers.
+They are frozen dataclasses: printable, comparable, picklable.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Constant", "Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Step", "at", "checked", "within"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Linear",
+    "Schedule",
+    "Step",
+    "at",
+    "checked",
+    "within",
+]
 
 #: What parameters that may change over time accept.
 Schedule: TypeAlias = Callable[[int], float]
@@ -23,8 +35,12 @@ def at(value: float | Schedule, step: int) -> float:
     return value(step) if callable(value) else value
 
 
-def checked(name: str, value: float | Schedule, low: float, high: float = math.inf) -> float | Schedule:
-    """``value`` if it (a schedule: its first number) lies in [low, high], else ValueError naming the limits."""
+def checked(
+    name: str, value: float | Schedule, low: float, high: float = math.inf
+) -> float | Schedule:
+    """``value`` if it (a schedule: its first number) lies in [low, high], else ValueError naming
+    the limits.
+    """
     within(name, at(value, 0), low, high)
     return value
 
@@ -54,7 +70,9 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From ``start`` at step 0 to ``end`` at ``steps`` along a straight line; ``end`` from there on."""
+    """From ``start`` at step 0 to ``end`` at ``steps`` along a straight line; ``end`` from there
+    on.
+    """
 
     start: float
     end: float
@@ -69,7 +87,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """``end + (start - end) (1 + cos(pi t / steps)) / 2``; ``end`` from ``steps`` on (RigL, Evci et al. 2020)."""
+    """``end + (start - end) (1 + cos(pi t / steps)) / 2``; ``end`` from ``steps`` on (RigL, Evci et
+    al. 2020).
+    """
 
     start: float
     steps: int

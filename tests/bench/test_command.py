@@ -27,13 +27,22 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--layer", "4096"], "--layer: given '4096', allowed is OUTPUTSxINPUTS such as 4096x1024, both at least 1"),
+        (
+            ["--layer", "4096"],
+            "--layer: given '4096', allowed is OUTPUTSxINPUTS such as 4096x1024, both at least 1",
+        ),
         (["--layer", "0x8"], "--layer: given '0x8'"),
-        (["--layer", "8x8", "--density", "0"], "--density: given '0', allowed is a number above 0 and up to 1"),
+        (
+            ["--layer", "8x8", "--density", "0"],
+            "--density: given '0', allowed is a number above 0 and up to 1",
+        ),
         (["--layer", "8x8", "--density", "1.5"], "--density: given '1.5'"),
         (["--layer", "8x8", "--density", "nan"], "--density: given 'nan'"),
         (["--layer", "8x8", "--density", "much"], "--density: given 'much'"),
-        (["--layer", "8x8", "--batch", "0"], "--batch: given '0', allowed is a whole number from 1"),
+        (
+            ["--layer", "8x8", "--batch", "0"],
+            "--batch: given '0', allowed is a whole number from 1",
+        ),
         (["--layer", "8x8", "--threads", "100000"], "--threads: given '100000'"),
         (["--bars", "p1,p99"], "--bars: there is no bar 'p99'; allowed are p1, p2"),
         (["--bars", "p1", "--layer", "8x8"], "--bars, --layer and --model are different runs"),
@@ -54,16 +63,23 @@ def test_errors(arguments: list[str], line: str, capsys: pytest.CaptureFixture[s
     assert line in err
 
 
-def test_an_unwritable_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     assert cli.run(["bench", "--bars", "p8", "--out", "file/below"]) == 2
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_a_layer_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sections, "DENSITIES", (0.5,))
     monkeypatch.setattr(command, "Setting", lambda *_, **__: TINY)
-    assert cli.run(["bench", "--layer", "24x16", "--density", "0.25", "--batch", "4", "--out", "here"]) == 0
+    assert (
+        cli.run(["bench", "--layer", "24x16", "--density", "0.25", "--batch", "4", "--out", "here"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "24 x 16, density 0.25, batch 4" in out
     saved = json.loads(Path("here/bench.json").read_text())
@@ -90,30 +106,68 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
     mine = {
         "p1": _bar("p1", at_least("fast", 2.0, 1.0), at_least("slow", 0.5, 1.0)),
         "p2": _bar("p2", at_least("fast", 2.0, 1.0), missing("other", "not installed")),
-        "p10": _bar("p10", at_least("line", 1.0, 0.99), data={"points": points, "size": 9, "batch": 1}),
+        "p10": _bar(
+            "p10", at_least("line", 1.0, 0.99), data={"points": points, "size": 9, "batch": 1}
+        ),
     }
     monkeypatch.setattr(bars, "BARS", mine)
     monkeypatch.setattr(sections, "QUICK_GRID", ((12, 8, 2),))
     wide = {
-        "data": "leukemia", "batch": 2, "neurons": 10, "connections": 20, "planned_steps": 3, "epoch_seconds": 1.0,
-        "update_seconds": 0.1, "build_seconds": 0.1, "peak": 2**30,
-    }  # fmt: skip
+        "data": "leukemia",
+        "batch": 2,
+        "neurons": 10,
+        "connections": 20,
+        "planned_steps": 3,
+        "epoch_seconds": 1.0,
+        "update_seconds": 0.1,
+        "build_seconds": 0.1,
+        "peak": 2**30,
+    }
     monkeypatch.setattr(sections, "wide", lambda *_: wide)
     console = Console(record=True, width=200, file=open("log.txt", "w"))  # noqa: SIM115
     command.Run(out=Path("here"), setting=TINY, console=console).everything()
     console.file.close()
     saved = json.loads(Path("here/bench.json").read_text())
     assert set(saved) == {
-        "format", "machine", "setting", "bars", "grid", "layer", "model", "wide", "others", "seconds"
-    }  # fmt: skip
+        "format",
+        "machine",
+        "setting",
+        "bars",
+        "grid",
+        "layer",
+        "model",
+        "wide",
+        "others",
+        "seconds",
+    }
     assert saved["format"] == command.FORMAT
-    assert set(saved["machine"]) >= {"cpu", "cores", "threads", "kernels", "torch", "rewire", "load_average", "openmp"}
-    assert [(b["name"], b["status"]) for b in saved["bars"]] == [("p1", "missed"), ("p2", "in part"), ("p10", "met")]
+    assert set(saved["machine"]) >= {
+        "cpu",
+        "cores",
+        "threads",
+        "kernels",
+        "torch",
+        "rewire",
+        "load_average",
+        "openmp",
+    }
+    assert [(b["name"], b["status"]) for b in saved["bars"]] == [
+        ("p1", "missed"),
+        ("p2", "in part"),
+        ("p10", "met"),
+    ]
     figure = saved["bars"][0]["figures"][0]
     assert set(figure) == {"name", "value", "unit", "sense", "bar", "low", "high", "met", "note"}
     assert set(saved["grid"][0]) == {
-        "inputs", "outputs", "batch", "densities", "seconds", "best", "rounds", "break_even"
-    }  # fmt: skip
+        "inputs",
+        "outputs",
+        "batch",
+        "densities",
+        "seconds",
+        "best",
+        "rounds",
+        "break_even",
+    }
     text = console.export_text()
     assert "nearest to its bar" in text
     assert "10 neurons" in text
@@ -124,10 +178,27 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_model_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [
-        {"name": "0", "layer": "linear 5 x 6", "rows": 3, "verdict": "sparse", "dense_seconds": 2e-3,
-         "sparse_seconds": 1e-3, "speedup": 2.0, "low": 1.9, "high": 2.1, "density": 0.1, "note": ""},
-        {"name": "1", "layer": "conv 3 x 3", "rows": 3, "verdict": "not measured", "note": "only others are"},
-    ]  # fmt: skip
+        {
+            "name": "0",
+            "layer": "linear 5 x 6",
+            "rows": 3,
+            "verdict": "sparse",
+            "dense_seconds": 2e-3,
+            "sparse_seconds": 1e-3,
+            "speedup": 2.0,
+            "low": 1.9,
+            "high": 2.1,
+            "density": 0.1,
+            "note": "",
+        },
+        {
+            "name": "1",
+            "layer": "conv 3 x 3",
+            "rows": 3,
+            "verdict": "not measured",
+            "note": "only others are",
+        },
+    ]
     found = {"model": "mine", "density": 0.1, "batch": 3, "input": [6], "layers": layers}
     monkeypatch.setattr(sections, "model", lambda *_: found)
     run = command.Run(out=Path("here"), setting=TINY, console=Console(quiet=True))

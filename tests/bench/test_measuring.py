@@ -1,4 +1,6 @@
-"""The contenders compute the same; every bar runs on a tiny problem and gives figures; the child tells its memory."""
+"""The contenders compute the same; every bar runs on a tiny problem and gives figures; the child
+tells its memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from rewire.app.bench.curves import Setting, installed
 from rewire.app.bench.errors import BenchError, NotAvailable
 
 SETTING = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
-PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc")
+PROC = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is measured through /proc"
+)
 
 
 @pytest.mark.parametrize("kind", installed())
@@ -29,7 +33,9 @@ def test_contenders_agree(kind: str) -> None:
     dense = [t.detach().requires_grad_() for t in (problem.x, problem.dense, problem.sparse.bias)]
     expected = torch.nn.functional.linear(*dense)
     gradients = torch.autograd.grad(expected, dense, problem.g)
-    for mine, theirs in zip((y, grad_x, grad_bias), (expected, gradients[0], gradients[2]), strict=True):
+    for mine, theirs in zip(
+        (y, grad_x, grad_bias), (expected, gradients[0], gradients[2]), strict=True
+    ):
         torch.testing.assert_close(mine.detach(), theirs.detach())
     rows, cols, _ = problem.weight.coo()
     at_connections = gradients[1][rows, cols]
@@ -114,14 +120,30 @@ class _Meter:
 def test_tasks_of_the_child() -> None:
     meter = _Meter()
     for optimizer in ("sgd", "momentum", "adam"):
-        result = large.training_memory(meter, time.perf_counter, optimizer=optimizer, size=40, connections=200, batch=4)
+        result = large.training_memory(
+            meter, time.perf_counter, optimizer=optimizer, size=40, connections=200, batch=4
+        )
         assert {"built", "training", "rebuild", "reorder", "set"} <= set(result)
-    assert large.point(meter, time.perf_counter, size=40, connections=200, batch=4, steps=2, seconds=0.0)["steps"] == 2
-    got = large.million(meter, time.perf_counter, size=50, connections=300, batch=4, steps=2, rounds=2)
+    assert (
+        large.point(
+            meter, time.perf_counter, size=40, connections=200, batch=4, steps=2, seconds=0.0
+        )["steps"]
+        == 2
+    )
+    got = large.million(
+        meter, time.perf_counter, size=50, connections=300, batch=4, steps=2, rounds=2
+    )
     assert got["share"] > 0
     assert got["peak"] == 1 << 30
     wide = large.wide_epoch(
-        meter, time.perf_counter, inputs=30, classes=3, samples=10, hidden=[20, 20], epsilon=2.0, batch=2
+        meter,
+        time.perf_counter,
+        inputs=30,
+        classes=3,
+        samples=10,
+        hidden=[20, 20],
+        epsilon=2.0,
+        batch=2,
     )
     assert (wide["neurons"], wide["steps"], wide["connections"]) == (73, 5, 100 + 80 + 46)
 
@@ -129,13 +151,17 @@ def test_tasks_of_the_child() -> None:
 @pytest.mark.parametrize("method", big.with_sparse_memory())
 def test_one_update_of_every_method(method: str) -> None:
     """SNFS needs ten steps of an epoch that is one step long, SRigL replaces whole rows."""
-    got = large.one_update(_Meter(), time.perf_counter, method=method, size=40, connections=300, batch=4)
+    got = large.one_update(
+        _Meter(), time.perf_counter, method=method, size=40, connections=300, batch=4
+    )
     assert got["updates"] >= 1
     assert got["connections"] <= 300
     assert got["replaced"] > 0 or method == "deep-r"
 
 
-def test_updates_of_a_method_that_is_measured_and_of_one_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_of_a_method_that_is_measured_and_of_one_that_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def measured(task: str, arguments: dict[str, Any], **_: Any) -> dict[str, Any]:
         if arguments["method"] == "set":
             raise NotAvailable("killed")
@@ -160,12 +186,24 @@ def test_the_child_measures_and_a_failure_is_not_available() -> None:
 def test_the_line_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(task: str, arguments: dict[str, Any], **_: Any) -> dict[str, Any]:
         k = arguments["connections"]
-        return {"connections": k, "seconds": 1e-3 + 1e-8 * k, "best": 1e-8 * k, "bytes": 1e6 + 32.0 * k}
+        return {
+            "connections": k,
+            "seconds": 1e-3 + 1e-8 * k,
+            "best": 1e-8 * k,
+            "bytes": 1e6 + 32.0 * k,
+        }
 
     monkeypatch.setattr(child, "measure", measured)
     monkeypatch.setattr(big.machine, "available_memory", lambda: 5 * 10**9)
     figures, data = big.line(Setting())
-    assert [p["connections"] for p in data["points"]] == [10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7]
+    assert [p["connections"] for p in data["points"]] == [
+        10**4,
+        10**5,
+        10**6,
+        3 * 10**6,
+        10**7,
+        3 * 10**7,
+    ]
     assert [f.value is None for f in figures if f.name == "the end of the line"] == [True]
     assert all(f.met for f in figures if f.met is not None)
 
@@ -185,7 +223,8 @@ def test_models() -> None:
 def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_model_for_bench.py").write_text(
         "from torch import nn\n"
-        "def make():\n    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 5))\n"
+        "def make():\n    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), "
+        "nn.Linear(5, 5))\n"
         "def conv():\n    return nn.Conv2d(1, 2, 3)\n"
         "def three():\n    return 3\n"
         "class Ends(nn.Module):\n"
@@ -201,7 +240,10 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(said) == 2  # two of the layers are alike
     assert {row["verdict"] for row in result["layers"]} <= {"sparse", "dense"}
     result = sections.model(SETTING, "own_model_for_bench:Ends", None, 0.5, 3, said.append)
-    assert [(row["name"], row["layer"]) for row in result["layers"]] == [("a", "linear 5 x 4"), ("b", "LSTM")]
+    assert [(row["name"], row["layer"]) for row in result["layers"]] == [
+        ("a", "linear 5 x 4"),
+        ("b", "LSTM"),
+    ]
     assert result["layers"][1]["verdict"] == "not measured"
     for wrong, line in (
         ("own_model_for_bench:conv", "give --input"),

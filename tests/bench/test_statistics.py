@@ -1,4 +1,6 @@
-"""Timing in turns, ratios, break-even, lines, verdicts: pure functions and a clock that does what it is told."""
+"""Timing in turns, ratios, break-even, lines, verdicts: pure functions and a clock that does what
+it is told.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_contenders_are_timed_in_turns_with_blocks_that_fit() -> None:
 
 def test_rounds_go_on_until_the_time_is_used() -> None:
     clock = Clock()
-    timings = side_by_side([Contender("a", lambda: clock.spend(0.1))], seconds=1.95, rounds=3, clock=clock)
+    timings = side_by_side(
+        [Contender("a", lambda: clock.spend(0.1))], seconds=1.95, rounds=3, clock=clock
+    )
     assert len(timings.seconds["a"]) == 20
 
 
@@ -68,7 +72,11 @@ def test_a_slow_moment_of_the_machine_does_not_move_the_ratio() -> None:
 def test_threads_are_set_for_a_contender_and_restored() -> None:
     seen: list[int] = []
     before = torch.get_num_threads()
-    side_by_side([Contender("a", lambda: seen.append(torch.get_num_threads()), threads=2)], seconds=0.0, rounds=2)
+    side_by_side(
+        [Contender("a", lambda: seen.append(torch.get_num_threads()), threads=2)],
+        seconds=0.0,
+        rounds=2,
+    )
     assert set(seen) == {2}
     assert torch.get_num_threads() == before
 
@@ -85,7 +93,12 @@ def test_ratio_compares_within_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("speedups", "found"),
-    [((4.0, 2.0, 0.5), 0.2), ((4.0, 2.0, 1.0), None), ((0.9, 0.5, 0.1), 0.0), ((2.0, 0.5, 0.1), 0.1 / math.sqrt(2))],
+    [
+        ((4.0, 2.0, 0.5), 0.2),
+        ((4.0, 2.0, 1.0), None),
+        ((0.9, 0.5, 0.1), 0.0),
+        ((2.0, 0.5, 0.1), 0.1 / math.sqrt(2)),
+    ],
 )
 def test_break_even(speedups: tuple[float, ...], found: float | None) -> None:
     densities = (0.05, 0.1, 0.4)
@@ -144,7 +157,12 @@ def test_a_bar_that_cannot_be_measured_is_not_available() -> None:
 
 
 def test_numbers_as_printed() -> None:
-    assert [tables.duration(s) for s in (2e-6, 3.14159e-3, 2.5, 2500.0)] == ["2 us", "3.14 ms", "2.5 s", "2.5e+03 s"]
+    assert [tables.duration(s) for s in (2e-6, 3.14159e-3, 2.5, 2500.0)] == [
+        "2 us",
+        "3.14 ms",
+        "2.5 s",
+        "2.5e+03 s",
+    ]
     assert [tables.number(v, "B") for v in (None, 36.04, 12345.6, 0.99234)] == [
         "not available",
         "36 B",

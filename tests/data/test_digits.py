@@ -38,12 +38,18 @@ def test_shape_and_range() -> None:
 
 def test_damaged_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "SHA256", "0" * 64)
-    with pytest.raises(data.DataError, match=r"digits\.csv\.gz .* is damaged: sha256 09f66e.*expected 0000"):
+    with pytest.raises(
+        data.DataError,
+        match=r"digits\.csv\.gz .* is damaged: sha256 "
+        r"09f66e.*expected 0000",
+    ):
         data.load("digits")
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(data.DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"):
+    with pytest.raises(
+        data.DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"
+    ):
         data.load("cifar")
 
 

@@ -20,7 +20,9 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.content`; honours Range if `server.ranges`; breaks off as `server.breaks` says."""
+    """Serves `server.content`; honours Range if `server.ranges`; breaks off as `server.breaks`
+    says.
+    """
 
     def do_GET(self) -> None:
         server = self.server
@@ -32,7 +34,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.ranges and (wanted := self.headers.get("Range")):
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
+            )
         else:
             self.send_response(200)
         body = server.content[start:]
@@ -97,7 +101,11 @@ def test_takes_up_a_broken_connection(server, tmp_path: Path) -> None:
 
 def test_next_call_continues(server, tmp_path: Path) -> None:
     server.breaks = [100_000, 0]  # nothing new the second time: give up, keep the part
-    with pytest.raises(DataError, match=r"broke off after 100000 of 300000 .* again to continue, or use --data-dir"):
+    with pytest.raises(
+        DataError,
+        match=r"broke off after 100000 of 300000 .* again to continue, "
+        r"or use --data-dir",
+    ):
         get(server.url, tmp_path / "f")
     assert part(tmp_path / "f").stat().st_size == 100_000
     assert not (tmp_path / "f").exists()
@@ -156,7 +164,11 @@ def free_port() -> int:
 
 
 def test_no_server(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be reached \(.*refused.*\); use --data-dir") as caught:
+    with pytest.raises(
+        DataError,
+        match=r"cannot be reached \(.*refused.*\); use "
+        r"--data-dir",
+    ) as caught:
         get(f"http://127.0.0.1:{free_port()}/f", tmp_path / "f")
     assert "\n" not in str(caught.value)
 
@@ -172,8 +184,12 @@ def test_folder_that_cannot_be_written(server, tmp_path: Path) -> None:
         get(server.url, tmp_path / "file" / "f")
 
 
-def test_family_is_fetched_into_the_cache_once(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tiny files stand for the family; the second load asks nothing, a damaged copy is fetched again."""
+def test_family_is_fetched_into_the_cache_once(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiny files stand for the family; the second load asks nothing, a damaged copy is fetched
+    again.
+    """
     monkeypatch.setenv("REWIRE_DATA", str(tmp_path))
     file = mnist.IdxFile("file.gz", len(CONTENT), SHA256, "", (1,))
     family = mnist.Family("toy", server.url.removesuffix("file.gz"), ("a",), {"train_x": file})
@@ -185,12 +201,18 @@ def test_family_is_fetched_into_the_cache_once(server, tmp_path: Path, monkeypat
     assert len(server.requests) == 2
     assert (tmp_path / "toy" / "file.gz").read_bytes() == CONTENT
     family = mnist.Family("toy2", f"http://127.0.0.1:{free_port()}", ("a",), {"train_x": file})
-    with pytest.raises(DataError, match=r"give --data-dir FOLDER with the four .* of toy2.*--mirror URL"):
+    with pytest.raises(
+        DataError,
+        match=r"give --data-dir FOLDER with the four .* of "
+        r"toy2.*--mirror URL",
+    ):
         mnist._downloaded_folder(family, None, None)
 
 
 def test_progress_of_another_process_is_shown(server, tmp_path: Path) -> None:
-    """Whoever waits for a file that another process fetches sees how far it is, and asks for nothing."""
+    """Whoever waits for a file that another process fetches sees how far it is, and asks for
+    nothing.
+    """
     target, seen = tmp_path / "f", []
     part(target).write_bytes(CONTENT[:1000])
 
@@ -202,13 +224,25 @@ def test_progress_of_another_process_is_shown(server, tmp_path: Path) -> None:
 
     lock = contextlib.ExitStack()
     lock.enter_context(files.lock_folder(tmp_path))
-    download(server.url, target, sha256=SHA256, size=len(CONTENT), help_line="", timeout=5, progress=watch)
+    download(
+        server.url,
+        target,
+        sha256=SHA256,
+        size=len(CONTENT),
+        help_line="",
+        timeout=5,
+        progress=watch,
+    )
     assert seen == [("f", 1000, len(CONTENT))] * 2
     assert server.requests == []
 
 
-def test_without_locks_bytes_gather_under_a_name_of_their_own(server, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rewire.app.data.download.lock_folder", lambda *_, **__: contextlib.nullcontext(False))
+def test_without_locks_bytes_gather_under_a_name_of_their_own(
+    server, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "rewire.app.data.download.lock_folder", lambda *_, **__: contextlib.nullcontext(False)
+    )
     part(tmp_path / "f").write_bytes(b"another process is writing here")
     get(server.url, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == CONTENT

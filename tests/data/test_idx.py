@@ -11,7 +11,9 @@ from rewire.app.data import idx
 
 
 def pack(values: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+    return (
+        struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+    )
 
 
 GOOD = pack(np.arange(12, dtype=np.uint8).reshape(3, 2, 2))
@@ -70,7 +72,8 @@ def test_cut_short() -> None:
     packed = gzip.compress(GOOD)
     for length in range(len(packed)):
         if length == 0:
-            assert idx.unzip(b"", 100) == b""  # gzip calls an empty file empty; the idx header is then missing
+            # gzip calls an empty file empty; the idx header is then missing
+            assert idx.unzip(b"", 100) == b""
             continue
         with pytest.raises(idx.IdxError, match=r"cut short|damaged"):
             idx.unzip(packed[:length], len(GOOD))

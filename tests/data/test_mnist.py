@@ -23,8 +23,17 @@ def test_real_files(name: str, mean: float) -> None:
     assert float(loaded.train_x.max()) == 1
     if name == "mnist":
         assert loaded.train_y.bincount().tolist() == [
-            5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949
-        ]  # fmt: skip
+            5923,
+            6742,
+            5958,
+            6131,
+            5842,
+            5421,
+            5918,
+            6265,
+            5851,
+            5949,
+        ]
 
 
 def test_folder_itself_is_accepted(tmp_path: Path) -> None:
@@ -68,7 +77,11 @@ def test_damage_names_file_and_both_sums(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte\.gz, train-labels.* subfolder named mnist"):
+    with pytest.raises(
+        data.DataError,
+        match=r"train-images-idx3-ubyte\.gz, train-labels.* "
+        r"subfolder named mnist",
+    ):
         data.load("mnist", data_dir=tmp_path)
     with pytest.raises(data.DataError, match="not found"):
         data.load("mnist", data_dir=tmp_path / "nowhere")

@@ -1,4 +1,6 @@
-"""Packed ternary weights: exact round trips, the bytes that were promised, and files that must be refused."""
+"""Packed ternary weights: exact round trips, the bytes that were promised, and files that must be
+refused.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,24 @@ from rewire.storage import files
 from rewire.storage import tensors as tensor_file
 
 
-def ternary(shape: tuple[int, ...], connections: int, scale: float = 0.3, dtype: Any = torch.float32) -> SparseWeight:
+def ternary(
+    shape: tuple[int, ...], connections: int, scale: float = 0.3, dtype: Any = torch.float32
+) -> SparseWeight:
     generator = torch.Generator().manual_seed(connections)
     weight = SparseWeight(shape, connections, generator=generator, dtype=dtype)
     with torch.no_grad():
-        weight.values.copy_(scale * (1 - 2 * torch.randint(0, 2, (connections,), generator=generator)))
+        weight.values.copy_(
+            scale * (1 - 2 * torch.randint(0, 2, (connections,), generator=generator))
+        )
     return weight
 
 
 class Net(nn.Module):
     def __init__(self, *weights: SparseWeight) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(SparseLinear.from_weight(w, torch.arange(float(w.shape[0]))) for w in weights)
+        self.layers = nn.ModuleList(
+            SparseLinear.from_weight(w, torch.arange(float(w.shape[0]))) for w in weights
+        )
         self.norm = nn.BatchNorm1d(3)
 
 
@@ -43,7 +51,11 @@ def test_a_trained_model_comes_back_bit_by_bit(tmp_path: Path) -> None:
 
     def dense() -> nn.Sequential:
         return nn.Sequential(
-            nn.Unflatten(1, (1, 20)), nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(72, 30), nn.GRU(30, 8)
+            nn.Unflatten(1, (1, 20)),
+            nn.Conv1d(1, 4, 3),
+            nn.Flatten(),
+            nn.Linear(72, 30),
+            nn.GRU(30, 8),
         )
 
     model = dense()
@@ -70,13 +82,17 @@ def test_a_trained_model_comes_back_bit_by_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", ["auto", "delta", "position"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_round_trips_of_awkward_weights(code: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    one = SparseWeight.from_coo((1, 5), *torch.tensor([[0], [4]]), torch.tensor([-2.0], dtype=dtype))
+    one = SparseWeight.from_coo(
+        (1, 5), *torch.tensor([[0], [4]]), torch.tensor([-2.0], dtype=dtype)
+    )
     empty = SparseWeight.from_coo(
         (4, 4), *torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=dtype), capacity=1
     )
     gaps = ternary((6, 7), 9, dtype=dtype)
     gaps.rewire(torch.tensor([2, 5]), torch.tensor([-1, -1]), torch.tensor([-1, -1]))
-    model = Net(one, empty, gaps, ternary((5, 6), 30, dtype=dtype), ternary((40, 1000), 13, dtype=dtype))
+    model = Net(
+        one, empty, gaps, ternary((5, 6), 30, dtype=dtype), ternary((40, 1000), 13, dtype=dtype)
+    )
     result = save_ternary(model, tmp_path / "x", code=code)
     assert [w.connections for w in result.weights] == [1, 0, 7, 30, 13]
     fresh = Net(*(ternary(tuple(w.shape), 1, dtype=dtype) for _, w in sparse_weights(model)))
@@ -118,7 +134,9 @@ def test_bytes_are_counted_and_smaller_than_dense_codes() -> None:
     [entry] = result.weights
     tensors = safetensors.torch.load(content)
     name = entry.name
-    assert entry.bytes == sum(t.numel() * t.element_size() for k, t in tensors.items() if k.startswith(name))
+    assert entry.bytes == sum(
+        t.numel() * t.element_size() for k, t in tensors.items() if k.startswith(name)
+    )
     assert entry.bytes == math.ceil(entry.entries * entry.bits / 8) + math.ceil(4704 / 8) + 4
     assert entry.binary_bytes == 300 * 784 // 8 + 4
     assert entry.ternary_bytes == 300 * 784 // 4 + 4
@@ -145,11 +163,17 @@ def test_other_weights_stay_as_they_are(tmp_path: Path) -> None:
     ("model", "message"),
     [
         (nn.Linear(3, 3), "it has no sparse weights"),
-        (Net(SparseWeight.from_dense(torch.tensor([[1.0, 2.0]]))), r"layers\.0\.weight have values of several"),
+        (
+            Net(SparseWeight.from_dense(torch.tensor([[1.0, 2.0]]))),
+            r"layers\.0\.weight have "
+            r"values of several",
+        ),
         (Net(SparseWeight.from_dense(torch.tensor([[1.0, math.inf]]))), "several magnitudes"),
     ],
 )
-def test_models_without_ternary_weights_are_refused(model: nn.Module, message: str, tmp_path: Path) -> None:
+def test_models_without_ternary_weights_are_refused(
+    model: nn.Module, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         save_ternary(model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
@@ -157,7 +181,9 @@ def test_models_without_ternary_weights_are_refused(model: nn.Module, message: s
         pack_ternary(model, code="zip")  # type: ignore[arg-type]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_ternary(Net(ternary((4, 4), 5)), tmp_path / "x")
     before = (tmp_path / "x").read_bytes()
 
@@ -172,7 +198,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 
 def damaged(how: str) -> bytes:
-    content, _ = pack_ternary(Net(ternary((4, 9), 5)), code="position" if how == "order" else "delta")
+    content, _ = pack_ternary(
+        Net(ternary((4, 9), 5)), code="position" if how == "order" else "delta"
+    )
     tensors = safetensors.torch.load(content)
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
@@ -200,7 +228,8 @@ def damaged(how: str) -> bytes:
         name, _, value = how.partition("=")
         entry[name] = json.loads(value)
     metadata["weights"] = json.dumps([entry])
-    metadata["sha256"] = tensor_file.content_sha256(tensors, metadata)  # so that what is inside is looked at
+    # so that what is inside is looked at
+    metadata["sha256"] = tensor_file.content_sha256(tensors, metadata)
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -208,8 +237,24 @@ def damaged(how: str) -> bytes:
     "how",
     [
         *("pickle", "short", "format", "missing", "scale", "index", "outside", "order", "type"),
-        *("connections=6", "connections=-1", "connections=4", "connections=true", "bits=0", "bits=60", "bits=3.0"),
-        *("entries=99999999999999", 'code="zip"', "shape=[4]", "shape=[4,-9]", "shape=[2,2]", 'shape="44"', "name=7"),
+        *(
+            "connections=6",
+            "connections=-1",
+            "connections=4",
+            "connections=true",
+            "bits=0",
+            "bits=60",
+            "bits=3.0",
+        ),
+        *(
+            "entries=99999999999999",
+            'code="zip"',
+            "shape=[4]",
+            "shape=[4,-9]",
+            "shape=[2,2]",
+            'shape="44"',
+            "name=7",
+        ),
     ],
 )
 def test_damaged_files_are_refused(how: str, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""What the tests of methods that start dense share: small dense models, a training loop, exact snapshots."""
+"""What the tests of methods that start dense share: small dense models, a training loop, exact
+snapshots.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,17 @@ def mlp() -> nn.Module:
 def conv() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 3, 4)),
-        nn.Conv2d(1, 8, 2), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Flatten(), nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 6),
-    )  # fmt: skip
+        nn.Conv2d(1, 8, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 12),
+        nn.ReLU(),
+        nn.Linear(12, 6),
+    )
 
 
 class Recurrent(nn.Module):
@@ -29,7 +38,11 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.middle, self.head = nn.LSTM(4, 10, batch_first=True), nn.Linear(10, 8), nn.Linear(8, 6)
+        self.body, self.middle, self.head = (
+            nn.LSTM(4, 10, batch_first=True),
+            nn.Linear(10, 8),
+            nn.Linear(8, 6),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.middle(self.body(x.view(-1, 3, 4))[0][:, -1]).relu())
@@ -50,7 +63,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "halo": [{"density": 1.0}, {"density": 0.3}, {"density": 0.3, "cut": 2}],
     "noiseout": [  # the threshold is always met, so that units are merged
         {"threshold": -100.0, "at_once": 2},
-        {"threshold": -100.0, "at_once": 1, "every": 3, "noise": "binomial", "criterion": "damage", "samples": None},
+        {
+            "threshold": -100.0,
+            "at_once": 1,
+            "every": 3,
+            "noise": "binomial",
+            "criterion": "damage",
+            "samples": None,
+        },
         {"noise": "none", "at_once": 3, "slack": 5.0, "warmup": 1},
     ],
     "ternary": [{"prune": 1}],
@@ -58,7 +78,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 
 def cuts_at_the_end(name: str, settings: dict[str, Any]) -> bool:
-    """Whether `finalize` is itself the cut, so that outputs change in it (unless all stays: density=1)."""
+    """Whether `finalize` is itself the cut, so that outputs change in it (unless all stays:
+    density=1).
+    """
     return name == "halo" and "cut" not in settings and settings.get("density") != 1.0
 
 
@@ -69,7 +91,10 @@ CASES = [
     for settings in SETTINGS.get(name, [{}])
 ]
 
-DATA = [(torch.randn(16, 12, generator=torch.Generator().manual_seed(i)), torch.zeros(16)) for i in range(3)]
+DATA = [
+    (torch.randn(16, 12, generator=torch.Generator().manual_seed(i)), torch.zeros(16))
+    for i in range(3)
+]
 
 
 @torch.no_grad()
@@ -88,14 +113,20 @@ def case_id(case: tuple[str, dict[str, Any]]) -> str:
 
 
 class DenseRun:
-    """A dense model in training: ``steps_per_epoch`` steps make an epoch; data depend on the step alone."""
+    """A dense model in training: ``steps_per_epoch`` steps make an epoch; data depend on the step
+    alone.
+    """
 
     steps_per_epoch = 4
 
     def __init__(
-        self, case: tuple[str, dict[str, Any]], model: str = "mlp", optimizer: str = "adam",
-        seed: int = 3, method_seed: int = 7,
-    ) -> None:  # fmt: skip
+        self,
+        case: tuple[str, dict[str, Any]],
+        model: str = "mlp",
+        optimizer: str = "adam",
+        seed: int = 3,
+        method_seed: int = 7,
+    ) -> None:
         torch.manual_seed(seed)
         self.model, self.case = MODELS[model](), case
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
@@ -107,7 +138,9 @@ class DenseRun:
         entry = methods.info(self.case[0])
         services = {"data": DATA} if entry.takes_data else {}
         services |= {"evaluate": score} if "evaluate" in entry.services else {}
-        return methods.create(self.case[0], self.model, self.optimizer, seed=seed, **services, **self.case[1])
+        return methods.create(
+            self.case[0], self.model, self.optimizer, seed=seed, **services, **self.case[1]
+        )
 
     def batch(self) -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(1000 + self.time)
@@ -131,5 +164,7 @@ class DenseRun:
         """Everything that must come out bit-identical."""
         found = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{i}.{k}": v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+            found |= {
+                f"optimizer.{i}.{k}": v.clone() for k, v in state.items() if isinstance(v, Tensor)
+            }
         return found

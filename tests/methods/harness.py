@@ -1,4 +1,6 @@
-"""What the method tests share: small models of every layer type, a training loop, exact snapshots."""
+"""What the method tests share: small models of every layer type, a training loop, exact
+snapshots.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,17 @@ def conv(dtype: torch.dtype, seed: int) -> nn.Module:
         SparseConv1d(2, 4, 3, padding=1, connections=16, generator=g, dtype=dtype),
         nn.ReLU(),
         nn.Unflatten(2, (2, 3)),
-        SparseConv2d(4, 6, (1, 3), padding=(0, 1), stride=(1, 2), groups=2, connections=24, generator=g, dtype=dtype),
+        SparseConv2d(
+            4,
+            6,
+            (1, 3),
+            padding=(0, 1),
+            stride=(1, 2),
+            groups=2,
+            connections=24,
+            generator=g,
+            dtype=dtype,
+        ),
         nn.ReLU(),
         nn.Unflatten(2, (1, 2)),
         SparseConv3d(6, 6, (1, 2, 2), connections=40, bias=False, generator=g, dtype=dtype),
@@ -50,7 +62,9 @@ def conv(dtype: torch.dtype, seed: int) -> nn.Module:
 
 
 class Sequence(nn.Module):
-    """Reads (batch, 12) as a sequence of 3 positions with 4 features each, and sums what comes out over them."""
+    """Reads (batch, 12) as a sequence of 3 positions with 4 features each, and sums what comes out
+    over them.
+    """
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -69,7 +83,9 @@ class Sequence(nn.Module):
 
 def rnn(dtype: torch.dtype, seed: int) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
-    body = SparseRNN(4, 8, bidirectional=True, batch_first=True, density=0.3, generator=g, dtype=dtype)
+    body = SparseRNN(
+        4, 8, bidirectional=True, batch_first=True, density=0.3, generator=g, dtype=dtype
+    )
     return Sequence(body, SparseLinear(16, 6, connections=30, generator=g, dtype=dtype))
 
 
@@ -81,12 +97,16 @@ def lstm(dtype: torch.dtype, seed: int) -> nn.Module:
 
 def gru(dtype: torch.dtype, seed: int) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
-    return Sequence(SparseGRU(4, 6, batch_first=True, density=0.2, generator=g, dtype=dtype), nn.Identity())
+    return Sequence(
+        SparseGRU(4, 6, batch_first=True, density=0.2, generator=g, dtype=dtype), nn.Identity()
+    )
 
 
 def attention(dtype: torch.dtype, seed: int) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
-    body = SparseMultiheadAttention(4, 2, batch_first=True, connections=40, generator=g, dtype=dtype)
+    body = SparseMultiheadAttention(
+        4, 2, batch_first=True, connections=40, generator=g, dtype=dtype
+    )
     return Sequence(body, SparseLinear(4, 6, connections=12, generator=g, dtype=dtype))
 
 
@@ -106,7 +126,8 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
     "adam": lambda p: torch.optim.Adam(p, lr=0.05),
 }
 
-#: Settings under which each method is tested besides its defaults; a newly registered method needs no entry.
+#: Settings under which each method is tested besides its defaults; a newly registered method needs
+#: no entry.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "deep-r": [
         {},
@@ -132,20 +153,39 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "gmp": [{"density": 0.1, "distribution": "uniform", "every": 2, "until": 7}],
     "granet": [
         {"density": 0.1, "every": 2, "begin": 1, "until": 7},
-        {"density": 0.1, "distribution": "uniform", "every": 2, "until": 7, "candidates": 5, "scope": "layer"},
+        {
+            "density": 0.1,
+            "distribution": "uniform",
+            "every": 2,
+            "until": 7,
+            "candidates": 5,
+            "scope": "layer",
+        },
     ],
     "itop": [{"every": 2}, {"every": 3, "grow": "random"}],
     "mest": [{"every": 1}, {"every": 1, "soft": True, "milestones": (1, 2)}],
-    "rigl": [{"every": 2}, {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7}],
+    "rigl": [
+        {"every": 2},
+        {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7},
+    ],
     "snfs": [{"window": 2}, {"every": 3, "candidates": 6}, {"exact": True, "until": 2}],
     "srigl": [{"every": 2, "fraction": 0.5}, {"every": 3, "gamma": 0.6, "candidates": 7}],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
     "top-kast": [{"every": 3, "explore": 0.5}, {"every": 2, "l2": 0.01, "until": 6}],
-    "snip": [{"density": 0.1}, {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"}],
+    "snip": [
+        {"density": 0.1},
+        {"density": 0.1, "distribution": "uniform", "batches": 4, "scope": "layer"},
+    ],
     "soft-deep-r": [
         {},
         {"l1": 1e-2, "noise": 0.1, "p_min": 0.3},
-        {"l1": 1e-2, "temperature": "tied", "theta_min": -0.02, "boundary": "reflect", "start": "authors"},
+        {
+            "l1": 1e-2,
+            "temperature": "tied",
+            "theta_min": -0.02,
+            "boundary": "reflect",
+            "start": "authors",
+        },
     ],
     "copaset": [{"samples": 9, "activations": "post", "output_layer": True, "mode": "train"}],
     "corset": [{"every": 2}],
@@ -170,14 +210,21 @@ def case_id(case: tuple[str, dict[str, Any]]) -> str:
 
 
 class Run:
-    """A model in training: ``steps_per_epoch`` steps make an epoch; data depend on the step alone."""
+    """A model in training: ``steps_per_epoch`` steps make an epoch; data depend on the step
+    alone.
+    """
 
     steps_per_epoch = 4
 
     def __init__(
-        self, case: tuple[str, dict[str, Any]], layer: str = "linear", optimizer: str = "sgd",
-        dtype: torch.dtype = torch.float32, seed: int = 3, method_seed: int = 7,
-    ) -> None:  # fmt: skip
+        self,
+        case: tuple[str, dict[str, Any]],
+        layer: str = "linear",
+        optimizer: str = "sgd",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 3,
+        method_seed: int = 7,
+    ) -> None:
         self.model = LAYERS[layer](dtype, seed)
         self.dtype, self.case = dtype, case
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
@@ -223,7 +270,9 @@ class Run:
         """Everything that must come out bit-identical."""
         found = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{i}.{k}": v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+            found |= {
+                f"optimizer.{i}.{k}": v.clone() for k, v in state.items() if isinstance(v, Tensor)
+            }
         return found
 
 
@@ -236,20 +285,29 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def check_resume(
-    begin: Callable[..., Any], stop: int, steps: int, *, model_first: bool, remake: bool = False,
+    begin: Callable[..., Any],
+    stop: int,
+    steps: int,
+    *,
+    model_first: bool,
+    remake: bool = False,
     load: Callable[[nn.Module, dict[str, Tensor]], object] = nn.Module.load_state_dict,
-) -> tuple[Any, Any]:  # fmt: skip
-    """A run that is saved after ``stop`` of ``steps`` and goes on elsewhere is bit-identical to one that was not.
+) -> tuple[Any, Any]:
+    """A run that is saved after ``stop`` of ``steps`` and goes on elsewhere is bit-identical to one
+    that was not.
 
-    ``begin`` starts one, of other weights and seeds if given ``seed`` and ``method_seed``. ``load`` restores a model
-    that is loaded before the method's state; ``remake`` makes the method anew between them. Returns both runs.
+    ``begin`` starts one, of other weights and seeds if given ``seed`` and ``method_seed``. ``load``
+    restores a model that is loaded before the method's state; ``remake`` makes the method anew
+    between them. Returns both runs.
     """
     whole, first = begin(), begin()
     for _ in range(steps):
         whole.step()
     for _ in range(stop):
         first.step()
-    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
+    saved = copy.deepcopy(
+        [first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()]
+    )
     second = begin(seed=99, method_seed=1234)
     if model_first:
         load(second.model, saved[0])

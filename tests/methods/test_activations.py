@@ -50,7 +50,7 @@ def data(rows: int = 10, features: int = 6) -> Tensor:
 def mlp() -> nn.Sequential:
     return nn.Sequential(
         linear(6, 8), nn.ReLU(inplace=True), nn.Dropout(0.5), linear(8, 8), nn.Tanh(), linear(8, 3)
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -74,7 +74,10 @@ def test_behind_activation_functions() -> None:
 
 @torch.no_grad()
 def test_a_single_output_is_a_probability_and_a_dense_layer_between_counts() -> None:
-    model, x = nn.Sequential(linear(6, 6), nn.ReLU(), nn.Linear(6, 6, dtype=torch.float64), linear(6, 1)), data()
+    model, x = (
+        nn.Sequential(linear(6, 6), nn.ReLU(), nn.Linear(6, 6, dtype=torch.float64), linear(6, 1)),
+        data(),
+    )
     a = model[0](x)
     b = model[2](a.relu())
     close(sides(model, [x]), [(x, a), (b, model[3](b))])
@@ -85,17 +88,24 @@ def test_a_single_output_is_a_probability_and_a_dense_layer_between_counts() -> 
 def test_convolutions() -> None:
     options: dict[str, Any] = {"density": 0.5, "dtype": torch.float64}
     model = nn.Sequential(
-        SparseConv2d(2, 4, 3, padding=1, **options), nn.ReLU(),
-        SparseConv2d(4, 4, 3, padding=1, padding_mode="circular", **options), nn.MaxPool2d(2),
-        SparseConv2d(4, 6, 2, groups=2, **options), nn.Flatten(), linear(6, 3),
-    )  # fmt: skip
+        SparseConv2d(2, 4, 3, padding=1, **options),
+        nn.ReLU(),
+        SparseConv2d(4, 4, 3, padding=1, padding_mode="circular", **options),
+        nn.MaxPool2d(2),
+        SparseConv2d(4, 6, 2, groups=2, **options),
+        nn.Flatten(),
+        linear(6, 3),
+    )
     x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
     a = model[0](x)
     b = model[2](a.relu())
     pooled = F.max_pool2d(b, 2)
     c = model[4](pooled)
     wrapped = F.pad(a, (1, 1, 1, 1), mode="circular")
-    close(sides(model, [x[:2], x[2:]]), [(x, a), (wrapped, b), (pooled, c), (c.flatten(1), model[6](c.flatten(1)))])
+    close(
+        sides(model, [x[:2], x[2:]]),
+        [(x, a), (wrapped, b), (pooled, c), (c.flatten(1), model[6](c.flatten(1)))],
+    )
 
 
 def test_the_inside_of_recurrent_layers_and_attention() -> None:
@@ -117,10 +127,15 @@ def test_the_inside_of_recurrent_layers_and_attention() -> None:
         h, _ = model.rnn(x)
     before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
     inner = {
-        "rnn.weight_ih_l0": x, "rnn.weight_hh_l0": before,
-        "mix.q_proj_weight": h, "mix.k_proj_weight": h, "mix.v_proj_weight": h,
-    }  # fmt: skip
-    pools = {p.name: p for p in Static(model, torch.optim.SGD(model.parameters(), lr=0.1), seed=0).pools}
+        "rnn.weight_ih_l0": x,
+        "rnn.weight_hh_l0": before,
+        "mix.q_proj_weight": h,
+        "mix.k_proj_weight": h,
+        "mix.v_proj_weight": h,
+    }
+    pools = {
+        p.name: p for p in Static(model, torch.optim.SGD(model.parameters(), lr=0.1), seed=0).pools
+    }
     for name, source in inner.items():
         (pair,) = found[pools[name].number]
         dense = pools[name].weight.to_dense().detach()
@@ -159,12 +174,17 @@ def test_a_layer_called_twice_and_one_not_called() -> None:
 def test_nothing_is_left_behind(mode: Any) -> None:
     model = nn.Sequential(
         linear(6, 8), nn.BatchNorm1d(8, dtype=torch.float64), nn.Dropout(0.5), linear(8, 3)
-    )  # fmt: skip
+    )
     model.train()
     model[2].eval()
     model[0].weight.capture = held = []
-    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data(12)), batch_size=5, shuffle=True)
-    state, random_state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    shuffled = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(data(12)), batch_size=5, shuffle=True
+    )
+    state, random_state = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     first = record(model, shuffled, mode=mode, samples=7)[0]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [m.training for m in model] == [True, True, False, True]
@@ -173,7 +193,10 @@ def test_nothing_is_left_behind(mode: Any) -> None:
     assert held == []
     assert not model[0]._forward_hooks
     torch.manual_seed(99)
-    again, other = record(model, shuffled, mode=mode, samples=7)[0], record(model, shuffled, step=2, samples=7)[0]
+    again, other = (
+        record(model, shuffled, mode=mode, samples=7)[0],
+        record(model, shuffled, step=2, samples=7)[0],
+    )
     assert torch.equal(first[1][0].g, again[1][0].g)  # a function of seed and step
     assert not torch.equal(first[1][0].g, other[1][0].g)
 

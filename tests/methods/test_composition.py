@@ -55,7 +55,10 @@ def train(model: nn.Module, optimizer: Any, method: Any, steps: range) -> None:
 def test_the_docs_examples_run() -> None:
     one, own, group = EXAMPLES
     model = Net()
-    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    names: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
     exec(one, names)
     train(model, names["optimizer"], names["method"], range(3))
     try:
@@ -92,8 +95,10 @@ def make(seed: int = 0, method_seed: int = 3) -> tuple[Net, Any, Group]:
 def test_each_method_has_its_layers() -> None:
     model, optimizer, group = make()
     assert [[p.name for p in m.pools] for m in group.methods.values()] == [
-        ["conv1.weight", "conv2.weight"], ["fc1.weight"], ["fc2.weight"]
-    ]  # fmt: skip
+        ["conv1.weight", "conv2.weight"],
+        ["fc1.weight"],
+        ["fc2.weight"],
+    ]
     streams = [p.stream(1) for m in group.methods.values() for p in m.pools]
     assert len(set(streams)) == 4
     train(model, optimizer, group, range(6))
@@ -102,7 +107,12 @@ def test_each_method_has_its_layers() -> None:
     assert list(stats["dropped"]) == ["conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"]
     assert all(n > 0 for n in stats["dropped"].values())
     assert group["fc1"].steps == 6  # RigL's skipped steps are its own layers' alone
-    assert group.connections() == {"conv1.weight": 20, "conv2.weight": 60, "fc1.weight": 200, "fc2.weight": 10}
+    assert group.connections() == {
+        "conv1.weight": 20,
+        "conv2.weight": 60,
+        "fc1.weight": 200,
+        "fc2.weight": 10,
+    }
     assert group.finalize() is model
     assert not any(w._followers for _, w in sparse_weights(model))
 
@@ -117,9 +127,17 @@ def test_what_acts_on_all_parameters_acts_on_its_own_in_a_group() -> None:
     }
     group = Group(model, optimizer, patterns, seed=1)
     before = {name: w.values.detach().clone() for name, w in sparse_weights(model)}
-    train(model, optimizer, group, range(2))  # SNIP measures: its layers rest, the others are trained
-    moved = {name: not torch.equal(before[name], w.values.detach()) for name, w in sparse_weights(model)}
-    assert moved == {"conv1.weight": False, "conv2.weight": False, "fc1.weight": True, "fc2.weight": True}
+    # SNIP measures: its layers rest, the others are trained
+    train(model, optimizer, group, range(2))
+    moved = {
+        name: not torch.equal(before[name], w.values.detach()) for name, w in sparse_weights(model)
+    }
+    assert moved == {
+        "conv1.weight": False,
+        "conv2.weight": False,
+        "fc1.weight": True,
+        "fc2.weight": True,
+    }
     assert group["fc2"].steps == 2
     assert model.fc1.weight.values not in optimizer.state
     assert optimizer.state[model.fc2.weight.values]["momentum_buffer"].any()
@@ -146,7 +164,11 @@ def test_a_group_resumes_bit_exactly() -> None:
     ("patterns", "message"),
     [
         ({"conv*": SET}, r"no pattern matches fc1.weight, fc2.weight"),
-        ({"conv*": SET, "*": Static}, r"more than one pattern matches conv1.weight \(conv\* and \*\)"),
+        (
+            {"conv*": SET, "*": Static},
+            r"more than one pattern matches conv1.weight \(conv\* "
+            r"and \*\)",
+        ),
         ({"*": Static, "lstm*": SET}, "no trained sparse weight matches lstm"),
         ({"conv*": partial(SET, fraction=2.0), "fc*": Static}, "fraction must be"),
     ],
@@ -160,7 +182,9 @@ def test_patterns_that_do_not_fit_are_refused(patterns: Any, message: str) -> No
 PLUGIN = '''
 from rewire.methods import Method, register
 
-@register(name="plug", paper="none", summary="does nothing", keeps_budget="every step", guarantees=("K",))
+@register(
+    name="plug", paper="none", summary="does nothing", keeps_budget="every step", guarantees=("K",)
+)
 class Plug(Method):
     """Nothing."""
 '''
@@ -177,7 +201,12 @@ def test_what_a_method_of_another_package_requires_is_asked_for_by_name() -> Non
         def __init__(self, model: nn.Module, optimizer: Any, *, level: float) -> None:
             super().__init__(model, optimizer)
 
-    about = {"paper": "none", "summary": "does nothing", "keeps_budget": "every step", "guarantees": ("K",)}
+    about = {
+        "paper": "none",
+        "summary": "does nothing",
+        "keeps_budget": "every step",
+        "guarantees": ("K",),
+    }
     methods.register(name="needy", **about)(Needy)
     try:
         model = Net()
@@ -193,7 +222,8 @@ def test_classes_of_other_packages_are_found_and_broken_ones_named(tmp_path: Pat
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[rewire.methods]\nplug = plug_module:Plug\nbroken = plug_module:Missing\nalias = plug_module:Plug\n"
+        "[rewire.methods]\nplug = plug_module:Plug\nbroken = plug_module:Missing\nalias = "
+        "plug_module:Plug\n"
     )
     code = (
         "import warnings\n"
@@ -206,7 +236,11 @@ def test_classes_of_other_packages_are_found_and_broken_ones_named(tmp_path: Pat
     )
     path = os.pathsep.join([str(tmp_path), str(Path(rewire.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "'broken' of plug (plug_module:Missing) cannot be used" in done.stderr

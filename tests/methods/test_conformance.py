@@ -1,4 +1,6 @@
-"""What every registered method owes: run over the registry, so a new method gets these tests by being registered."""
+"""What every registered method owes: run over the registry, so a new method gets these tests by
+being registered.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +32,30 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
 all_layers = pytest.mark.parametrize("layer", LAYERS)
 all_optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
-#: When to stop, and whether the model is restored before the method is made. Every second one has all stops and orders.
+#: When to stop, and whether the model is restored before the method is made. Every second one has
+#: all stops and orders.
 RESUMES = [(3, True), (3, False), (4, False), (4, True), (6, True), (6, False)]
 
 
 def turn(case: Case, layer: str, optimizer: str) -> int:
-    """A number that spreads a further choice evenly over (case, layer, optimizer), instead of testing all of it.
+    """A number that spreads a further choice evenly over (case, layer, optimizer), instead of
+    testing all of it.
 
-    Modulo 2 or 6: each case meets every choice with every optimizer, and each layer half of them (two cases: all).
+    Modulo 2 or 6: each case meets every choice with every optimizer, and each layer half of them
+    (two cases: all).
     """
     return CASES.index(case) + list(LAYERS).index(layer) + 2 * list(OPTIMIZERS).index(optimizer)
 
 
 def assert_sound(weight: SparseWeight) -> None:
-    """The pool is what it says: counts, empties, no duplicates, an index equal to one built from nothing."""
+    """The pool is what it says: counts, empties, no duplicates, an index equal to one built from
+    nothing.
+    """
     active = weight.rows >= 0
     assert int(active.sum()) == weight.connections
     assert not weight.values[~active].any()
-    fresh = topology.build_index(weight.rows, weight.cols, *weight.matrix_shape)  # raises on duplicates
+    # raises on duplicates
+    fresh = topology.build_index(weight.rows, weight.cols, *weight.matrix_shape)
     for mine, new in zip(weight.index, fresh, strict=True):
         assert torch.equal(mine, new)
 
@@ -63,16 +71,21 @@ def per_slot_state(run: Run, weight: SparseWeight) -> dict[str, torch.Tensor]:
 def test_budget_is_exact_after_every_step(case: Case, layer: str, optimizer: str) -> None:
     dtypes = torch.float32, torch.float64
     # Both for every case and layer.
-    run = Run(case, layer, optimizer, dtypes[(turn(case, layer, optimizer) + (optimizer == "adam")) % 2])
+    run = Run(
+        case, layer, optimizer, dtypes[(turn(case, layer, optimizer) + (optimizer == "adam")) % 2]
+    )
     entry = methods.info(case[0])
     before = {name: w.connections for name, w in run.weights().items()}
-    slots = {name: w.capacity for name, w in run.weights().items()}  # K of the layers as they were built
+    # K of the layers as they were built
+    slots = {name: w.capacity for name, w in run.weights().items()}
     fan_in = {name: w.fan_in() for name, w in run.weights().items()}
     for _ in range(3 * run.steps_per_epoch):
         run.step()
         now = {name: w.connections for name, w in run.weights().items()}
         if entry.keeps_budget == "at most":
-            assert all(w.connections <= w.capacity == slots[name] for name, w in run.weights().items())
+            assert all(
+                w.connections <= w.capacity == slots[name] for name, w in run.weights().items()
+            )
         if entry.keeps_budget == "every step" and not case[1].get("soft"):
             assert sum(now.values()) == sum(before.values())
             if case[1].get("scope") != "network" and case[0] not in SHARING:
@@ -86,7 +99,9 @@ def test_budget_is_exact_after_every_step(case: Case, layer: str, optimizer: str
 @all_cases
 @all_layers
 @all_optimizers
-def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, layer: str, optimizer: str) -> None:
+def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(
+    case: Case, layer: str, optimizer: str
+) -> None:
     run = Run(case, layer, optimizer)
     for weight in run.weights().values():
         weight.resize(min(weight.connections + 8, weight.size))  # empty slots as well
@@ -137,7 +152,9 @@ def test_same_seed_same_run(case: Case, layer: str) -> None:
 def test_resume_is_bit_exact(case: Case, layer: str, optimizer: str) -> None:
     stop, model_first = RESUMES[turn(case, layer, optimizer) % 6]
     # Loaded first, the model has its method made anew, as most people would.
-    check_resume(partial(Run, case, layer, optimizer), stop, 11, model_first=model_first, remake=True)
+    check_resume(
+        partial(Run, case, layer, optimizer), stop, 11, model_first=model_first, remake=True
+    )
 
 
 @all_cases
@@ -212,12 +229,22 @@ def test_stats_count_what_happened(case: Case, layer: str) -> None:
     stats = run.method.stats()
     for name in changed:
         dropped, grown = stats["dropped"][name], stats["grown"][name]
-        varies = case[1].get("scope") == "network" or methods.info(case[0]).keeps_budget in ("no", "at most")
-        if varies or case[0] in SHARING or case[1].get("soft"):  # what one update drops another may grow
-            assert max(dropped, grown) <= changed[name] <= dropped + grown or methods.info(case[0]).keeps_budget == "no"
+        varies = case[1].get("scope") == "network" or methods.info(case[0]).keeps_budget in (
+            "no",
+            "at most",
+        )
+        # what one update drops another may grow
+        if varies or case[0] in SHARING or case[1].get("soft"):
+            assert (
+                max(dropped, grown) <= changed[name] <= dropped + grown
+                or methods.info(case[0]).keeps_budget == "no"
+            )
         else:
             assert changed[name] == max(dropped, grown)
-        assert run.weights()[name].connections == Run(case, layer).weights()[name].connections + grown - dropped
+        assert (
+            run.weights()[name].connections
+            == Run(case, layer).weights()[name].connections + grown - dropped
+        )
 
 
 @all_cases
@@ -252,7 +279,9 @@ def test_registry_describes_the_method(name: str) -> None:
         assert parameter.default is not inspect.Parameter.empty
 
 
-@pytest.mark.parametrize("name", [n for n in methods.available() if not methods.info(n).cls.starts_dense])
+@pytest.mark.parametrize(
+    "name", [n for n in methods.available() if not methods.info(n).cls.starts_dense]
+)
 def test_state_of_another_method_or_model_is_refused(name: str) -> None:
     run = Run((name, SETTINGS.get(name, [{}])[0]))
     state = run.method.state_dict()
@@ -265,8 +294,12 @@ def test_state_of_another_method_or_model_is_refused(name: str) -> None:
 
 
 @all_cases
-def test_sorting_the_slots_changes_nothing_but_their_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots are put in order by a count that is saved; a resumed run sorts at the same step, and K stays exact."""
+def test_sorting_the_slots_changes_nothing_but_their_order(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are put in order by a count that is saved; a resumed run sorts at the same step, and K
+    stays exact.
+    """
     monkeypatch.setattr(methods.Method, "sort_from", 1)
     whole, first = Run(case, optimizer="adam"), Run(case, optimizer="adam")
     moves = 0
@@ -283,7 +316,9 @@ def test_sorting_the_slots_changes_nothing_but_their_order(case: Case, monkeypat
             assert_sound(weight)
     for _ in range(11):
         first.step()
-    saved = copy.deepcopy([first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()])
+    saved = copy.deepcopy(
+        [first.model.state_dict(), first.optimizer.state_dict(), first.method.state_dict()]
+    )
     second = Run(case, optimizer="adam", seed=99, method_seed=1234)
     second.model.load_state_dict(saved[0])
     second.optimizer.load_state_dict(saved[1])
@@ -293,12 +328,18 @@ def test_sorting_the_slots_changes_nothing_but_their_order(case: Case, monkeypat
         second.step()
     assert_identical(whole.snapshot(), second.snapshot())
     stats = whole.method.stats()
-    expected = {name for name, grown in stats["grown"].items() if grown >= 2 * whole.weights()[name].connections}
+    expected = {
+        name
+        for name, grown in stats["grown"].items()
+        if grown >= 2 * whole.weights()[name].connections
+    }
     assert moves > 0 or not expected
 
 
 def test_sorted_slots_compute_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SET with and without sorting: bit-identical networks, because the kernels read by position."""
+    """SET with and without sorting: bit-identical networks, because the kernels read by
+    position.
+    """
     networks = []
     for sort_from in (1, 1 << 40):
         monkeypatch.setattr(methods.Method, "sort_from", sort_from)

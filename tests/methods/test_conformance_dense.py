@@ -1,4 +1,6 @@
-"""What every registered method that starts dense owes; a new one gets these tests by being registered."""
+"""What every registered method that starts dense owes; a new one gets these tests by being
+registered.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_same_seed_same_run(case: Case, model: str, optimizer: str) -> None:
 @all_optimizers
 @pytest.mark.parametrize("model_first", [True, False], ids=["model-first", "method-first"])
 @pytest.mark.parametrize("stop", [4, 9])
-def test_resume_is_bit_exact(case: Case, model: str, optimizer: str, model_first: bool, stop: int) -> None:
+def test_resume_is_bit_exact(
+    case: Case, model: str, optimizer: str, model_first: bool, stop: int
+) -> None:
     begin = partial(DenseRun, case, model, optimizer)
     whole, second = check_resume(begin, stop, 13, model_first=model_first, load=load_resized)
     x = whole.batch()[0]
@@ -56,7 +60,9 @@ def test_resume_is_bit_exact(case: Case, model: str, optimizer: str, model_first
 @all_cases
 @all_models
 @all_optimizers
-@pytest.mark.filterwarnings("ignore:The tensor attributes self.body._flat_weights")  # torch's own, of any nn.LSTM
+@pytest.mark.filterwarnings(
+    "ignore:The tensor attributes self.body._flat_weights"
+)  # torch's own, of any nn.LSTM
 def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimizer: str) -> None:
     run = DenseRun(case, model, optimizer)
     for _ in range(3 * run.steps_per_epoch):
@@ -74,7 +80,9 @@ def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimize
         assert not module._forward_hooks, name
         assert not module._forward_pre_hooks, name
     live = list(final.parameters())
-    assert sorted(id(p) for g in run.optimizer.param_groups for p in g["params"]) == sorted(map(id, live))
+    assert sorted(id(p) for g in run.optimizer.param_groups for p in g["params"]) == sorted(
+        map(id, live)
+    )
     exported = torch.export.export(final, (x,)).module()
     torch.testing.assert_close(exported(x), after, rtol=1e-5, atol=1e-5)
     old = [p.detach().clone() for p in live]
@@ -86,24 +94,32 @@ def test_the_final_model_is_plain_and_trains_on(case: Case, model: str, optimize
     assert all(p.grad is not None for p in live)
     for p in live:
         assert p.grad is not None
-        assert all(v.shape == p.shape for v in run.optimizer.state[p].values() if v.dim()), "state was cut along"
+        assert all(v.shape == p.shape for v in run.optimizer.state[p].values() if v.dim()), (
+            "state was cut along"
+        )
     assert any(not torch.equal(a, b) for a, b in zip(old, live, strict=True))
 
 
 @all_cases
 @all_models
 def test_the_file_is_smaller_in_proportion(case: Case, model: str) -> None:
-    """4 bytes for each number that is trained, 8 for where a connection is, and a name for each tensor."""
+    """4 bytes for each number that is trained, 8 for where a connection is, and a name for each
+    tensor.
+    """
     run = DenseRun(case, model)
     for _ in range(3 * run.steps_per_epoch):
         run.step()
     final = run.method.finalize()
     pools = [module for module in final.modules() if isinstance(module, SparseWeight)]
-    assert all(weight.capacity == weight.connections for weight in pools), "nothing is stored of what is gone"
+    assert all(weight.capacity == weight.connections for weight in pools), (
+        "nothing is stored of what is gone"
+    )
     size = 4 * sum(p.numel() for p in final.parameters())
     size += sum(8 * weight.connections + 8 * len(weight.shape) for weight in pools)
     norms = (module for module in final.modules() if isinstance(module, nn.BatchNorm2d))
-    size += sum(buffer.numel() * buffer.element_size() for norm in norms for buffer in norm.buffers())
+    size += sum(
+        buffer.numel() * buffer.element_size() for norm in norms for buffer in norm.buffers()
+    )
     tensors = final.state_dict()
     assert size < len(save(tensors)) < size + 8 + 120 * len(tensors)
 

@@ -1,4 +1,6 @@
-"""A copy of a model under a method is a snapshot: what happens to the original does not move it, and it trains."""
+"""A copy of a model under a method is a snapshot: what happens to the original does not move it,
+and it trains.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,13 @@ from rewire import methods
 
 X = torch.randn(9, 12, generator=torch.Generator().manual_seed(5))
 
-#: Every method once, and once more those of which another setting keeps other things for the next step.
-SPARSE = [case for i, case in enumerate(CASES) if i == 0 or case[0] != CASES[i - 1][0] or case[1].get("candidates")]
+#: Every method once, and once more those of which another setting keeps other things for the next
+#: step.
+SPARSE = [
+    case
+    for i, case in enumerate(CASES)
+    if i == 0 or case[0] != CASES[i - 1][0] or case[1].get("candidates")
+]
 SPARSE = [("l1", {"l1": 0.005}) if name == "l1" else (name, settings) for name, settings in SPARSE]
 DENSE = [*DENSE_CASES, ("ternary", {"threshold": 0.3, "density": 0.5, "prune": 2})]
 DIFFERENTIABLE: list[dict[str, Any]] = [
@@ -44,7 +51,9 @@ def reached(start: nn.Module) -> list[object]:
     waiting: list[object] = [start]
     while waiting:
         for found in gc.get_referents(waiting.pop()):
-            if id(found) not in seen and not isinstance(found, type | ModuleType | FunctionType | CodeType):
+            if id(found) not in seen and not isinstance(
+                found, type | ModuleType | FunctionType | CodeType
+            ):
                 seen[id(found)] = found
                 waiting.append(found)
     return list(seen.values())
@@ -54,12 +63,15 @@ def alone(model: nn.Module) -> bool:
     """Whether a copy holds no graph, no method and no optimizer."""
     kinds = (methods.Method, torch.optim.Optimizer)
     return not any(
-        issubclass(type(o), kinds) or (issubclass(type(o), Tensor) and o.grad_fn is not None) for o in reached(model)
+        issubclass(type(o), kinds) or (issubclass(type(o), Tensor) and o.grad_fn is not None)
+        for o in reached(model)
     )
 
 
 def taken(model: nn.Module) -> tuple[nn.Module, Tensor]:
-    """A copy and its outputs, which are the original's: to the bit, but where candidates on trial part a sum."""
+    """A copy and its outputs, which are the original's: to the bit, but where candidates on trial
+    part a sum.
+    """
     made = copy.deepcopy(model)
     found = outputs(made)
     assert torch.allclose(found, outputs(model), rtol=1e-4, atol=1e-6)
@@ -67,7 +79,9 @@ def taken(model: nn.Module) -> tuple[nn.Module, Tensor]:
 
 
 def follow_copies(run: Any, moments: list[int]) -> None:
-    """Copy before, between backward and step, and after; train the original on; then the copies in their turn."""
+    """Copy before, between backward and step, and after; train the original on; then the copies in
+    their turn.
+    """
     copies = []
     for time in range(9):
         if time in moments:
@@ -93,7 +107,9 @@ def follow_copies(run: Any, moments: list[int]) -> None:
         for _ in range(5):
             twin.step()
         now = list(model.parameters())
-        assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(now, first, strict=True))
+        assert any(
+            a.shape != b.shape or not torch.equal(a, b) for a, b in zip(now, first, strict=True)
+        )
         gone = weakref.ref(twin.method)
         twin.method.finalize()
         assert torch.equal(outputs(run.model), untouched)
@@ -122,11 +138,20 @@ def test_copies_take_their_gates_along(settings: dict[str, Any]) -> None:
 
 
 def test_copies_take_gates_of_branches_along() -> None:
-    follow_copies(DenseRun(("differentiable", {"branches": ["middle", "head"], "gate": "competitive"}), "lstm"), [2])
+    follow_copies(
+        DenseRun(
+            ("differentiable", {"branches": ["middle", "head"], "gate": "competitive"}), "lstm"
+        ),
+        [2],
+    )
 
 
 def test_gates_of_a_copy_must_fit() -> None:
     run = DenseRun(("differentiable", {"units": "*"}), "mlp")
     model = copy.deepcopy(run.model)
-    with pytest.raises(ValueError, match=r"0 has a gate of .*non-competitive.* from another Differentiable"):
+    with pytest.raises(
+        ValueError,
+        match=r"0 has a gate of .*non-competitive.* from another "
+        r"Differentiable",
+    ):
         methods.Differentiable(model, torch.optim.Adam(model.parameters()), units="*", gate="group")

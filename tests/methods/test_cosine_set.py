@@ -1,4 +1,6 @@
-"""The CosineSET family: similarities equal scikit-learn's, choices equal brute force on dense matrices."""
+"""The CosineSET family: similarities equal scikit-learn's, choices equal brute force on dense
+matrices.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ DRAWN = {"copaset", "copacorset"}
 
 def sklearn(x: Tensor, y: Tensor) -> Tensor:
     """abs(1 - cosine distance) of the columns of y (rows of the result) and of x."""
-    return torch.from_numpy(np.abs(1 - cosine_distances(y.detach().numpy().T, x.detach().numpy().T)))
+    return torch.from_numpy(
+        np.abs(1 - cosine_distances(y.detach().numpy().T, x.detach().numpy().T))
+    )
 
 
 def everywhere(cosine: Cosines, layer: Any) -> Tensor:
@@ -60,9 +64,14 @@ def test_similarities_are_sklearns(dtype: torch.dtype, close: float) -> None:
     x[:, 2], y[:, 3] = 0, 0
     x[:, 4] = -3 * y[:, 1]
     layer = SparseLinear(7, 5, connections=1, dtype=dtype)
-    cosine, expected = Cosines([Pair(x[:25], y[:25]), Pair(x[25:], y[25:])], layer.weight), sklearn(x, y).to(dtype)
+    cosine, expected = (
+        Cosines([Pair(x[:25], y[:25]), Pair(x[25:], y[25:])], layer.weight),
+        sklearn(x, y).to(dtype),
+    )
     assert float(expected[1, 4]) == pytest.approx(1, abs=1e-6)
-    torch.testing.assert_close(torch.cat([cosine.block(0, 2), cosine.block(2, 5)]), expected, atol=close, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([cosine.block(0, 2), cosine.block(2, 5)]), expected, atol=close, rtol=0
+    )
     found = everywhere(cosine, layer)
     torch.testing.assert_close(found, expected, atol=close, rtol=0)
     assert not found[:, 2].any()
@@ -78,13 +87,15 @@ def test_similarities_of_a_convolution_are_sklearns_on_unfolded_input() -> None:
     cosine = Cosines([Pair(x, y, layer._geometry)], layer.weight)
     columns = F.unfold(x, (2, 3), padding=1).movedim(1, 2).reshape(-1, 24)
     outputs = y.movedim(1, -1).reshape(-1, 6)
-    expected = torch.cat([sklearn(columns[:, :12], outputs[:, :3]), sklearn(columns[:, 12:], outputs[:, 3:])])
+    expected = torch.cat(
+        [sklearn(columns[:, :12], outputs[:, :3]), sklearn(columns[:, 12:], outputs[:, 3:])]
+    )
     torch.testing.assert_close(cosine.block(0, 6), expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(cosine.block(2, 5), expected[2:5], atol=1e-12, rtol=0)
     torch.testing.assert_close(everywhere(cosine, layer), expected, atol=1e-12, rtol=0)
 
 
-# --- choices ----------------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
 
 def dense_sim(model: nn.Sequential, x: Tensor, centred: bool) -> list[Tensor]:
@@ -94,8 +105,12 @@ def dense_sim(model: nn.Sequential, x: Tensor, centred: bool) -> list[Tensor]:
     return [sklearn(x - x.mean(0) if centred else x, a), sklearn(a, b)]
 
 
-def dense_choice(name: str, weight: Tensor, there: Tensor, sim: Tensor, fraction: float, keys: Tensor) -> Tensor:
-    """Which positions are there afterwards, by sorting whole matrices (random additions excepted)."""
+def dense_choice(
+    name: str, weight: Tensor, there: Tensor, sim: Tensor, fraction: float, keys: Tensor
+) -> Tensor:
+    """Which positions are there afterwards, by sorting whole matrices (random additions
+    excepted).
+    """
     score = (weight * sim if name in WEIGHTED else weight).flatten()
     stays = there.flatten().clone()
     for side in (score >= 0, score < 0):
@@ -116,10 +131,14 @@ def test_choice_is_that_of_brute_force(name: str, centred: bool) -> None:
     torch.manual_seed(5)
     options: dict[str, Any] = {"dtype": torch.float64}
     model = nn.Sequential(
-        SparseLinear(12, 16, connections=60, **options), nn.ReLU(),
-        SparseLinear(16, 10, connections=50, **options), nn.Tanh(), SparseLinear(10, 3, connections=9, **options),
-    )  # fmt: skip
-    x = torch.randn(30, 12, dtype=torch.float64) + torch.linspace(0, 3, 12)  # as bright as pixels may be
+        SparseLinear(12, 16, connections=60, **options),
+        nn.ReLU(),
+        SparseLinear(16, 10, connections=50, **options),
+        nn.Tanh(),
+        SparseLinear(10, 3, connections=9, **options),
+    )
+    # as bright as pixels may be
+    x = torch.randn(30, 12, dtype=torch.float64) + torch.linspace(0, 3, 12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = [x[:20], (x[20:], None)]
     options = {} if centred else {"centred": False}  # the default is the authors' standardised data
@@ -128,9 +147,16 @@ def test_choice_is_that_of_brute_force(name: str, centred: bool) -> None:
         model(x).square().mean().backward()
         optimizer.step()
         method.step()
-        before = [(w.to_dense().detach(), w.fingerprint()) for w in (model[0].weight, model[2].weight)]
-        masks = [type(p.weight).from_coo(p.weight.matrix_shape, *p.weight.coo()[:2], torch.ones(p.weight.connections))
-                 .to_dense().bool() for p in method.pools]  # fmt: skip
+        before = [
+            (w.to_dense().detach(), w.fingerprint()) for w in (model[0].weight, model[2].weight)
+        ]
+        masks = [
+            type(p.weight)
+            .from_coo(p.weight.matrix_shape, *p.weight.coo()[:2], torch.ones(p.weight.connections))
+            .to_dense()
+            .bool()
+            for p in method.pools
+        ]
         sims = dense_sim(model, x, centred)
         method.end_epoch()
         for pool, sim, (dense, _), mask in zip(method.pools, sims, before, masks, strict=False):
@@ -141,11 +167,13 @@ def test_choice_is_that_of_brute_force(name: str, centred: bool) -> None:
             after[rows, cols] = True
             expected = dense_choice(name, dense, mask, sim, 0.4, keys)
             if name == "corset":
-                assert (after & expected).sum() == expected.sum()  # all that must stay; the rest is random
+                # all that must stay; the rest is random
+                assert (after & expected).sum() == expected.sum()
             else:
                 assert torch.equal(after, expected)
             kept = values.detach() != 0
-            assert torch.equal(values.detach()[kept], dense[rows, cols][kept])  # others keep their values
+            # others keep their values
+            assert torch.equal(values.detach()[kept], dense[rows, cols][kept])
             assert pool.weight.connections == int(mask.sum())
     assert method.stats()["updates"] == 3
 
@@ -168,7 +196,7 @@ def test_removal_counts_are_per_sign_of_weight_times_similarity() -> None:
                 assert (values * sim)[gone].abs().max() <= (values * sim)[stays].abs().min()
 
 
-# --- drawing in proportion --------------------------------------------------------------------------------------------
+# --- drawing in proportion ------------------------------------------------------------------------
 
 
 def test_exponential_numbers() -> None:
@@ -251,7 +279,7 @@ def test_similarity_zero_is_drawn_last_but_drawn() -> None:
     assert last == set(range(20))
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draw", ["top", "proportional"])
@@ -264,7 +292,9 @@ def test_enough_candidates_are_all_candidates(draw: Any) -> None:
     dropped = layer.weight.active()[::3]
     whole = Cosine(source, draw)(pool, dropped, 7, 5, 1)
     sampled = Cosine(source, draw, candidates=1000)(pool, dropped, 7, 5, 1)
-    assert set(zip(*(t.tolist() for t in whole), strict=True)) == set(zip(*(t.tolist() for t in sampled), strict=True))
+    assert set(zip(*(t.tolist() for t in whole), strict=True)) == set(
+        zip(*(t.tolist() for t in sampled), strict=True)
+    )
     few = Cosine(source, draw, candidates=1)(pool, dropped, 7, 5, 1)
     assert few[0].numel() == 7
 
@@ -283,7 +313,9 @@ def test_a_huge_layer_takes_candidates_by_itself() -> None:
 def test_the_output_layer_does_as_set_does() -> None:
     def topologies(name: str, **options: Any) -> list[int]:
         torch.manual_seed(3)
-        model = nn.Sequential(SparseLinear(12, 9, connections=40), nn.ReLU(), SparseLinear(9, 6, connections=20))
+        model = nn.Sequential(
+            SparseLinear(12, 9, connections=40), nn.ReLU(), SparseLinear(9, 6, connections=20)
+        )
         optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(20, 12)
         data = {"data": [x]} if methods.info(name).takes_data else {}
         method = methods.create(name, model, optimizer, seed=5, **data, **options)
@@ -293,7 +325,11 @@ def test_the_output_layer_does_as_set_does() -> None:
         method.end_epoch()
         return [p.weight.fingerprint() for p in method.pools]
 
-    plain, default, included = topologies("set"), topologies("codacorset"), topologies("codacorset", output_layer=True)
+    plain, default, included = (
+        topologies("set"),
+        topologies("codacorset"),
+        topologies("codacorset", output_layer=True),
+    )
     assert default[1] == plain[1]
     assert default[0] == included[0] != plain[0]
     assert included[1] != plain[1]
@@ -316,12 +352,20 @@ def test_momentum_reset_is_a_new_optimizer(name: str, optimizer: str) -> None:
 
 def test_recordings_are_forgotten_and_composed_by_hand() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(SparseLinear(12, 9, connections=40), nn.ReLU(), SparseLinear(9, 6, connections=20))
+    model = nn.Sequential(
+        SparseLinear(12, 9, connections=40), nn.ReLU(), SparseLinear(9, 6, connections=20)
+    )
     optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(20, 12)
     source = Similarity(model, [x], samples=10)
     method = Rewirer(
-        model, optimizer, drop=MagnitudeBySign(source), grow=Cosine(source), fraction=0.3, every=1, seed=0
-    )  # fmt: skip
+        model,
+        optimizer,
+        drop=MagnitudeBySign(source),
+        grow=Cosine(source),
+        fraction=0.3,
+        every=1,
+        seed=0,
+    )
     model(x).sum().backward()
     optimizer.step()
     method.step()
@@ -344,11 +388,15 @@ def test_bad_parameters_are_refused(options: dict[str, Any], message: str) -> No
     layer = SparseLinear(4, 4, connections=5)
     with pytest.raises(ValueError, match=message):
         methods.CoDACoRSET(
-            layer, torch.optim.SGD(layer.parameters(), lr=0.1), **({"data": [torch.randn(3, 4)]} | options)
-        )  # fmt: skip
+            layer,
+            torch.optim.SGD(layer.parameters(), lr=0.1),
+            **({"data": [torch.randn(3, 4)]} | options),
+        )
 
 
-@pytest.mark.parametrize(("draw", "candidates"), [("top", None), ("proportional", None), ("top", 1000)])
+@pytest.mark.parametrize(
+    ("draw", "candidates"), [("top", None), ("proportional", None), ("top", 1000)]
+)
 def test_under_limits_the_best_that_fit_are_grown(draw: Any, candidates: int | None) -> None:
     """Exactly what a loop over all dormant positions, best first, would take."""
     torch.manual_seed(0)

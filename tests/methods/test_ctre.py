@@ -20,9 +20,10 @@ from rewire.nn import SparseLinear
 def made(**options: Any) -> tuple[nn.Sequential, methods.CTRE, Tensor]:
     torch.manual_seed(4)
     model = nn.Sequential(
-        SparseLinear(10, 14, connections=60, dtype=torch.float64), nn.ReLU(),
+        SparseLinear(10, 14, connections=60, dtype=torch.float64),
+        nn.ReLU(),
         SparseLinear(14, 4, connections=30, dtype=torch.float64),
-    )  # fmt: skip
+    )
     x = torch.randn(25, 10, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return model, methods.CTRE(model, optimizer, data=[(x,)], seed=6, **options), x
@@ -45,11 +46,16 @@ def sims(model: nn.Sequential, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
         a = model[0](x).relu()
         p = model[2](a).softmax(1)
-    return [torch.from_numpy(np.abs(1 - cosine_distances(u.numpy().T, v.numpy().T))) for u, v in ((a, x), (p, a))]
+    return [
+        torch.from_numpy(np.abs(1 - cosine_distances(u.numpy().T, v.numpy().T)))
+        for u, v in ((a, x), (p, a))
+    ]
 
 
 def picks(weight: Any, sim: Tensor, count: int) -> tuple[set[int], set[int]]:
-    """What magnitude drops, and the most similar positions that are not kept, by sorting everything."""
+    """What magnitude drops, and the most similar positions that are not kept, by sorting
+    everything.
+    """
     dense = weight.to_dense().detach().flatten()
     dropped = set(sorted(places(weight), key=lambda i: abs(float(dense[i])))[:count])
     free = set(range(dense.numel())) - (places(weight) - dropped)

@@ -24,13 +24,17 @@ def make(**parameters: Any) -> tuple[nn.Module, torch.optim.Optimizer, DeepR]:
 
 
 def test_update_rule_written_out() -> None:
-    """Against a plain loop over connections: gradient, then L1 and noise on theta, then the sign test."""
+    """Against a plain loop over connections: gradient, then L1 and noise on theta, then the sign
+    test.
+    """
     model, optimizer, method = make(l1=0.01, noise=0.3)
     weight = dict(sparse_weights(model))["0.weight"]
     old = weight.values.detach().clone()
     rows, cols = weight.rows.clone(), weight.cols.clone()
     signs = torch.sign(old)
-    gradient = torch.randn(weight.capacity, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(
+        weight.capacity, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     for pool in method.pools:
         pool.weight.values.grad = torch.zeros_like(pool.weight.values)
     weight.values.grad = gradient.clone()
@@ -42,7 +46,9 @@ def test_update_rule_written_out() -> None:
     theta = signs * (old - 0.25 * gradient) - 0.25 * 0.01 + 0.25 * 0.3 * nu
     stay = theta >= 0
     assert 0 < int(stay.sum()) < weight.capacity
-    torch.testing.assert_close(weight.values.detach()[stay], (signs * theta)[stay], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        weight.values.detach()[stay], (signs * theta)[stay], atol=1e-6, rtol=0
+    )
     assert torch.equal(weight.rows[stay], rows[stay])
     assert torch.equal(weight.cols[stay], cols[stay])
     assert not weight.values.detach()[~stay].any()
@@ -73,11 +79,15 @@ def test_learning_rate_is_the_one_the_step_used() -> None:
     optimizer.step()
     scheduler.step()
     method.step()
-    torch.testing.assert_close(weight.values.detach().abs(), torch.full_like(weight.values, 10 - 0.25))
+    torch.testing.assert_close(
+        weight.values.detach().abs(), torch.full_like(weight.values, 10 - 0.25)
+    )
 
 
 def test_learning_rate_is_followed_after_the_optimizer_was_loaded() -> None:
-    """optimizer.load_state_dict puts new group dicts in place of those the method found at construction."""
+    """optimizer.load_state_dict puts new group dicts in place of those the method found at
+    construction.
+    """
     model, optimizer, method = make(l1=1.0, noise=0.0)
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = 0.125
@@ -88,11 +98,15 @@ def test_learning_rate_is_followed_after_the_optimizer_was_loaded() -> None:
         pool.weight.values.grad = torch.zeros_like(pool.weight.values)
     optimizer.step()
     method.step()
-    torch.testing.assert_close(weight.values.detach().abs(), torch.full_like(weight.values, 10 - 0.125))
+    torch.testing.assert_close(
+        weight.values.detach().abs(), torch.full_like(weight.values, 10 - 0.125)
+    )
 
 
 def test_fixed_signs_belong_to_positions() -> None:
-    """Through hundreds of rewirings a connection keeps its sign while it lives, and grows with its position's."""
+    """Through hundreds of rewirings a connection keeps its sign while it lives, and grows with its
+    position's.
+    """
     run = Run(("deep-r", {"l1": 1e-3, "noise": 0.05}))
     for _ in range(60):
         before = {n: w.to_dense().detach().clone() for n, w in run.weights().items()}
@@ -106,7 +120,9 @@ def test_fixed_signs_belong_to_positions() -> None:
             for event in grown[pool.name]:
                 new[event.slots] = True
             signs = torch.copysign(torch.ones(()), weight.values.detach())
-            positions = topology.position_signs(weight.rows, weight.cols, run.method.seed, pool.stream(Purpose.SIGN))
+            positions = topology.position_signs(
+                weight.rows, weight.cols, run.method.seed, pool.stream(Purpose.SIGN)
+            )
             assert torch.equal(signs[new], positions[new].float())
             old = before[pool.name][weight.rows.long(), weight.cols.long()]
             stayed = ~new & (old != 0)
@@ -154,15 +170,25 @@ def test_allotment_has_the_law_it_claims(shares: list[float] | None) -> None:
     counts = torch.tensor([allot(pools, dropped, shares, 1, step) for step in range(3000)]).double()
     assert (counts.sum(1) == 10).all()
     room = torch.tensor([12 * 16 - 40 + 6, 16 * 6 - 30 + 4]).double()
-    expected = 10 * (room / room.sum() if shares is None else torch.tensor(shares).double() / sum(shares))
+    expected = 10 * (
+        room / room.sum() if shares is None else torch.tensor(shares).double() / sum(shares)
+    )
     assert torch.allclose(counts.mean(0), expected, atol=0.12)
 
 
 def test_allotment_never_exceeds_the_room() -> None:
     model = nn.Sequential(SparseLinear(3, 3, connections=8), SparseLinear(3, 30, connections=20))
-    method = DeepR(model, torch.optim.SGD(model.parameters(), lr=0.1), scope="network", allotment="authors", seed=0)
+    method = DeepR(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        scope="network",
+        allotment="authors",
+        seed=0,
+    )
     for step in range(50):
-        first, second = allot(method.pools, [torch.arange(0), torch.arange(20)], [1000.0, 1.0], 3, step)
+        first, second = allot(
+            method.pools, [torch.arange(0), torch.arange(20)], [1000.0, 1.0], 3, step
+        )
         assert first <= 1
         assert first + second == 20
 
@@ -195,7 +221,9 @@ def test_full_layer_keeps_its_connections() -> None:
         ({"seed": -1}, "seed must be"),
     ],
 )
-def test_bad_parameters_are_refused_at_construction(parameters: dict[str, Any], message: str) -> None:
+def test_bad_parameters_are_refused_at_construction(
+    parameters: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make(**parameters)
 
@@ -237,7 +265,9 @@ def test_several_optimizers_step_their_own_pools() -> None:
 
 
 def test_capture_keeps_what_the_dense_gradient_needs() -> None:
-    """A method that asks for it finds (x, grad_output) of every call of the step; their sum is the dense gradient."""
+    """A method that asks for it finds (x, grad_output) of every call of the step; their sum is the
+    dense gradient.
+    """
 
     class Wants(DeepR):
         def _wants_capture(self, step: int) -> bool:
@@ -249,7 +279,9 @@ def test_capture_keeps_what_the_dense_gradient_needs() -> None:
     torch.manual_seed(0)
     model = linear(torch.float64, 5)
     dense = nn.Sequential(
-        nn.Linear(12, 16, dtype=torch.float64), nn.ReLU(), nn.Linear(16, 6, bias=False, dtype=torch.float64)
+        nn.Linear(12, 16, dtype=torch.float64),
+        nn.ReLU(),
+        nn.Linear(16, 6, bias=False, dtype=torch.float64),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = Wants(model, optimizer, seed=0)
@@ -337,11 +369,16 @@ def test_waiting_connections_stay_at_zero_and_move_with_their_slots() -> None:
         waiting = method._waiting[0]
         assert waiting.numel()
         assert not weight.values.detach()[waiting].any()
-        places = sorted(zip(weight.rows[waiting].tolist(), weight.cols[waiting].tolist(), strict=True))
+        places = sorted(
+            zip(weight.rows[waiting].tolist(), weight.cols[waiting].tolist(), strict=True)
+        )
         weight.resize(weight.capacity + 1, [optimizer])
         weight.reorder()
         moved = method._waiting[0]
-        assert sorted(zip(weight.rows[moved].tolist(), weight.cols[moved].tolist(), strict=True)) == places
+        assert (
+            sorted(zip(weight.rows[moved].tolist(), weight.cols[moved].tolist(), strict=True))
+            == places
+        )
 
 
 def test_l1_from_a_schedule_is_checked_when_used() -> None:

@@ -1,8 +1,10 @@
-"""DEEP R samples the law it claims: P(S) is the integral of exp(-(E + alpha sum theta) / T) over the face of S.
+"""DEEP R samples the law it claims: P(S) is the integral of exp(-(E + alpha sum theta) / T) over
+the face of S.
 
-The toy of Bellec et al. (arXiv 1711.05136), in the operational form that Algorithm 1 satisfies: M = 4 positions, K = 2,
-a quadratic energy in w = s theta. With ``scope="neuron"`` every row of one layer is a chain of its own, so thousands
-of independent chains run as one layer; the optimizer steps along the quadratic's gradient, written by hand.
+The toy of Bellec et al. (arXiv 1711.05136), in the operational form that Algorithm 1 satisfies: M =
+4 positions, K = 2, a quadratic energy in w = s theta. With ``scope="neuron"`` every row of one
+layer is a chain of its own, so thousands of independent chains run as one layer; the optimizer
+steps along the quadratic's gradient, written by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ TEMPERATURE, ALPHA = 0.2, 0.1
 SUPPORTS = list(itertools.combinations(range(M), K))
 SIGNS = np.array([1.0, -1.0, 1.0, -1.0])
 MU = np.array([1.0, -0.6, 0.3, 0.4])
-_B = np.array([[1.0, 0.3, -0.2, 0.1], [0.0, 0.9, 0.4, -0.3], [0.1, 0.0, 1.1, 0.2], [0.2, -0.1, 0.0, 0.8]])
+_B = np.array(
+    [[1.0, 0.3, -0.2, 0.1], [0.0, 0.9, 0.4, -0.3], [0.1, 0.0, 1.1, 0.2], [0.2, -0.1, 0.0, 0.8]]
+)
 A = _B @ _B.T + 0.1 * np.eye(M)
 
 
@@ -55,10 +59,16 @@ class Chains:
         self.weight = self.model[0]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=eta)
         self.method = DeepR(
-            self.model, self.optimizer, l1=ALPHA, temperature=TEMPERATURE, scope="neuron", seed=seed, **parameters
+            self.model,
+            self.optimizer,
+            l1=ALPHA,
+            temperature=TEMPERATURE,
+            scope="neuron",
+            seed=seed,
+            **parameters,
         )
-        # Positions get their signs from a hash, so chains differ in them; turning each chain's energy by (its signs x
-        # SIGNS) gives all of them the one law of SIGNS.
+        # Positions get their signs from a hash, so chains differ in them; turning each chain's
+        # energy by (its signs x SIGNS) gives all of them the one law of SIGNS.
         rows, cols = torch.meshgrid(torch.arange(n), torch.arange(M), indexing="ij")
         stream = self.method.pools[0].stream(Purpose.SIGN)
         signs = topology.position_signs(rows.flatten(), cols.flatten(), seed, stream).view(n, M)
@@ -76,7 +86,9 @@ class Chains:
         self.method.step()
 
     def occupation(self) -> np.ndarray:
-        """Share of the chains on each support; what is missing from 1 has fewer than K active connections."""
+        """Share of the chains on each support; what is missing from 1 has fewer than K active
+        connections.
+        """
         rows, cols = self.weight.rows.long(), self.weight.cols.long()
         active = torch.ones_like(rows, dtype=torch.bool)
         active[self.method._waiting[0]] = False

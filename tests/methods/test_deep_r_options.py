@@ -1,4 +1,6 @@
-"""DEEP R's options: temperature tied to the rate, numbers per layer, Dale's law, dense moments, the global samplers."""
+"""DEEP R's options: temperature tied to the rate, numbers per layer, Dale's law, dense moments, the
+global samplers.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def still_step(optimizer: torch.optim.Optimizer, method: DeepR) -> None:
     method.step()
 
 
-# --- temperature and numbers per layer -------------------------------------------------------------------------------
+# --- temperature and numbers per layer ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lr", [0.25, 0.05])
@@ -62,7 +64,9 @@ def test_each_layer_shrinks_by_its_own_l1(l1: Any) -> None:
             weight.values.copy_(10 * torch.sign(weight.values))
     still_step(optimizer, method)
     for weight, shrunk in zip(weights, (9.75, 9.5), strict=True):
-        torch.testing.assert_close(weight.values.detach().abs(), torch.full_like(weight.values, shrunk))
+        torch.testing.assert_close(
+            weight.values.detach().abs(), torch.full_like(weight.values, shrunk)
+        )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_refusals(parameters: dict[str, Any], message: str) -> None:
         make(**parameters)
 
 
-# --- Dale's law ------------------------------------------------------------------------------------------------------
+# --- Dale's law -----------------------------------------------------------------------------------
 
 
 def test_what_leaves_a_neuron_has_one_sign() -> None:
@@ -144,20 +148,27 @@ def test_the_neuron_of_a_convolution_is_its_input_channel() -> None:
     assert method.stats()["grown"]["weight"] > 50
 
 
-# --- moments of dormant connections ----------------------------------------------------------------------------------
+# --- moments of dormant connections ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_dense_moments_are_those_of_a_dense_twin(optimizer: str, scope: str) -> None:
-    """A dense twin of the network gets the gradient of every position, and updates its moments by the textbook."""
+    """A dense twin of the network gets the gradient of every position, and updates its moments by
+    the textbook.
+    """
     parameters = {"l1": 1e-2, "noise": 0.2, "moments": "dense", "scope": scope}
     run = Run(("deep-r", parameters), optimizer=optimizer, dtype=torch.float64)
-    twins = {name: torch.zeros(2, *w.shape, dtype=torch.float64) for name, w in run.weights().items()}
+    twins = {
+        name: torch.zeros(2, *w.shape, dtype=torch.float64) for name, w in run.weights().items()
+    }
     for _ in range(25):
         dense = {name: w.to_dense().detach().requires_grad_() for name, w in run.weights().items()}
         g = torch.Generator().manual_seed(1000 + run.time)
-        x, y = torch.randn(8, 12, generator=g, dtype=torch.float64), torch.randint(0, 6, (8,), generator=g)
+        x, y = (
+            torch.randn(8, 12, generator=g, dtype=torch.float64),
+            torch.randint(0, 6, (8,), generator=g),
+        )
         hidden = torch.relu(x @ dense["0.weight"].t() + run.model[0].bias.detach())
         nn.functional.cross_entropy(hidden @ dense["2.weight"].t(), y).backward()
         run.step()
@@ -180,7 +191,10 @@ def test_dense_moments_are_those_of_a_dense_twin(optimizer: str, scope: str) -> 
 
 def test_dense_moments_refuse_optimizers_they_do_not_know() -> None:
     model = linear(torch.float32, 1)
-    for optimizer in (torch.optim.RMSprop(model.parameters()), torch.optim.Adam(model.parameters(), amsgrad=True)):
+    for optimizer in (
+        torch.optim.RMSprop(model.parameters()),
+        torch.optim.Adam(model.parameters(), amsgrad=True),
+    ):
         with pytest.raises(ValueError, match="moments='dense' knows"):
             DeepR(model, optimizer, moments="dense")
 
@@ -191,17 +205,21 @@ def test_plain_sgd_has_no_moments_to_keep() -> None:
     assert all(pool.weight.capture is None for pool in method.pools)
 
 
-# --- the global budget -----------------------------------------------------------------------------------------------
+# --- the global budget ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("allotment", "expected"), [("uniform", 400 * 2000 / 3000), ("authors", 200.0)])
+@pytest.mark.parametrize(
+    ("allotment", "expected"), [("uniform", 400 * 2000 / 3000), ("authors", 200.0)]
+)
 def test_global_samplers_have_the_laws_they_should(allotment: Any, expected: float) -> None:
-    """Where the loss is flat, P(S) is proportional to the product of the weights with which connections are drawn.
+    """Where the loss is flat, P(S) is proportional to the product of the weights with which
+    connections are drawn.
 
-    Uniform over all dormant connections: every support alike, so the share of a layer is hypergeometric, its mean
-    K M_l / M. The authors draw the layer first, in proportion to its initial budget, then a dormant connection of it; a
-    support with a connections in one layer and b in the other then has weight p^a q^b (M_1 - a)! (M_2 - b)!, and
-    summing over the supports with a and b gives the binomial of K and p, whatever the layers' sizes.
+    Uniform over all dormant connections: every support alike, so the share of a layer is
+    hypergeometric, its mean K M_l / M. The authors draw the layer first, in proportion to its
+    initial budget, then a dormant connection of it; a support with a connections in one layer and b
+    in the other then has weight p^a q^b (M_1 - a)! (M_2 - b)!, and summing over the supports with a
+    and b gives the binomial of K and p, whatever the layers' sizes.
     """
     first = SparseWeight((20, 100), 200, capacity=400, generator=torch.Generator().manual_seed(0))
     second = SparseWeight((10, 100), 200, capacity=400, generator=torch.Generator().manual_seed(1))
@@ -209,7 +227,9 @@ def test_global_samplers_have_the_laws_they_should(allotment: Any, expected: flo
     for weight in (first, second):
         nn.init.uniform_(weight.values, -0.3, 0.3)
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-3)
-    method = DeepR(model, optimizer, l1=1.0, temperature=0.2, scope="network", allotment=allotment, seed=2)
+    method = DeepR(
+        model, optimizer, l1=1.0, temperature=0.2, scope="network", allotment=allotment, seed=2
+    )
     seen = []
     for step in range(5_000):
         still_step(optimizer, method)

@@ -17,9 +17,17 @@ METHODS: dict[str, Callable[..., Any]] = {
     "ternary": lambda m, o, **kw: rewire.methods.Ternary(m, o, density=0.5, prune=1, **kw),
 }
 REFUSED: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
-    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"0\.weight has a prune mask"),
+    "pruned": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        r"0\.weight has a "
+        r"prune mask",
+    ),
     "parametrized": (parametrizations.weight_norm, "0 has a parametrization of weight"),
-    "hook": (lambda layer: layer.weight.register_hook(lambda g: g), r"0\.weight has a hook on its gradient"),
+    "hook": (
+        lambda layer: layer.weight.register_hook(lambda g: g),
+        r"0\.weight has a hook on its "
+        r"gradient",
+    ),
     "forward": (lambda layer: setattr(layer, "forward", lambda x: x), "0 has a forward of its own"),
 }
 

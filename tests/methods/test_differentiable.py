@@ -1,4 +1,6 @@
-"""Differentiable sparsification: what the network computes, what is taken out, what the optimizer keeps."""
+"""Differentiable sparsification: what the network computes, what is taken out, what the optimizer
+keeps.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,24 @@ pytest.importorskip("torch_pruning")
 
 def mlp(act: nn.Module | None = None) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 16), act or nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(12, 16), act or nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
 
 
 def convnet(padding: int = 1) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=padding), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 6, 3, padding=padding), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3),
-    )  # fmt: skip
+        nn.Conv2d(2, 8, 3, padding=padding),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3, padding=padding),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
 
 
 class Residual(nn.Module):
@@ -34,7 +45,9 @@ class Residual(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Linear(12, 8)
-        self.bodies = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+        self.bodies = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,7 +75,14 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def train(model: nn.Module, optimizer: Any, method: Any, shape: tuple[int, ...], steps: int, begin: int = 0) -> None:
+def train(
+    model: nn.Module,
+    optimizer: Any,
+    method: Any,
+    shape: tuple[int, ...],
+    steps: int,
+    begin: int = 0,
+) -> None:
     for step in range(begin, begin + steps):
         g = torch.Generator().manual_seed(step)
         x = torch.randn(8, *shape, generator=g)
@@ -83,10 +103,14 @@ def off(method: Differentiable, number: int, dead: list[int]) -> None:
         method.targets[number].parameters()[1].index_fill_(0, torch.tensor(dead), 0.0)
 
 
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.Sigmoid(), nn.Tanh()], ids=["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.Sigmoid(), nn.Tanh()], ids=["relu", "sigmoid", "tanh"]
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_units_are_removed_and_the_function_stays(act: nn.Module, optimizer: str) -> None:
-    """A unit that is off gives sigmoid(0) = 1/2 to the next layer, which must get it in its bias."""
+    """A unit that is off gives sigmoid(0) = 1/2 to the next layer, which must get it in its
+    bias.
+    """
     model = mlp(act)
     opt = OPTIMIZERS[optimizer](model.parameters())
     method = Differentiable(model, opt, seed=1)
@@ -98,14 +122,22 @@ def test_units_are_removed_and_the_function_stays(act: nn.Module, optimizer: str
     assert method.stats()["components"] == {"0": (13, 16), "2": (7, 8)}
     assert method.finalize() is model
     torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-5)
-    assert [tuple(m.weight.shape) for m in model if isinstance(m, nn.Linear)] == [(13, 12), (7, 13), (3, 7)]
+    assert [tuple(m.weight.shape) for m in model if isinstance(m, nn.Linear)] == [
+        (13, 12),
+        (7, 13),
+        (3, 7),
+    ]
     assert all(type(m) in (nn.Linear, type(act), nn.ReLU) for m in model)
     assert set(model.state_dict()) == set(mlp(act).state_dict())
     owned = [id(p) for group in opt.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     for parameter in model.parameters():
         for value in opt.state[parameter].values():
-            assert not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape
+            assert (
+                not isinstance(value, torch.Tensor)
+                or value.dim() == 0
+                or value.shape == parameter.shape
+            )
     assert all(any(p is q for q in model.parameters()) for p in opt.state)
     train(model, opt, None, (12,), 3, 10)
     program = torch.export.export(model.eval(), (x,))
@@ -115,7 +147,9 @@ def test_units_are_removed_and_the_function_stays(act: nn.Module, optimizer: str
 @pytest.mark.parametrize("layer", ["0", "1"])
 @pytest.mark.parametrize("padding", [0, 1])
 def test_channels(layer: str, padding: int) -> None:
-    """A gate behind the BatchNorm is removable always; one before leaves BatchNorm's constant, which borders notice."""
+    """A gate behind the BatchNorm is removable always; one before leaves BatchNorm's constant,
+    which borders notice.
+    """
     model = convnet(padding)
     model(torch.randn(4, 2, 9, 9))
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -152,7 +186,12 @@ def test_branches_become_absent() -> None:
     torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-5)
     assert isinstance(model.bodies[1], Absent)
     assert model.bodies[0][0].out_features == 7
-    assert len(list(model.parameters())) == 4 + 8 == sum(len(g["params"]) for g in opt.param_groups) == len(opt.state)
+    assert (
+        len(list(model.parameters()))
+        == 4 + 8
+        == sum(len(g["params"]) for g in opt.param_groups)
+        == len(opt.state)
+    )
     train(model, opt, None, (12,), 2)
 
 
@@ -160,7 +199,9 @@ def test_branches_become_absent() -> None:
 def test_weights_become_sparse_layers(kind: Any) -> None:
     model = mlp()
     opt = OPTIMIZERS["adam"](model.parameters())
-    method = Differentiable(model, opt, weights=["0", "2"], weight_gate=kind, strength=0.0, initial=0.8, seed=1)
+    method = Differentiable(
+        model, opt, weights=["0", "2"], weight_gate=kind, strength=0.0, initial=0.8, seed=1
+    )
     train(model, opt, method, (12,), 3)
     x = torch.randn(9, 12)
     before = model(x)
@@ -192,12 +233,18 @@ def test_heads() -> None:
     train(model, opt, None, (24,), 2)
 
 
-@pytest.mark.parametrize(("gate", "strength"), [("non-competitive", 0.02), ("competitive", 0.02), ("group", 0.05)])
+@pytest.mark.parametrize(
+    ("gate", "strength"), [("non-competitive", 0.02), ("competitive", 0.02), ("group", 0.05)]
+)
 def test_training_switches_units_off(gate: Any, strength: float) -> None:
-    """Only 2 of 12 inputs matter: a strong penalty leaves few units, and the task is still learned."""
+    """Only 2 of 12 inputs matter: a strong penalty leaves few units, and the task is still
+    learned.
+    """
     model = mlp()
     opt = torch.optim.Adam(model.parameters(), lr=0.02)
-    method = Differentiable(model, opt, units="0", gate=gate, strength=strength, initial=0.5, seed=1)
+    method = Differentiable(
+        model, opt, units="0", gate=gate, strength=strength, initial=0.5, seed=1
+    )
     torch.manual_seed(3)
     x = torch.randn(256, 12)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
@@ -310,7 +357,9 @@ def test_weight_decay_of_thresholds_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["units", "weights", "branches"])
 def test_layers_that_share_a_weight_are_refused_by_name_or_left_alone(kind: Any) -> None:
     """Baking a gate into one of them would scale the other as well."""
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2)
+    )
     model[2].weight = model[0].weight
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(ValueError, match=r"0 shares its weight with 2\.weight: untie"):
@@ -321,4 +370,6 @@ def test_layers_that_share_a_weight_are_refused_by_name_or_left_alone(kind: Any)
     if kind == "units":
         assert [target.name for target in Differentiable(model, optimizer).targets] == ["4"]
     if kind != "branches":
-        assert [t.name for t in Differentiable(model, optimizer, **{kind: "*"}).targets][:1] == ["4"]
+        assert [t.name for t in Differentiable(model, optimizer, **{kind: "*"}).targets][:1] == [
+            "4"
+        ]

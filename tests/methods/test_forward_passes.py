@@ -36,13 +36,19 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.b(self.a(x).relu()).tanh()
-        out: Tensor = self.head(h) if self.reentrant is None else checkpoint(self.head, h, use_reentrant=self.reentrant)
+        out: Tensor = (
+            self.head(h)
+            if self.reentrant is None
+            else checkpoint(self.head, h, use_reentrant=self.reentrant)
+        )
         return out
 
 
 def made(model: nn.Module, **options: Any) -> tuple[NoiseOut, torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    return NoiseOut(model, optimizer, data=list(X), seed=1, **{"threshold": -1.0, "at_once": 1} | options), optimizer
+    return NoiseOut(
+        model, optimizer, data=list(X), seed=1, **{"threshold": -1.0, "at_once": 1} | options
+    ), optimizer
 
 
 Extra = Callable[[nn.Module], Any]
@@ -78,7 +84,9 @@ EXTRAS: dict[str, Extra] = {
 @pytest.mark.parametrize("when", ["before", "between", "after"])
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_forward_passes_that_belong_to_no_loss_do_not_count(extra: str, when: str) -> None:
-    """Three steps of two micro-batches: losses and weights are those of a run without the other passes."""
+    """Three steps of two micro-batches: losses and weights are those of a run without the other
+    passes.
+    """
 
     def run(other: Extra | None) -> tuple[list[float], list[Tensor]]:
         model = Net()
@@ -114,10 +122,13 @@ def test_a_merge_leaves_no_stale_graph_behind() -> None:
         (y.square().mean() + method.penalty()).backward()
         optimizer.step()
         method.step()
-        kept = evaluated(model), model(X[1])  # even one in training mode, whose outputs are still there
+        # even one in training mode, whose outputs are still there
+        kept = evaluated(model), model(X[1])
         method.end_epoch(lambda net: 1.0)
         del kept
-    assert method.stats()["merged"] == {"a": 3, "b": 0} or sum(method.stats()["merged"].values()) == 3
+    assert (
+        method.stats()["merged"] == {"a": 3, "b": 0} or sum(method.stats()["merged"].values()) == 3
+    )
 
 
 @pytest.mark.parametrize("reentrant", [None, False])
@@ -160,7 +171,8 @@ def only_in_backward(model: Net, method: NoiseOut) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("loss", "reentrant"), [(never_in_training_mode, None), (penalty_first, None), (only_in_backward, True)]
+    ("loss", "reentrant"),
+    [(never_in_training_mode, None), (penalty_first, None), (only_in_backward, True)],
 )
 def test_a_penalty_that_saw_nothing_is_an_error(loss: Any, reentrant: bool | None) -> None:
     model = Net(reentrant)
@@ -188,7 +200,7 @@ def test_no_graph_outlives_its_loss() -> None:
     assert twin.head is not model.head
 
 
-# --- layers that are called by keyword --------------------------------------------------------------------------------
+# --- layers that are called by keyword ------------------------------------------------------------
 
 
 def by_name(layer: nn.Module, x: Tensor, **others: Any) -> Any:
@@ -239,7 +251,9 @@ def test_activations_are_the_same_by_keyword(which: Any) -> None:
             assert torch.equal(a.g, b.g)
 
 
-@pytest.mark.parametrize("name", ["codaset", "copaset", "corset", "codacorset", "copacorset", "ctre"])
+@pytest.mark.parametrize(
+    "name", ["codaset", "copaset", "corset", "codacorset", "copacorset", "ctre"]
+)
 def test_methods_that_look_at_activations_move_the_same_connections_by_keyword(name: str) -> None:
     states = []
     for named in (False, True):
@@ -263,7 +277,12 @@ class Packed(nn.Module):
     def __init__(self, named: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.named, self.a, self.body, self.head = named, nn.Linear(6, 8), nn.LSTM(8, 6), nn.Linear(6, 3)
+        self.named, self.a, self.body, self.head = (
+            named,
+            nn.Linear(6, 8),
+            nn.LSTM(8, 6),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Any) -> Tensor:
         if self.named:

@@ -32,7 +32,10 @@ def test_gmp_follows_the_cubic_and_drops_the_smallest() -> None:
         steps(model, optimizer, method, step, step)
         seen.append([w.connections for _, w in sparse_weights(model)])
         assert all(w.capacity == w.connections for _, w in sparse_weights(model))
-    cubic = [[k + round((k0 - k) * (1 - t / 6) ** 3) for k0, k in ((40, 10), (30, 12))] for t in (0, 2, 4, 6)]
+    cubic = [
+        [k + round((k0 - k) * (1 - t / 6) ** 3) for k0, k in ((40, 10), (30, 12))]
+        for t in (0, 2, 4, 6)
+    ]
     assert seen == [[40, 30], *[c for c in cubic for _ in range(2)], cubic[-1]]
     assert method.updates == 4
 
@@ -41,7 +44,14 @@ def test_granet_cuts_over_the_network_and_regrows_where_gradients_are_largest() 
     model = LAYERS["linear"](torch.float64, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = GraNet(
-        model, optimizer, connections=40, fraction=lambda t: 0.25, every=4, until=8, candidates=None, seed=0
+        model,
+        optimizer,
+        connections=40,
+        fraction=lambda t: 0.25,
+        every=4,
+        until=8,
+        candidates=None,
+        seed=0,
     )
     steps(model, optimizer, method, 1, 3)
     data = batches(1, 4)
@@ -63,7 +73,9 @@ def test_granet_cuts_over_the_network_and_regrows_where_gradients_are_largest() 
     for name, weight in weights.items():
         n = int(0.25 * len(left[name]))
         kept = set(left[name][n:])
-        free = sorted(set(range(weight.size)) - kept, key=lambda k: -float(truth[name].flatten()[k].abs()))
+        free = sorted(
+            set(range(weight.size)) - kept, key=lambda k: -float(truth[name].flatten()[k].abs())
+        )
         assert keys(weight) == kept | set(free[:n])
         assert weight.capacity == weight.connections == len(left[name])
     steps(model, optimizer, method, 5, 9)

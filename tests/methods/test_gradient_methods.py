@@ -23,15 +23,22 @@ from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 def test_spread_gives_fractions_to_the_largest_remainders() -> None:
     assert spread(3, [0.5, 0.25, 0.25], [9, 9, 9]) == [1, 1, 1]
     assert spread(7, [5.0, 3.0, 2.0], [9, 9, 9]) == [4, 2, 1]  # 3.5, 2.1, 1.4
-    assert spread(12, [5.0, 3.0, 2.0], [4, 9, 9]) == [4, 5, 3]  # 6 do not fit; of the others' 8, 4.8 and 3.2
+    # 6 do not fit; of the others' 8, 4.8 and 3.2
+    assert spread(12, [5.0, 3.0, 2.0], [4, 9, 9]) == [4, 5, 3]
 
 
 @given(
     total=st.integers(0, 60),
-    shares=st.lists(st.floats(0, 1e6) | st.sampled_from([0.0, float("nan"), float("inf")]), min_size=1, max_size=6),
+    shares=st.lists(
+        st.floats(0, 1e6) | st.sampled_from([0.0, float("nan"), float("inf")]),
+        min_size=1,
+        max_size=6,
+    ),
     data=st.data(),
 )
-def test_spread_is_exact_bounded_and_in_proportion(total: int, shares: list[float], data: st.DataObject) -> None:
+def test_spread_is_exact_bounded_and_in_proportion(
+    total: int, shares: list[float], data: st.DataObject
+) -> None:
     room = data.draw(st.lists(st.integers(0, 60), min_size=len(shares), max_size=len(shares)))
     if total > sum(room):
         with pytest.raises(ValueError, match="do not fit"):
@@ -42,10 +49,12 @@ def test_spread_is_exact_bounded_and_in_proportion(total: int, shares: list[floa
     assert all(0 <= c <= r for c, r in zip(counts, room, strict=True))
     good = all(s < float("inf") for s in shares) and sum(shares) > 0
     if good and all(total * s / sum(shares) <= r - 1 for s, r in zip(shares, room, strict=True)):
-        assert all(abs(c - total * s / sum(shares)) < 1 for c, s in zip(counts, shares, strict=True))
+        assert all(
+            abs(c - total * s / sum(shares)) < 1 for c, s in zip(counts, shares, strict=True)
+        )
 
 
-# --- SNFS -------------------------------------------------------------------------------------------------------------
+# --- SNFS -----------------------------------------------------------------------------------------
 
 
 def test_exact_sparse_momentum_is_that_of_dense_gradients() -> None:
@@ -57,7 +66,10 @@ def test_exact_sparse_momentum_is_that_of_dense_gradients() -> None:
         data = batches(1, step)
         for name, g in dense_gradients(model, data).items():
             mean[name] = 0.8 * mean.get(name, torch.zeros_like(g)) + 0.2 * g
-        before = {n: (keys(w), w.values.detach().abs(), w.active(), w.connections) for n, w in sparse_weights(model)}
+        before = {
+            n: (keys(w), w.values.detach().abs(), w.active(), w.connections)
+            for n, w in sparse_weights(model)
+        }
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(data[0][0]), data[0][1]).backward()
         optimizer.step()
@@ -125,7 +137,8 @@ def test_a_window_longer_than_an_epoch_keeps_its_candidates() -> None:
             seen.append((weight.candidates.rows * 12 + weight.candidates.cols).tolist())
         run.step()
         updates.append(run.method.updates)
-    # The first epoch ends after step 4, the second one while its window is open, the third after step 12.
+    # The first epoch ends after step 4, the second one while its window is open, the third after
+    # step 12.
     assert seen[:6] == [seen[0]] * 6
     assert updates == [0] * 8 + [1] * 5
     assert seen[6] == seen[7] != seen[0]
@@ -140,7 +153,7 @@ def test_a_state_of_sparse_momentum_stays_as_it_was_saved() -> None:
     assert torch.equal(saved, before)
 
 
-# --- ITOP -------------------------------------------------------------------------------------------------------------
+# --- ITOP -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
@@ -158,17 +171,21 @@ def test_explored_counts_what_was_ever_active(grow: str) -> None:
     assert shares[-1] > shares[0]
 
 
-def test_steps_without_an_update_do_not_look_at_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_without_an_update_do_not_look_at_all_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     looked: list[str] = []
     plain = itop._keys
-    monkeypatch.setattr(itop, "_keys", lambda pool, slots: looked.append(pool.name) or plain(pool, slots))
+    monkeypatch.setattr(
+        itop, "_keys", lambda pool, slots: looked.append(pool.name) or plain(pool, slots)
+    )
     run = Run(("itop", {"every": 100}))
     for _ in range(5):
         run.step()
     assert looked == ["0.weight", "2.weight"]
 
 
-# --- MEST -------------------------------------------------------------------------------------------------------------
+# --- MEST -----------------------------------------------------------------------------------------
 
 
 def test_em_drops_by_magnitude_and_gradient_every_few_epochs() -> None:
@@ -229,13 +246,15 @@ def test_margins_are_the_authors() -> None:
     assert [Margin(0.2)(e) for e in (0, 89, 90, 119, 120, 200)] == [0.2, 0.2, 0.1, 0.1, 0.0, 0.0]
 
 
-# --- DSR --------------------------------------------------------------------------------------------------------------
+# --- DSR ------------------------------------------------------------------------------------------
 
 
 def test_dsr_moves_budget_to_where_more_survives_and_adapts_its_threshold() -> None:
     g = torch.Generator().manual_seed(0)
     model = nn.Sequential(
-        SparseLinear(20, 20, connections=100, generator=g), nn.ReLU(), SparseLinear(20, 6, connections=60, generator=g)
+        SparseLinear(20, 20, connections=100, generator=g),
+        nn.ReLU(),
+        SparseLinear(20, 6, connections=60, generator=g),
     )
     with torch.no_grad():
         model[2].weight.values.mul_(1e-4)
@@ -260,7 +279,7 @@ def test_dsr_moves_budget_to_where_more_survives_and_adapts_its_threshold() -> N
     assert method.threshold.magnitude != 5e-4
 
 
-# --- SRigL ------------------------------------------------------------------------------------------------------------
+# --- SRigL ----------------------------------------------------------------------------------------
 
 
 def live_fan_in(weight: SparseWeight) -> set[int]:
@@ -306,7 +325,8 @@ def test_neurons_without_salient_weights_are_ablated_and_their_budget_goes_to_th
     method = SRigL(layer, optimizer, every=1, fraction=0.25, gamma=0.5, seed=1)
     assert live_fan_in(layer.weight) == {5}
     rows = layer.weight.rows.long()
-    with torch.no_grad():  # the weights of rows 2 and 5 are the 10 smallest; no gradient asks for them
+    # the weights of rows 2 and 5 are the 10 smallest; no gradient asks for them
+    with torch.no_grad():
         layer.weight.values.copy_(torch.where((rows == 2) | (rows == 5), 1e-6, 1.0))
     y = layer(torch.randn(16, 30, generator=g))
     factor = torch.ones(8)
@@ -332,16 +352,22 @@ def test_fan_in_is_constant_with_candidates_too(layer: str, candidates: int) -> 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.9])
 def test_all_positions_as_candidates_are_the_exact_choice(gamma: float) -> None:
-    """Candidates go another way (autograd through a larger pool) than the captured step: both choose the same."""
+    """Candidates go another way (autograd through a larger pool) than the captured step: both
+    choose the same.
+    """
 
     def train(candidates: int | None) -> tuple[SparseLinear, SRigL]:
         g = torch.Generator().manual_seed(3)
         layer = SparseLinear(30, 12, connections=90, generator=g, dtype=torch.float64)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
-        method = SRigL(layer, optimizer, every=2, fraction=0.4, gamma=gamma, candidates=candidates, seed=1)
+        method = SRigL(
+            layer, optimizer, every=2, fraction=0.4, gamma=gamma, candidates=candidates, seed=1
+        )
         for _ in range(20):
             optimizer.zero_grad()
-            layer(torch.randn(16, 30, generator=g, dtype=torch.float64)).pow(2).sub(1).square().mean().backward()
+            layer(torch.randn(16, 30, generator=g, dtype=torch.float64)).pow(2).sub(
+                1
+            ).square().mean().backward()
             optimizer.step()
             method.step()
         return layer, method
@@ -352,12 +378,20 @@ def test_all_positions_as_candidates_are_the_exact_choice(gamma: float) -> None:
     assert topology.fingerprint(exact.weight.rows, exact.weight.cols) == topology.fingerprint(
         sampled.weight.rows, sampled.weight.cols
     )
-    torch.testing.assert_close(exact.weight.to_dense(), sampled.weight.to_dense(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        exact.weight.to_dense(), sampled.weight.to_dense(), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "window"),
-    [({}, 10), ({"every": 3}, 3), ({"every": 30}, 10), ({"every": 30, "window": 20}, 20), ({"window": 4}, 4)],
+    [
+        ({}, 10),
+        ({"every": 3}, 3),
+        ({"every": 30}, 10),
+        ({"every": 30, "window": 20}, 20),
+        ({"window": 4}, 4),
+    ],
 )
 def test_the_window_fits_between_updates_by_itself(options: dict[str, int], window: int) -> None:
     model = LAYERS["linear"](torch.float32, 1)

@@ -1,4 +1,6 @@
-"""A method notices, within an epoch, that something else trains its weights, and what comes in or goes; not skips."""
+"""A method notices, within an epoch, that something else trains its weights, and what comes in or
+goes; not skips.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ UNSEEN = "no step of the method's optimizer was seen, but .*changed: something e
 def network() -> nn.Sequential:
     g = torch.Generator().manual_seed(3)
     return nn.Sequential(
-        SparseLinear(12, 16, connections=40, generator=g), nn.ReLU(), SparseLinear(16, 6, connections=30, generator=g)
+        SparseLinear(12, 16, connections=40, generator=g),
+        nn.ReLU(),
+        SparseLinear(16, 6, connections=30, generator=g),
     )
 
 
@@ -32,7 +36,9 @@ def momentum(parameters: Any) -> optim.Optimizer:
 class Training:
     """A model, an optimizer or several, and a method; epochs of 4 steps."""
 
-    def __init__(self, name: str, model: nn.Module | None = None, optimizer: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, name: str, model: nn.Module | None = None, optimizer: Any = None, **settings: Any
+    ) -> None:
         self.model = network() if model is None else model
         self.optimizers = [momentum(self.model.parameters())] if optimizer is None else [optimizer]
         if isinstance(optimizer, list):
@@ -75,7 +81,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("call", [True, False], ids=["step", "end-epoch-only"])
-def test_an_optimizer_replaced_in_mid_training_is_noticed_within_an_epoch(name: str, call: bool) -> None:
+def test_an_optimizer_replaced_in_mid_training_is_noticed_within_an_epoch(
+    name: str, call: bool
+) -> None:
     run = Training(name, **METHODS[name])
     run.epoch()
     run.epoch(call)
@@ -98,7 +106,12 @@ def test_methods_that_start_dense_notice_it_too(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_one_of_two_optimizers_replaced_is_noticed(name: str) -> None:
     model = network()
-    run = Training(name, model, [momentum(model[0].parameters()), momentum(model[2].parameters())], **METHODS[name])
+    run = Training(
+        name,
+        model,
+        [momentum(model[0].parameters()), momentum(model[2].parameters())],
+        **METHODS[name],
+    )
     run.epoch()
     run.optimizers = [run.optimizers[0], momentum(model[2].parameters())]
     with pytest.raises(RuntimeError, match=r"but 2.weight.values changed"):
@@ -106,12 +119,16 @@ def test_one_of_two_optimizers_replaced_is_noticed(name: str) -> None:
 
 
 def test_pools_that_take_no_part_in_steps_are_fine() -> None:
-    """Frozen ones, those that get no gradient, and those of another optimizer, whose turn comes later."""
+    """Frozen ones, those that get no gradient, and those of another optimizer, whose turn comes
+    later.
+    """
     frozen = Training("rigl", every=2)
     frozen.model[2].requires_grad_(False)  # type: ignore[index]
     frozen.epoch(steps=10)
     model = network()
-    turns = Training("rigl", model, [momentum(model[0].parameters()), momentum(model[2].parameters())], every=2)
+    turns = Training(
+        "rigl", model, [momentum(model[0].parameters()), momentum(model[2].parameters())], every=2
+    )
     for time in range(12):
         turns.backward()
         turns.optimizers[time // 3 % 2].step()
@@ -211,7 +228,7 @@ def test_a_grad_scaler_that_finds_infinities(name: str, fused: bool) -> None:
     run.method.end_epoch()
 
 
-# --- what comes in or goes --------------------------------------------------------------------------------------------
+# --- what comes in or goes ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -222,7 +239,11 @@ def test_a_pool_that_comes_in_later_is_refused_by_name(name: str) -> None:
     run.step()
     model[0].requires_grad_(True)
     run.optimizers[0].add_param_group({"params": list(model[0].parameters())})
-    with pytest.raises(RuntimeError, match=r"0.weight.values is trained now, but the method was made when it was not"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"0.weight.values is trained now, but the method was "
+        r"made when it was not",
+    ):
         run.step()
     run.method.finalize() if run.method.updates else None
     again = Training(name, model, run.optimizers[0], **METHODS[name])  # what the error says
@@ -289,7 +310,9 @@ def test_a_pool_that_nothing_trains_any_more_is_refused_by_name() -> None:
     run = Training("set")
     run.epoch()
     params = run.optimizers[0].param_groups[0]["params"]
-    run.optimizers[0].param_groups[0]["params"] = [p for p in params if p is not run.model[0].weight.values]  # type: ignore[index]
+    run.optimizers[0].param_groups[0]["params"] = [
+        p for p in params if p is not run.model[0].weight.values
+    ]  # type: ignore[index]
     with pytest.raises(RuntimeError, match=r"0.weight.values is in no parameter group .* any more"):
         run.step()
 
@@ -298,7 +321,9 @@ def test_groups_of_methods_refuse_the_same() -> None:
     model = nn.Sequential(*network(), SparseLinear(6, 6, connections=12))
     model[0].requires_grad_(False)
     optimizer = momentum([p for layer in model[1:] for p in layer.parameters()])
-    group = methods.Group(model, optimizer, {"2": methods.SET, "3": partial(methods.RigL, every=2)}, seed=1)
+    group = methods.Group(
+        model, optimizer, {"2": methods.SET, "3": partial(methods.RigL, every=2)}, seed=1
+    )
 
     def step(optimizer: optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -318,7 +343,7 @@ def test_groups_of_methods_refuse_the_same() -> None:
         step(optimizer)
 
 
-# --- resuming, loading ------------------------------------------------------------------------------------------------
+# --- resuming, loading ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_first", [True, False])
@@ -344,7 +369,9 @@ def test_a_resumed_method_may_begin_with_the_end_of_an_epoch(model_first: bool) 
 def sparse_twin() -> nn.Module:
     g = torch.Generator().manual_seed(99)
     return nn.Sequential(
-        SparseLinear(12, 16, connections=40, generator=g), nn.ReLU(), SparseLinear(16, 6, connections=30, generator=g)
+        SparseLinear(12, 16, connections=40, generator=g),
+        nn.ReLU(),
+        SparseLinear(16, 6, connections=30, generator=g),
     )
 
 
@@ -362,7 +389,9 @@ def test_loading_between_skipped_steps_is_no_training() -> None:
 
 
 def test_the_first_epoch_without_any_step_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="no step of the method's optimizer was seen before the end of the epoch"):
+    with pytest.raises(
+        RuntimeError, match="no step of the method's optimizer was seen before the end of the epoch"
+    ):
         Training("set").method.end_epoch()
 
 

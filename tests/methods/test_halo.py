@@ -1,4 +1,6 @@
-"""HALO: the penalty's shape, lambda's own descent, the cut, and that it goes on from where it stopped."""
+"""HALO: the penalty's shape, lambda's own descent, the cut, and that it goes on from where it
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def mlp(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).double()
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, method: methods.Method, time: int) -> None:
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, method: methods.Method, time: int
+) -> None:
     generator = torch.Generator().manual_seed(time)
     x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
     y = torch.randint(0, 6, (8,), generator=generator)
@@ -38,13 +42,19 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, method: methods.Met
 
 @given(w=st.floats(1e-3, 10), xi=st.floats(1e-6, 1), psi=st.floats(1e-6, 1))
 @settings(max_examples=60, deadline=None)
-def test_at_its_minimum_over_lambda_the_penalty_is_the_cube_root_of_the_weight(w: float, xi: float, psi: float) -> None:
+def test_at_its_minimum_over_lambda_the_penalty_is_the_cube_root_of_the_weight(
+    w: float, xi: float, psi: float
+) -> None:
     def at(log: float) -> float:
-        first, second = penalty_of("halo", [(torch.tensor([w]).double(), torch.tensor([log]).double().exp())], xi, psi)
+        first, second = penalty_of(
+            "halo", [(torch.tensor([w]).double(), torch.tensor([log]).double().exp())], xi, psi
+        )
         return float(first + second)
 
     found = minimize_scalar(at, bounds=(-15, 15), method="bounded", options={"xatol": 1e-10})
-    assert found.fun == pytest.approx(3 / 2 ** (2 / 3) * (xi * psi**2) ** (1 / 3) * w ** (1 / 3), rel=1e-6)
+    assert found.fun == pytest.approx(
+        3 / 2 ** (2 / 3) * (xi * psi**2) ** (1 / 3) * w ** (1 / 3), rel=1e-6
+    )
 
 
 def test_lambda_finds_that_minimum_by_its_own_descent() -> None:
@@ -68,12 +78,16 @@ def test_lambda_finds_that_minimum_by_its_own_descent() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shared", ["model", "weight"])
 def test_a_run_is_joint_descent_by_autograd(variant: Any, shared: Any) -> None:
-    """Beside a twin whose lambdas are parameters in an SGD of their own, as in the authors' code, over a schedule."""
+    """Beside a twin whose lambdas are parameters in an SGD of their own, as in the authors' code,
+    over a schedule.
+    """
     model, twin = mlp(), mlp()
     options = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3}
     optimizer = torch.optim.SGD(model.parameters(), **options)
     psi = 2e-5 if variant == "squared" else 2e-3
-    method = Halo(model, optimizer, xi=1e-2, psi=psi, variant=variant, shared=shared, lambda_lr=1.0, seed=0)
+    method = Halo(
+        model, optimizer, xi=1e-2, psi=psi, variant=variant, shared=shared, lambda_lr=1.0, seed=0
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1)
 
     weights = [twin[0].weight, twin[2].weight]
@@ -84,7 +98,11 @@ def test_a_run_is_joint_descent_by_autograd(variant: Any, shared: Any) -> None:
     if variant == "l1":
         lambdas = [torch.ones((), dtype=torch.float64)] * 2
     own = torch.optim.SGD(twin.parameters(), **options)
-    trained = list({id(a): a for a in lambdas}.values()) if variant != "l1" else [nn.Parameter(torch.zeros(()))]
+    trained = (
+        list({id(a): a for a in lambdas}.values())
+        if variant != "l1"
+        else [nn.Parameter(torch.zeros(()))]
+    )
     second = torch.optim.SGD(trained, **options)
     schedules_ = [torch.optim.lr_scheduler.StepLR(o, 4, 0.1) for o in (own, second)]
     for time in range(10):
@@ -94,10 +112,14 @@ def test_a_run_is_joint_descent_by_autograd(variant: Any, shared: Any) -> None:
         x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 6, (8,), generator=generator)
         loss = nn.functional.cross_entropy(twin(x), y)
-        loss = loss + 1e-2 * sum((w.abs() / a**2).sum() for w, a in zip(weights, lambdas, strict=True))
+        loss = loss + 1e-2 * sum(
+            (w.abs() / a**2).sum() for w, a in zip(weights, lambdas, strict=True)
+        )
         size = torch.stack([a.abs().sum() for a in trained]).sum()
         squares = torch.stack([(a**2).sum() for a in trained]).sum()
-        loss = loss + psi * {"halo": size, "squared": size**2, "sws": squares, "l1": 0 * size}[variant]
+        loss = (
+            loss + psi * {"halo": size, "squared": size**2, "sws": squares, "l1": 0 * size}[variant]
+        )
         for o in (own, second):
             o.zero_grad()
         loss.backward()
@@ -124,7 +146,9 @@ def test_lambda_stays_away_from_the_pole() -> None:
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
-def test_the_cut_is_global_exact_and_gives_the_outputs_of_the_cut_dense_network(density: float) -> None:
+def test_the_cut_is_global_exact_and_gives_the_outputs_of_the_cut_dense_network(
+    density: float,
+) -> None:
     model = mlp().float()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     method = Halo(model, optimizer, density=density, seed=0)
@@ -160,7 +184,9 @@ def test_the_cut_is_global_exact_and_gives_the_outputs_of_the_cut_dense_network(
 
 def test_what_an_early_cut_leaves_trains_on_without_a_penalty_and_the_rest_stays_zero() -> None:
     """Momentum and weight decay go on moving what was cut, so it is set back in every step."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (1, 8)), Attention(8), nn.Flatten())
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (1, 8)), Attention(8), nn.Flatten()
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
     method = Halo(model, optimizer, density=0.3, cut=1, seed=0)
     x = torch.randn(20, 6)
@@ -195,11 +221,16 @@ def test_what_an_early_cut_leaves_trains_on_without_a_penalty_and_the_rest_stays
 
 
 def test_scope_is_by_name_and_frozen_weights_are_left_alone() -> None:
-    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 5))
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 5)
+    )
     model[2].weight.requires_grad_(False)
 
     def names(**scope: Any) -> list[str]:
-        return [w.name for w in Halo(model, torch.optim.SGD(model.parameters(), lr=0.1), **scope).weights]
+        return [
+            w.name
+            for w in Halo(model, torch.optim.SGD(model.parameters(), lr=0.1), **scope).weights
+        ]
 
     assert names() == ["0.weight", "4.weight_ih_l0", "4.weight_hh_l0"]
     assert names(only=["0", "*_hh_*"]) == ["0.weight", "4.weight_hh_l0"]
@@ -228,7 +259,9 @@ class Attention(nn.Module):
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=40), st.floats(0.03, 1))
 @settings(max_examples=60, deadline=None)
-def test_largest_takes_the_largest_and_the_first_of_equals(numbers: list[int], density: float) -> None:
+def test_largest_takes_the_largest_and_the_first_of_equals(
+    numbers: list[int], density: float
+) -> None:
     w = torch.tensor(numbers).float()
     if round(density * len(numbers)) < 1:
         return
@@ -245,7 +278,9 @@ def test_resume_is_bit_exact(variant: Any, cut: int | None) -> None:
         model = mlp(seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
         xi = schedules.Linear(1e-2, 0.0, 4)
-        method = Halo(model, optimizer, xi=xi, psi=1e-2, variant=variant, lambda_lr=1.0, cut=cut, seed=seed)
+        method = Halo(
+            model, optimizer, xi=xi, psi=1e-2, variant=variant, lambda_lr=1.0, cut=cut, seed=seed
+        )
         return model, optimizer, method
 
     def go(run: tuple[nn.Module, torch.optim.Optimizer, Halo], times: range) -> None:

@@ -1,4 +1,6 @@
-"""Networks that are hard to cut: methods that start dense cut them rightly, or name the layer and change nothing."""
+"""Networks that are hard to cut: methods that start dense cut them rightly, or name the layer and
+change nothing.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(12, 10)
-        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 10)) for _ in range(2))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 10)) for _ in range(2)
+        )
         self.head = nn.Linear(10, 6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,11 +69,18 @@ class Skip(nn.Module):
 def grouped() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (2, 6)),
-        nn.Conv1d(2, 8, 3), nn.BatchNorm1d(8), nn.ReLU(),
-        nn.Conv1d(8, 8, 1, groups=4), nn.ReLU(),
-        nn.Conv1d(8, 4, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 6),
-    )  # fmt: skip
+        nn.Conv1d(2, 8, 3),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Conv1d(8, 8, 1, groups=4),
+        nn.ReLU(),
+        nn.Conv1d(8, 4, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 8),
+        nn.ReLU(),
+        nn.Linear(8, 6),
+    )
 
 
 class Own(nn.Module):
@@ -86,14 +97,25 @@ class Own(nn.Module):
 
 def unknown() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 10), nn.ReLU(), Own(), nn.Linear(10, 9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 8), nn.ReLU(),
+        nn.Linear(12, 10),
+        nn.ReLU(),
+        Own(),
+        nn.Linear(10, 9),
+        nn.ReLU(),
+        nn.LayerNorm(9),
+        nn.Linear(9, 8),
+        nn.ReLU(),
         nn.Linear(8, 6),
-    )  # fmt: skip
+    )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "tied": Tied, "twice": Twice, "skip": Skip, "grouped": grouped, "unknown": unknown,
-}  # fmt: skip
+    "tied": Tied,
+    "twice": Twice,
+    "skip": Skip,
+    "grouped": grouped,
+    "unknown": unknown,
+}
 
 #: Settings under which much goes in eight steps; the cut itself changes no output.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -114,12 +136,16 @@ def make(case: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> metho
 
 
 def whole(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, type]]:
-    return copy.deepcopy(model.state_dict()), {name: type(module) for name, module in model.named_modules()}
+    return copy.deepcopy(model.state_dict()), {
+        name: type(module) for name, module in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_cut_without_a_trace_or_refused_by_name_before_anything_changed(network: str, case: str) -> None:
+def test_cut_without_a_trace_or_refused_by_name_before_anything_changed(
+    network: str, case: str
+) -> None:
     torch.manual_seed(5)
     model = NETWORKS[network]()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -134,7 +160,9 @@ def test_cut_without_a_trace_or_refused_by_name_before_anything_changed(network:
         assert set(names) & set(refusal.replace(".", " ").replace(",", " ").split()), refusal
         assert_identical(state, whole(model)[0])
         assert whole(model)[1] == types
-        assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+        assert [
+            (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+        ] == hooks
         assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
         return
     x = DATA[0][0]
@@ -151,8 +179,12 @@ def test_cut_without_a_trace_or_refused_by_name_before_anything_changed(network:
     before = model.eval()(x).detach()
     final = method.finalize()
     torch.testing.assert_close(final(x), before, rtol=1e-5, atol=1e-5)
-    assert sum(p.numel() for p in final.parameters()) < sum(t.numel() for t in state.values()), "nothing was cut"
-    assert {id(p) for p in final.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert sum(p.numel() for p in final.parameters()) < sum(t.numel() for t in state.values()), (
+        "nothing was cut"
+    )
+    assert {id(p) for p in final.parameters()} == {
+        id(p) for g in optimizer.param_groups for p in g["params"]
+    }
     nn.functional.cross_entropy(final(batch), labels).backward()
     optimizer.step()
     assert not torch.equal(final(x), before)

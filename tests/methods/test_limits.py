@@ -18,8 +18,13 @@ from rewire.methods.criteria import drop, grow
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 
 BASE = Limits(fan_in=6, fan_out=9, block=(4, 4, 7))
-#: Methods that claim limits and take a model of pools: from the registry, so that a new one is tested too.
-CLAIMING = [n for n in methods.available() if methods.info(n).limits and not methods.info(n).cls.starts_dense]
+#: Methods that claim limits and take a model of pools: from the registry, so that a new one is
+#: tested too.
+CLAIMING = [
+    n
+    for n in methods.available()
+    if methods.info(n).limits and not methods.info(n).cls.starts_dense
+]
 STRONG: dict[str, dict[str, Any]] = {
     "deep-r": {"l1": 0.01, "noise": 0.1},
     "set": {"every": 1, "fraction": 0.5},
@@ -36,11 +41,15 @@ def within(weight: SparseWeight, limits: Limits) -> bool:
     ok = ok and (limits.fan_out is None or int(dense.sum(0).max()) <= limits.fan_out)
     if limits.block:
         h, w, count = limits.block
-        ok = ok and all(int(band.sum()) <= count for half in dense.split(h, 0) for band in half.split(w, 1))
+        ok = ok and all(
+            int(band.sum()) <= count for half in dense.split(h, 0) for band in half.split(w, 1)
+        )
     return ok
 
 
-def run(method: str, limits: Limits, k: tuple[int, int], steps: int, seed: int = 0, **options: Any) -> nn.Module:
+def run(
+    method: str, limits: Limits, k: tuple[int, int], steps: int, seed: int = 0, **options: Any
+) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
     model = nn.Sequential(
         SparseLinear(12, 16, connections=k[0], limits=limits, generator=g),
@@ -82,7 +91,12 @@ def test_every_method_that_claims_limits_keeps_them(name: str) -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_limits_hold_after_every_step(
-    method: str, fan_in: int | None, fan_out: int | None, block: tuple[int, int, int] | None, share: float, seed: int
+    method: str,
+    fan_in: int | None,
+    fan_out: int | None,
+    block: tuple[int, int, int] | None,
+    share: float,
+    seed: int,
 ) -> None:
     limits = Limits(fan_in, fan_out, block)
     most = limits.maximum(16, 12), limits.maximum(6, 16)
@@ -110,10 +124,17 @@ def test_growth_by_gradient_takes_the_largest_that_fit() -> None:
     """RigL's exact choice under limits, against a loop over the dense gradient."""
     g = torch.Generator().manual_seed(0)
     limits = Limits(fan_in=4, fan_out=8)
-    layer = SparseLinear(12, 8, False, connections=25, limits=limits, generator=g, dtype=torch.float64)
+    layer = SparseLinear(
+        12, 8, False, connections=25, limits=limits, generator=g, dtype=torch.float64
+    )
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    method = Rewirer(layer, optimizer, drop=drop.Magnitude(), grow=grow.Gradient(None), fraction=0.3, every=1)
-    x, y = torch.randn(16, 12, generator=g, dtype=torch.float64), torch.randn(16, 8, generator=g, dtype=torch.float64)
+    method = Rewirer(
+        layer, optimizer, drop=drop.Magnitude(), grow=grow.Gradient(None), fraction=0.3, every=1
+    )
+    x, y = (
+        torch.randn(16, 12, generator=g, dtype=torch.float64),
+        torch.randn(16, 8, generator=g, dtype=torch.float64),
+    )
     dense = layer.weight.to_dense().detach().requires_grad_()
     (x @ dense.T - y).square().mean().backward()
     assert dense.grad is not None
@@ -123,7 +144,9 @@ def test_growth_by_gradient_takes_the_largest_that_fit() -> None:
     rows, cols, values = layer.weight.coo()
     kept = torch.sort(values.detach().abs(), stable=True).indices[int(0.3 * 25) :]
     chosen = {(int(rows[i]), int(cols[i])) for i in kept}
-    for key in torch.sort(dense.grad.abs().flatten(), descending=True, stable=True).indices.tolist():
+    for key in torch.sort(
+        dense.grad.abs().flatten(), descending=True, stable=True
+    ).indices.tolist():
         r, c = divmod(key, 12)
         fits = sum(a == r for a, _ in chosen) < 4 and sum(b == c for _, b in chosen) < 8
         if (r, c) not in chosen and fits and len(chosen) < 25:
@@ -137,7 +160,9 @@ def test_a_budget_that_moves_keeps_no_limits() -> None:
     model = SparseLinear(12, 16, connections=40, limits=BASE)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for name in ("dsr", "mest"):
-        with pytest.raises(ValueError, match="does not keep a limit on fan-in and fan-out and block"):
+        with pytest.raises(
+            ValueError, match="does not keep a limit on fan-in and fan-out and block"
+        ):
             methods.create(name, model, optimizer, **SETTINGS.get(name, [{}])[0])
 
 

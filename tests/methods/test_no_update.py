@@ -23,8 +23,14 @@ LONG: dict[str, tuple[dict[str, Any], str]] = {
     "ctre": ({}, "at the end of every epoch but the last"),
     "deep-r": ({"every": 9}, "every=9 steps"),
     "dsr": ({"every": 9, "until": 20}, "every=9 steps, until=20"),
-    "gmp": ({"density": 0.1, "every": 9, "begin": 5, "until": 50}, "begin=5, every=9, until=50 steps"),
-    "granet": ({"density": 0.1, "every": 9, "begin": 5, "until": 50}, "begin=5, every=9, until=50 steps"),
+    "gmp": (
+        {"density": 0.1, "every": 9, "begin": 5, "until": 50},
+        "begin=5, every=9, until=50 steps",
+    ),
+    "granet": (
+        {"density": 0.1, "every": 9, "begin": 5, "until": 50},
+        "begin=5, every=9, until=50 steps",
+    ),
     "itop": ({"every": 9}, "every=9 steps"),
     "l1": ({"drop": "epoch"}, "drop='epoch'"),
     "magnitude": ({"density": 0.1, "every": 2}, "every=2 epochs"),
@@ -71,7 +77,11 @@ def test_a_run_without_an_update_says_so(name: str) -> None:
     run = begin(name, settings)
     for _ in range(3):
         run.step()
-    words_of_all = r"made no update in its steps \([0-3]\) and epochs \(0\), because its schedule allowed none"
+    words_of_all = (
+        r"made no update in its steps \([0-3]\) and epochs \(0\), because its "
+        r"schedule "
+        r"allowed none"
+    )
     with pytest.warns(UserWarning, match=words_of_all) as caught:
         run.method.finalize()
     assert len(caught) == 1
@@ -113,17 +123,18 @@ def test_what_was_not_called_is_named() -> None:
     run = begin("set", {})
     run.backward()
     run.optimizer.step()
-    with pytest.warns(UserWarning, match=r"call end_epoch\(\) after every epoch, and call step\(\) after every"):
+    with pytest.warns(
+        UserWarning,
+        match=r"call end_epoch\(\) after every epoch, and call "
+        r"step\(\) after every",
+    ):
         run.method.finalize()
 
 
 def test_each_method_of_a_group_says_it() -> None:
     run = Run(("static", {}))
     group = methods.Group(
-        run.model,
-        run.optimizer,
-        {"0": partial(methods.RigL, every=100), "2": methods.SET},
-        seed=1,
+        run.model, run.optimizer, {"0": partial(methods.RigL, every=100), "2": methods.SET}, seed=1
     )
     for _ in range(3):
         run.optimizer.zero_grad()

@@ -46,7 +46,9 @@ def dependent_norm(norm: Any, u: int, v: int, scale: float, shift: float) -> Non
 
 
 def linear(alpha: float, beta: float) -> nn.Module:
-    model = nn.Sequential(nn.Linear(6, 5), nn.Identity(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.Identity(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+    )
     dependent(model[0], 1, 3, alpha, beta)
     return model
 
@@ -70,19 +72,30 @@ def norm(alpha: float, beta: float) -> nn.Module:
 
 def conv(alpha: float, beta: float) -> nn.Module:
     model = nn.Sequential(
-        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 3)
+        nn.Unflatten(1, (1, 6, 6)),
+        nn.Conv2d(1, 4, 3),
+        nn.Conv2d(4, 2, 3),
+        nn.Flatten(),
+        nn.Linear(8, 3),
     )
     dependent(model[1], 1, 3, alpha, beta)
     return model
 
 
 def conv_norm_relu_pool_padded(alpha: float, beta: float) -> nn.Module:
-    """A padded reader sees zeros at its borders, so dependence must be through the origin: it is, behind the ReLU."""
+    """A padded reader sees zeros at its borders, so dependence must be through the origin: it is,
+    behind the ReLU.
+    """
     model = nn.Sequential(
         nn.Unflatten(1, (1, 6, 6)),
-        nn.Conv2d(1, 4, 3, bias=True), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(4, 2, 3, padding=1), nn.Flatten(), nn.Linear(8, 3),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3, bias=True),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 2, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
     model(torch.randn(64, 36))
     dependent(model[1], 1, 3, abs(alpha), beta)
     model[2].running_mean[1] = abs(alpha) * model[2].running_mean[3] + beta
@@ -93,11 +106,18 @@ def conv_norm_relu_pool_padded(alpha: float, beta: float) -> nn.Module:
 
 
 def conv_flatten_biasless(alpha: float, beta: float) -> nn.Module:
-    """Channels read by a Linear layer without bias behind a BatchNorm: the constant goes into its running mean."""
+    """Channels read by a Linear layer without bias behind a BatchNorm: the constant goes into its
+    running mean.
+    """
     model = nn.Sequential(
-        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.Flatten(),
-        nn.Linear(64, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3),
-    )  # fmt: skip
+        nn.Unflatten(1, (1, 6, 6)),
+        nn.Conv2d(1, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 5, bias=False),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
     dependent(model[1], 1, 3, alpha, beta)
     return model
 
@@ -108,7 +128,12 @@ class Recurrent(nn.Module):
         self.body, self.head = kind(2, 5, batch_first=True), nn.Linear(5, 3)
         gates = self.body.weight_hh_l0.shape[0] // 5
         with torch.no_grad():  # unit 1 does what unit 3 does
-            for p in (self.body.weight_ih_l0, self.body.weight_hh_l0, self.body.bias_ih_l0, self.body.bias_hh_l0):
+            for p in (
+                self.body.weight_ih_l0,
+                self.body.weight_hh_l0,
+                self.body.bias_ih_l0,
+                self.body.bias_hh_l0,
+            ):
                 p.view(gates, 5, -1)[:, 1] = p.view(gates, 5, -1)[:, 3]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +146,12 @@ class Residual(nn.Module):
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        self.stem, self.up, self.down, self.head = nn.Linear(6, 4), nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+        self.stem, self.up, self.down, self.head = (
+            nn.Linear(6, 4),
+            nn.Linear(4, 5),
+            nn.Linear(5, 4),
+            nn.Linear(4, 3),
+        )
         for layer in (self.stem, self.down):
             dependent(layer, 1, 3, alpha, 0.5)
 
@@ -148,7 +178,9 @@ EXACT: dict[str, tuple[Any, int, str]] = {
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.3), (-2.0, 1.0)])
-def test_dependent_units_merge_without_a_trace(name: str, dtype: torch.dtype, alpha: float, beta: float) -> None:
+def test_dependent_units_merge_without_a_trace(
+    name: str, dtype: torch.dtype, alpha: float, beta: float
+) -> None:
     build, features, layer = EXACT[name]
     torch.set_default_dtype(dtype)
     try:
@@ -170,12 +202,21 @@ def test_dependent_units_merge_without_a_trace(name: str, dtype: torch.dtype, al
     torch.testing.assert_close(model(new), expected, rtol=tolerance, atol=tolerance)
 
 
-@given(st.integers(0, 10_000), st.integers(2, 6), st.floats(0.1, 4.0), st.floats(-2, 2), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 10_000),
+    st.integers(2, 6),
+    st.floats(0.1, 4.0),
+    st.floats(-2, 2),
+    st.booleans(),
+    st.booleans(),
+)
 def test_any_dependent_pair_is_found_and_folded(
     seed: int, width: int, alpha: float, beta: float, negative: bool, damage: bool
 ) -> None:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    model = nn.Sequential(
+        nn.Linear(4, width), nn.Linear(width, 3), nn.Tanh(), nn.Linear(3, 2)
+    ).double()
     u, v = torch.randperm(width)[:2].tolist()
     dependent(model[0], u, v, -alpha if negative else alpha, beta)
     x = torch.randn(40, 4, dtype=torch.float64)
@@ -204,9 +245,16 @@ def test_constant_units_go_first(seed: int, dead: int) -> None:
 
 def test_moments_are_those_of_numpy() -> None:
     model = nn.Sequential(
-        nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.Tanh(), nn.Flatten(),
-        nn.Linear(27, 5), nn.ReLU(), nn.Linear(5, 2),
-    ).double()  # fmt: skip
+        nn.Unflatten(1, (1, 6, 6)),
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, 5),
+        nn.ReLU(),
+        nn.Linear(5, 2),
+    ).double()
     batches = list(torch.randn(30, 36, dtype=torch.float64).split(7))
     graph = UnitGraph(model, batches[0])
     found = measure(graph, ["1", "3", "6"], batches)
@@ -227,11 +275,19 @@ def test_moments_are_those_of_numpy() -> None:
         alpha, beta = np.polyfit(flat[best.into], flat[best.unit], 1)
         np.testing.assert_allclose(found[name].coefficients(best)[0], (alpha, beta), atol=1e-10)
         residual = np.mean((flat[best.unit] - alpha * flat[best.into] - beta) ** 2)
-        columns = {"1": model[3].weight, "3": model[6].weight.view(5, 3, 9).transpose(1, 2), "6": model[8].weight}[name]
+        columns = {
+            "1": model[3].weight,
+            "3": model[6].weight.view(5, 3, 9).transpose(1, 2),
+            "6": model[8].weight,
+        }[name]
         squares = columns.detach().square().movedim(-1 if name == "3" else 1, 0).flatten(1).sum(1)
         assert best.damage == pytest.approx(float(squares[best.unit]) * residual, rel=1e-9)
         assert best.damage <= float(squares[best.into]) * np.mean(
-            (flat[best.into] - np.polyval(np.polyfit(flat[best.unit], flat[best.into], 1), flat[best.unit])) ** 2
+            (
+                flat[best.into]
+                - np.polyval(np.polyfit(flat[best.unit], flat[best.into], 1), flat[best.unit])
+            )
+            ** 2
         ) * (1 + 1e-9)
 
 
@@ -251,7 +307,9 @@ def test_between_merges_rows_are_deleted_and_nothing_else() -> None:
 
 
 def toy(noise: str, outputs: int, seed: int) -> float:
-    """|rho| of two linear hidden units after training on two Gaussian blobs (methods of the paper, section 3)."""
+    """|rho| of two linear hidden units after training on two Gaussian blobs (methods of the paper,
+    section 3).
+    """
     torch.manual_seed(seed)
     x = torch.cat([torch.randn(50, 2) - 1, torch.randn(50, 2) + 1])
     y = torch.cat([torch.zeros(50, 1), torch.ones(50, 1)])
@@ -268,13 +326,16 @@ def toy(noise: str, outputs: int, seed: int) -> float:
 
 
 def test_eight_noise_outputs_make_units_correlate_and_none_do_not() -> None:
-    with_noise = [toy(noise, 8, seed) for noise, seed in [("constant", 0), ("gaussian", 1), ("binomial", 2)]]
+    with_noise = [
+        toy(noise, 8, seed) for noise, seed in [("constant", 0), ("gaussian", 1), ("binomial", 2)]
+    ]
     assert min(with_noise) > 0.99
     assert np.mean([toy("none", 8, seed) for seed in range(3)]) < 0.9
 
 
 @pytest.mark.parametrize(
-    ("kind", "mean", "variance"), [("gaussian", 0.1, 0.16), ("binomial", 0.1, 0.09), ("constant", 0.1, 0)]
+    ("kind", "mean", "variance"),
+    [("gaussian", 0.1, 0.16), ("binomial", 0.1, 0.09), ("constant", 0.1, 0)],
 )
 def test_noise_targets(kind: Any, mean: float, variance: float) -> None:
     y = noise_targets(kind, 5000, 8, 0.1, 0.4, seed=3, step=1, stream=1)
@@ -288,7 +349,9 @@ def test_noise_targets(kind: Any, mean: float, variance: float) -> None:
 
 
 def test_noise_outputs_leave_the_task_alone() -> None:
-    """The penalty's gradient reaches what is before the head, not the head; the network's output does not change."""
+    """The penalty's gradient reaches what is before the head, not the head; the network's output
+    does not change.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     x = torch.randn(9, 6)
@@ -381,7 +444,9 @@ def test_the_last_network_that_met_the_threshold_comes_back() -> None:
 
 @pytest.mark.parametrize("pace", [0.0, 0.9])
 def test_a_merge_that_is_undone_leaves_no_trace(pace: float) -> None:
-    """Undoing gives the bits of a run that was told to stop in time: network, optimizer, noise outputs, and counts."""
+    """Undoing gives the bits of a run that was told to stop in time: network, optimizer, noise
+    outputs, and counts.
+    """
 
     def train(steps: int, **options: Any) -> tuple[nn.Module, Any, NoiseOut]:
         torch.manual_seed(0)
@@ -389,9 +454,16 @@ def test_a_merge_that_is_undone_leaves_no_trace(pace: float) -> None:
         x = torch.randn(40, 6)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         made = NoiseOut(
-            model, optimizer, data=[x], threshold=4.0, mode="min", seed=1, evaluate=lambda m: 9.0 - m[0].out_features,
-            every=3, **options,
-        )  # fmt: skip
+            model,
+            optimizer,
+            data=[x],
+            threshold=4.0,
+            mode="min",
+            seed=1,
+            evaluate=lambda m: 9.0 - m[0].out_features,
+            every=3,
+            **options,
+        )
         for _ in range(steps):
             optimizer.zero_grad()
             (model(x).square().sum() + made.penalty()).backward()
@@ -411,9 +483,13 @@ def test_a_merge_that_is_undone_leaves_no_trace(pace: float) -> None:
         assert torch.equal(a, b)
         for name, value in optimizer.state[a].items():
             assert torch.equal(value, other.state[b][name])
-    for a, b in zip(made._outputs.layer.parameters(), told._outputs.layer.parameters(), strict=True):
+    for a, b in zip(
+        made._outputs.layer.parameters(), told._outputs.layer.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
-        assert torch.equal(made._outputs.own.state[a]["exp_avg"], told._outputs.own.state[b]["exp_avg"])
+        assert torch.equal(
+            made._outputs.own.state[a]["exp_avg"], told._outputs.own.state[b]["exp_avg"]
+        )
     assert torch.equal(made.finalize()[0].weight, told.finalize()[0].weight)
 
 
@@ -427,7 +503,9 @@ def test_what_one_layer_cannot_spare_others_may() -> None:
         seen.append(units)
         return float(units[0] < 6 or units[1] < 3)
 
-    made = method(model, torch.randn(40, 6), threshold=0.5, mode="min", overshoot="undo", criterion="damage")
+    made = method(
+        model, torch.randn(40, 6), threshold=0.5, mode="min", overshoot="undo", criterion="damage"
+    )
     made.end_epoch(cost)
     assert made.stats()["units"] == {"0": 6, "2": 3}
     assert made.stats()["merged"] == {"0": 2, "2": 5}
@@ -479,8 +557,11 @@ def test_what_cannot_be_merged_is_left_alone_or_refused_by_name() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.normed, self.norm, self.free, self.head = (
-                nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Linear(4, 3),
-            )  # fmt: skip
+                nn.Linear(6, 5),
+                nn.LayerNorm(5),
+                nn.Linear(5, 4),
+                nn.Linear(4, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.head(self.free(self.norm(self.normed(x))).relu())

@@ -1,4 +1,6 @@
-"""Optimizers as people use them: whatever wraps what, grown connections start afresh and others keep what they had."""
+"""Optimizers as people use them: whatever wraps what, grown connections start afresh and others
+keep what they had.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from wrappers import OPTIMIZERS, SAM
 from rewire import methods
 from rewire.nn import Event, SparseLinear, SparseWeight, sparse_weights
 
-# torch puts hooks around the `step` of a class when its first instance is made: from here on, those of subclasses that
-# call it are hooked twice, one within the other.
+# torch puts hooks around the `step` of a class when its first instance is made: from here on, those
+# of subclasses that call it are hooked twice, one within the other.
 for made in (torch.optim.SGD, torch.optim.Adam):
     made([nn.Parameter(torch.zeros(1))], 0.1)
 
@@ -39,10 +41,14 @@ def network() -> nn.Module:
 
 def loss_of(model: nn.Module, time: int) -> Tensor:
     g = torch.Generator().manual_seed(1000 + time)
-    return nn.functional.cross_entropy(model(torch.randn(8, 12, generator=g)), torch.randint(0, 6, (8,), generator=g))
+    return nn.functional.cross_entropy(
+        model(torch.randn(8, 12, generator=g)), torch.randint(0, 6, (8,), generator=g)
+    )
 
 
-def step(model: nn.Module, optimizer: Any, method: methods.Method, time: int, *, closure: bool = False) -> None:
+def step(
+    model: nn.Module, optimizer: Any, method: methods.Method, time: int, *, closure: bool = False
+) -> None:
     def evaluate() -> Tensor:
         optimizer.zero_grad()
         loss = loss_of(model, time) + method.penalty()
@@ -92,7 +98,9 @@ class Grown:
         self.at.setdefault(name, set()).update(at.tolist())
 
 
-def assert_state_is_right(weight: SparseWeight, before: dict[str, Tensor], optimizer: Any, grown: set[int]) -> int:
+def assert_state_is_right(
+    weight: SparseWeight, before: dict[str, Tensor], optimizer: Any, grown: set[int]
+) -> int:
     """Returns how many numbers of grown connections were not what they start at before."""
     after = placed(weight, {"value": weight.values} | optimizer.numbers(weight.values))
     new = torch.zeros(weight.size, dtype=torch.bool)
@@ -109,7 +117,9 @@ def assert_state_is_right(weight: SparseWeight, before: dict[str, Tensor], optim
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_grown_connections_start_afresh_and_survivors_keep_what_they_had(kind: str, name: str) -> None:
+def test_grown_connections_start_afresh_and_survivors_keep_what_they_had(
+    kind: str, name: str
+) -> None:
     model = network()
     optimizer = OPTIMIZERS[kind](model.parameters())
     method = methods.create(name.removesuffix("-normal"), model, optimizer, seed=1, **METHODS[name])
@@ -119,10 +129,16 @@ def test_grown_connections_start_afresh_and_survivors_keep_what_they_had(kind: s
     def check(call: Any, *args: Any) -> None:
         """Around what the method does, not around the optimizer's step."""
         nonlocal count
-        before = {n: placed(w, {"value": w.values} | optimizer.numbers(w.values)) for n, w in weights.items()}
+        before = {
+            n: placed(w, {"value": w.values} | optimizer.numbers(w.values))
+            for n, w in weights.items()
+        }
         grown.at.clear()
         call(*args)
-        count += sum(assert_state_is_right(w, before[n], optimizer, grown.at.get(n, set())) for n, w in weights.items())
+        count += sum(
+            assert_state_is_right(w, before[n], optimizer, grown.at.get(n, set()))
+            for n, w in weights.items()
+        )
 
     method._after_step = lambda pools: check(act, pools)  # type: ignore[method-assign]
     for time in range(12):
@@ -139,7 +155,9 @@ def test_grown_connections_start_afresh_and_survivors_keep_what_they_had(kind: s
 @pytest.mark.parametrize("name", ["set", "rigl", "deep-r", "snip", "granet", "top-kast", "srigl"])
 @pytest.mark.parametrize("kind", ["plain", "wrapper", "sam-halves"])
 def test_closures_change_nothing(kind: str, name: str) -> None:
-    """``optimizer.step(closure)`` is the step that it is without; RigL's skipped steps and SNIP's measuring too."""
+    """``optimizer.step(closure)`` is the step that it is without; RigL's skipped steps and SNIP's
+    measuring too.
+    """
     settings: dict[str, dict[str, Any]] = {
         "snip": {"density": 0.1, "batches": 2},
         "granet": {"density": 0.1, "every": 2, "begin": 1, "until": 7},
@@ -160,7 +178,15 @@ def test_closures_change_nothing(kind: str, name: str) -> None:
 
 
 def test_a_skipped_step_of_rigl_moves_nothing_whoever_makes_it() -> None:
-    for kind in ("plain", "wrapper", "lookahead-inside", "sam-halves", "sam-closure", "several", "wrapper-of-wrapper"):
+    for kind in (
+        "plain",
+        "wrapper",
+        "lookahead-inside",
+        "sam-halves",
+        "sam-closure",
+        "several",
+        "wrapper-of-wrapper",
+    ):
         model = network()
         optimizer = OPTIMIZERS[kind](model.parameters())
         method = methods.create("rigl", model, optimizer, seed=1, every=3, fraction=0.0)

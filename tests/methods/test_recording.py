@@ -1,4 +1,6 @@
-"""What a method learns about gradients is what is in ``.grad`` when the optimizer steps, whatever the loop does."""
+"""What a method learns about gradients is what is in ``.grad`` when the optimizer steps, whatever
+the loop does.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ DOUBLE = torch.float64
 
 
 class Watch(methods.Static):
-    """Asks for the gradients of every step, and shows them as dense matrices in the optimizer's scale."""
+    """Asks for the gradients of every step, and shows them as dense matrices in the optimizer's
+    scale.
+    """
 
     candidates: int | None = None
 
@@ -69,7 +73,9 @@ def twin_of(model: nn.Module) -> tuple[nn.Module, Callable[[], dict[str, Tensor]
                 else owner.get_parameter(leaf).grad
             )
             result[name] = (
-                torch.zeros(weight.matrix_shape) if gradient is None else gradient.reshape(weight.matrix_shape)
+                torch.zeros(weight.matrix_shape)
+                if gradient is None
+                else gradient.reshape(weight.matrix_shape)
             )
         return result
 
@@ -86,7 +92,9 @@ both = pytest.mark.parametrize("kind", [Watch, Sampled])
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name in b:
-        torch.testing.assert_close(a[name].double(), b[name].double(), rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(
+            a[name].double(), b[name].double(), rtol=1e-6, atol=1e-9, msg=name
+        )
 
 
 def penalised(net: nn.Module, x: Tensor) -> None:
@@ -152,7 +160,7 @@ def test_a_dense_matrix_made_of_the_weight_counts() -> None:
     close(method.found, truth())
 
 
-# --- loops ------------------------------------------------------------------------------------------------------------
+# --- loops ----------------------------------------------------------------------------------------
 
 
 def usual(net: nn.Module, o: torch.optim.Optimizer, x: Tensor) -> None:
@@ -279,18 +287,35 @@ def checkpointed(reentrant: bool) -> Any:
 
 
 LOOPS = [
-    usual, broken_batch, broken_batch_kept_tensors, thrown_away_by_hand, micro_batches,
-    one_forward_zeroed_before_backward, attack_by_grad, attack_by_backward, attack_by_inputs, gradients_looked_at,
-    two_backwards_of_one_graph, sharpness_aware, clipped, scaled_by_hand, after_an_error, checkpointed(True),
+    usual,
+    broken_batch,
+    broken_batch_kept_tensors,
+    thrown_away_by_hand,
+    micro_batches,
+    one_forward_zeroed_before_backward,
+    attack_by_grad,
+    attack_by_backward,
+    attack_by_inputs,
+    gradients_looked_at,
+    two_backwards_of_one_graph,
+    sharpness_aware,
+    clipped,
+    scaled_by_hand,
+    after_an_error,
+    checkpointed(True),
     checkpointed(False),
-]  # fmt: skip
+]
 
 
 @both
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 @pytest.mark.parametrize("after", [None, "zero_grad", "backward"])
-def test_gradients_are_those_that_the_optimizer_uses(kind: type[Watch], loop: Any, after: str | None) -> None:
-    """At active positions ``.grad`` itself, at the others that of the dense twin; whatever comes after the step."""
+def test_gradients_are_those_that_the_optimizer_uses(
+    kind: type[Watch], loop: Any, after: str | None
+) -> None:
+    """At active positions ``.grad`` itself, at the others that of the dense twin; whatever comes
+    after the step.
+    """
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(5)
     model = nn.Sequential(
@@ -309,7 +334,10 @@ def test_gradients_are_those_that_the_optimizer_uses(kind: type[Watch], loop: An
             loop(dense, torch.optim.SGD(dense.parameters(), 0.0), x)
         optimizer.zero_grad()
         loop(model, optimizer, x)
-        own = {name: (w.coo()[:2], w.values.grad[w.active()].clone()) for name, w in sparse_weights(model)}  # type: ignore[index]
+        own = {
+            name: (w.coo()[:2], w.values.grad[w.active()].clone())
+            for name, w in sparse_weights(model)
+        }  # type: ignore[index]
         optimizer.step()
         if after == "zero_grad":
             model.zero_grad(set_to_none=bool(seed))
@@ -317,14 +345,18 @@ def test_gradients_are_those_that_the_optimizer_uses(kind: type[Watch], loop: An
             (100 * model(x + 3)).square().sum().backward()
         method.step()
         for name, ((rows, cols), gradient) in own.items():
-            torch.testing.assert_close(method.found[name].double()[rows, cols], gradient, rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(
+                method.found[name].double()[rows, cols], gradient, rtol=1e-6, atol=1e-12
+            )
         if loop not in (sharpness_aware, clipped):
             close(method.found, truth())
 
 
 @both
 def test_a_step_made_within_the_backward_pass(kind: type[Watch]) -> None:
-    """Optimizers that step in hooks, as soon as a gradient is there; ours come after those, or before."""
+    """Optimizers that step in hooks, as soon as a gradient is there; ours come after those, or
+    before.
+    """
     for early in (True, False):
         torch.manual_seed(0)
         model = LAYERS["linear"](DOUBLE, 5)
@@ -392,7 +424,12 @@ def test_gradients_from_before_the_request_are_refused_or_waited_for() -> None:
     model.zero_grad()
     for make in (
         lambda o: methods.Rewirer(
-            model, o, drop=methods.drop.Magnitude(), grow=methods.grow.Gradient(), fraction=0.3, seed=0
+            model,
+            o,
+            drop=methods.drop.Magnitude(),
+            grow=methods.grow.Gradient(),
+            fraction=0.3,
+            seed=0,
         ),
         lambda o: methods.SNFS(model, o, window=2, seed=0),
     ):

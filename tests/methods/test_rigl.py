@@ -1,4 +1,6 @@
-"""RigL's choice against a brute-force dense computation; candidates; what it shares with every gradient method."""
+"""RigL's choice against a brute-force dense computation; candidates; what it shares with every
+gradient method.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from rewire.topology import TopologyError
 
 def keys(weight: SparseWeight, slots: Tensor | None = None) -> set[int]:
     slots = weight.active() if slots is None else slots
-    return set((weight.rows[slots].long() * weight.matrix_shape[1] + weight.cols[slots].long()).tolist())
+    return set(
+        (weight.rows[slots].long() * weight.matrix_shape[1] + weight.cols[slots].long()).tolist()
+    )
 
 
 def dense_gradients(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -42,7 +46,11 @@ def dense_gradients(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> d
 def batches(n: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(8, 12, generator=g, dtype=torch.float64), torch.randint(0, 6, (8,), generator=g)) for _ in range(n)
+        (
+            torch.randn(8, 12, generator=g, dtype=torch.float64),
+            torch.randint(0, 6, (8,), generator=g),
+        )
+        for _ in range(n)
     ]
 
 
@@ -89,7 +97,8 @@ def test_choice_in_a_layer_that_is_searched_with_a_sample(density: float) -> Non
     method = RigL(layer, optimizer, every=1, candidates=None, seed=1)
     weight = layer.weight
     before, values = weight.coo()[:2], weight.values.detach()[weight.active()]
-    x, g = torch.randn(16, 1100), torch.randn(16, 1000) * torch.rand(1000).exp()  # rows of different scales
+    # rows of different scales
+    x, g = torch.randn(16, 1100), torch.randn(16, 1000) * torch.rand(1000).exp()
     layer(x).backward(g)
     score = (g.double().t() @ x.double()).abs()
     optimizer.step()
@@ -124,7 +133,10 @@ def test_a_step_that_updates_moves_nothing_unless_asked() -> None:
         stays[slots[0]] = False
         assert torch.equal(weight.values.detach()[stays], before[stays]) == skip
         assert torch.equal(run.model[0].bias.detach(), bias) == skip
-        assert torch.equal(run.optimizer.state[weight.values]["momentum_buffer"][stays], buffer[stays]) == skip
+        assert (
+            torch.equal(run.optimizer.state[weight.values]["momentum_buffer"][stays], buffer[stays])
+            == skip
+        )
         assert weight.values.grad is not None
         assert run.method.stats()["steps"] == 2
 
@@ -159,10 +171,12 @@ def test_the_fraction_follows_a_cosine_until_three_quarters() -> None:
         run.step()
         run.step()
         counts.append(run.method.stats()["dropped"]["0.weight"] - before)
-    assert counts == [int(0.25 * (1 + math.cos(math.pi * t / 12)) * 40) for t in (2, 4, 6, 8, 10, 12)] + [0, 0]
+    assert counts == [
+        int(0.25 * (1 + math.cos(math.pi * t / 12)) * 40) for t in (2, 4, 6, 8, 10, 12)
+    ] + [0, 0]
 
 
-# --- candidates -------------------------------------------------------------------------------------------------------
+# --- candidates -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -241,7 +255,9 @@ def test_candidates_vanish_when_the_pool_changes_and_old_graphs_raise() -> None:
 def test_auto_is_exact_where_that_is_affordable() -> None:
     def of(rows: int, cols: int, k: int) -> int | None:
         weight = SparseWeight((rows, cols), k)
-        return gradients.sampled(methods.Pool(0, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0), "auto")
+        return gradients.sampled(
+            methods.Pool(0, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0), "auto"
+        )
 
     assert of(1000, 1000, 10) is None
     assert of(10_000, 10_000, 10**6) is None
@@ -254,7 +270,7 @@ def test_bad_candidates_are_refused(candidates: Any) -> None:
         Run(("rigl", {"candidates": candidates}))
 
 
-# --- compiled, narrow, accumulated ------------------------------------------------------------------------------------
+# --- compiled, narrow, accumulated ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -269,9 +285,11 @@ def fresh_dynamo() -> Iterator[None]:
 def small() -> nn.Sequential:
     g = torch.Generator().manual_seed(0)
     return nn.Sequential(
-        SparseConv2d(2, 4, 3, padding=1, connections=20, generator=g), nn.ReLU(), nn.Flatten(),
+        SparseConv2d(2, 4, 3, padding=1, connections=20, generator=g),
+        nn.ReLU(),
+        nn.Flatten(),
         SparseLinear(64, 5, connections=60, generator=g),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -302,14 +320,18 @@ def test_exact_growth_in_a_compiled_model_says_what_to_do() -> None:
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = RigL(model, optimizer, every=1, candidates=None, seed=4)
-    torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(4, 2, 4, 4)).sum().backward()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(
+        torch.randn(4, 2, 4, 4)
+    ).sum().backward()
     optimizer.step()
     with pytest.raises(RuntimeError, match="candidates="):
         method.step()
 
 
 @pytest.mark.parametrize("candidates", [None, 25])
-def test_autocast_and_a_grad_scaler_change_no_choice_and_a_skipped_step_is_none(candidates: int | None) -> None:
+def test_autocast_and_a_grad_scaler_change_no_choice_and_a_skipped_step_is_none(
+    candidates: int | None,
+) -> None:
     found = []
     for scale in (1.0, 2.0**10):
         model = small()

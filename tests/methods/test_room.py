@@ -1,4 +1,6 @@
-"""Methods that move connections need a dormant position somewhere, and leave full layers beside others alone."""
+"""Methods that move connections need a dormant position somewhere, and leave full layers beside
+others alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from rewire.methods.criteria import drop, grow
 from rewire.nn import SparseLinear
 
 #: Those that take a model of pools, from the registry, so that a new one is tested too.
-POOLED = [n for n in methods.available() if not methods.info(n).cls.starts_dense and not methods.info(n).takes_budget]
+POOLED = [
+    n
+    for n in methods.available()
+    if not methods.info(n).cls.starts_dense and not methods.info(n).takes_budget
+]
 REWIRING = [n for n in POOLED if methods.info(n).cls.needs_room]
 
 
@@ -32,7 +38,11 @@ def test_which_methods_need_room() -> None:
 
 @pytest.mark.parametrize("name", REWIRING)
 def test_a_model_of_full_layers_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"0\.weight \(K = 16 of M = 16\), 1\.weight \(K = 16 of M = 16\); give"):
+    with pytest.raises(
+        ValueError,
+        match=r"0\.weight \(K = 16 of M = 16\), 1\.weight \(K = 16 of "
+        r"M = 16\); give",
+    ):
         made(name, 16, 16)
     made(name, 16, 15)
 
@@ -55,9 +65,13 @@ def test_in_a_group_each_method_needs_room() -> None:
     Group(model, optimizer, {"0": methods.Static, "1": methods.SET})
 
 
-@pytest.mark.parametrize("name", ["set", "rigl", "srigl", "codacorset", "copacorset", "mest", "itop", "ctre"])
+@pytest.mark.parametrize(
+    "name", ["set", "rigl", "srigl", "codacorset", "copacorset", "mest", "itop", "ctre"]
+)
 def test_a_full_layer_beside_others_is_left_alone(name: str) -> None:
-    method = made(name, 16, 8, 9, **({"every": 1} if name in ("rigl", "srigl", "mest", "itop") else {}))
+    method = made(
+        name, 16, 8, 9, **({"every": 1} if name in ("rigl", "srigl", "mest", "itop") else {})
+    )
     model, optimizer = method.model, method.optimizers[0]
     full = model[0].weight
     told: list[Any] = []
@@ -79,9 +93,15 @@ def test_where_layers_share_a_full_one_may_give() -> None:
     model = nn.Sequential(SparseLinear(4, 4, connections=16), SparseLinear(4, 4, connections=4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = Rewirer(
-        model, optimizer, drop=drop.Magnitude(), grow=grow.Random(), fraction=0.5, every=1, seed=0,
+        model,
+        optimizer,
+        drop=drop.Magnitude(),
+        grow=grow.Random(),
+        fraction=0.5,
+        every=1,
+        seed=0,
         share=lambda pool, dropped: float(pool.number),
-    )  # fmt: skip
+    )
     model(torch.randn(5, 4)).square().sum().backward()
     optimizer.step()
     method.step()

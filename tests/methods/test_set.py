@@ -18,7 +18,9 @@ from rewire.nn import SparseWeight
 
 def pool_of(values: list[float]) -> Pool:
     n = len(values)
-    weight = SparseWeight.from_coo((n, 3), torch.arange(n).flip(0), torch.zeros(n).long(), torch.tensor(values))
+    weight = SparseWeight.from_coo(
+        (n, 3), torch.arange(n).flip(0), torch.zeros(n).long(), torch.tensor(values)
+    )
     optimizer = torch.optim.SGD([weight.values], lr=0.1)
     return Pool(0, "w", weight, optimizer, 0)
 
@@ -59,7 +61,9 @@ def test_choice_does_not_depend_on_slots() -> None:
         weight = SparseWeight.from_coo((5, 9), rows[o], cols[o], values[o])
         optimizer = torch.optim.SGD([weight.values], lr=0.1)
         slots = MagnitudeBySign()(Pool(0, "w", weight, optimizer, 0), 0.3)
-        found.append(sorted(zip(weight.rows[slots].tolist(), weight.cols[slots].tolist(), strict=True)))
+        found.append(
+            sorted(zip(weight.rows[slots].tolist(), weight.cols[slots].tolist(), strict=True))
+        )
     assert found[0] == found[1]
 
 
@@ -105,7 +109,9 @@ def test_fraction_schedule_and_until() -> None:
 def test_a_method_of_ones_own() -> None:
     model = linear(torch.float32, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = Rewirer(model, optimizer, drop=Magnitude(), grow=Random(), fraction=0.25, every=2, seed=0)
+    method = Rewirer(
+        model, optimizer, drop=Magnitude(), grow=Random(), fraction=0.25, every=2, seed=0
+    )
     for _ in range(4):
         model(torch.randn(3, 12)).sum().backward()
         optimizer.step()

@@ -28,10 +28,14 @@ def full(seed: int = 0, bias: bool = True) -> nn.Sequential:
 
 def batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 8, generator=g, dtype=torch.float64), torch.randint(0, 3, (n,), generator=g)
+    return torch.randn(n, 8, generator=g, dtype=torch.float64), torch.randint(
+        0, 3, (n,), generator=g
+    )
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, method: Any, *data: tuple[Tensor, Tensor]) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, method: Any, *data: tuple[Tensor, Tensor]
+) -> None:
     for x, y in data:
         loss = nn.functional.cross_entropy(model(x), y) + method.penalty()
         optimizer.zero_grad()
@@ -44,13 +48,15 @@ def dense(model: nn.Module) -> list[Tensor]:
     return [w.to_dense().detach() for _, w in sparse_weights(model)]
 
 
-# --- budgets and cuts ------------------------------------------------------------------------------------------------
+# --- budgets and cuts -----------------------------------------------------------------------------
 
 
 def budgets(**given: Any) -> list[int]:
     model = full()
     method = methods.Static(model, SGD(model.parameters(), 0.1))
-    return final_budgets(method.pools, given.pop("connections", None), given.pop("density", None), **given)
+    return final_budgets(
+        method.pools, given.pop("connections", None), given.pop("density", None), **given
+    )
 
 
 def test_final_budgets_in_every_form() -> None:
@@ -88,11 +94,20 @@ def test_weakest_is_brute_force() -> None:
         scores = [torch.randint(0, 4, (n,), generator=g).double() for n in (1, 7, 12)]
         keep = trial % 21
         gone = weakest(scores, keep, at_least=1)
-        kept = [sorted(set(range(s.numel())) - set(d.tolist())) for s, d in zip(scores, gone, strict=True)]
+        kept = [
+            sorted(set(range(s.numel())) - set(d.tolist()))
+            for s, d in zip(scores, gone, strict=True)
+        ]
         assert sum(map(len, kept)) == max(keep, 3)
-        # The best of each tensor, first of equals, is always there; of the rest the best are, first of equals first.
+        # The best of each tensor, first of equals, is always there; of the rest the best are, first
+        # of equals first.
         best = [int(s.argmax()) for s in scores]
-        rest = [(-float(s[i]), t, i) for t, s in enumerate(scores) for i in range(s.numel()) if i != best[t]]
+        rest = [
+            (-float(s[i]), t, i)
+            for t, s in enumerate(scores)
+            for i in range(s.numel())
+            if i != best[t]
+        ]
         want = sorted(rest)[: max(keep - 3, 0)]
         assert kept == [sorted([best[t]] + [i for _, u, i in want if u == t]) for t in range(3)]
 
@@ -108,7 +123,7 @@ def test_a_model_that_is_too_sparse_already_is_refused(name: str) -> None:
         methods.create(name, model, optimizer)
 
 
-# --- one-shot --------------------------------------------------------------------------------------------------------
+# --- one-shot -------------------------------------------------------------------------------------
 
 
 def test_one_shot_keeps_the_largest_and_their_momentum() -> None:
@@ -121,10 +136,14 @@ def test_one_shot_keeps_the_largest_and_their_momentum() -> None:
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     before = dense(model)
-    momentum = [optimizer.state[w.values]["momentum_buffer"].clone() for _, w in sparse_weights(model)]
+    momentum = [
+        optimizer.state[w.values]["momentum_buffer"].clone() for _, w in sparse_weights(model)
+    ]
     at = [(w.rows.long().clone(), w.cols.long().clone()) for _, w in sparse_weights(model)]
     method.step()
-    for (_, w), old, v, (rows, cols), k in zip(sparse_weights(model), before, momentum, at, (11, 5), strict=True):
+    for (_, w), old, v, (rows, cols), k in zip(
+        sparse_weights(model), before, momentum, at, (11, 5), strict=True
+    ):
         want = torch.zeros_like(old).flatten()
         top = old.flatten().abs().topk(k).indices
         want[top] = old.flatten()[top]
@@ -132,7 +151,9 @@ def test_one_shot_keeps_the_largest_and_their_momentum() -> None:
         assert w.capacity == w.connections == k == w.values.numel()
         where = torch.zeros_like(old)
         where[rows, cols] = v
-        assert torch.equal(optimizer.state[w.values]["momentum_buffer"], where[w.rows.long(), w.cols.long()])
+        assert torch.equal(
+            optimizer.state[w.values]["momentum_buffer"], where[w.rows.long(), w.cols.long()]
+        )
     train(model, optimizer, method, *(batch(16, i) for i in range(5)))
     assert [w.connections for _, w in sparse_weights(model)] == [11, 5]
 
@@ -142,7 +163,9 @@ def test_one_shot_over_the_network_compares_layers() -> None:
     optimizer = SGD(model.parameters(), 0.1)
     with torch.no_grad():
         model[0].weight.values.mul_(100)
-    method = methods.OneShot(model, optimizer, connections=50, after=1, unit="step", scope="network")
+    method = methods.OneShot(
+        model, optimizer, connections=50, after=1, unit="step", scope="network"
+    )
     train(model, optimizer, method, batch(4))
     counts = [w.connections for _, w in sparse_weights(model)]
     assert sum(counts) == 50
@@ -172,7 +195,7 @@ def test_slots_stay_under_ddp() -> None:
     assert [(w.connections, w.capacity) for _, w in sparse_weights(model)] == [(11, 80), (5, 30)]
 
 
-# --- Han et al. ------------------------------------------------------------------------------------------------------
+# --- Han et al. -----------------------------------------------------------------------------------
 
 
 def test_magnitude_follows_an_exponential_schedule_to_the_budget() -> None:
@@ -211,13 +234,15 @@ def test_magnitude_by_quality_is_the_standard_deviation() -> None:
 def test_magnitude_by_quality_stops_at_a_budget() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.1)
-    method = methods.Magnitude(model, optimizer, quality=3.0, connections=[50, 9], cycles=2, every=1)
+    method = methods.Magnitude(
+        model, optimizer, quality=3.0, connections=[50, 9], cycles=2, every=1
+    )
     train(model, optimizer, method, batch(8))
     method.end_epoch()
     assert [w.connections for _, w in sparse_weights(model)] == [50, 9]
 
 
-# --- SNIP ------------------------------------------------------------------------------------------------------------
+# --- SNIP -----------------------------------------------------------------------------------------
 
 
 def test_snip_is_brute_force_and_starts_from_the_initial_values() -> None:
@@ -232,8 +257,11 @@ def test_snip_is_brute_force_and_starts_from_the_initial_values() -> None:
     cut = torch.cat([s.flatten() for s in saliency]).sort(descending=True).values[24]
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     method = methods.SNIP(model, optimizer, connections=25, batches=2)
-    train(model, optimizer, method, (x[:16], y[:16]), (x[16:], y[16:]))  # two halves say what the whole says
-    for w, s, old, b, layer in zip(dense(model), saliency, start, biases, (model[0], model[2]), strict=True):
+    # two halves say what the whole says
+    train(model, optimizer, method, (x[:16], y[:16]), (x[16:], y[16:]))
+    for w, s, old, b, layer in zip(
+        dense(model), saliency, start, biases, (model[0], model[2]), strict=True
+    ):
         assert torch.equal(w, torch.where(s >= cut, old, 0.0))
         assert torch.equal(layer.bias, b)
     assert sum(int((w != 0).sum()) for w in dense(model)) == 25
@@ -272,15 +300,19 @@ def test_snip_waits_for_every_optimizer() -> None:
     assert all(bool(((w == 0) | (w == s)).all()) for w, s in zip(dense(model), start, strict=True))
 
 
-# --- L1 --------------------------------------------------------------------------------------------------------------
+# --- L1 -------------------------------------------------------------------------------------------
 
 
 def test_l1_finds_the_lasso() -> None:
-    """With plain SGD on the whole data ISTA converges to the lasso: compared with scikit-learn's."""
+    """With plain SGD on the whole data ISTA converges to the lasso: compared with
+    scikit-learn's.
+    """
     linear_model = pytest.importorskip("sklearn.linear_model")
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 20, generator=g, dtype=torch.float64)
-    y = x @ torch.cat([torch.tensor([2.0, -3.0, 1.0]), torch.zeros(17)]).double() + 0.1 * torch.randn(60, generator=g)
+    y = x @ torch.cat(
+        [torch.tensor([2.0, -3.0, 1.0]), torch.zeros(17)]
+    ).double() + 0.1 * torch.randn(60, generator=g)
     model = SparseLinear(20, 1, bias=False, density=1.0, generator=g, dtype=torch.float64)
     optimizer = SGD(model.parameters(), 0.2)
     method = methods.L1(model, optimizer, l1=0.1)
@@ -289,8 +321,14 @@ def test_l1_finds_the_lasso() -> None:
         (0.5 * (model(x).flatten() - y).square().mean()).backward()
         optimizer.step()
         method.step()
-    want = linear_model.Lasso(alpha=0.1, fit_intercept=False, tol=1e-10).fit(x.numpy(), y.numpy()).coef_
-    assert model.weight.to_dense().detach().flatten().tolist() == pytest.approx(want.tolist(), abs=1e-6)
+    want = (
+        linear_model.Lasso(alpha=0.1, fit_intercept=False, tol=1e-10)
+        .fit(x.numpy(), y.numpy())
+        .coef_
+    )
+    assert model.weight.to_dense().detach().flatten().tolist() == pytest.approx(
+        want.tolist(), abs=1e-6
+    )
     nonzero = int((want != 0).sum())
     assert 3 <= nonzero < 20
     assert method.connections() == {"weight": nonzero}
@@ -312,7 +350,9 @@ def test_l1_threshold_counts_and_cuts() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.0)
     method = methods.L1(model, optimizer, threshold=0.1)
-    want = {f"{i}.weight": int((w.abs() > 0.1).sum()) for i, w in zip((0, 2), dense(model), strict=True)}
+    want = {
+        f"{i}.weight": int((w.abs() > 0.1).sum()) for i, w in zip((0, 2), dense(model), strict=True)
+    }
     assert method.connections() == want
     method.finalize()
     assert {name: w.connections for name, w in sparse_weights(model)} == want
@@ -334,7 +374,9 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("make", "settings", "message"), BAD)
-def test_bad_hyper_parameters_are_refused(make: Callable[..., Any], settings: dict[str, Any], message: str) -> None:
+def test_bad_hyper_parameters_are_refused(
+    make: Callable[..., Any], settings: dict[str, Any], message: str
+) -> None:
     model = full()
     with pytest.raises(ValueError, match=message):
         make(model, SGD(model.parameters(), 0.1), **settings)

@@ -22,9 +22,13 @@ from rewire.schedules import Exponential
 def chains(
     n: int, cols: int, eta: float, one_in: int = 3, **parameters: Any
 ) -> tuple[SparseWeight, torch.optim.Optimizer, SoftDeepR, torch.Tensor]:
-    """One n x cols pool of float64, one in ``one_in`` of it active at 0.1, and the signs of its positions."""
+    """One n x cols pool of float64, one in ``one_in`` of it active at 0.1, and the signs of its
+    positions.
+    """
     seed = parameters.setdefault("seed", 5)
-    rows, columns = (t.flatten() for t in torch.meshgrid(torch.arange(n), torch.arange(cols), indexing="ij"))
+    rows, columns = (
+        t.flatten() for t in torch.meshgrid(torch.arange(n), torch.arange(cols), indexing="ij")
+    )
     signs = topology.position_signs(rows, columns, seed, Purpose.COUNT + Purpose.SIGN).double()
     start = torch.arange(n * cols) % one_in == 0
     weight = SparseWeight.from_coo((n, cols), rows[start], columns[start], 0.1 * signs[start])
@@ -53,7 +57,9 @@ def test_a_share_p_min_is_active_where_the_loss_is_flat(boundary: Any, p_min: fl
 
 
 def test_patterns_follow_quadrature() -> None:
-    """Two positions a chain, an energy that couples them, theta reflected at -1: the four patterns of activity."""
+    """Two positions a chain, an energy that couples them, theta reflected at -1: the four patterns
+    of activity.
+    """
     temperature, alpha, low = 0.2, 0.1, -1.0
     mu, A = np.array([0.6, -0.4]), np.array([[1.2, 0.5], [0.5, 0.9]])
     s = np.array([1.0, -1.0])
@@ -61,10 +67,14 @@ def test_patterns_follow_quadrature() -> None:
     def density(b: float, a: float) -> float:
         theta = np.array([a, b])
         w = s * np.maximum(theta, 0.0)
-        return math.exp(-(0.5 * (w - mu) @ A @ (w - mu) + alpha * np.maximum(theta, 0).sum()) / temperature)
+        return math.exp(
+            -(0.5 * (w - mu) @ A @ (w - mu) + alpha * np.maximum(theta, 0).sum()) / temperature
+        )
 
     sides = ((low, 0.0), (0.0, 6.0))
-    mass = np.array([[integrate.dblquad(density, *x, *y, epsabs=1e-6)[0] for y in sides] for x in sides])
+    mass = np.array(
+        [[integrate.dblquad(density, *x, *y, epsabs=1e-6)[0] for y in sides] for x in sides]
+    )
     expected = mass / mass.sum()
 
     weight, optimizer, method, signs = chains(
@@ -94,7 +104,9 @@ def test_update_rule_written_out() -> None:
     rows, cols, values = weight.coo()
     theta[rows, cols] = values.detach().abs()
     for step in range(1, 12):
-        gradient = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        gradient = torch.randn(
+            6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+        )
         r, c = weight.rows.long(), weight.cols.long()
         weight.values.grad = torch.where(r >= 0, gradient[r, c], 0.0)
         slot = {(int(a), int(b)): k for k, (a, b) in enumerate(zip(r, c, strict=True)) if a >= 0}
@@ -110,9 +122,13 @@ def test_update_rule_written_out() -> None:
                 theta[i, j] = max(theta[i, j], low)
         optimizer.step()
         method.step()
-        torch.testing.assert_close(weight.to_dense().detach(), signs * theta.clamp(min=0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            weight.to_dense().detach(), signs * theta.clamp(min=0), atol=1e-6, rtol=0
+        )
         dormant = theta < 0
-        torch.testing.assert_close(method._dormant[0].view(6, 5)[dormant], theta[dormant], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            method._dormant[0].view(6, 5)[dormant], theta[dormant], atol=1e-6, rtol=0
+        )
     assert method.stats()["grown"]["0"] > 5
 
 
@@ -129,7 +145,9 @@ def test_the_pool_grows_and_shrinks_as_the_loss_asks() -> None:
 
 
 def test_authors_start_halves_the_network_at_the_first_step() -> None:
-    model = nn.Sequential(SparseWeight((100, 100), 4_000, generator=torch.Generator().manual_seed(0)))
+    model = nn.Sequential(
+        SparseWeight((100, 100), 4_000, generator=torch.Generator().manual_seed(0))
+    )
     weight = next(sparse_weights(model))[1]
     nn.init.normal_(weight.values, generator=torch.Generator().manual_seed(1))
     before = weight.to_dense().detach().clone()
@@ -147,7 +165,9 @@ def test_authors_start_halves_the_network_at_the_first_step() -> None:
 
 
 def test_annealing_moves_theta_min_along() -> None:
-    weight, optimizer, method, _ = chains(50, 50, 0.1, l1=0.1, temperature=Exponential(1e-2, 0.9), p_min=0.2)
+    weight, optimizer, method, _ = chains(
+        50, 50, 0.1, l1=0.1, temperature=Exponential(1e-2, 0.9), p_min=0.2
+    )
     for step in range(1, 30):
         weight.values.grad = torch.zeros_like(weight.values)
         optimizer.step()
@@ -160,7 +180,11 @@ def test_annealing_moves_theta_min_along() -> None:
 
 def test_tied_temperature_is_a_third_of_the_l1_step() -> None:
     finals = []
-    for parameters in ({"temperature": "tied"}, {"noise": 0.3 / 3}, {"temperature": 0.25 * 0.3**2 / 18}):
+    for parameters in (
+        {"temperature": "tied"},
+        {"noise": 0.3 / 3},
+        {"temperature": 0.25 * 0.3**2 / 18},
+    ):
         run = Run(("soft-deep-r", {"l1": 0.3, "theta_min": -0.1} | parameters))
         run.optimizer.param_groups[0]["lr"] = 0.25
         for _ in range(3):
@@ -171,7 +195,9 @@ def test_tied_temperature_is_a_third_of_the_l1_step() -> None:
 
 
 def test_layers_have_their_own_numbers() -> None:
-    run = Run(("soft-deep-r", {"l1": [0.0, 1e-2], "theta_min": {"0": -0.1, "*": -0.2}, "noise": 0.1}))
+    run = Run(
+        ("soft-deep-r", {"l1": [0.0, 1e-2], "theta_min": {"0": -0.1, "*": -0.2}, "noise": 0.1})
+    )
     assert run.method.l1 == [0.0, 1e-2]
     for pool, low in zip(run.method.pools, (-0.1, -0.2), strict=True):
         assert run.method._lowest(pool, 0) == low

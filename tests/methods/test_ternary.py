@@ -1,4 +1,6 @@
-"""Sparse ternary networks: what the forward pass uses, what the gradients are, the stages, and the plain sparse end."""
+"""Sparse ternary networks: what the forward pass uses, what the gradients are, the stages, and the
+plain sparse end.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,18 @@ class Sequence(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)),
     "conv": lambda: nn.Sequential(
-        nn.Unflatten(1, (2, 6)), nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 6)
+        nn.Unflatten(1, (2, 6)),
+        nn.Conv1d(2, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(24, 6),
     ),
     "gru": lambda: Sequence(nn.GRU(4, 4, num_layers=2, batch_first=True)),
     "lstm": lambda: Sequence(nn.LSTM(4, 10, proj_size=8, batch_first=True)),
     "attention": lambda: Sequence(nn.MultiheadAttention(4, 2, batch_first=True)),
-    "attention-kdim": lambda: Sequence(nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=4)),
+    "attention-kdim": lambda: Sequence(
+        nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=4)
+    ),
 }
 
 
@@ -136,7 +144,10 @@ def test_the_thresholds_slope_is_that_of_the_smoothed_quantizer() -> None:
     kept = int((w.abs() > 0.8).sum())
     slope = float(threshold.grad)
     assert threshold_slope(w, g, 0.8, scaled=True) == (pytest.approx(slope, rel=1e-9), kept)
-    assert threshold_slope(w, g, 0.8, scaled=False) == (pytest.approx(slope / scale, rel=1e-9), kept)
+    assert threshold_slope(w, g, 0.8, scaled=False) == (
+        pytest.approx(slope / scale, rel=1e-9),
+        kept,
+    )
     assert threshold_slope(w, g, 0.0, scaled=True) == (0.0, 600)
 
 
@@ -158,7 +169,8 @@ def test_thresholds_are_pushed_up_to_the_density_and_then_frozen() -> None:
         shares.append(method.survivors())
         if time % 10 == 9:
             method.end_epoch()
-            # A share is what the step's forward pass used, so the last one is not known to the method yet.
+            # A share is what the step's forward pass used, so the last one is not known to the
+            # method yet.
             assert method.stage == (3 if min(shares[:-1]) <= 0.3 else 1)
             if method.stage == 1:
                 assert shares[-1] < shares[-10]
@@ -174,7 +186,9 @@ def test_thresholds_are_pushed_up_to_the_density_and_then_frozen() -> None:
     assert method.thresholds() == thresholds
     for weight in method.weights:
         assert torch.equal(method.masks()[weight.name], frozen[weight.name])
-        assert not torch.equal(weight.tensor[frozen[weight.name]], signs[weight.name][frozen[weight.name]])
+        assert not torch.equal(
+            weight.tensor[frozen[weight.name]], signs[weight.name][frozen[weight.name]]
+        )
     assert method.stats()["stage"] == 3
 
 
@@ -191,11 +205,15 @@ def test_fixed_thresholds_stay_and_the_number_of_epochs_decides() -> None:
 
 
 def test_the_l2_term_and_the_gradient_that_moves_thresholds() -> None:
-    """L2 is sum of squares; it takes no part in the thresholds' slope, and neither does the size of the loss scale."""
+    """L2 is sum of squares; it takes no part in the thresholds' slope, and neither does the size of
+    the loss scale.
+    """
     runs = []
     for l2 in (0.0, 0.1):
         model = made()
-        method = Ternary(model, torch.optim.SGD(model.parameters(), lr=0.1), l2=l2, push=0.0, threshold=0.2)
+        method = Ternary(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), l2=l2, push=0.0, threshold=0.2
+        )
         expected = l2 * sum(float(w.tensor.detach().square().sum()) for w in method.weights)
         assert float(method.penalty().detach()) == pytest.approx(expected)
         optimizer = method.optimizers[0]
@@ -244,7 +262,14 @@ def test_stage_2_cuts_to_the_density_in_multiples_of_the_thresholds() -> None:
 def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any, prune: int) -> None:
     model = made(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    method = Ternary(model, optimizer, threshold=0.4, scale=scale, prune=prune, density=1.0 if prune == 1 else 0.05)
+    method = Ternary(
+        model,
+        optimizer,
+        threshold=0.4,
+        scale=scale,
+        prune=prune,
+        density=1.0 if prune == 1 else 0.05,
+    )
     for time in range(6):
         step(model, optimizer, method, time)
         if time % 3 == 2:
@@ -255,7 +280,12 @@ def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any, prune: int
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert method.finalize() is model
-    assert any("made no update" in str(w.message) for w in caught) == (prune == 9)  # stage 2 was not reached
+    assert any(
+        "made no "
+        # stage 2 was not reached
+        "update" in str(w.message)
+        for w in caught
+    ) == (prune == 9)
     assert method.finalize() is model
     torch.testing.assert_close(model(X), before, rtol=1e-9, atol=1e-9)
     pools = dict(sparse_weights(model))
@@ -305,7 +335,11 @@ def test_resume_is_bit_exact(stop: int) -> None:
     def begin(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Ternary]:
         model = made(seed=seed)
         optimizer = sgd(model)
-        return model, optimizer, Ternary(model, optimizer, push=schedules.Linear(0.1, 0.05, 4), prune=2, seed=seed)
+        return (
+            model,
+            optimizer,
+            Ternary(model, optimizer, push=schedules.Linear(0.1, 0.05, 4), prune=2, seed=seed),
+        )
 
     def go(run: tuple[nn.Module, torch.optim.Optimizer, Ternary], times: range) -> None:
         for time in times:
@@ -327,7 +361,11 @@ def test_resume_is_bit_exact(stop: int) -> None:
     for a, b in ((r[0](X) for r in pair) for pair in [(whole, second)]):
         assert torch.equal(a, b)
     own = saved[2]["own"]
-    for damage in ({"stage": 2}, {"thresholds": [0.1]}, {"stage": 3, "masks": [torch.ones(2, 2).bool()] * 2}):
+    for damage in (
+        {"stage": 2},
+        {"thresholds": [0.1]},
+        {"stage": 3, "masks": [torch.ones(2, 2).bool()] * 2},
+    ):
         with pytest.raises(ValueError, match=r"damaged|other shapes"):
             second[2].load_state_dict(saved[2] | {"own": own | damage})
 
@@ -369,7 +407,8 @@ def test_scope() -> None:
     assert type(model[2]) is nn.Linear  # type: ignore[index]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
+# torch's compiler calls what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_models_use_the_quantized_weights_of_the_moment() -> None:
     model = made()
     optimizer = sgd(model)

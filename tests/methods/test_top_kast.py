@@ -61,7 +61,9 @@ def test_it_is_the_dense_algorithm_with_masks(explore: float) -> None:
         for i, w in enumerate(weights):
             density = w.connections / w.size
             moved = thetas[i] - LR * alphas[i].grad * in_b[i]
-            exploring = torch.where(in_b[i], torch.tensor(LR * L2 / density, dtype=torch.float64), 0.0)
+            exploring = torch.where(
+                in_b[i], torch.tensor(LR * L2 / density, dtype=torch.float64), 0.0
+            )
             shrink = torch.where(in_a[i], torch.tensor(LR * L2, dtype=torch.float64), exploring)
             thetas[i] = moved * (1 - shrink)
             if step == 1 or step % EVERY == 0:
@@ -97,7 +99,8 @@ def test_exploring_connections_are_trained_as_the_optimizer_would(name: str) -> 
     twin = other = None
     for step in range(1, 6):
         x, y = batch(step)
-        if step == 2:  # the sets were chosen after the first step: follow all of B densely, as one parameter
+        # the sets were chosen after the first step: follow all of B densely, as one parameter
+        if step == 2:
             at = method._exploring[0].at
             twin = nn.Parameter(method._exploring[0].values.detach().clone())
             other = OPTIMIZERS[name]([twin])
@@ -131,7 +134,9 @@ def test_micro_batches_clipping_and_loss_scale() -> None:
                     own = slice(part * 4, part * 4 + 4)
                     (nn.functional.cross_entropy(net(x[own]), y[own]) / 4).backward()
             else:
-                (nn.functional.cross_entropy(net(x), y) * (1024 if way == "scaled" else 1)).backward()
+                (
+                    nn.functional.cross_entropy(net(x), y) * (1024 if way == "scaled" else 1)
+                ).backward()
             if way == "scaled":  # what GradScaler.unscale_ does
                 for p in net.parameters():
                     p.grad /= 1024
@@ -169,7 +174,9 @@ def test_what_was_not_captured_is_said() -> None:
         optimizer.zero_grad()
         if step:  # put there by hand
             loss = nn.functional.cross_entropy(net(x), y)
-            for p, gradient in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True):
+            for p, gradient in zip(
+                net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True
+            ):
                 p.grad = gradient
         else:
             nn.functional.cross_entropy(net(x), y).backward()

@@ -27,16 +27,23 @@ def brute(scores: Tensor, weight: SparseWeight, dropped: Tensor, count: int) -> 
 
 
 @given(
-    rows=st.integers(1, 12), cols=st.integers(1, 12), levels=st.integers(1, 30), tile=st.integers(1, 60),
-    share=st.floats(0.05, 1), seed=st.integers(0, 99), data=st.data(),
-)  # fmt: skip
+    rows=st.integers(1, 12),
+    cols=st.integers(1, 12),
+    levels=st.integers(1, 30),
+    tile=st.integers(1, 60),
+    share=st.floats(0.05, 1),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
 def test_top_is_sorting_everything(
     rows: int, cols: int, levels: int, tile: int, share: float, seed: int, data: st.DataObject
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = SparseWeight((rows, cols), max(1, int(share * rows * cols)), generator=g)
     pool = Pool(0, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0)
-    dropped = torch.randperm(weight.capacity, generator=g)[: data.draw(st.integers(0, weight.capacity))]
+    dropped = torch.randperm(weight.capacity, generator=g)[
+        : data.draw(st.integers(0, weight.capacity))
+    ]
     free = weight.size - weight.connections + dropped.numel()
     count = data.draw(st.integers(0, free))
     scores = torch.randint(0, levels, (rows, cols), generator=g).float()  # with ties
@@ -70,7 +77,9 @@ def test_best_keeps_the_first_among_equals_over_many_pieces() -> None:
 @pytest.mark.parametrize("draw", [None, ops.Draw(3, 4, 5, 1e-30)])
 @pytest.mark.parametrize("misleading", [0.0, 0.5, 2.0, 1e9])
 def test_a_sample_of_scores_changes_nothing(draw: ops.Draw | None, misleading: float) -> None:
-    """Even one that misleads: too low a bar takes longer, and after too high a one the search begins anew."""
+    """Even one that misleads: too low a bar takes longer, and after too high a one the search
+    begins anew.
+    """
     g = torch.Generator().manual_seed(0)
     weight = SparseWeight((700, 900), 5000, generator=g)
     pool = Pool(0, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0)
@@ -88,7 +97,11 @@ def test_a_sample_of_scores_changes_nothing(draw: ops.Draw | None, misleading: f
         assert rows.numel() == topk.SAMPLE
         assert not active[rows, cols].any()
         assert torch.equal(rows * 900 + cols, torch.unique(rows * 900 + cols))
-        return misleading * scores[rows, cols] if misleading else torch.full_like(scores[rows, cols], torch.nan)
+        return (
+            misleading * scores[rows, cols]
+            if misleading
+            else torch.full_like(scores[rows, cols], torch.nan)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "SAMPLE", 1 << 13)
@@ -102,7 +115,9 @@ def test_a_sample_of_scores_changes_nothing(draw: ops.Draw | None, misleading: f
 
 
 def test_scores_that_are_nearly_all_zero() -> None:
-    """Silent units: the sample has nothing but zeros, and neither time nor memory goes out of bounds."""
+    """Silent units: the sample has nothing but zeros, and neither time nor memory goes out of
+    bounds.
+    """
     weight = SparseWeight((700, 900), 5000)
     pool = Pool(0, "w", weight, torch.optim.SGD([weight.values], lr=0.1), 0)
     scores = torch.zeros(weight.matrix_shape)
@@ -111,7 +126,13 @@ def test_scores_that_are_nearly_all_zero() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "SAMPLE", 1 << 13)
         rows, cols, found = top(
-            lambda a, b: scores[a:b], pool, slots, 3000, at=lambda r, c: scores[r, c], absolute=True, tile=9000
+            lambda a, b: scores[a:b],
+            pool,
+            slots,
+            3000,
+            at=lambda r, c: scores[r, c],
+            absolute=True,
+            tile=9000,
         )
     assert torch.equal(rows * 900 + cols, brute(scores, weight, slots, 3000))
     assert torch.equal(found, scores[rows, cols])

@@ -1,4 +1,6 @@
-"""When methods update in a training of known length: as published if it is long, ten times at least if it is short."""
+"""When methods update in a training of known length: as published if it is long, ten times at least
+if it is short.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,24 @@ from rewire.nn import SparseLinear
 
 #: Methods that move or cut connections at intervals, and what they publish.
 MOVING = (
-    "codacorset", "codaset", "copacorset", "copaset", "corset", "ctre", "deep-r", "dsr", "gmp", "granet", "itop",
-    "mest", "rigl", "set", "snfs", "srigl", "top-kast",
-)  # fmt: skip
+    "codacorset",
+    "codaset",
+    "copacorset",
+    "copaset",
+    "corset",
+    "ctre",
+    "deep-r",
+    "dsr",
+    "gmp",
+    "granet",
+    "itop",
+    "mest",
+    "rigl",
+    "set",
+    "snfs",
+    "srigl",
+    "top-kast",
+)
 
 
 def train(name: str, steps: int, epochs: int, known: bool = True, **options: Any) -> methods.Method:
@@ -25,7 +42,9 @@ def train(name: str, steps: int, epochs: int, known: bool = True, **options: Any
     torch.manual_seed(3)
     entry = methods.info(name)
     density = 0.25 if entry.start_density is None else 0.6
-    model = nn.Sequential(SparseLinear(16, 24, density=density), nn.ReLU(), SparseLinear(24, 5, density=density))
+    model = nn.Sequential(
+        SparseLinear(16, 24, density=density), nn.ReLU(), SparseLinear(24, 5, density=density)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     x, y = torch.randn(steps, 8, 16), torch.randint(0, 5, (steps, 8))
     services: dict[str, Any] = {"data": list(x[:4]), "density": 0.25}
@@ -56,12 +75,16 @@ def test_a_short_training_has_ten_updates(name: str, steps: int, epochs: int) ->
 
 
 def test_all_methods_with_intervals_are_here() -> None:
-    takes = {n for n in methods.available() if {"every", "until"} & methods.info(n).parameters().keys()}
+    takes = {
+        n for n in methods.available() if {"every", "until"} & methods.info(n).parameters().keys()
+    }
     elsewhere = {"magnitude", "noiseout"}  # by epochs, as `rewire train` sets them
     assert takes - elsewhere <= set(MOVING)
 
 
-@pytest.mark.parametrize("name", [n for n in MOVING if n not in ("deep-r", "gmp", "granet", "mest")])
+@pytest.mark.parametrize(
+    "name", [n for n in MOVING if n not in ("deep-r", "gmp", "granet", "mest")]
+)
 def test_the_last_quarter_of_a_known_training_moves_nothing(name: str) -> None:
     method: Any = train(name, 40, 2)
     assert method.until == 30
@@ -90,12 +113,20 @@ def test_by_epochs() -> None:
     assert in_epochs(None, 7, 800, 8) == ("epoch", 7)
     assert in_epochs(50, None, 800, 8) == (50, 600)
     assert in_epochs(50, 90, 800, 8) == (50, 90)
-    with pytest.raises(ValueError, match="epochs must be the number of epochs of the whole training"):
+    with pytest.raises(
+        ValueError, match="epochs must be the number of epochs of the whole training"
+    ):
         in_epochs(None, None, 10, 1.5)  # type: ignore[arg-type]
 
 
 def test_without_a_length_the_published_intervals_hold() -> None:
-    published: dict[str, Any] = {"rigl": 100, "srigl": 100, "itop": 4000, "dsr": 500, "top-kast": 100}
+    published: dict[str, Any] = {
+        "rigl": 100,
+        "srigl": 100,
+        "itop": 4000,
+        "dsr": 500,
+        "top-kast": 100,
+    }
     published |= {"set": "epoch", "copaset": "epoch"}
     for name, every in published.items():
         method: Any = train(name, 12, 2, known=False)

@@ -1,4 +1,6 @@
-"""``zero_grad`` may stand anywhere in the loop, and a layer may be left out of a step: the same for all methods."""
+"""``zero_grad`` may stand anywhere in the loop, and a layer may be left out of a step: the same for
+all methods.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,20 @@ EARLY: dict[str, Early] = {
 }
 
 
-def trained(case: Case, early: Early | None, amp: bool, fused: bool = False) -> tuple[list[tuple[str, Tensor]], Any]:
-    """Three epochs of four steps; without ``early`` gradients are zeroed before backward, as documented."""
+def trained(
+    case: Case, early: Early | None, amp: bool, fused: bool = False
+) -> tuple[list[tuple[str, Tensor]], Any]:
+    """Three epochs of four steps; without ``early`` gradients are zeroed before backward, as
+    documented.
+    """
     name, settings = case
     info = methods.info(name)
     torch.manual_seed(3)
     model = dense_harness.mlp() if info.cls.starts_dense else harness.linear(torch.float32, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
-    data: dict[str, Any] = {"data": [(torch.randn(16, 12), torch.zeros(16))]} if info.takes_data else {}
+    data: dict[str, Any] = (
+        {"data": [(torch.randn(16, 12), torch.zeros(16))]} if info.takes_data else {}
+    )
     if "evaluate" in info.services and "every" in settings:
         data["evaluate"] = lambda net: 0.0
     method = methods.create(name, model, optimizer, seed=7, **data, **settings)
@@ -70,7 +78,9 @@ def test_zero_grad_may_stand_anywhere(case: Case) -> None:
                 assert torch.equal(tensor, found), (name, amp, key)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if methods.info(c[0]).needs == "gradients"], ids=harness.case_id)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if methods.info(c[0]).needs == "gradients"], ids=harness.case_id
+)
 def test_a_fused_optimizer_unscales_by_itself(case: Case) -> None:
     """Its gradients are scaled when it steps; what methods make of them is not."""
     model, stats = trained(case, None, False, fused=True)
@@ -81,7 +91,9 @@ def test_a_fused_optimizer_unscales_by_itself(case: Case) -> None:
 
 
 class Branches(nn.Module):
-    """(batch, 12) to (batch, 6) by two layers side by side, or (``both`` is False) by the first of them alone."""
+    """(batch, 12) to (batch, 6) by two layers side by side, or (``both`` is False) by the first of
+    them alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +109,9 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("case", harness.CASES, ids=harness.case_id)
 def test_a_layer_that_takes_no_part_for_a_while(case: Case, to_none: bool) -> None:
-    """No method minds, and those that decide by gradients leave such a layer's connections as they are."""
+    """No method minds, and those that decide by gradients leave such a layer's connections as they
+    are.
+    """
     name, settings = case
     info = methods.info(name)
     torch.manual_seed(0)
@@ -114,7 +128,8 @@ def test_a_layer_that_takes_no_part_for_a_while(case: Case, to_none: bool) -> No
             (model(x).square().mean() + method.penalty()).backward()
             optimizer.step()
             method.step()
-            if step == 0 and epoch == 1:  # an update that was due at the end of the epoch before has been made
+            # an update that was due at the end of the epoch before has been made
+            if step == 0 and epoch == 1:
                 before = model.b.weight.fingerprint()
         method.end_epoch(lambda net: 0.0)
         random = settings.get("grow") == "random" or settings.get("soft")

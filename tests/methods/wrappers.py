@@ -1,4 +1,6 @@
-"""Optimizers that wrap others, as they are written in the field; each says where it keeps its numbers of a pool."""
+"""Optimizers that wrap others, as they are written in the field; each says where it keeps its
+numbers of a pool.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ Numbers = dict[str, Tensor]
 
 
 def state_of(optimizer: Optimizer, values: Tensor) -> Numbers:
-    return {k: v for k, v in optimizer.state[values].items() if isinstance(v, Tensor) and v.dim() == 1}
+    return {
+        k: v for k, v in optimizer.state[values].items() if isinstance(v, Tensor) and v.dim() == 1
+    }
 
 
 class Wrapper(Optimizer):
-    """An optimizer around another one; ``slow`` numbers are copies of values, others are moments that start at 0."""
+    """An optimizer around another one; ``slow`` numbers are copies of values, others are moments
+    that start at 0.
+    """
 
     def __init__(self, base: Optimizer) -> None:
         super().__init__(base.param_groups, {})
@@ -114,12 +120,17 @@ class LookaheadInGroups(Lookahead):
 
     def slow(self, values: Tensor) -> Tensor:
         return next(
-            s for g in self.param_groups for p, s in zip(g["params"], g["fast_copy"], strict=True) if p is values
+            s
+            for g in self.param_groups
+            for p, s in zip(g["params"], g["fast_copy"], strict=True)
+            if p is values
         )
 
 
 class LookaheadInside(Lookahead):
-    """Slow weights in the state of the optimizer inside, made when first needed; without Optimizer.__init__."""
+    """Slow weights in the state of the optimizer inside, made when first needed; without
+    Optimizer.__init__.
+    """
 
     def __init__(self, base: Optimizer) -> None:
         self._optimizer_step_pre_hooks: Any = OrderedDict()
@@ -141,7 +152,9 @@ class LookaheadInside(Lookahead):
 
 
 class SAM(Wrapper):
-    """Sharpness-aware minimization: a step up, gradients there, and the real step from where it was."""
+    """Sharpness-aware minimization: a step up, gradients there, and the real step from where it
+    was.
+    """
 
     def __init__(self, params: Any, make: Callable[[Any], Optimizer]) -> None:
         super().__init__(make(params))
@@ -190,7 +203,9 @@ class Several(Wrapper):
 
 
 class Switch(Wrapper):
-    """Begins with one optimizer and goes on with another one for the same parameters, which it makes at once."""
+    """Begins with one optimizer and goes on with another one for the same parameters, which it
+    makes at once.
+    """
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
         params = list(params)

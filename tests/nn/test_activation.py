@@ -30,8 +30,13 @@ def test_values_are_the_definitions() -> None:
     y = layer(x)
     for b in range(50):
         for i in range(7):
-            numbers = [float(p.detach()[i]) for p in (layer.t_left, layer.a_left, layer.t_right, layer.a_right)]
-            assert float(y[b, i].detach()) == pytest.approx(by_cases(float(x[b, i]), *numbers), abs=1e-12)
+            numbers = [
+                float(p.detach()[i])
+                for p in (layer.t_left, layer.a_left, layer.t_right, layer.a_right)
+            ]
+            assert float(y[b, i].detach()) == pytest.approx(
+                by_cases(float(x[b, i]), *numbers), abs=1e-12
+            )
 
 
 def test_gradients() -> None:

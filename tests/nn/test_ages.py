@@ -1,4 +1,6 @@
-"""Adam's relatives on grown connections: step for step what an optimizer made at their birth does."""
+"""Adam's relatives on grown connections: step for step what an optimizer made at their birth
+does.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,52 @@ K, SHAPE = 24, (6, 8)
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "Adam": [{}, {"foreach": False}, {"fused": True}, {"amsgrad": True}, {"weight_decay": 0.1, "maximize": True}],
-    "AdamW": [{"weight_decay": 0.1}, {"fused": True, "amsgrad": True}, {"eps": 1e-3, "betas": (0.5, 0.9)}],
-    "NAdam": [{}, {"foreach": False, "weight_decay": 0.1}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
-    "RAdam": [{}, {"foreach": False, "maximize": True}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
-    "Adamax": [{}, {"foreach": False, "weight_decay": 0.1}, {"maximize": True, "betas": (0.8, 0.99)}],
+    "Adam": [
+        {},
+        {"foreach": False},
+        {"fused": True},
+        {"amsgrad": True},
+        {"weight_decay": 0.1, "maximize": True},
+    ],
+    "AdamW": [
+        {"weight_decay": 0.1},
+        {"fused": True, "amsgrad": True},
+        {"eps": 1e-3, "betas": (0.5, 0.9)},
+    ],
+    "NAdam": [
+        {},
+        {"foreach": False, "weight_decay": 0.1},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    ],
+    "RAdam": [
+        {},
+        {"foreach": False, "maximize": True},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    ],
+    "Adamax": [
+        {},
+        {"foreach": False, "weight_decay": 0.1},
+        {"maximize": True, "betas": (0.8, 0.99)},
+    ],
 }
-CASES = [pytest.param(n, o, id=f"{n}-{i}") for n, options in OPTIONS.items() for i, o in enumerate(options)]
+CASES = [
+    pytest.param(n, o, id=f"{n}-{i}")
+    for n, options in OPTIONS.items()
+    for i, o in enumerate(options)
+]
 
 
 class Twin:
-    """A pool whose connections are trained, each from its growth on, by an optimizer of its own as well."""
+    """A pool whose connections are trained, each from its growth on, by an optimizer of its own as
+    well.
+    """
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32, capacity: int = K, **options: Any) -> None:
-        self.weight = SparseWeight(SHAPE, K, capacity=capacity, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    def __init__(
+        self, name: str, dtype: torch.dtype = torch.float32, capacity: int = K, **options: Any
+    ) -> None:
+        self.weight = SparseWeight(
+            SHAPE, K, capacity=capacity, dtype=dtype, generator=torch.Generator().manual_seed(1)
+        )
         with torch.no_grad():
             self.weight.values.copy_(torch.linspace(-1, 1, capacity) * (self.weight.rows >= 0))
         self._kind: Any = getattr(optim, name)
@@ -80,21 +114,31 @@ class Twin:
         values = torch.linspace(-0.2, 0.3, count, dtype=self.weight.dtype)
         self.weight.rewire(slots, new // SHAPE[1], new % SHAPE[1], values)
         parameter = nn.Parameter(values.clone())
-        self.alone.append((new, torch.ones(count, dtype=torch.bool), parameter, self.make([parameter])))
+        self.alone.append(
+            (new, torch.ones(count, dtype=torch.bool), parameter, self.make([parameter]))
+        )
 
     def error(self) -> float:
-        """The largest difference between a connection and its twin, over all that have grown and are there."""
+        """The largest difference between a connection and its twin, over all that have grown and
+        are there.
+        """
         found = torch.zeros(math.prod(SHAPE), dtype=self.weight.dtype)
         active = self.weight.rows >= 0
         found[self.position()[active]] = self.weight.values.detach()[active]
-        errors = [float((found[at] - p.detach()).abs()[there].max()) for at, there, p, _ in self.alone if there.any()]
+        errors = [
+            float((found[at] - p.detach()).abs()[there].max())
+            for at, there, p, _ in self.alone
+            if there.any()
+        ]
         assert errors
         return max(errors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_as_an_optimizer_made_at_birth(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_as_an_optimizer_made_at_birth(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     twin, worst = Twin(name, dtype, **options), 0.0
     for step in range(120):
         if step in (3, 20, 21, 60):
@@ -106,7 +150,9 @@ def test_as_an_optimizer_made_at_birth(name: str, options: dict[str, Any], dtype
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_without_it_the_first_update_is_far_off(name: str) -> None:
-    """That the test above can fail, and by how much Adam is off: (1 - beta1) / sqrt(1 - beta2) = 3.16 rates."""
+    """That the test above can fail, and by how much Adam is off: (1 - beta1) / sqrt(1 - beta2) =
+    3.16 rates.
+    """
     twin = Twin(name)
     for handle in twin.handles:
         handle.remove()
@@ -126,7 +172,9 @@ def test_without_it_the_first_update_is_far_off(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_beyond_the_horizon_connections_are_old_and_go_on_exactly(name: str) -> None:
     """With small betas the correction is over soon; from then on nothing is done for them."""
-    fast = {"betas": (0.5, 0.7), "momentum_decay": 4.0} if name == "NAdam" else {"betas": (0.5, 0.7)}
+    fast = (
+        {"betas": (0.5, 0.7), "momentum_decay": 4.0} if name == "NAdam" else {"betas": (0.5, 0.7)}
+    )
     twin = Twin(name, torch.float64, **fast)
     for _ in range(10):
         twin.step()
@@ -146,7 +194,8 @@ def test_the_end_of_nadams_schedule_does_not_matter() -> None:
         twin.step()
     twin.grow()
     age = twin.optimizer.state[twin.weight.values]["age"]
-    for _ in range(130):  # 0.5 * 0.96 ** (0.5 * 130) is 0.035 there; 0.5 * 0.96 ** (0.004 * 65534) is 1.1e-5
+    # 0.5 * 0.96 ** (0.5 * 130) is 0.035 there; 0.5 * 0.96 ** (0.004 * 65534) is 1.1e-5
+    for _ in range(130):
         twin.step()
     slots = (age >= 0).nonzero().flatten()
     own, before = float(age[slots][0]), twin.error()
@@ -173,7 +222,9 @@ def test_wider_ages_where_a_beta_fades_slowly() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["load first", "follow first"])
 def test_a_resumed_run_goes_on_to_the_bit(dtype: torch.dtype, order: str) -> None:
-    """`optimizer.load_state_dict` turns state into the parameter's dtype, 16 bits too, and ages survive it."""
+    """`optimizer.load_state_dict` turns state into the parameter's dtype, 16 bits too, and ages
+    survive it.
+    """
     twin = Twin("AdamW", dtype)
     for step in range(700):  # beyond what bfloat16 counts exactly
         if step in (3, 690):
@@ -208,7 +259,12 @@ def test_ages_move_with_connections() -> None:
     """Through reorder and resize, and with empty slots, which have no age."""
     twin = Twin("Adam", torch.float64, capacity=K + 4)
     weight = twin.weight
-    changes = [weight.reorder, lambda: weight.resize(40), lambda: weight.resize(K + 1), weight.reorder]
+    changes = [
+        weight.reorder,
+        lambda: weight.resize(40),
+        lambda: weight.resize(K + 1),
+        weight.reorder,
+    ]
     for change in changes:
         twin.step()
         twin.grow()

@@ -1,4 +1,6 @@
-"""What PyTorch and its users attach to layers: kept by sparsify, to_sparse and densify, or refused in words."""
+"""What PyTorch and its users attach to layers: kept by sparsify, to_sparse and densify, or refused
+in words.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def random_masks(layer: nn.Module, name: str, density: float = 0.5) -> dict[str,
 #: Ways from a dense model to a sparse one, and back again.
 WAYS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
     "sparsify": lambda m, name: sparsify(m, density=0.5, distribution="uniform"),
-    "magnitude": lambda m, name: sparsify(m, density=0.5, distribution="uniform", select="magnitude"),
+    "magnitude": lambda m, name: sparsify(
+        m, density=0.5, distribution="uniform", select="magnitude"
+    ),
     "to_sparse": lambda m, name: to_sparse(
         m,
         {f"layer.{p}": mask for p, mask in random_masks(m["layer"], name).items()},  # type: ignore[index]
@@ -129,7 +133,10 @@ def test_parameters_modes_and_what_users_set_stay(name: str, way: str) -> None:
     assert new.lr_scale == 0.1
     assert new.parent is model
     assert all(
-        a is b for a, b in zip(kept, (new.tags, new.steps, new.scratch, new.temperature, new.adapter), strict=True)
+        a is b
+        for a, b in zip(
+            kept, (new.tags, new.steps, new.scratch, new.temperature, new.adapter), strict=True
+        )
     )
     assert {"steps", "temperature", "adapter.weight"} <= set(new.state_dict())
     assert "scratch" not in new.state_dict()
@@ -147,16 +154,24 @@ def test_parameters_modes_and_what_users_set_stay(name: str, way: str) -> None:
 
 def test_shared_layers_stay_shared() -> None:
     layer = nn.Linear(4, 4)
-    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.ReLU()), "c": nn.ModuleList([layer])})
-    for change in (lambda m: sparsify(m, density=0.5), densify, lambda m: to_sparse(m, {"a": torch.eye(4).bool()})):
+    model = nn.ModuleDict(
+        {"a": layer, "b": nn.Sequential(layer, nn.ReLU()), "c": nn.ModuleList([layer])}
+    )
+    for change in (
+        lambda m: sparsify(m, density=0.5),
+        densify,
+        lambda m: to_sparse(m, {"a": torch.eye(4).bool()}),
+    ):
         change(model)
         assert model["a"] is model["b"][0] is model["c"][0]  # type: ignore[index]
 
 
-# --- prune masks ------------------------------------------------------------------------------------------------------
+# --- prune masks ----------------------------------------------------------------------------------
 
 
-def pruned(name: str, density: float = 0.4) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+def pruned(
+    name: str, density: float = 0.4
+) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
     model, args = wrapped(name)
     layer = model["layer"]  # type: ignore[index]
     for place, attribute in dict.fromkeys(kind(name).places(layer).values()):
@@ -171,10 +186,14 @@ def pruned(name: str, density: float = 0.4) -> tuple[nn.Module, tuple[Tensor, ..
 PRUNED: dict[str, Callable[[nn.Module, dict[str, Tensor]], nn.Module]] = {
     "sparsify": lambda m, masks: sparsify(m),
     "magnitude": lambda m, masks: sparsify(m, select="magnitude"),
-    "connections": lambda m, masks: sparsify(m, connections=sum(int(mask.sum()) for mask in masks.values())),
+    "connections": lambda m, masks: sparsify(
+        m, connections=sum(int(mask.sum()) for mask in masks.values())
+    ),
     "density": lambda m, masks: sparsify(m, density=0.4, distribution="er"),
     "to_sparse": lambda m, masks: to_sparse(m),
-    "to_sparse, masks": lambda m, masks: to_sparse(m, {f"layer.{p}": mask for p, mask in masks.items()}),
+    "to_sparse, masks": lambda m, masks: to_sparse(
+        m, {f"layer.{p}": mask for p, mask in masks.items()}
+    ),
 }
 
 
@@ -283,7 +302,9 @@ def test_a_mask_of_nothing_and_limits() -> None:
     assert model[0].weight.limits == Limits(fan_in=1)
 
 
-def conflicting(change: Callable[[nn.Sequential], Any]) -> Callable[[], tuple[nn.Module, Callable[[nn.Module], Any]]]:
+def conflicting(
+    change: Callable[[nn.Sequential], Any],
+) -> Callable[[], tuple[nn.Module, Callable[[nn.Module], Any]]]:
     def build() -> tuple[nn.Module, Callable[[nn.Module], Any]]:
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
         prune.l1_unstructured(model[0], "weight", 0.5)
@@ -292,7 +313,9 @@ def conflicting(change: Callable[[nn.Sequential], Any]) -> Callable[[], tuple[nn
     return build
 
 
-def _prepared(prepare: Callable[[nn.Sequential], Any], change: Callable[[nn.Module], Any] | None = None) -> Any:
+def _prepared(
+    prepare: Callable[[nn.Sequential], Any], change: Callable[[nn.Module], Any] | None = None
+) -> Any:
     def build() -> tuple[nn.Module, Callable[[nn.Module], Any]]:
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
         with warnings.catch_warnings():
@@ -345,17 +368,40 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Callable[[nn.Module], Any
         conflicting(lambda m: sparsify(m, density={"0": 0.3})),
         r"0\.weight keep 24 .*with 14, what .*prune\.remove",
     ),
-    "connections": (conflicting(lambda m: sparsify(m, connections={"0": 25})), "keep 24 connections"),
-    "too few": (conflicting(lambda m: sparsify(m, density=0.3)), "keep 24 .*together with other weights"),
-    "mask": (conflicting(lambda m: to_sparse(m, {"0": torch.ones(8, 6).bool()})), "not the prune mask that it has"),
-    "limits": (conflicting(lambda m: sparsify(m, limits=Limits(fan_in=1))), r"prune mask of 0\.weight does not keep"),
+    "connections": (
+        conflicting(lambda m: sparsify(m, connections={"0": 25})),
+        "keep 24 connections",
+    ),
+    "too few": (
+        conflicting(lambda m: sparsify(m, density=0.3)),
+        "keep 24 .*together with other weights",
+    ),
+    "mask": (
+        conflicting(lambda m: to_sparse(m, {"0": torch.ones(8, 6).bool()})),
+        "not the prune mask that it has",
+    ),
+    "limits": (
+        conflicting(lambda m: sparsify(m, limits=Limits(fan_in=1))),
+        r"prune mask of "
+        r"0\.weight does "
+        r"not keep",
+    ),
     "soft mask": (
         _prepared(lambda m: (prune.l1_unstructured(m[0], "weight", 0.5), fill(m)), sparsify),
         "other entries than 0 and 1",
     ),
-    "weight norm": (_prepared(lambda m: parametrizations.weight_norm(m[0])), "^0 has a parametrization of weight"),
-    "orthogonal": (_prepared(lambda m: parametrizations.orthogonal(m[2])), "^2 has a .*_Orthogonal.*remove_param"),
-    "spectral norm": (_prepared(lambda m: parametrizations.spectral_norm(m[0])), "^0 has a .*_SpectralNorm"),
+    "weight norm": (
+        _prepared(lambda m: parametrizations.weight_norm(m[0])),
+        "^0 has a parametrization of weight",
+    ),
+    "orthogonal": (
+        _prepared(lambda m: parametrizations.orthogonal(m[2])),
+        "^2 has a .*_Orthogonal.*remove_param",
+    ),
+    "spectral norm": (
+        _prepared(lambda m: parametrizations.spectral_norm(m[0])),
+        "^0 has a .*_SpectralNorm",
+    ),
     "custom": (
         _prepared(lambda m: parametrize.register_parametrization(m[0], "weight", Doubled())),
         r"^0 has a parametrization of weight \(Doubled\)",
@@ -375,7 +421,10 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Callable[[nn.Module], Any
         _prepared(lambda m: nn.utils.weight_norm(m[0])),
         "^0 computes its weight by WeightNorm.*remove_we",
     ),
-    "old spectral norm": (_prepared(lambda m: nn.utils.spectral_norm(m[2])), "^2 computes .*remove_spectral_norm"),
+    "old spectral norm": (
+        _prepared(lambda m: nn.utils.spectral_norm(m[2])),
+        "^2 computes .*remove_spectral_norm",
+    ),
     "attention": (
         _attention(lambda a: parametrize.register_parametrization(a.out_proj, "weight", Doubled())),
         "^a has a Parametrized.* for its out_proj",
@@ -402,11 +451,16 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Callable[[nn.Module], Any
     ),
     "gradient hook, cut": (
         _prepared(
-            lambda m: m[0].weight.register_hook(lambda g: g), lambda m: to_sparse(m, {"0": torch.ones(8, 6).bool()})
+            lambda m: m[0].weight.register_hook(lambda g: g),
+            lambda m: to_sparse(m, {"0": torch.ones(8, 6).bool()}),
         ),
         r"^0\.weight has a hook",
     ),
-    "no numbers": (_prepared(lambda m: m.insert(0, nn.Linear(0, 6))), r"^0\.weight has the shape \(6, 0\)"),
+    "no numbers": (
+        _prepared(lambda m: m.insert(0, nn.Linear(0, 6))),
+        r"^0\.weight has the shape "
+        r"\(6, 0\)",
+    ),
     "complex": (_prepared(lambda m: m.to(torch.complex64)), r"^0\.weight is torch\.complex64"),
     "meta": (
         _prepared(lambda m: m.to("meta"), lambda m: sparsify(m, density=0.5, select="magnitude")),

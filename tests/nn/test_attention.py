@@ -21,7 +21,9 @@ VARIANTS = {
 
 
 def build(variant="plain", **options):
-    layer = SparseMultiheadAttention(8, 2, **({"density": 0.4, "dtype": torch.float64} | VARIANTS[variant] | options))
+    layer = SparseMultiheadAttention(
+        8, 2, **({"density": 0.4, "dtype": torch.float64} | VARIANTS[variant] | options)
+    )
     with torch.no_grad():
         for parameter in (layer.in_proj_bias, layer.out_proj.bias):
             if parameter is not None:
@@ -93,7 +95,9 @@ def compare(layer, inputs, **options):
 def assert_pool_gradient(layer, name, dense):
     weight = layer.get_submodule(name)
     rows, cols, _ = weight.coo()
-    torch.testing.assert_close(weight.values.grad[weight.active()], dense[rows, cols], msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        weight.values.grad[weight.active()], dense[rows, cols], msg=lambda m: f"{name}: {m}"
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -104,7 +108,9 @@ def test_equals_the_twin(variant, batch_first, need_weights):
     for options in masks(3, 6, 4, 2):
         for average in (True, False) if need_weights else (True,):
             inputs = tuple(sequences(layer))
-            compare(layer, inputs, need_weights=need_weights, average_attn_weights=average, **options)
+            compare(
+                layer, inputs, need_weights=need_weights, average_attn_weights=average, **options
+            )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -126,7 +132,14 @@ def test_self_attention_and_the_causal_hint(need_weights):
     padding[1, 3:] = -torch.inf
     for options in ({}, {"key_padding_mask": padding}):
         for is_causal in (False, True):
-            compare(layer, (x, x, x), need_weights=need_weights, attn_mask=causal, is_causal=is_causal, **options)
+            compare(
+                layer,
+                (x, x, x),
+                need_weights=need_weights,
+                attn_mask=causal,
+                is_causal=is_causal,
+                **options,
+            )
     compare(layer, (x, x, x), need_weights=need_weights)
 
 
@@ -134,7 +147,9 @@ def test_the_hint_does_not_hide_added_positions():
     layer = build("bias_kv")
     x = next(sequences(layer, targets=5))
     causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
-    hinted, plain = (layer(x, x, x, attn_mask=causal, need_weights=False, is_causal=h)[0] for h in (True, False))
+    hinted, plain = (
+        layer(x, x, x, attn_mask=causal, need_weights=False, is_causal=h)[0] for h in (True, False)
+    )
     torch.testing.assert_close(hinted, plain)
 
 
@@ -149,7 +164,9 @@ def test_one_copy_of_a_shared_input_is_kept():
     for _, weight in sparse_weights(layer):
         (pair,) = weight.capture
         rows, cols, _ = weight.coo()
-        torch.testing.assert_close((pair.g.t() @ pair.x)[rows, cols], weight.values.grad[weight.active()])
+        torch.testing.assert_close(
+            (pair.g.t() @ pair.x)[rows, cols], weight.values.grad[weight.active()]
+        )
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -175,7 +192,10 @@ def test_output_is_laid_out_in_rows():
 
 def test_budgets():
     def counts(**budget):
-        return [w.connections for _, w in sparse_weights(SparseMultiheadAttention(8, 2, kdim=4, vdim=2, **budget))]
+        return [
+            w.connections
+            for _, w in sparse_weights(SparseMultiheadAttention(8, 2, kdim=4, vdim=2, **budget))
+        ]
 
     assert counts(connections=[3, 4, 5, 6]) == [3, 4, 5, 6]
     assert counts(density=0.5, distribution="uniform") == [32, 16, 8, 32]
@@ -206,9 +226,19 @@ def test_errors_say_what_is_wrong():
         ((x, x[:, :3], x[:, :3]), {}, "different batch sizes"),
         ((x, x, x[..., :7]), {}, "value has 7 features, the layer takes 8"),
         ((x, x, x), {"is_causal": True}, "must be given as well"),
-        ((x, x, x), {"attn_mask": mask[:4]}, r"attn_mask must have the shape \(5, 5\) or \(8, 5, 5\), not \(4, 5\)"),
+        (
+            (x, x, x),
+            {"attn_mask": mask[:4]},
+            r"attn_mask must have the shape \(5, 5\) or \(8, 5, "
+            r"5\), not \(4, 5\)",
+        ),
         ((x, x, x), {"attn_mask": mask.int()}, "attn_mask must be boolean or floating-point"),
-        ((x, x, x), {"key_padding_mask": mask}, r"key_padding_mask must cover \(4, 5\), not \(5, 5\)"),
+        (
+            (x, x, x),
+            {"key_padding_mask": mask},
+            r"key_padding_mask must cover \(4, 5\), not "
+            r"\(5, 5\)",
+        ),
     ]:
         with pytest.raises(RuntimeError, match=message):
             layer(*arguments, **options)
@@ -251,14 +281,19 @@ def test_gradcheck():
     x = torch.randn(2, 1, 8, dtype=torch.float64, requires_grad=True)
 
     def run(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, x, x))
+        return torch.func.functional_call(
+            layer, dict(zip(names, parameters, strict=True)), (x, x, x)
+        )
 
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
-@pytest.mark.parametrize(("need_weights", "backend"), [(False, "aot_eager"), (True, "aot_eager"), (False, "inductor")])
+# torch's compiler calls what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("need_weights", "backend"), [(False, "aot_eager"), (True, "aot_eager"), (False, "inductor")]
+)
 def test_compiles_and_exports(need_weights, backend):
     torch._dynamo.reset()
 
@@ -276,7 +311,10 @@ def test_compiles_and_exports(need_weights, backend):
     memory = torch.randn(3, 4, 8, dtype=torch.float64)
     leaves = [x, *net.parameters()]
     compiled = torch.compile(net, backend=backend, fullgraph=True)
-    results = [(y, *torch.autograd.grad(y.square().sum(), leaves)) for y in (net(x, memory), compiled(x, memory))]
+    results = [
+        (y, *torch.autograd.grad(y.square().sum(), leaves))
+        for y in (net(x, memory), compiled(x, memory))
+    ]
     torch.testing.assert_close(results[1], results[0])
     program = torch.export.export(net, (x, memory))
     torch.testing.assert_close(program.module()(x, memory), net(x, memory))

@@ -26,7 +26,9 @@ def _fresh_dynamo() -> Iterator[None]:
 
 def make() -> nn.Sequential:
     return nn.Sequential(
-        SparseLinear(12, 16, connections=60, capacity=64), nn.ReLU(), SparseLinear(16, 5, density=0.5, bias=False)
+        SparseLinear(12, 16, connections=60, capacity=64),
+        nn.ReLU(),
+        SparseLinear(16, 5, density=0.5, bias=False),
     )
 
 
@@ -49,7 +51,9 @@ def test_fullgraph_follows_rewiring_without_recompiling(dormant: Any) -> None:
     x = torch.randn(7, 12, requires_grad=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(4):
-            torch.testing.assert_close(gradients(compiled, parameters, x), gradients(model, parameters, x))
+            torch.testing.assert_close(
+                gradients(compiled, parameters, x), gradients(model, parameters, x)
+            )
             before = compiled(x).detach().clone()
             torch.testing.assert_close(before, model(x))
             rewire_all(model, dormant, step)
@@ -80,7 +84,9 @@ def test_training_compiled_equals_training_eagerly(dormant: Any) -> None:
 
 
 CHANGES: dict[str, Any] = {
-    "rewire": lambda layer, dormant: layer.weight.rewire(torch.tensor([0]), *dormant(layer.weight, 1), 0.1),
+    "rewire": lambda layer, dormant: layer.weight.rewire(
+        torch.tensor([0]), *dormant(layer.weight, 1), 0.1
+    ),
     "reorder": lambda layer, dormant: layer.weight.reorder(),
     "grow": lambda layer, dormant: layer.weight.resize(layer.weight.capacity + 8),
     "load": lambda layer, dormant: layer.load_state_dict(make()[0].state_dict()),
@@ -89,7 +95,9 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("needs", ["values", "x only"])
-def test_a_change_between_forward_and_backward_is_never_silently_wrong(name: str, needs: str, dormant: Any) -> None:
+def test_a_change_between_forward_and_backward_is_never_silently_wrong(
+    name: str, needs: str, dormant: Any
+) -> None:
     layer = SparseLinear(12, 16, connections=60, capacity=64)
     layer.weight.requires_grad_(needs == "values")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -125,7 +133,9 @@ def test_dynamic_batch(shape: tuple[int, ...]) -> None:
     parameters = list(model.parameters())
     for n in (shape[0], 9, 5):
         x = torch.randn(n, *shape[1:])
-        torch.testing.assert_close(gradients(compiled, parameters, x), gradients(model, parameters, x))
+        torch.testing.assert_close(
+            gradients(compiled, parameters, x), gradients(model, parameters, x)
+        )
 
 
 def test_inductor(dormant: Any) -> None:
@@ -135,7 +145,9 @@ def test_inductor(dormant: Any) -> None:
     x = torch.randn(7, 12)
     for step in range(2):
         torch.testing.assert_close(compiled(x), model(x))
-        torch.testing.assert_close(gradients(compiled, parameters, x), gradients(model, parameters, x))
+        torch.testing.assert_close(
+            gradients(compiled, parameters, x), gradients(model, parameters, x)
+        )
         rewire_all(model, dormant, step)
     torch.testing.assert_close(compiled(x), model(x))
 
@@ -177,16 +189,24 @@ def test_a_model_rewired_after_export_keeps_the_exported_one_consistent(dormant:
 
 
 def test_export_of_sequences_with_a_dynamic_batch(tmp_path: Any) -> None:
-    """(batch, time, features): the batch must not become a constant; and another process can load the program."""
+    """(batch, time, features): the batch must not become a constant; and another process can load
+    the program.
+    """
     import subprocess
     import sys
 
     model = make().eval()
-    exported = torch.export.export(model, (torch.randn(4, 7, 12),), dynamic_shapes=({0: torch.export.Dim("b")},))
+    exported = torch.export.export(
+        model, (torch.randn(4, 7, 12),), dynamic_shapes=({0: torch.export.Dim("b")},)
+    )
     x = torch.randn(9, 7, 12)
     torch.testing.assert_close(exported.module()(x), model(x))
     torch.export.save(exported, tmp_path / "model.pt2")
     path = str(tmp_path / "model.pt2")
-    code = f"import torch, rewire; print(torch.export.load({path!r}).module()(torch.ones(3, 7, 12)).shape)"
+    code = (
+        "import torch, rewire; "
+        f"print(torch.export.load({path!r}).module()(torch.ones(3, 7, "
+        "12)).shape)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"torch.Size([3, 7, {model(x).shape[-1]}])", done.stderr

@@ -1,4 +1,6 @@
-"""Sparse convolutions: equal to their torch.nn twins on `to_dense()`, on native kernels and on the reference."""
+"""Sparse convolutions: equal to their torch.nn twins on `to_dense()`, on native kernels and on the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ SPARSE = {1: SparseConv1d, 2: SparseConv2d, 3: SparseConv3d}
 native = pytest.mark.skipif(not _native.available("conv"), reason="needs the native kernels")
 
 
-def make(rank: int, inputs: int, outputs: int, kernel: Any, *, density: float = 0.4, **settings: Any) -> Any:
+def make(
+    rank: int, inputs: int, outputs: int, kernel: Any, *, density: float = 0.4, **settings: Any
+) -> Any:
     sizes = kernel if isinstance(kernel, tuple) else (kernel,) * rank
     potential = outputs * (inputs // settings.get("groups", 1)) * math.prod(sizes)
     connections = max(1, int(density * potential))
     capacity = min(potential, connections + 3)
-    return SPARSE[rank](inputs, outputs, kernel, connections=connections, capacity=capacity, **settings)
+    return SPARSE[rank](
+        inputs, outputs, kernel, connections=connections, capacity=capacity, **settings
+    )
 
 
 def agree(mine: Tensor, truth: Tensor) -> None:
@@ -53,7 +59,9 @@ def check(layer: Any, x: Tensor, g: Tensor | None = None) -> None:
     weight = layer.weight
     active = weight.rows >= 0
     matrix = dense.weight.grad.reshape(weight.matrix_shape)
-    agree(weight.values.grad[active], matrix[weight.rows[active].long(), weight.cols[active].long()])
+    agree(
+        weight.values.grad[active], matrix[weight.rows[active].long(), weight.cols[active].long()]
+    )
     assert not weight.values.grad[~active].any()
     if layer.bias is not None:
         agree(layer.bias.grad, dense.bias.grad)
@@ -105,10 +113,14 @@ def problems(draw: Any) -> tuple[int, dict[str, Any], tuple[int, ...], int, bool
     )
 
 
-def input_for(settings: dict[str, Any], sizes: tuple[int, ...], batch: int, channels_last: bool) -> Tensor:
+def input_for(
+    settings: dict[str, Any], sizes: tuple[int, ...], batch: int, channels_last: bool
+) -> Tensor:
     x = torch.randn(batch, settings["inputs"], *sizes, dtype=settings["dtype"])
     if channels_last and x.dim() > 3:
-        x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+        x = x.contiguous(
+            memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        )
     return x
 
 
@@ -137,12 +149,16 @@ def test_any_strides_of_input_and_gradient(rank: int, layout: str) -> None:
     def strided(channels: int) -> Tensor:
         shape = (5, channels, *(6,) * rank)
         if layout == "sliced":
-            return torch.randn(5, channels, *(12,) * rank, dtype=torch.float64)[(..., *(slice(None, None, 2),) * rank)]
+            return torch.randn(5, channels, *(12,) * rank, dtype=torch.float64)[
+                (..., *(slice(None, None, 2),) * rank)
+            ]
         if layout == "expanded":
             return torch.randn(1, channels, *(1,) * rank, dtype=torch.float64).expand(shape)
         if layout == "batch innermost":
             return torch.randn(*shape[1:], 5, dtype=torch.float64).movedim(-1, 0)
-        return torch.randn(5, *shape[2:], channels + 2, dtype=torch.float64)[..., :channels].movedim(-1, 1)
+        return torch.randn(5, *shape[2:], channels + 2, dtype=torch.float64)[
+            ..., :channels
+        ].movedim(-1, 1)
 
     check(layer, strided(4), strided(6))
 
@@ -171,11 +187,20 @@ def test_unbatched(rank: int) -> None:
 @native
 @pytest.mark.parametrize(
     ("rank", "inputs", "sizes", "batch"),
-    [(1, 40, (3000,), 17), (2, 64, (9, 70), 33), (2, 130, (4, 4), 70), (2, 5, (1, 1), 300), (3, 40, (5, 20, 40), 16)],
+    [
+        (1, 40, (3000,), 17),
+        (2, 64, (9, 70), 33),
+        (2, 130, (4, 4), 70),
+        (2, 5, (1, 1), 300),
+        (3, 40, (5, 20, 40), 16),
+    ],
 )
 def test_sizes_that_are_tiled(rank: int, inputs: int, sizes: tuple[int, ...], batch: int) -> None:
     for settings in ({}, {"stride": 2}):
-        check(make(rank, inputs, 7, 3, padding=1, density=0.05, **settings), torch.randn(batch, inputs, *sizes))
+        check(
+            make(rank, inputs, 7, 3, padding=1, density=0.05, **settings),
+            torch.randn(batch, inputs, *sizes),
+        )
 
 
 @native
@@ -192,7 +217,9 @@ def test_threads_do_not_change_a_bit(channels_last: bool) -> None:
             torch.set_num_threads(threads)
             a = x.detach().requires_grad_()
             y = layer(a)
-            results.append((y, *torch.autograd.grad((y * y.detach()).sum(), [a, layer.weight.values])))
+            results.append(
+                (y, *torch.autograd.grad((y * y.detach()).sum(), [a, layer.weight.values]))
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -200,7 +227,9 @@ def test_threads_do_not_change_a_bit(channels_last: bool) -> None:
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("settings", [{"padding": 1}, {"stride": 2, "dilation": 2, "padding": 2, "groups": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"padding": 1}, {"stride": 2, "dilation": 2, "padding": 2, "groups": 2}]
+)
 def test_gradients_of_first_and_second_order(settings: dict[str, Any]) -> None:
     layer = make(2, 2, 4, 3, dtype=torch.float64, **settings)
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -241,13 +270,19 @@ def test_capture(create_graph: bool) -> None:
         assert not kept_g.requires_grad
 
 
-# --- the module -------------------------------------------------------------------------------------------------------
+# --- the module -----------------------------------------------------------------------------------
 
 
 def test_state_dict_and_deepcopy() -> None:
     layer, other = (make(2, 4, 6, 3, padding=1) for _ in range(2))
     x = torch.randn(2, 4, 5, 5)
-    assert set(layer.state_dict()) == {"bias", "weight.values", "weight.rows", "weight.cols", "weight.shape"}
+    assert set(layer.state_dict()) == {
+        "bias",
+        "weight.values",
+        "weight.rows",
+        "weight.cols",
+        "weight.shape",
+    }
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
     twin = copy.deepcopy(layer)
@@ -262,7 +297,10 @@ def test_state_dict_and_deepcopy() -> None:
 
 def test_same_generator_same_layer() -> None:
     one, two = (make(3, 4, 6, 3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
 
 
 def test_from_weight() -> None:
@@ -311,12 +349,18 @@ def test_bad_inputs_are_refused() -> None:
             layer(torch.randn(shape))
     with pytest.raises(RuntimeError, match="larger than the padded input"):
         layer(torch.randn(2, 4, 2, 5))
-    with pytest.raises(RuntimeError, match=r"x is torch.float64 but the weight's values are torch.float32"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"x is torch.float64 but the weight's values are "
+        r"torch.float32",
+    ):
         layer(torch.randn(2, 4, 5, 5).double())
 
 
 @native
-@pytest.mark.parametrize("name", ["row_ptr", "row_cols", "row_slots", "col_ptr", "col_rows", "col_slots"])
+@pytest.mark.parametrize(
+    "name", ["row_ptr", "row_cols", "row_slots", "col_ptr", "col_rows", "col_slots"]
+)
 @pytest.mark.parametrize("bad", [-1, 10_000])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_corrupt_indices_raise(name: str, bad: int, groups: int) -> None:
@@ -333,13 +377,15 @@ def test_corrupt_indices_raise(name: str, bad: int, groups: int) -> None:
             lambda: conv_kernels.conv_value_gradient(*by_row, values.numel(), g, x, geometry),
         ]
     else:
-        calls = [lambda: conv_kernels.conv_input_gradient(*by_col, values, g, (5, 5), 4, geometry, False)]
+        calls = [
+            lambda: conv_kernels.conv_input_gradient(*by_col, values, g, (5, 5), 4, geometry, False)
+        ]
     for call in calls:
         with pytest.raises(RuntimeError, match=r"ptr must start|outside"):
             call()
 
 
-# --- conversion -------------------------------------------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
 
 def test_sparsify_and_densify_a_conv_net() -> None:
@@ -357,19 +403,33 @@ def test_sparsify_and_densify_a_conv_net() -> None:
     expected = model(x)
     whole = sparsify(copy.deepcopy(model), density=1.0, select="magnitude")
     assert [type(m) for m in whole] == [
-        SparseConv2d, nn.BatchNorm2d, nn.ReLU, SparseConv2d, nn.Flatten, SparseConv1d, nn.Unflatten, SparseConv3d,
-    ]  # fmt: skip
+        SparseConv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        SparseConv2d,
+        nn.Flatten,
+        SparseConv1d,
+        nn.Unflatten,
+        SparseConv3d,
+    ]
     torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-5)
     sparse = sparsify(model, density=0.3)
     y = sparse(x)
     back = densify(sparse)
     assert [type(m) for m in back] == [
-        nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Flatten, nn.Conv1d, nn.Unflatten, nn.Conv3d,
-    ]  # fmt: skip
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.Conv2d,
+        nn.Flatten,
+        nn.Conv1d,
+        nn.Unflatten,
+        nn.Conv3d,
+    ]
     torch.testing.assert_close(back(x), y, rtol=1e-4, atol=1e-5)
 
 
-# --- compiled, exported -----------------------------------------------------------------------------------------------
+# --- compiled, exported ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -382,12 +442,17 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("backend", "reference"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+@pytest.mark.parametrize(
+    ("backend", "reference"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
+)
 def test_compiles(backend: str, reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if reference:
         use_reference(monkeypatch)
     net = nn.Sequential(
-        make(2, 3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), make(2, 6, 4, 3, stride=2, groups=2)
+        make(2, 3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        make(2, 6, 4, 3, stride=2, groups=2),
     ).eval()
     compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
     for last in (False, True):
@@ -410,6 +475,8 @@ def test_compiles(backend: str, reference: bool, monkeypatch: pytest.MonkeyPatch
 def test_exports_with_a_dynamic_batch(rank: int) -> None:
     layer = make(rank, 3, 4, 3, padding=1)
     batch = torch.export.Dim("batch", min=2, max=512)
-    program = torch.export.export(layer, (torch.randn(10, 3, *(6,) * rank),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(
+        layer, (torch.randn(10, 3, *(6,) * rank),), dynamic_shapes=({0: batch},)
+    )
     x = torch.randn(33, 3, *(6,) * rank)
     torch.testing.assert_close(program.module()(x), layer(x))

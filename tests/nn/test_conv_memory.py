@@ -1,4 +1,6 @@
-"""Convolutions whose strides or dilations pass over most of their input: the numbers of torch.nn, in little memory."""
+"""Convolutions whose strides or dilations pass over most of their input: the numbers of torch.nn,
+in little memory.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ WIDE: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "stride": ((2, 2, 450), {"kernel_size": 3, "stride": 200, "padding": 1}),
     "stride and padding": ((2, 2, 5), {"kernel_size": 3, "stride": 100, "padding": 400}),
     "dilation": ((2, 2, 5), {"kernel_size": 2, "dilation": 500, "padding": 250}),
-    "dilation, groups": ((2, 2, 700), {"kernel_size": 3, "dilation": 300, "padding": 1, "groups": 2}),
+    "dilation, groups": (
+        (2, 2, 700),
+        {"kernel_size": 3, "dilation": 300, "padding": 1, "groups": 2},
+    ),
     "same": ((2, 2, 7), {"kernel_size": 3, "dilation": 300, "padding": "same"}),
     "rows": ((2, 2, 150, 6), {"kernel_size": (2, 3), "stride": (140, 1), "padding": (3, 1)}),
     "columns": ((2, 2, 5, 6), {"kernel_size": 3, "dilation": (1, 100), "padding": (1, 100)}),
@@ -76,18 +81,36 @@ def test_wide_convolutions_are_those_of_torch(case: str) -> None:
 
 def test_ordinary_convolutions_are_left_alone() -> None:
     x = torch.randn(1, 1, 16000)
-    for kernel, stride, dilation in ((3, 1, 1), (64, 64, 1), (400, 160, 1), (2, 1, 512), (11, 4, 1)):
+    for kernel, stride, dilation in (
+        (3, 1, 1),
+        (64, 64, 1),
+        (400, 160, 1),
+        (2, 1, 512),
+        (11, 4, 1),
+    ):
         geometry = Geometry((kernel,), (stride,), (0, 0), (dilation,), 1)
         assert gathered(x, geometry) == (x, geometry)
 
 
 HUGE: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
     "stride": ((1, 1, 5), {"kernel_size": 3, "stride": 2**26, "padding": 3}, (1, 1, 1)),
-    "stride and padding": ((2, 1, 5), {"kernel_size": 3, "stride": 2**26, "padding": 2**27}, (2, 1, 5)),
+    "stride and padding": (
+        (2, 1, 5),
+        {"kernel_size": 3, "stride": 2**26, "padding": 2**27},
+        (2, 1, 5),
+    ),
     "beyond 32 bits": ((2, 1, 5), {"kernel_size": 3, "stride": 2**40, "padding": 2**40}, (2, 1, 3)),
     "dilation": ((2, 1, 5), {"kernel_size": 2, "dilation": 2**26, "padding": 2**25}, (2, 1, 5)),
-    "rows": ((2, 1, 5, 6), {"kernel_size": 3, "stride": (2**26, 1), "padding": (3, 1)}, (2, 1, 1, 6)),
-    "columns": ((1, 1, 5, 6), {"kernel_size": 3, "dilation": (1, 2**24), "padding": (1, 2**24)}, (1, 1, 5, 6)),
+    "rows": (
+        (2, 1, 5, 6),
+        {"kernel_size": 3, "stride": (2**26, 1), "padding": (3, 1)},
+        (2, 1, 1, 6),
+    ),
+    "columns": (
+        (1, 1, 5, 6),
+        {"kernel_size": 3, "dilation": (1, 2**24), "padding": (1, 2**24)},
+        (1, 1, 5, 6),
+    ),
     "planes": ((1, 1, 5, 4, 6), {"kernel_size": 2, "stride": 2**24, "padding": 1}, (1, 1, 1, 1, 1)),
 }
 

@@ -28,7 +28,9 @@ class Residual(nn.Module):
 
 
 def make() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Residual(), Residual(), nn.Linear(16, 4, bias=False))
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), Residual(), Residual(), nn.Linear(16, 4, bias=False)
+    )
 
 
 NAMES = ["0", "2.inner.0", "2.inner.2", "3.inner.0", "3.inner.2", "4"]
@@ -66,7 +68,9 @@ def test_a_number_of_connections_and_a_generator() -> None:
     for m in (a, b):
         sparsify(m, connections=500, generator=torch.Generator().manual_seed(3))
     assert sum(w.connections for _, w in sparse_weights(a)) == 500
-    assert [w.fingerprint() for _, w in sparse_weights(a)] == [w.fingerprint() for _, w in sparse_weights(b)]
+    assert [w.fingerprint() for _, w in sparse_weights(a)] == [
+        w.fingerprint() for _, w in sparse_weights(b)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,9 +107,13 @@ def test_magnitude_keeps_the_largest_and_their_values() -> None:
     for name, layer in layers(model).items():
         dense = before.get_submodule(name).weight.detach()
         threshold = dense.abs().flatten().sort(descending=True).values[layer.weight.connections - 1]
-        assert torch.equal(layer.weight.to_dense(), torch.where(dense.abs() >= threshold, dense, torch.zeros(())))
+        assert torch.equal(
+            layer.weight.to_dense(), torch.where(dense.abs() >= threshold, dense, torch.zeros(()))
+        )
     assert torch.equal(
-        sparsify(copy.deepcopy(before), density=1.0, select="magnitude")(torch.ones(2, 8)).round(decimals=4),
+        sparsify(copy.deepcopy(before), density=1.0, select="magnitude")(torch.ones(2, 8)).round(
+            decimals=4
+        ),
         before(torch.ones(2, 8)).round(decimals=4),
     )
 
@@ -121,8 +129,15 @@ def test_densify_gives_the_same_outputs() -> None:
     torch.testing.assert_close(dense(x), y)
     for name, layer in layers(model).items():
         assert torch.equal(dense.get_submodule(name).weight, layer.weight.to_dense())
-    again = sparsify(dense, connections={n: m.weight.connections for n, m in layers(model).items()}, select="magnitude")
-    assert all(torch.equal(m.weight.to_dense(), layers(model)[n].weight.to_dense()) for n, m in layers(again).items())
+    again = sparsify(
+        dense,
+        connections={n: m.weight.connections for n, m in layers(model).items()},
+        select="magnitude",
+    )
+    assert all(
+        torch.equal(m.weight.to_dense(), layers(model)[n].weight.to_dense())
+        for n, m in layers(again).items()
+    )
 
 
 def test_dtype_mode_and_frozen_layers_stay_so() -> None:
@@ -162,7 +177,9 @@ def tied(other: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("other", ["a", "e"])
-@pytest.mark.parametrize("arguments", [{"density": 0.5}, {"density": 0.5, "only": "b"}, {"density": {"b": 0.5}}])
+@pytest.mark.parametrize(
+    "arguments", [{"density": 0.5}, {"density": 0.5, "only": "b"}, {"density": {"b": 0.5}}]
+)
 def test_tied_weights_are_refused(other: str, arguments: dict[str, Any]) -> None:
     model = tied(other)
     with pytest.raises(ValueError, match=r"shares its weight with .* untie them first"):
@@ -197,7 +214,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"connections": {"0": 129}}, "0 can have between 1 and 128 connections, not 129"),
     ({"connections": {"0": 5, "4": 0}}, "4 can have between 1 and 64 connections, not 0"),
     ({"density": {"0": 0.5, "4": 2.0}}, "density must be above 0"),
-    ({"density": {"0": 0.5, "nothing": 0.1}}, "pattern 'nothing' matches no layer; there are 0, 2.inner.0"),
+    (
+        {"density": {"0": 0.5, "nothing": 0.1}},
+        "pattern 'nothing' matches no layer; there are 0, 2.inner.0",
+    ),
     ({"density": 0.5, "distribution": "earth"}, "unknown distribution 'earth'"),
     ({"density": 0.5, "only": "nothing"}, "no layer to convert"),
     ({"density": 0.5, "exclude": "*"}, "no layer to convert"),
@@ -220,7 +240,10 @@ def test_transformer_encoders_in_evaluation() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     sparsify(model, density=0.5)
-    x, mask = torch.randn(3, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
+    x, mask = (
+        torch.randn(3, 5, 8),
+        torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5]),
+    )
     expected = model(x, src_key_padding_mask=mask)
     model.eval()
     with torch.no_grad():
@@ -228,23 +251,29 @@ def test_transformer_encoders_in_evaluation() -> None:
     torch.testing.assert_close(y[~mask], expected[~mask])
 
 
-# --- the rest --------------------------------------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------------------
 
 
 def test_param_groups_decay_weights_only() -> None:
-    model = nn.Sequential(SparseLinear(8, 16, density=0.5), nn.LayerNorm(16), nn.Linear(16, 4), nn.Conv1d(1, 2, 3))
+    model = nn.Sequential(
+        SparseLinear(8, 16, density=0.5), nn.LayerNorm(16), nn.Linear(16, 4), nn.Conv1d(1, 2, 3)
+    )
     model[3].requires_grad_(False)
     decayed, plain = param_groups(model, 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     ids = {n: id(p) for n, p in model.named_parameters()}
     assert {id(p) for p in decayed["params"]} == {ids["0.weight.values"], ids["2.weight"]}
-    assert {id(p) for p in plain["params"]} == {ids[n] for n in ("0.bias", "1.weight", "1.bias", "2.bias")}
+    assert {id(p) for p in plain["params"]} == {
+        ids[n] for n in ("0.bias", "1.weight", "1.bias", "2.bias")
+    }
     torch.optim.AdamW([decayed, plain])
 
 
 def test_sparse_weights_lists_shared_pools_once() -> None:
     weight = SparseWeight((8, 8), 20)
-    model = nn.Sequential(SparseLinear.from_weight(weight), nn.Sequential(SparseLinear.from_weight(weight)))
+    model = nn.Sequential(
+        SparseLinear.from_weight(weight), nn.Sequential(SparseLinear.from_weight(weight))
+    )
     assert [(n, w is weight) for n, w in sparse_weights(model)] == [("0.weight", True)]
     assert [(n, w is weight) for n, w in sparse_weights(weight)] == [("", True)]
     x = torch.randn(3, 8)
@@ -262,14 +291,27 @@ def test_from_weight_checks() -> None:
 
 
 def test_summary() -> None:
-    model = nn.Sequential(SparseLinear(8, 16, connections=32, capacity=40), nn.ReLU(), SparseLinear(16, 4, density=1.0))
+    model = nn.Sequential(
+        SparseLinear(8, 16, connections=32, capacity=40),
+        nn.ReLU(),
+        SparseLinear(16, 4, density=1.0),
+    )
     s = rewire.summary(model)
     first, second = s.weights
-    assert (first.name, first.shape, first.connections, first.capacity) == ("0.weight", (16, 8), 32, 40)
+    assert (first.name, first.shape, first.connections, first.capacity) == (
+        "0.weight",
+        (16, 8),
+        32,
+        40,
+    )
     dense = model[0].weight.to_dense() != 0
     for degrees, axis in ((first.fan_in, 1), (first.fan_out, 0)):
         count = dense.sum(axis)
-        assert degrees == (int(count.min()), pytest.approx(float(count.double().mean())), int(count.max()))
+        assert degrees == (
+            int(count.min()),
+            pytest.approx(float(count.double().mean())),
+            int(count.max()),
+        )
     assert second.density == 1.0
     assert second.fan_in == (16, 16.0, 16)
     assert (s.connections, s.dense_parameters) == (96, 16 + 4)

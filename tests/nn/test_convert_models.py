@@ -33,7 +33,9 @@ class Classifier(nn.Module):
 
     def forward(self, words, lengths):
         self.lstm.flatten_parameters()
-        x = nn.utils.rnn.pack_padded_sequence(self.embed(words), lengths, batch_first=True, enforce_sorted=False)
+        x = nn.utils.rnn.pack_padded_sequence(
+            self.embed(words), lengths, batch_first=True, enforce_sorted=False
+        )
         output, (h, _) = self.lstm(x)
         padded, _ = nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
         return self.head(torch.cat([h[-2], h[-1]], 1) + padded.view(*padded.shape[:2], 16).mean(1))
@@ -56,12 +58,14 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(module, (nn.MultiheadAttention, SparseMultiheadAttention, nn.LSTM, SparseLSTM)):
+        if isinstance(
+            module, (nn.MultiheadAttention, SparseMultiheadAttention, nn.LSTM, SparseLSTM)
+        ):
             module.dropout = 0.0
     return model
 
 
-# --- Transformers -----------------------------------------------------------------------------------------------------
+# --- Transformers ---------------------------------------------------------------------------------
 
 PARTS = {
     "all": {},
@@ -76,7 +80,8 @@ PARTS = {
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 def test_transformer_encoder(part, training, grad):
-    # In eval mode without grad, PyTorch would call a fused kernel with the dense weights, on nested tensors.
+    # In eval mode without grad, PyTorch would call a fused kernel with the dense weights, on nested
+    # tensors.
     sparse = without_dropout(sparsify(encoder(), density=0.3, **PARTS[part])).train(training)
     dense = densify(copy.deepcopy(sparse))
     assert not any(isinstance(m, SparseWeight) for m in dense.modules())
@@ -91,7 +96,9 @@ def test_transformer_encoder(part, training, grad):
             torch.testing.assert_close(y, dense(x, **options))
 
 
-@pytest.mark.parametrize("options", [{"norm_first": True}, {"activation": "gelu"}, {"batch_first": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"norm_first": True}, {"activation": "gelu"}, {"batch_first": False}], ids=str
+)
 def test_other_encoders(options):
     sparse = without_dropout(sparsify(encoder(**options), density=0.3))
     dense = densify(copy.deepcopy(sparse))
@@ -112,7 +119,9 @@ def test_a_whole_transformer():
     for training in (True, False):
         sparse.train(training), dense.train(training)
         with torch.set_grad_enabled(training):
-            torch.testing.assert_close(sparse(source, target, tgt_mask=causal), dense(source, target, tgt_mask=causal))
+            torch.testing.assert_close(
+                sparse(source, target, tgt_mask=causal), dense(source, target, tgt_mask=causal)
+            )
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the dense twin uses them
@@ -124,29 +133,35 @@ def test_a_layer_put_into_an_encoder_by_hand():
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         y, expected = (m.eval()(x, src_key_padding_mask=padding) for m in (model, dense))
-    torch.testing.assert_close(y[~padding], expected[~padding])  # the fused path leaves zeros at padding
+    # the fused path leaves zeros at padding
+    torch.testing.assert_close(y[~padding], expected[~padding])
     with pytest.raises(TypeError, match="SparseWeight is not a tensor: use its layer, or to_dense"):
         torch.nn.functional.linear(x, model.layers[0].linear1.weight)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
+# torch's compiler calls what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_encoder_compiles(training):
     torch._dynamo.reset()
-    model = without_dropout(sparsify(encoder(layers=1), density=0.3, exclude="*linear2")).train(training)
+    model = without_dropout(sparsify(encoder(layers=1), density=0.3, exclude="*linear2")).train(
+        training
+    )
     x = torch.randn(3, 5, 16)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(compiled(x), model(x))
 
 
-# --- recurrent models -------------------------------------------------------------------------------------------------
+# --- recurrent models -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels-last"])
 def test_resnet(training, channels_last):
-    """A ResNet-18: outputs, gradients and BatchNorm statistics equal those of the dense network it stands for."""
+    """A ResNet-18: outputs, gradients and BatchNorm statistics equal those of the dense network it
+    stands for.
+    """
     torch.manual_seed(0)
     sparse = sparsify(resnet18(classes=5), density=0.1, distribution="erk").train(training).double()
     assert sum(isinstance(m, SparseConv2d) for m in sparse.modules()) == 20
@@ -217,7 +232,7 @@ def test_magnitude_keeps_the_largest():
         assert torch.equal(kept, part * (part.abs() >= largest))
 
 
-# --- budgets ----------------------------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------
 
 
 def test_every_weight_counts_in_the_budget():
@@ -232,8 +247,13 @@ def test_every_weight_counts_in_the_budget():
 
 def test_budgets_of_layers_and_of_single_weights():
     budget = {"lstm.weight_hh*": 7, "lstm": 100, "head.weight": 5}
-    counts = {name: w.connections for name, w in sparse_weights(sparsify(Classifier(), connections=budget))}
-    assert [counts.pop(f"lstm.weight_hh_l{s}") for s in ("0", "0_reverse", "1", "1_reverse")] == [7] * 4
+    counts = {
+        name: w.connections
+        for name, w in sparse_weights(sparsify(Classifier(), connections=budget))
+    }
+    assert [counts.pop(f"lstm.weight_hh_l{s}") for s in ("0", "0_reverse", "1", "1_reverse")] == [
+        7
+    ] * 4
     assert counts.pop("head.weight") == 5
     assert sum(counts.values()) == 100
     dense = {"lstm": 0.25}
@@ -248,11 +268,15 @@ def test_budgets_of_layers_and_of_single_weights():
         with pytest.raises(ValueError, match=message):
             sparsify(model, density=given)
         assert type(model.lstm) is nn.LSTM
-    with pytest.raises(ValueError, match=r"head.weight can have between 1 and 48 connections, not 49"):
+    with pytest.raises(
+        ValueError,
+        match=r"head.weight can have between 1 and 48 connections, "
+        r"not 49",
+    ):
         sparsify(Classifier(), connections={"head.weight": 49})
 
 
-# --- shared parts -----------------------------------------------------------------------------------------------------
+# --- shared parts ---------------------------------------------------------------------------------
 
 
 def test_a_shared_layer_stays_shared():
@@ -268,7 +292,11 @@ def test_a_shared_layer_stays_shared():
 def test_tied_parameters_are_refused_by_name():
     tied = nn.ModuleDict({"embed": nn.Embedding(9, 4), "rnn": nn.RNN(4, 5), "out": nn.Linear(4, 9)})
     tied["out"].weight = tied["embed"].weight
-    with pytest.raises(ValueError, match=r"out shares its weight with embed.weight: exclude both, or untie"):
+    with pytest.raises(
+        ValueError,
+        match=r"out shares its weight with embed.weight: exclude both, "
+        r"or untie",
+    ):
         sparsify(tied, density=0.5)
     assert type(tied["rnn"]) is nn.RNN
     sparsify(tied, density=0.5, exclude="out")
@@ -287,7 +315,7 @@ def test_subclasses_stay_as_they_are():
         sparsify(nn.Sequential(Special(4, 4)), density=0.5)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 class Pooled(nn.Module):
@@ -319,7 +347,10 @@ def test_trains_with_deep_r(build):
     assert losses[-1] < 0.5 * losses[0]
     for name, weight in sparse_weights(model):
         assert weight.connections == before[name][0]
-    assert sum(w.fingerprint() != before[name][1] for name, w in sparse_weights(model)) > len(before) // 2
+    assert (
+        sum(w.fingerprint() != before[name][1] for name, w in sparse_weights(model))
+        > len(before) // 2
+    )
     model = method.finalize().eval()
     with torch.no_grad():
         torch.testing.assert_close(model(*words()), densify(copy.deepcopy(model))(*words()))

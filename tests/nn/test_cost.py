@@ -12,9 +12,14 @@ from rewire.nn.inspect import cost
 
 def test_a_convolutional_network_by_hand() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), SparseConv2d(8, 4, 3, connections=50, bias=False),
-        nn.Flatten(), nn.Linear(4 * 16, 10), SparseLinear(10, 5, connections=7),
-    ).train()  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        SparseConv2d(8, 4, 3, connections=50, bias=False),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 10),
+        SparseLinear(10, 5, connections=7),
+    ).train()
     found = cost(model, torch.randn(4, 3, 6, 6))
     by_name = {layer.name: layer for layer in found.layers}
     assert by_name["0"].multiply_adds == 8 * 3 * 9 * 36

@@ -47,7 +47,9 @@ def convolutions() -> nn.Module:
         nn.Conv1d(2, 4, 3, padding=1),
         nn.Tanh(),
         nn.Unflatten(2, (2, 3)),
-        nn.Conv2d(4, 6, (1, 3), padding=(0, 1), stride=(1, 2), groups=2).to(memory_format=torch.channels_last),
+        nn.Conv2d(4, 6, (1, 3), padding=(0, 1), stride=(1, 2), groups=2).to(
+            memory_format=torch.channels_last
+        ),
         nn.Tanh(),
         nn.Unflatten(2, (1, 2)),
         nn.Conv3d(6, 6, (1, 2, 2), bias=False),
@@ -89,11 +91,18 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def masks_of(model: nn.Module, density: float = 0.4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(11)
-    return {name: torch.rand(w.shape, generator=generator) < density for name, _, _, w in dense_weights(model)}
+    return {
+        name: torch.rand(w.shape, generator=generator) < density
+        for name, _, _, w in dense_weights(model)
+    }
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: range, masked: Mapping[str, Tensor] | None = None) -> None:
-    """Data are a function of the step. ``masked``: gradients and weights outside of the masks are kept at 0."""
+def train(
+    model: nn.Module, optimizer: Optimizer, steps: range, masked: Mapping[str, Tensor] | None = None
+) -> None:
+    """Data are a function of the step. ``masked``: gradients and weights outside of the masks are
+    kept at 0.
+    """
     weights = {name: w for name, _, _, w in dense_weights(model)}
     for step in steps:
         generator = torch.Generator().manual_seed(100 + step)
@@ -105,7 +114,8 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range, masked: Mapping[
             gradient_of(weights[name])[~mask] = 0
         for name, p in model.named_parameters():
             if name.endswith("in_proj_bias") and p.grad is not None:
-                p.grad[4:8] = 0  # of the keys: 0 but for rounding, of which Rprop would take the sign
+                # of the keys: 0 but for rounding, of which Rprop would take the sign
+                p.grad[4:8] = 0
         optimizer.step()
         with torch.no_grad():
             for name, mask in (masked or {}).items():
@@ -143,7 +153,11 @@ def test_training_goes_on_as_that_of_the_masked_dense_model(name: str, optimizer
             w[~masks[n]] = 0
     kept = {n: int(m.sum()) for n, m in masks.items()}
 
-    others = {n: p for n, p in model.named_parameters() if n not in masks and not n.endswith("in_proj_weight")}
+    others = {
+        n: p
+        for n, p in model.named_parameters()
+        if n not in masks and not n.endswith("in_proj_weight")
+    }
     cut = to_sparse(model, masks, runs[1][1])
     assert cut is model
     pools = dict(sparse_weights(model))
@@ -181,7 +195,11 @@ def test_adafactor_gets_its_estimate_multiplied_out(name: str) -> None:
     to_sparse(model, masks, optimizer)
     pools = dict(sparse_weights(model))
     for n, mask in masks.items():
-        estimate = before[n] if n in before else before["attention.in_proj_weight"].chunk(3)["qkv".index(n[10])]
+        estimate = (
+            before[n]
+            if n in before
+            else before["attention.in_proj_weight"].chunk(3)["qkv".index(n[10])]
+        )
         torch.testing.assert_close(optimizer.state[pools[n].values]["variance"], estimate[mask])
     train(model, optimizer, range(3, 5))
 
@@ -192,8 +210,12 @@ def test_gradients_hooks_mode_frozen_and_groups_are_kept() -> None:
     first.weight.requires_grad_(False)
     last.eval()
     calls: list[str] = []
-    handle = last.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
-    optimizer = optim.SGD([{"params": [last.weight], "lr": 0.5}, {"params": [first.bias], "lr": 0.25}], momentum=0.9)
+    handle = last.register_forward_hook(
+        lambda module, args, output: calls.append(type(module).__name__)
+    )
+    optimizer = optim.SGD(
+        [{"params": [last.weight], "lr": 0.5}, {"params": [first.bias], "lr": 0.25}], momentum=0.9
+    )
     scheduler = optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
     train(model, optimizer, range(1))
     masks = masks_of(model)
@@ -253,7 +275,9 @@ def test_masked_in_zeros_stay_and_unmasked_weights_of_a_layer_stay_complete() ->
 
 
 def test_no_random_numbers_are_used_and_encoders_still_work() -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2).eval()
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2
+    ).eval()
     masks = masks_of(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -292,14 +316,31 @@ def yes(*shape: int) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "none": (lambda: made("linear"), {}, "nothing to cut"),
-    "name": (lambda: made("linear"), {"3": yes(6, 16)}, "'3' is no weight that can be cut: there are '0.weight'"),
-    "shape": (lambda: made("linear"), {"0": yes(12, 16)}, r"mask of 0 must be a boolean tensor of shape \(16, 12\)"),
+    "name": (
+        lambda: made("linear"),
+        {"3": yes(6, 16)},
+        "'3' is no weight that can be cut: there are '0.weight'",
+    ),
+    "shape": (
+        lambda: made("linear"),
+        {"0": yes(12, 16)},
+        r"mask of 0 must be a boolean tensor of "
+        r"shape \(16, 12\)",
+    ),
     "dtype": (lambda: made("linear"), {"0": torch.ones(16, 12)}, "not torch.float32"),
     "list": (lambda: made("linear"), {"0": [[True]]}, "not list"),
-    "twice": (lambda: made("linear"), {"0": yes(16, 12), "0.weight": yes(16, 12)}, "two masks are for 0.weight"),
+    "twice": (
+        lambda: made("linear"),
+        {"0": yes(16, 12), "0.weight": yes(16, 12)},
+        "two masks are for 0.weight",
+    ),
     "shared": (Shared, {"a": yes(5, 5)}, "a shares its weight with b.weight"),
     "pruned": (pruned, {"0": yes(6, 12)}, "the mask of 0.weight is not the prune mask"),
-    "parametrized": (parametrized, {"0": yes(6, 12)}, "0 has a parametrization of weight .*remove_parametrizations"),
+    "parametrized": (
+        parametrized,
+        {"0": yes(6, 12)},
+        "0 has a parametrization of weight .*remove_parametrizations",
+    ),
 }
 
 
@@ -327,7 +368,10 @@ class Odd(optim.SGD):
     ("make", "message"),
     [
         (lambda m: optim.LBFGS(m.parameters()), "LBFGS cannot train sparse weights"),
-        (lambda m: optim.Muon([p for p in m.parameters() if p.dim() == 2]), "Muon cannot train sparse weights"),
+        (
+            lambda m: optim.Muon([p for p in m.parameters() if p.dim() == 2]),
+            "Muon cannot train sparse weights",
+        ),
         (lambda m: Odd(m.parameters(), lr=0.1), r"Odd keeps rows of shape \(16,\)"),
     ],
 )

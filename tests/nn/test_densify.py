@@ -1,4 +1,6 @@
-"""Back from pools to dense parameters in mid-training: the optimizers go on as those of a dense model would."""
+"""Back from pools to dense parameters in mid-training: the optimizers go on as those of a dense
+model would.
+"""
 
 from __future__ import annotations
 

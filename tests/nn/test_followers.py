@@ -29,16 +29,28 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "RAdam": [{"weight_decay": 0.1}],
     "RMSprop": [{"momentum": 0.9, "centered": True, "weight_decay": 0.1}],
     "Rprop": [{"lr": 0.02}],
-    "SGD": [{"lr": 0.1}, {"momentum": 0.9, "weight_decay": 0.1}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}],
+    "SGD": [
+        {"lr": 0.1},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    ],
 }
 REFUSED = {"LBFGS", "Muon", "SparseAdam"}
 # Adafactor scales its step by the root mean square over the whole parameter.
 NOT_ELEMENTWISE = {"Adafactor"}
-CASES = [pytest.param(n, o, id=f"{n}-{i}") for n, options in OPTIONS.items() for i, o in enumerate(options)]
+CASES = [
+    pytest.param(n, o, id=f"{n}-{i}")
+    for n, options in OPTIONS.items()
+    for i, o in enumerate(options)
+]
 
 
 def all_optimizers() -> set[str]:
-    found = {n for n in dir(optim) if isinstance(getattr(optim, n), type) and issubclass(getattr(optim, n), Optimizer)}
+    found = {
+        n
+        for n in dir(optim)
+        if isinstance(getattr(optim, n), type) and issubclass(getattr(optim, n), Optimizer)
+    }
     return found - {"Optimizer"}
 
 
@@ -69,13 +81,19 @@ def train(weight: SparseWeight, optimizer: Optimizer, steps: range) -> None:
 
 def per_slot(weight: SparseWeight, optimizer: Optimizer) -> dict[str, Tensor]:
     state = optimizer.state[weight.values]
-    return {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.dim() == 1 and k != "age"}
+    return {
+        k: v.clone()
+        for k, v in state.items()
+        if isinstance(v, Tensor) and v.dim() == 1 and k != "age"
+    }
 
 
 def initial(name: str, options: dict[str, Any]) -> dict[str, float]:
     """What a fresh optimizer's state starts at.
 
-    SGD makes its state in the first step, of the gradient: there it is that of a step with a gradient of 0."""
+    SGD makes its state in the first step, of the gradient: there it is that of a step with a
+    gradient of 0.
+    """
     parameter = nn.Parameter(torch.zeros(CAPACITY))
     optimizer: Any = getattr(optim, name)([parameter], **options)
     parameter.grad = torch.zeros(CAPACITY)
@@ -88,13 +106,17 @@ def initial(name: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_state_of_changed_slots_starts_afresh_and_no_other(name: str, options: dict[str, Any], dormant: Any) -> None:
+def test_state_of_changed_slots_starts_afresh_and_no_other(
+    name: str, options: dict[str, Any], dormant: Any
+) -> None:
     weight, other = pool(), pool()
     optimizer, undisturbed = follow(name, options, weight), follow(name, options, other)
     train(weight, optimizer, range(2))
     train(other, undisturbed, range(2))
     before = per_slot(weight, optimizer)
-    scalars = {k: copy.deepcopy(v) for k, v in optimizer.state[weight.values].items() if k not in before}
+    scalars = {
+        k: copy.deepcopy(v) for k, v in optimizer.state[weight.values].items() if k not in before
+    }
     values = weight.values.detach().clone()
 
     slots = torch.tensor([3, 11, 20, K + 1])  # the last of them was empty
@@ -106,9 +128,12 @@ def test_state_of_changed_slots_starts_afresh_and_no_other(name: str, options: d
     for key, value in after.items():
         assert value[slots].tolist() == [start[key]] * 4, key
         assert torch.equal(value[rest], before[key][rest]), key
-    assert not start or any((before[key][slots] != start[key]).any() for key in start), "nothing had to be done"
+    assert not start or any((before[key][slots] != start[key]).any() for key in start), (
+        "nothing had to be done"
+    )
     assert all(
-        torch.equal(torch.as_tensor(v), torch.as_tensor(optimizer.state[weight.values][k])) for k, v in scalars.items()
+        torch.equal(torch.as_tensor(v), torch.as_tensor(optimizer.state[weight.values][k]))
+        for k, v in scalars.items()
     )
     assert torch.equal(weight.values[rest], values[rest])
     assert not weight.values.grad[slots].any()
@@ -134,8 +159,12 @@ def test_empty_slots_stay_zero(name: str, options: dict[str, Any], check_pool: A
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("capacity", [40, 25, K])
 @pytest.mark.parametrize("passed", [True, False])
-def test_resize_carries_state(name: str, options: dict[str, Any], capacity: int, passed: bool) -> None:
-    """Whether the optimizer follows the pool or is passed to resize: training goes on as if nothing had happened."""
+def test_resize_carries_state(
+    name: str, options: dict[str, Any], capacity: int, passed: bool
+) -> None:
+    """Whether the optimizer follows the pool or is passed to resize: training goes on as if nothing
+    had happened.
+    """
     weight, other = pool(), pool()
     optimizer, undisturbed = follow(name, options, weight), follow(name, options, other)
     if passed:
@@ -151,7 +180,9 @@ def test_resize_carries_state(name: str, options: dict[str, Any], capacity: int,
     start = initial(name, options)
     for key, value in per_slot(weight, optimizer).items():
         blank = value[weight.rows < 0]
-        assert key == "ax" or blank.tolist() == pytest.approx([start[key]] * blank.numel(), abs=1e-7), key
+        assert key == "ax" or blank.tolist() == pytest.approx(
+            [start[key]] * blank.numel(), abs=1e-7
+        ), key
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -159,7 +190,11 @@ def test_reorder_does_not_disturb_training(name: str, options: dict[str, Any]) -
     weight, other = pool(), pool()
     shuffle = torch.randperm(CAPACITY, generator=torch.Generator().manual_seed(2))
     for w in (weight, other):
-        rows, cols, values = w.rows[shuffle].clone(), w.cols[shuffle].clone(), w.values.detach()[shuffle].clone()
+        rows, cols, values = (
+            w.rows[shuffle].clone(),
+            w.cols[shuffle].clone(),
+            w.values.detach()[shuffle].clone(),
+        )
         w.rewire(torch.arange(CAPACITY), torch.full_like(rows, -1), torch.full_like(cols, -1))
         w.rewire(torch.arange(CAPACITY), rows, cols, values)
     optimizer, undisturbed = follow(name, options, weight), follow(name, options, other)
@@ -219,9 +254,16 @@ def test_following_twice_moves_state_once(times: int, dormant: Any) -> None:
     optimizer = optim.Adam(weight.parameters())
     handles = [follow_optimizer(optimizer, [weight])[0] for _ in range(times)]
     shuffle = torch.randperm(K, generator=torch.Generator().manual_seed(2))
-    weight.rewire(torch.arange(K), weight.rows[:K][shuffle].clone(), weight.cols[:K][shuffle].clone(), 0.5)
+    weight.rewire(
+        torch.arange(K), weight.rows[:K][shuffle].clone(), weight.cols[:K][shuffle].clone(), 0.5
+    )
     train(weight, optimizer, range(1))
-    for change in (weight.reorder, lambda: weight.resize(40), lambda: weight.resize(K), weight.reorder):
+    for change in (
+        weight.reorder,
+        lambda: weight.resize(40),
+        lambda: weight.resize(K),
+        weight.reorder,
+    ):
         change()
         expected = 0.1 * torch.sin(weight.rows * 3.0 + weight.cols * 7.0) * (weight.rows >= 0)
         torch.testing.assert_close(per_slot(weight, optimizer)["exp_avg"], expected)

@@ -1,4 +1,6 @@
-"""Gates that are exactly zero: the facts of methods that rest on them, against brute force and autograd."""
+"""Gates that are exactly zero: the facts of methods that rest on them, against brute force and
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def sigmoid(b: torch.Tensor) -> float:
 def test_non_competitive_is_its_formula(alpha, beta):
     total = sum(abs(a) for a in alpha.tolist())
     expected = [math.copysign(max(abs(a) - sigmoid(beta) * total, 0.0), a) for a in alpha.tolist()]
-    torch.testing.assert_close(non_competitive(alpha, beta).abs(), torch.tensor(expected, dtype=torch.float64).abs())
+    torch.testing.assert_close(
+        non_competitive(alpha, beta).abs(), torch.tensor(expected, dtype=torch.float64).abs()
+    )
     signs = torch.sign(non_competitive(alpha, beta))
     assert bool(((signs == 0) | (signs == torch.sign(alpha))).all())
 
@@ -43,12 +47,16 @@ def test_non_competitive_is_its_formula(alpha, beta):
 @settings(deadline=None)
 @given(numbers, betas, st.floats(0.01, 100))
 def test_zeros_do_not_change_with_scale_and_are_bounded(alpha, beta, c):
-    """The zero set belongs to the direction of alpha; fewer than 1 / sigma(beta) entries survive."""
+    """The zero set belongs to the direction of alpha; fewer than 1 / sigma(beta) entries
+    survive.
+    """
     near = ((alpha.abs() - torch.sigmoid(beta) * alpha.abs().sum()).abs() < 1e-9).any()
     if not near:  # on the threshold itself rounding decides
         assert torch.equal(non_competitive(alpha, beta) == 0, non_competitive(c * alpha, beta) == 0)
     assert int((non_competitive(alpha, beta) != 0).sum()) < 1 / sigmoid(beta)
-    assert int((non_competitive(alpha, beta, keep_one=True) != 0).sum()) >= min(1, int(alpha.abs().max() > 1e-300))
+    assert int((non_competitive(alpha, beta, keep_one=True) != 0).sum()) >= min(
+        1, int(alpha.abs().max() > 1e-300)
+    )
     rows = alpha.unsqueeze(1).expand(-1, 3)
     if not near and alpha.abs().min() > 1e-3:
         assert torch.equal(group(rows, beta) == 0, group(c * rows, beta) == 0)
@@ -71,7 +79,9 @@ def test_competitive_sums_to_one_and_keeps_its_largest(alpha, beta):
 @pytest.mark.parametrize("n", [1, 2, 7, 512])
 def test_equal_components_all_live_below_one_over_n_and_all_die_above(n):
     alpha = torch.ones(n, dtype=torch.float64)
-    below, above = (torch.tensor(math.log(s / (1 - s)), dtype=torch.float64) for s in (0.9 / (n + 1), 1 - 1e-9))
+    below, above = (
+        torch.tensor(math.log(s / (1 - s)), dtype=torch.float64) for s in (0.9 / (n + 1), 1 - 1e-9)
+    )
     assert bool((non_competitive(alpha, below) != 0).all())
     assert not non_competitive(alpha, torch.maximum(above, below + 40)).any()
     gate = Gate(n)
@@ -90,19 +100,27 @@ def test_gradients_away_from_kinks(function):
 
 @pytest.mark.parametrize("function", [group, exclusive])
 def test_gradients_of_groups(function):
-    weight = torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    beta = torch.tensor(-2.5 if function is group else [-2.5] * 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(
+        4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
+    beta = torch.tensor(
+        -2.5 if function is group else [-2.5] * 4, dtype=torch.float64, requires_grad=True
+    )
     assert torch.autograd.gradcheck(lambda w, b: function(w, b, "none"), (weight, beta))
 
 
 def test_closed_form_gradient():
-    """d a_i / d alpha_k = delta_ik - sigma(beta) sign_i sign_k for what is on, 0 for what is off."""
+    """d a_i / d alpha_k = delta_ik - sigma(beta) sign_i sign_k for what is on, 0 for what is
+    off.
+    """
     alpha = torch.tensor([0.9, -0.7, 0.01, 0.4], dtype=torch.float64, requires_grad=True)
     beta = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     jacobian = torch.autograd.functional.jacobian(lambda x: non_competitive(x, beta, "none"), alpha)
     sign, s = torch.sign(alpha.detach()), sigmoid(beta)
     on = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(jacobian, on[:, None] * (torch.eye(4) - s * sign[:, None] * sign[None, :]))
+    torch.testing.assert_close(
+        jacobian, on[:, None] * (torch.eye(4) - s * sign[:, None] * sign[None, :])
+    )
     slope = torch.autograd.functional.jacobian(lambda b: non_competitive(alpha, b, "none"), beta)
     torch.testing.assert_close(slope, -on * sign * s * (1 - s) * alpha.detach().abs().sum())
 
@@ -155,10 +173,15 @@ def test_elementwise_starts_with_most_weights_on(kind):
 
 
 def test_the_slope_of_the_p_norm_is_bounded():
-    """However small an entry is, its slope is that at one hundredth of the largest; the value is continuous there."""
+    """However small an entry is, its slope is that at one hundredth of the largest; the value is
+    continuous there.
+    """
     for tiny in (1e-3, 1e-6, 1e-12):
         a = torch.tensor([1.0, tiny], dtype=torch.float64, requires_grad=True)
         (g,) = torch.autograd.grad(p_norm(a, 0.5, root=False), a)
         assert float(g[1]) == pytest.approx(10)
-    edge = [p_norm(torch.tensor([1.0, x], dtype=torch.float64), 0.5, root=False) for x in (0.01 - 1e-9, 0.01 + 1e-9)]
+    edge = [
+        p_norm(torch.tensor([1.0, x], dtype=torch.float64), 0.5, root=False)
+        for x in (0.01 - 1e-9, 0.01 + 1e-9)
+    ]
     assert float(edge[0]) == pytest.approx(float(edge[1]), abs=1e-6)

@@ -26,10 +26,19 @@ from rewire.nn.layers.initial import INITS
 #: Each layer type with 12 x 20 or the like potential connections a weight, and its dense twin.
 LAYERS: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module]]] = {
     "linear": (lambda **o: SparseLinear(40, 60, **o), lambda: nn.Linear(40, 60)),
-    "conv": (lambda **o: SparseConv2d(8, 12, 3, groups=2, **o), lambda: nn.Conv2d(8, 12, 3, groups=2)),
+    "conv": (
+        lambda **o: SparseConv2d(8, 12, 3, groups=2, **o),
+        lambda: nn.Conv2d(8, 12, 3, groups=2),
+    ),
     "rnn": (lambda **o: SparseRNN(20, 30, 2, **o), lambda: nn.RNN(20, 30, 2)),
-    "lstm": (lambda **o: SparseLSTM(20, 30, proj_size=9, **o), lambda: nn.LSTM(20, 30, proj_size=9)),
-    "gru": (lambda **o: SparseGRU(20, 30, bidirectional=True, **o), lambda: nn.GRU(20, 30, bidirectional=True)),
+    "lstm": (
+        lambda **o: SparseLSTM(20, 30, proj_size=9, **o),
+        lambda: nn.LSTM(20, 30, proj_size=9),
+    ),
+    "gru": (
+        lambda **o: SparseGRU(20, 30, bidirectional=True, **o),
+        lambda: nn.GRU(20, 30, bidirectional=True),
+    ),
     "attention": (
         lambda **o: SparseMultiheadAttention(24, 3, kdim=40, vdim=30, **o),
         lambda: nn.MultiheadAttention(24, 3, kdim=40, vdim=30),
@@ -63,7 +72,9 @@ def test_a_row_is_drawn_as_one_of_the_dense_layer_with_as_many_inputs(name: str)
     bounds = dense_bounds(twin)
     for path, weight in pools(layer).items():
         rows, cols, values = weight.coo()
-        scaled = values.detach() * (weight.fan_in()[rows] / weight.matrix_shape[1]).sqrt() / bounds[path]
+        scaled = (
+            values.detach() * (weight.fan_in()[rows] / weight.matrix_shape[1]).sqrt() / bounds[path]
+        )
         assert scaled.abs().max() < 1.01
         assert float(scaled.square().mean()) == pytest.approx(1 / 3, rel=0.3)  # U(-1, 1)
         assert cols.numel() == weight.connections
@@ -79,7 +90,9 @@ def test_at_density_1_it_is_the_dense_layer(name: str) -> None:
             torch.testing.assert_close(mine, theirs)
     for path, bound in dense_bounds(LAYERS[name][1]).items():
         if path in pools(auto):
-            assert float(pools(auto)[path].values.detach().abs().max()) == pytest.approx(bound, rel=0.1)
+            assert float(pools(auto)[path].values.detach().abs().max()) == pytest.approx(
+                bound, rel=0.1
+            )
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -100,13 +113,17 @@ def test_drawing_again_and_from_a_generator(name: str, init: Any) -> None:
     values = {f"{path}.values" for path in pools(layer)}
     for path, parameter in layer.named_parameters():
         assert bool((parameter == 2.0).any()) == (path not in values)
-    with pytest.raises(ValueError, match="init must be one of 'auto', 'dense', 'sparse', not 'both'"):
+    with pytest.raises(
+        ValueError, match="init must be one of 'auto', 'dense', 'sparse', not 'both'"
+    ):
         layer.reset_parameters(init="both")
     with pytest.raises(ValueError, match="init must be one of"):
         LAYERS[name][0](density=0.2, init="both")
 
 
-@pytest.mark.parametrize(("init", "bound"), [("dense", 1 / math.sqrt(1000)), ("sparse", 1 / math.sqrt(16))])
+@pytest.mark.parametrize(
+    ("init", "bound"), [("dense", 1 / math.sqrt(1000)), ("sparse", 1 / math.sqrt(16))]
+)
 def test_one_bound_for_all_rows(init: Any, bound: float) -> None:
     layer = SparseLinear(1000, 500, connections=500 * 16, capacity=500 * 16 + 100, init=init)
     values = layer.weight.values.detach()
@@ -118,7 +135,9 @@ def test_one_bound_for_all_rows(init: Any, bound: float) -> None:
 
 
 def depth_profile(make: Callable[[], nn.Module], layers: int = 10, width: int = 400) -> Tensor:
-    """Mean squares of what each of ``layers`` layers gives, with ReLU between: (layers,), mean of three networks."""
+    """Mean squares of what each of ``layers`` layers gives, with ReLU between: (layers,), mean of
+    three networks.
+    """
     found = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -132,13 +151,17 @@ def depth_profile(make: Callable[[], nn.Module], layers: int = 10, width: int = 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("fan_in", [2, 5, 30])
-def test_signals_reach_the_end_of_a_deep_network_as_in_the_dense_one(fan_in: int, bias: bool) -> None:
+def test_signals_reach_the_end_of_a_deep_network_as_in_the_dense_one(
+    fan_in: int, bias: bool
+) -> None:
     dense = depth_profile(lambda: nn.Linear(400, 400, bias))
     auto = depth_profile(lambda: SparseLinear(400, 400, bias, connections=fan_in * 400))
     ratio = auto / dense
     assert ((ratio > 0.4) & (ratio < 2.5)).all(), ratio
     if not bias:  # what the rule is for: ten layers of the dense layer's values lose all of it
-        small = depth_profile(lambda: SparseLinear(400, 400, bias, connections=fan_in * 400, init="dense"))
+        small = depth_profile(
+            lambda: SparseLinear(400, 400, bias, connections=fan_in * 400, init="dense")
+        )
         assert small[-1] < 1e-6 * dense[-1]
 
 
@@ -159,7 +182,11 @@ def test_sparsify_draws_for_the_rows_there_are() -> None:
         rows, _, values = weight.coo()
         scaled = values.detach().abs() * weight.fan_in()[rows].sqrt()
         assert 0.98 < scaled.max() <= 1.0001
-        assert 0.98 < draw(limits=limits, init="dense").values.detach().abs().max() * 200**0.5 <= 1.0001
+        assert (
+            0.98
+            < draw(limits=limits, init="dense").values.detach().abs().max() * 200**0.5
+            <= 1.0001
+        )
     model = nn.Linear(20, 10)
     with pytest.raises(ValueError, match="init must be one of"):
         rewire.sparsify(model, density=0.5, init="both")  # type: ignore[arg-type]

@@ -26,7 +26,9 @@ def make(dtype: torch.dtype = torch.float32, bias: bool = True, **more: Any) -> 
     return layer
 
 
-def same_as_dense(layer: SparseLinear, dense: nn.Linear, x: Tensor, g: Tensor | None = None) -> None:
+def same_as_dense(
+    layer: SparseLinear, dense: nn.Linear, x: Tensor, g: Tensor | None = None
+) -> None:
     """Outputs and all gradients."""
     mine, theirs = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
     for module in (layer, dense):
@@ -103,7 +105,9 @@ def test_inplace_relu_between_layers(twin: Any) -> None:
     torch.testing.assert_close(model(x), dense(x))
     torch.testing.assert_close(a.bias.grad, dense[0].bias.grad)
     rows, cols = (t[a.weight.rows >= 0].long() for t in (a.weight.rows, a.weight.cols))
-    torch.testing.assert_close(a.weight.values.grad[a.weight.rows >= 0], dense[0].weight.grad[rows, cols])
+    torch.testing.assert_close(
+        a.weight.values.grad[a.weight.rows >= 0], dense[0].weight.grad[rows, cols]
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -112,17 +116,27 @@ def test_gradcheck(order: int) -> None:
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
 
     def product(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(layer, {"weight.values": values, "bias": bias}, (x,))
+        result: Tensor = torch.func.functional_call(
+            layer, {"weight.values": values, "bias": bias}, (x,)
+        )
         return result
 
-    inputs = (x, layer.weight.values.detach().clone().requires_grad_(), layer.bias.detach().clone().requires_grad_())
+    inputs = (
+        x,
+        layer.weight.values.detach().clone().requires_grad_(),
+        layer.bias.detach().clone().requires_grad_(),
+    )
     check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
     assert check(product, inputs)
 
 
 def test_shape_and_dtype_errors_are_clear() -> None:
     layer = make()
-    with pytest.raises(RuntimeError, match=r"x has shape \(3, 19\), but the layer takes \(\.\.\., 20\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"x has shape \(3, 19\), but the layer takes "
+        r"\(\.\.\., 20\)",
+    ):
         layer(torch.randn(3, 19))
     with pytest.raises(RuntimeError, match=r"x has shape \(\)"):
         layer(torch.tensor(1.0))
@@ -130,7 +144,7 @@ def test_shape_and_dtype_errors_are_clear() -> None:
         layer(torch.randn(3, 20, dtype=torch.float64))
 
 
-# --- initialisation --------------------------------------------------------------------------------------------------
+# --- initialisation -------------------------------------------------------------------------------
 
 
 def test_initialisation_at_density_1_is_that_of_linear() -> None:
@@ -142,7 +156,7 @@ def test_initialisation_at_density_1_is_that_of_linear() -> None:
         assert abs(float(drawn.detach().mean())) < 5 * bound / math.sqrt(3 * drawn.numel())
 
 
-# --- a rewire between forward and backward ---------------------------------------------------------------------------
+# --- a rewire between forward and backward --------------------------------------------------------
 
 
 def _rewire(layer: SparseLinear, dormant: Any) -> None:
@@ -158,7 +172,8 @@ def _deep_r(layer: SparseLinear, dormant: Any) -> None:
 
     optimizer = optim.SGD(layer.parameters(), lr=1.0)
     method = DeepR(layer, optimizer, noise=1.0, seed=1)
-    values = layer.weight.values.requires_grad_(True)  # a frozen layer is left alone, and nothing would change
+    # a frozen layer is left alone, and nothing would change
+    values = layer.weight.values.requires_grad_(True)
     values.grad = torch.zeros_like(values)
     optimizer.step()
     method.step()
@@ -171,7 +186,9 @@ CHANGES = {
     "grow": lambda layer, dormant: layer.weight.resize(300),
     "shrink": lambda layer, dormant: layer.weight.resize(layer.weight.connections),
     "load": _reload,
-    "load another K": lambda layer, dormant: layer.load_state_dict(SparseLinear(20, 30, connections=99).state_dict()),
+    "load another K": lambda layer, dormant: layer.load_state_dict(
+        SparseLinear(20, 30, connections=99).state_dict()
+    ),
     "DEEP R": _deep_r,
     "reset": lambda layer, dormant: layer.reset_parameters(),
     "native change of values": lambda layer, dormant: layer.weight.touched(),
@@ -194,8 +211,12 @@ def test_a_change_between_forward_and_backward_raises(name: str, needs: str, dor
     assert layer.weight.values.grad.shape == layer.weight.values.shape
 
 
-@pytest.mark.parametrize("name", [n for n in CHANGES if n not in ("reset", "native change of values")])
-def test_a_change_of_topology_before_backward_of_the_dense_form_raises(name: str, dormant: Any) -> None:
+@pytest.mark.parametrize(
+    "name", [n for n in CHANGES if n not in ("reset", "native change of values")]
+)
+def test_a_change_of_topology_before_backward_of_the_dense_form_raises(
+    name: str, dormant: Any
+) -> None:
     layer = make()
     y = layer.weight.to_dense()
     CHANGES[name](layer, dormant)
@@ -203,10 +224,12 @@ def test_a_change_of_topology_before_backward_of_the_dense_form_raises(name: str
         y.sum().backward()
 
 
-# --- training like any other layer -----------------------------------------------------------------------------------
+# --- training like any other layer ----------------------------------------------------------------
 
 
-def pair(twin: Any, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, nn.Sequential, list[Tensor]]:
+def pair(
+    twin: Any, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Sequential, nn.Sequential, list[Tensor]]:
     """A sparse model, its dense twin, and the masks that keep the twin sparse."""
     sparse = nn.Sequential(make(dtype), nn.Tanh(), SparseLinear(30, 5, density=0.3, dtype=dtype))
     dense = nn.Sequential(twin(sparse[0]), nn.Tanh(), twin(sparse[2]))
@@ -280,12 +303,16 @@ def test_grad_scaler_with_a_skipped_step(twin: Any) -> None:
             scaler.step(optimizer)
             scaler.update()
             if not x.isfinite().all():
-                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+                assert all(
+                    torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+                )
             scales[which].append(scaler.get_scale())
     assert scales[0] == scales[1]
     assert scales[0][2] < scales[0][1]  # the step was skipped indeed
     for i in (0, 2):
-        torch.testing.assert_close(sparse[i].weight.to_dense(), dense[i].weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            sparse[i].weight.to_dense(), dense[i].weight, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_autocast(twin: Any) -> None:
@@ -356,7 +383,9 @@ def test_capture_keeps_inputs_and_gradients() -> None:
 def test_no_warnings_in_a_whole_training_step() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = nn.Sequential(make(), nn.BatchNorm1d(30), nn.Dropout(0.5), nn.GELU(), SparseLinear(30, 5, density=0.2))
+        model = nn.Sequential(
+            make(), nn.BatchNorm1d(30), nn.Dropout(0.5), nn.GELU(), SparseLinear(30, 5, density=0.2)
+        )
         optimizer = optim.AdamW(model.parameters())
         F.cross_entropy(model(torch.randn(8, 20)), torch.randint(0, 5, (8,))).backward()
         optimizer.step()

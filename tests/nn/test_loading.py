@@ -49,7 +49,9 @@ def test_round_trip_through_safetensors(check_pool: Any) -> None:
 
 def test_a_file_of_another_dtype_and_index_width(check_pool: Any) -> None:
     source, target = make(dtype=torch.float64), make()
-    state = source.state_dict() | {k: source.state_dict()[k].long() for k in ("weight.rows", "weight.cols")}
+    state = source.state_dict() | {
+        k: source.state_dict()[k].long() for k in ("weight.rows", "weight.cols")
+    }
     target.load_state_dict(state)
     check_pool(target.weight)
     assert target.weight.dtype == torch.float32
@@ -96,21 +98,53 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "column out of range": (changed("weight.cols", put(0, 6)), r"connection \(\d, 6\) is outside"),
     "half-empty slot": (changed("weight.cols", put(0, -1)), r"connection \(\d, -1\) is outside"),
-    "far beyond": (changed("weight.cols", lambda t: put(0, 2**40)(t.long())), r"1099511627776\) is outside"),
+    "far beyond": (
+        changed("weight.cols", lambda t: put(0, 2**40)(t.long())),
+        r"1099511627776\) "
+        r"is outside",
+    ),
     "duplicate": (duplicate, r"weight: connection \(\d, \d\) occurs more than once"),
     "other lengths": (changed("weight.rows", lambda t: t[:-1]), "1-D and equally long"),
     "2-D values": (changed("weight.values", lambda t: t[None]), "1-D and equally long"),
-    "positions that are no integers": (changed("weight.rows", lambda t: t.float()), "rows and cols must be integers"),
-    "values that are integers": (changed("weight.values", lambda t: t.long()), "values floating-point"),
-    "another shape": (changed("weight.shape", put(0, 7)), r"saved with shape \(7, 6\), but this weight is \(5, 6\)"),
-    "complex positions": (changed("weight.rows", lambda t: t.to(torch.complex64)), "rows and cols must be integers"),
-    "a shape of one number": (changed("weight.shape", lambda t: t[0]), r"saved with shape \(5,\), but this weight"),
-    "limits of one number": (lambda s: s | {"weight.limits": torch.tensor(5)}, "limits are five numbers, not 1"),
+    "positions that are no integers": (
+        changed("weight.rows", lambda t: t.float()),
+        "rows and cols must be integers",
+    ),
+    "values that are integers": (
+        changed("weight.values", lambda t: t.long()),
+        "values floating-point",
+    ),
+    "another shape": (
+        changed("weight.shape", put(0, 7)),
+        r"saved with shape \(7, 6\), but this "
+        r"weight is \(5, 6\)",
+    ),
+    "complex positions": (
+        changed("weight.rows", lambda t: t.to(torch.complex64)),
+        "rows and cols must be integers",
+    ),
+    "a shape of one number": (
+        changed("weight.shape", lambda t: t[0]),
+        r"saved with shape \(5,\), but this "
+        r"weight",
+    ),
+    "limits of one number": (
+        lambda s: s | {"weight.limits": torch.tensor(5)},
+        "limits are five numbers, not 1",
+    ),
     "no rows": (without("weight.rows"), r"topology is incomplete, weight.rows is missing"),
     "no topology": (without("weight.rows", "weight.cols"), r"weight.rows, weight.cols is missing"),
     "no values": (without("weight.values"), r"weight.values is missing"),
-    "a dense checkpoint": (dense_form, r"weight is dense, and .* saved as values, rows and cols: .* rewire.sparsify"),
-    "nothing of it": (without("weight.values", "weight.rows", "weight.cols"), r'Missing key.*"weight.values"'),
+    "a dense checkpoint": (
+        dense_form,
+        r"weight is dense, and .* saved as values, rows and cols: .* "
+        r"rewire.sparsify",
+    ),
+    "nothing of it": (
+        without("weight.values", "weight.rows", "weight.cols"),
+        r"Missing "
+        r'key.*"weight.values"',
+    ),
     "something else": (lambda s: s | {"weight.mask": s["bias"]}, r'Unexpected key.*"weight.mask"'),
 }
 
@@ -154,7 +188,8 @@ def test_strict_false() -> None:
     assert torch.equal(target.bias, source.bias)
     target.load_state_dict(source.state_dict() | {"weight.mask": torch.ones(1)}, strict=False)
     assert torch.equal(target.weight.to_dense(), source.weight.to_dense())
-    for spoil in (without("weight.rows"), duplicate, dense_form):  # what is there must still be whole
+    # what is there must still be whole
+    for spoil in (without("weight.rows"), duplicate, dense_form):
         with pytest.raises(RuntimeError):
             target.load_state_dict(spoil(source.state_dict()), strict=False)
 
@@ -207,7 +242,9 @@ def test_gradients_of_connections_that_are_gone_do_not_stay() -> None:
 @pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.Adagrad, optim.Rprop])
 @pytest.mark.parametrize("k", [10, 13])
 @pytest.mark.parametrize("model_first", [True, False])
-def test_order_of_loading_model_and_optimizer_does_not_matter(kind: Any, k: int, model_first: bool) -> None:
+def test_order_of_loading_model_and_optimizer_does_not_matter(
+    kind: Any, k: int, model_first: bool
+) -> None:
     """Continue a run of K = k in a fresh model whose K is 10 (or that has trained already)."""
     torch.manual_seed(1)
     x, y = torch.randn(8, 6), torch.randn(8, 5)

@@ -1,4 +1,6 @@
-"""A layer of 4 * 10^10 potential connections lives in memory that a thousandth of them would not fit into."""
+"""A layer of 4 * 10^10 potential connections lives in memory that a thousandth of them would not
+fit into.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,13 @@ def test_nothing_allocates_rows_times_cols(native: str) -> None:
     source = Path(__file__).parents[2] / "src"
     environment = os.environ | {"REWIRE_NATIVE": native, "PYTHONPATH": str(source)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    # Pool, index, momentum, signs, gradients, a second layer, the file: some 20 numbers a connection, 20 a row.
-    # rows x cols would be 40,000 MB as bytes and 5,000 MB as bits.
+    # Pool, index, momentum, signs, gradients, a second layer, the file: some 20 numbers a
+    # connection, 20 a row. rows x cols would be 40,000 MB as bytes and 5,000 MB as bits.
     assert int(done.stdout) < 700

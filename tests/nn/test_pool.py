@@ -17,7 +17,7 @@ from torch import nn
 from rewire.nn import Event, SparseLinear, SparseWeight
 from rewire.topology import TopologyError
 
-# --- construction ----------------------------------------------------------------------------------------------------
+# --- construction ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (4, 3, 2, 2), (1, 1)])
@@ -74,7 +74,10 @@ def test_generator_decides() -> None:
         return SparseLinear(20, 30, density=0.1, generator=torch.Generator().manual_seed(seed))
 
     a, b, c = draw(1), draw(1), draw(2)
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
     assert a.weight.fingerprint() == b.weight.fingerprint() != c.weight.fingerprint()
     torch.manual_seed(5)
     d = SparseLinear(20, 30, density=0.1)
@@ -108,11 +111,15 @@ def test_to_dense_is_differentiable() -> None:
     assert torch.equal(weight.values.grad, expected)
 
 
-# --- from_coo, from_dense --------------------------------------------------------------------------------------------
+# --- from_coo, from_dense -------------------------------------------------------------------------
 
 
 def test_from_coo_keeps_slots(check_pool: Any) -> None:
-    rows, cols, values = torch.tensor([2, 0, 2]), torch.tensor([1, 3, 0]), torch.tensor([1.0, 2.0, 3.0])
+    rows, cols, values = (
+        torch.tensor([2, 0, 2]),
+        torch.tensor([1, 3, 0]),
+        torch.tensor([1.0, 2.0, 3.0]),
+    )
     weight = SparseWeight.from_coo((3, 4), rows, cols, values, capacity=5)
     check_pool(weight)
     assert weight.rows.tolist() == [2, 0, 2, -1, -1]
@@ -120,7 +127,10 @@ def test_from_coo_keeps_slots(check_pool: Any) -> None:
     dense = torch.zeros(3, 4)
     dense[rows, cols] = values
     assert torch.equal(weight.to_dense(), dense)
-    assert SparseWeight.from_coo((3, 4), rows, cols, values, dtype=torch.float64).dtype is torch.float64
+    assert (
+        SparseWeight.from_coo((3, 4), rows, cols, values, dtype=torch.float64).dtype
+        is torch.float64
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +159,8 @@ def test_from_dense(check_pool: Any) -> None:
     check_pool(every)
     assert every.connections == 4
     assert torch.equal(every.to_dense(), dense)
-    largest = SparseWeight.from_dense(dense, connections=3, capacity=5)  # a tie of 1 and -1: the first position wins
+    # a tie of 1 and -1: the first position wins
+    largest = SparseWeight.from_dense(dense, connections=3, capacity=5)
     check_pool(largest)
     assert torch.equal(largest.to_dense(), torch.tensor([[0.0, -3.0, 1.0], [2.0, 0.0, 0.0]]))
     kernel = torch.randn(3, 2, 5, 5)
@@ -162,7 +173,7 @@ def test_from_dense(check_pool: Any) -> None:
         SparseWeight.from_dense(dense, connections=7)
 
 
-# --- rewire ----------------------------------------------------------------------------------------------------------
+# --- rewire ---------------------------------------------------------------------------------------
 
 
 def test_rewire_changes_its_slots_and_nothing_else(dormant: Any, check_pool: Any) -> None:
@@ -195,7 +206,8 @@ def test_rewire_changes_its_slots_and_nothing_else(dormant: Any, check_pool: Any
     assert event.source is None
     assert not event.loaded
     handle.remove()
-    weight.rewire(slots[:1], torch.tensor([-1]), torch.tensor([-1]), 5.0)  # empty it, whatever the value said
+    # empty it, whatever the value said
+    weight.rewire(slots[:1], torch.tensor([-1]), torch.tensor([-1]), 5.0)
     check_pool(weight)
     assert weight.connections == 30
     assert len(events) == 1
@@ -209,7 +221,11 @@ def test_values_of_new_connections(dormant: Any) -> None:
     assert weight.values.tolist() == [0.25, 1, 1, 1, 0.25, 0, 0, 0]
     weight.rewire(slots, *dormant(weight, 2))
     assert weight.values.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
-    weight.rewire(slots.int(), *(t.int() for t in dormant(weight, 2)), torch.tensor([2.0, 3.0], dtype=torch.float64))
+    weight.rewire(
+        slots.int(),
+        *(t.int() for t in dormant(weight, 2)),
+        torch.tensor([2.0, 3.0], dtype=torch.float64),
+    )
     assert weight.values.tolist() == [2, 1, 1, 1, 3, 0, 0, 0]
 
 
@@ -218,7 +234,12 @@ def test_swapping_positions_between_slots(check_pool: Any) -> None:
     nn.init.normal_(weight.values)
     before = weight.to_dense().detach().clone()
     slots = torch.tensor([2, 8])
-    weight.rewire(slots, weight.rows[slots.flip(0)], weight.cols[slots.flip(0)], weight.values.detach()[slots.flip(0)])
+    weight.rewire(
+        slots,
+        weight.rows[slots.flip(0)],
+        weight.cols[slots.flip(0)],
+        weight.values.detach()[slots.flip(0)],
+    )
     check_pool(weight)
     assert torch.equal(weight.to_dense(), before)
 
@@ -227,7 +248,10 @@ def test_an_error_changes_nothing(dormant: Any, check_pool: Any) -> None:
     weight = SparseWeight((5, 6), 10, capacity=12)
     nn.init.ones_(weight.values).data.masked_fill_(weight.rows < 0, 0)
     weight.values.grad = torch.ones(12)
-    before = [t.clone() for t in (weight.values, weight.rows, weight.cols, weight.values.grad, *weight.index)]
+    before = [
+        t.clone()
+        for t in (weight.values, weight.rows, weight.cols, weight.values.grad, *weight.index)
+    ]
     events: list[Event] = []
     weight.follow(events.append)
     r, c = dormant(weight, 2)
@@ -265,7 +289,7 @@ def test_rewiring_nothing_tells_nobody() -> None:
     assert not events
 
 
-# --- resize, reorder -------------------------------------------------------------------------------------------------
+# --- resize, reorder ------------------------------------------------------------------------------
 
 
 def test_resize_keeps_the_weight(check_pool: Any) -> None:
@@ -307,7 +331,10 @@ def test_reorder_is_a_permutation(check_pool: Any) -> None:
     weight.values.grad = torch.arange(13.0) * (weight.rows >= 0)
     dense = weight.to_dense().detach().clone()
     at = {
-        (r, c): g for r, c, g in zip(*(t.tolist() for t in (weight.rows, weight.cols, weight.values.grad)), strict=True)
+        (r, c): g
+        for r, c, g in zip(
+            *(t.tolist() for t in (weight.rows, weight.cols, weight.values.grad)), strict=True
+        )
     }
     weight.reorder()
     check_pool(weight)
@@ -315,7 +342,9 @@ def test_reorder_is_a_permutation(check_pool: Any) -> None:
     keys = (weight.rows * 6 + weight.cols)[:10]
     assert torch.equal(keys, keys.sort().values)
     assert (weight.rows[10:] == -1).all()
-    for r, c, g in zip(*(t.tolist() for t in (weight.rows, weight.cols, weight.values.grad)), strict=True):
+    for r, c, g in zip(
+        *(t.tolist() for t in (weight.rows, weight.cols, weight.values.grad)), strict=True
+    ):
         assert g == (at[r, c] if r >= 0 else 0)
 
 
@@ -337,7 +366,7 @@ def test_a_pool_without_connections(check_pool: Any) -> None:
         assert weight.to_dense().sum() == 2
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 def _through_torch_save(layer: nn.Module) -> nn.Module:
@@ -348,8 +377,12 @@ def _through_torch_save(layer: nn.Module) -> nn.Module:
     return loaded
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _through_torch_save])
-def test_copies_are_independent_and_have_no_followers(way: Any, dormant: Any, check_pool: Any) -> None:
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _through_torch_save]
+)
+def test_copies_are_independent_and_have_no_followers(
+    way: Any, dormant: Any, check_pool: Any
+) -> None:
     layer = SparseLinear(6, 5, connections=10, capacity=12)
     events: list[Event] = []
     layer.weight.follow(events.append)
@@ -396,7 +429,9 @@ def test_meta_device_and_back(twin: Any, check_pool: Any) -> None:
 
 def test_repr_tells_the_budget() -> None:
     layer = SparseLinear(784, 300, connections=2352, bias=False)
-    assert "in_features=784, out_features=300, bias=False, connections=2352, density=0.01" in repr(layer)
+    assert (
+        "in_features=784, out_features=300, bias=False, connections=2352, density=0.01"
+    ) in repr(layer)
     assert "capacity=20" in repr(SparseWeight((5, 6), 10, capacity=20))
 
 
@@ -411,7 +446,9 @@ def test_deferred_initialisation_draws_the_topology() -> None:
 
 
 def test_a_rewire_under_activation_checkpointing_raises() -> None:
-    """Checkpointing computes saved tensors again, with the new topology: autograd's own check does not see it."""
+    """Checkpointing computes saved tensors again, with the new topology: autograd's own check does
+    not see it.
+    """
     from torch.utils.checkpoint import checkpoint
 
     layer = SparseLinear(20, 15, connections=60, capacity=70)
@@ -433,7 +470,9 @@ def test_a_rewire_under_activation_checkpointing_raises() -> None:
         (torch.zeros(2), "as many as slots"),
     ],
 )
-def test_values_that_cannot_be_are_refused_before_anything_changes(values: Any, message: str, dormant: Any) -> None:
+def test_values_that_cannot_be_are_refused_before_anything_changes(
+    values: Any, message: str, dormant: Any
+) -> None:
     weight = SparseWeight((8, 6), connections=12)
     before = {name: t.clone() for name, t in weight.state_dict().items()}
     with pytest.raises(TopologyError, match=message):
@@ -456,6 +495,8 @@ def test_loading_from_the_meta_device_changes_nothing(name: str) -> None:
     before = {n: t.clone() for n, t in weight.state_dict().items()}
     state = SparseWeight((8, 6), connections=12).state_dict()
     state[name] = state[name].to("meta")
-    with pytest.raises(RuntimeError, match=f"{name} must be an ordinary tensor, not one on the meta device"):
+    with pytest.raises(
+        RuntimeError, match=f"{name} must be an ordinary tensor, not one on the meta device"
+    ):
         weight.load_state_dict(state)
     assert all(torch.equal(t, before[n]) for n, t in weight.state_dict().items())

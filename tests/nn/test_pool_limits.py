@@ -27,7 +27,11 @@ def test_drawn_within_and_shown() -> None:
 
 
 def test_what_cannot_be_is_refused_with_the_limits() -> None:
-    with pytest.raises(ValueError, match=r"25 connections do not fit a 8 x 10 matrix within fan-in 3, .*at most 24 do"):
+    with pytest.raises(
+        ValueError,
+        match=r"25 connections do not fit a 8 x 10 matrix within "
+        r"fan-in 3, .*at most 24 do",
+    ):
         SparseWeight((8, 10), 25, limits=LIMITS)
     with pytest.raises(ValueError, match="at most 24"):
         SparseLinear(10, 8, density=0.5, limits=LIMITS)
@@ -38,7 +42,9 @@ def test_what_cannot_be_is_refused_with_the_limits() -> None:
 
 
 def test_a_change_that_breaks_them_is_taken_back() -> None:
-    weight = SparseWeight.from_coo((4, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    weight = SparseWeight.from_coo(
+        (4, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([1.0, 2.0])
+    )
     weight.restrict(Limits(fan_in=1))
     before = copy.deepcopy(weight.state_dict())
     with pytest.raises(TopologyError, match=r"row 0 has 1 connections more .* fan-in 1"):
@@ -92,13 +98,22 @@ def test_sparsify_within_limits() -> None:
     with pytest.raises(ValueError, match=r"0.weight: 160 connections .* at most 16"):
         rewire.sparsify(nn.Sequential(nn.Linear(20, 16)), density=0.5, limits=Limits(fan_in=1))
     with pytest.raises(ValueError, match="'1' of limits= matches no layer"):
-        rewire.sparsify(nn.Sequential(nn.Linear(20, 16)), density=0.5, limits={"1": Limits(fan_in=1)})
+        rewire.sparsify(
+            nn.Sequential(nn.Linear(20, 16)), density=0.5, limits={"1": Limits(fan_in=1)}
+        )
     with pytest.raises(ValueError, match="select='random'"):
-        rewire.sparsify(nn.Sequential(nn.Linear(20, 16)), density=0.5, limits=Limits(fan_in=1), select="magnitude")
+        rewire.sparsify(
+            nn.Sequential(nn.Linear(20, 16)),
+            density=0.5,
+            limits=Limits(fan_in=1),
+            select="magnitude",
+        )
 
 
 def test_regrowing_blindly_is_refused() -> None:
     weight = SparseWeight((8, 10), 20, limits=LIMITS)
     signs = torch.ones(20, dtype=torch.int8)
     with pytest.raises(ValueError, match="limited to fan-in 3"), torch.no_grad():
-        weight.regrow(torch.tensor([0]), signs, seed=0, step=0, grow_stream=1, sign_stream=2, fixed=True)
+        weight.regrow(
+            torch.tensor([0]), signs, seed=0, step=0, grow_stream=1, sign_stream=2, fixed=True
+        )

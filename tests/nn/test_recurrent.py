@@ -29,7 +29,9 @@ def build(kind, *sizes, **options):
 
 
 def dense_twin(layer):
-    """PyTorch's layer with the same weights; made by `densify`, whose constructor arguments are checked elsewhere."""
+    """PyTorch's layer with the same weights; made by `densify`, whose constructor arguments are
+    checked elsewhere.
+    """
     return densify(nn.Sequential(copy.deepcopy(layer)))[0]
 
 
@@ -37,13 +39,21 @@ def tensors(result):
     """Everything that came out, as plain tensors."""
     if isinstance(result, PackedSequence):
         return [result.data]
-    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in tensors(part)]
+    return (
+        [result]
+        if isinstance(result, torch.Tensor)
+        else [t for part in result for t in tensors(part)]
+    )
 
 
 def gradients(layer, inputs, result):
-    """Of all inputs and parameters, for fixed gradients of all that came out; pools' as dense tensors by name."""
+    """Of all inputs and parameters, for fixed gradients of all that came out; pools' as dense
+    tensors by name.
+    """
     g = torch.Generator().manual_seed(1)
-    loss = sum((t * torch.randn(t.shape, generator=g, dtype=t.dtype)).sum() for t in tensors(result))
+    loss = sum(
+        (t * torch.randn(t.shape, generator=g, dtype=t.dtype)).sum() for t in tensors(result)
+    )
     layer.zero_grad()
     for x in inputs:
         x.grad = None
@@ -62,7 +72,9 @@ def assert_same_gradients(layer, mine, dense):
             weight = layer.get_submodule(name)
             slots = weight.active()
             at = expected[weight.rows[slots].long(), weight.cols[slots].long()]
-            torch.testing.assert_close(mine[f"{name}.values"][slots], at, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                mine[f"{name}.values"][slots], at, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def initial(layer, batch, dtype=torch.float64):
@@ -95,14 +107,22 @@ def compare(layer, x, hx=None):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_equals_the_twin(kind, bidirectional, num_layers, bias):
     for batch_first, given in itertools.product((False, True), (False, True)):
-        layer = build(kind, num_layers=num_layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first)
+        layer = build(
+            kind,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            bias=bias,
+            batch_first=batch_first,
+        )
         x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
         compare(layer, x, initial(layer, 4 if batch_first else 3) if given else None)
 
 
 @all_kinds
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("lengths", [[5, 3, 3, 1], [2, 5, 1, 5], [4, 4, 4, 4]], ids=["sorted", "unsorted", "equal"])
+@pytest.mark.parametrize(
+    "lengths", [[5, 3, 3, 1], [2, 5, 1, 5], [4, 4, 4, 4]], ids=["sorted", "unsorted", "equal"]
+)
 def test_packed_sequences(kind, bidirectional, lengths):
     layer = build(kind, num_layers=2, bidirectional=bidirectional)
     x = torch.randn(5, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -177,7 +197,8 @@ def test_dropout_acts_between_layers_in_training():
     twin = dense_twin(layer)
     x = torch.randn(4, 3, 5)
     assert twin.dropout == 1.0
-    torch.testing.assert_close(layer(x), twin(x))  # all of the first layer's output is dropped in both
+    # all of the first layer's output is dropped in both
+    torch.testing.assert_close(layer(x), twin(x))
     torch.testing.assert_close(layer.eval()(x), twin.eval()(x))
     some = SparseGRU(5, 6, 2, dropout=0.5, density=0.5)
     assert not torch.equal(some(x)[0], some(x)[0])
@@ -190,7 +211,9 @@ def test_dropout_acts_between_layers_in_training():
 def test_names_are_those_of_pytorch(kind):
     layer = build(kind, num_layers=2, bidirectional=True)
     twin = dense_twin(layer)
-    assert list(layer.weight_shapes()) == [n for n, _ in twin.named_parameters() if n.startswith("weight")]
+    assert list(layer.weight_shapes()) == [
+        n for n, _ in twin.named_parameters() if n.startswith("weight")
+    ]
     assert [n for n, p in twin.named_parameters() if p.dim() == 1] == layer.bias_names()
     for name, shape in layer.weight_shapes().items():
         assert isinstance(getattr(layer, name), SparseWeight)
@@ -202,7 +225,11 @@ def test_budgets():
         return [w.connections for _, w in sparse_weights(SparseLSTM(10, 8, proj_size=4, **budget))]
 
     assert counts(connections=[3, 4, 5]) == [3, 4, 5]
-    assert counts(connections={"weight_hr_l0": 5, "weight_ih_l0": 3, "weight_hh_l0": 4}) == [3, 4, 5]
+    assert counts(connections={"weight_hr_l0": 5, "weight_ih_l0": 3, "weight_hh_l0": 4}) == [
+        3,
+        4,
+        5,
+    ]
     assert counts(density=[0.5, 0.25, 1.0]) == [160, 32, 32]
     assert counts(density=0.5, distribution="uniform") == [160, 64, 16]
     assert sum(counts(connections=100)) == 100
@@ -228,28 +255,41 @@ def test_errors_say_what_is_wrong():
             layer(torch.randn(shape))
     with pytest.raises(RuntimeError, match="no steps"):
         layer(torch.randn(0, 3, 5))
-    with pytest.raises(RuntimeError, match=r"initial states must have the shapes \[\(1, 3, 6\), \(1, 3, 6\)\]"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"initial states must have the shapes \[\(1, 3, 6\), "
+        r"\(1, 3, 6\)\]",
+    ):
         layer(torch.randn(4, 3, 5), (torch.zeros(1, 3, 6), torch.zeros(1, 2, 6)))
     with pytest.raises(RuntimeError, match="a 3-D input needs 3-D initial states, not 2-D, 2-D"):
         layer(torch.randn(4, 3, 5), (torch.zeros(1, 6), torch.zeros(1, 6)))
-    with pytest.raises(RuntimeError, match=r"x is torch.float64 but the weight's values are torch.float32"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"x is torch.float64 but the weight's values are "
+        r"torch.float32",
+    ):
         layer(torch.randn(4, 3, 5).double())
     for options, message in [
-        ({"hidden_size": 0}, "hidden_size"), ({"num_layers": 0}, "num_layers"), ({"dropout": 1.5}, "dropout"),
-        ({"proj_size": 6}, "proj_size"), ({"proj_size": -1}, "proj_size"),
-    ]:  # fmt: skip
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"proj_size": 6}, "proj_size"),
+        ({"proj_size": -1}, "proj_size"),
+    ]:
         with pytest.raises(ValueError, match=message):
             SparseLSTM(**({"input_size": 5, "hidden_size": 6, "density": 0.5} | options))
     with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', not 'sin'"):
         SparseRNN(5, 6, nonlinearity="sin", density=0.5)
 
 
-# --- states, copies, compilers ----------------------------------------------------------------------------------------
+# --- states, copies, compilers --------------------------------------------------------------------
 
 
 def test_state_dict_copy_and_seed():
     def make(seed):
-        return SparseGRU(5, 6, bidirectional=True, density=0.3, generator=torch.Generator().manual_seed(seed))
+        return SparseGRU(
+            5, 6, bidirectional=True, density=0.3, generator=torch.Generator().manual_seed(seed)
+        )
 
     first, same, other = make(1), make(1), make(2)
     x = torch.randn(4, 3, 5)
@@ -284,7 +324,9 @@ def test_capture_sums_to_the_gradient(kind):
     tensors(layer(x))[0].square().sum().backward()
     for name, weight in weights.items():
         assert len(weight.capture) == 1
-        assert all(t.stride(0) == 1 and not t.requires_grad for p in weight.capture for t in (p.x, p.g))
+        assert all(
+            t.stride(0) == 1 and not t.requires_grad for p in weight.capture for t in (p.x, p.g)
+        )
         dense = sum(p.g.t() @ p.x for p in weight.capture)
         rows, cols, _ = weight.coo()
         torch.testing.assert_close(dense[rows, cols], weight.values.grad[weight.active()], msg=name)
@@ -298,7 +340,9 @@ def test_autocast_narrows_results_only(kind):
     packed = pack_padded_sequence(x, [4, 4, 4])
     with torch.autocast("cpu", torch.bfloat16):
         narrow = (
-            layer(x.bfloat16(), tuple(torch.zeros_like(t) for t in expected[1])) if kind == "projected" else layer(x)
+            layer(x.bfloat16(), tuple(torch.zeros_like(t) for t in expected[1]))
+            if kind == "projected"
+            else layer(x)
         )
         (from_packed, _) = layer(packed)
     for a, b in zip(tensors(narrow), tensors(expected), strict=True):
@@ -309,8 +353,11 @@ def test_autocast_narrows_results_only(kind):
     assert layer.weight_hh_l0.values.grad.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
-@pytest.mark.parametrize(("kind", "backend"), [("gru", "aot_eager"), ("projected", "aot_eager"), ("lstm", "inductor")])
+# torch's compiler calls what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("gru", "aot_eager"), ("projected", "aot_eager"), ("lstm", "inductor")]
+)
 def test_compiles(kind, backend):
     torch._dynamo.reset()
     layer = build(kind, bidirectional=True, batch_first=True)
@@ -331,7 +378,9 @@ def test_exports_with_a_dynamic_batch(kind):
     layer = build(kind, bidirectional=True)
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = ({1: batch},)
-    program = torch.export.export(layer, (torch.randn(3, 2, 5, dtype=torch.float64),), dynamic_shapes=shapes)
+    program = torch.export.export(
+        layer, (torch.randn(3, 2, 5, dtype=torch.float64),), dynamic_shapes=shapes
+    )
     x = torch.randn(3, 7, 5, dtype=torch.float64)
     for a, b in zip(tensors(program.module()(x)), tensors(layer(x)), strict=True):
         torch.testing.assert_close(a, b)

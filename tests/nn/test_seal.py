@@ -1,4 +1,6 @@
-"""Positions that are written behind a pool's back: the next forward pass says so, unless they are what they were."""
+"""Positions that are written behind a pool's back: the next forward pass says so, unless they are
+what they were.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import rewire
-from rewire.nn import SparseConv1d, SparseGRU, SparseLinear, SparseMultiheadAttention, SparseWeight, sparse_weights
+from rewire.nn import (
+    SparseConv1d,
+    SparseGRU,
+    SparseLinear,
+    SparseMultiheadAttention,
+    SparseWeight,
+    sparse_weights,
+)
 from rewire.topology import TopologyError
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
@@ -22,13 +31,18 @@ X = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
 def make(seed: int = 0) -> nn.Sequential:
     g = torch.Generator().manual_seed(seed)
     return nn.Sequential(
-        SparseLinear(12, 10, density=0.3, generator=g), nn.BatchNorm1d(10), nn.ReLU(),
+        SparseLinear(12, 10, density=0.3, generator=g),
+        nn.BatchNorm1d(10),
+        nn.ReLU(),
         SparseLinear(10, 4, density=0.5, generator=g),
-    )  # fmt: skip
+    )
 
 
 def train(
-    model: nn.Module, optimizer: optim.Optimizer, method: rewire.methods.Method, after: Callable[[], object]
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    method: rewire.methods.Method,
+    after: Callable[[], object],
 ) -> None:
     """Twelve steps, rewired (or not) after every fourth."""
     for step in range(12):
@@ -55,7 +69,11 @@ def values_and_then_buffers(average: nn.Module, model: nn.Module) -> None:
 
 
 def everything(average: nn.Module, model: nn.Module) -> None:
-    for a, b in zip([*average.parameters(), *average.buffers()], [*model.parameters(), *model.buffers()], strict=True):
+    for a, b in zip(
+        [*average.parameters(), *average.buffers()],
+        [*model.parameters(), *model.buffers()],
+        strict=True,
+    ):
         a.copy_(b)
 
 
@@ -63,13 +81,25 @@ BY_HAND = [over_state_dict, values_and_then_buffers, everything]
 
 
 @pytest.mark.parametrize("method", ["static", "set", "deep-r", "rigl"])
-@pytest.mark.parametrize("way", [*BY_HAND, False, True], ids=lambda w: getattr(w, "__name__", f"AveragedModel-{w}"))
-def test_averages_are_refused_where_connections_have_moved(method: str, way: Callable[..., None] | bool) -> None:
+@pytest.mark.parametrize(
+    "way", [*BY_HAND, False, True], ids=lambda w: getattr(w, "__name__", f"AveragedModel-{w}")
+)
+def test_averages_are_refused_where_connections_have_moved(
+    method: str, way: Callable[..., None] | bool
+) -> None:
     model = make()
-    options = {"every": 4} if method == "rigl" else {"l1": 0.05, "noise": 0.1} if method == "deep-r" else {}
+    options = (
+        {"every": 4}
+        if method == "rigl"
+        else {"l1": 0.05, "noise": 0.1}
+        if method == "deep-r"
+        else {}
+    )
     optimizer = optim.SGD(model.parameters(), 0.1)
     acting = rewire.methods.create(method, model, optimizer, seed=0, **options)
-    averaged = AveragedModel(model, use_buffers=way) if isinstance(way, bool) else copy.deepcopy(model)
+    averaged = (
+        AveragedModel(model, use_buffers=way) if isinstance(way, bool) else copy.deepcopy(model)
+    )
 
     @torch.no_grad()
     def average() -> None:
@@ -87,7 +117,13 @@ def test_averages_are_refused_where_connections_have_moved(method: str, way: Cal
         copy.deepcopy(averaged)
     inner = averaged.module if isinstance(way, bool) else averaged
     weight = inner[0].weight
-    for read in (weight.to_dense, weight.coo, weight.reorder, lambda: weight.resize(60), lambda: averaged.to("cpu")):
+    for read in (
+        weight.to_dense,
+        weight.coo,
+        weight.reorder,
+        lambda: weight.resize(60),
+        lambda: averaged.to("cpu"),
+    ):
         with pytest.raises(TopologyError, match="written behind its back"):
             read()
     inner.load_state_dict(model.state_dict())
@@ -141,7 +177,9 @@ def test_other_tensors_for_the_same_topology_are_fine() -> None:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     clones = {name: t.detach().clone() for name, t in tensors.items()}
     assert torch.equal(functional_call(model, clones, (X,)), y)
-    assert torch.equal(functional_call(model, {k: v for k, v in clones.items() if "_" not in k}, (X,)), y)
+    assert torch.equal(
+        functional_call(model, {k: v for k, v in clones.items() if "_" not in k}, (X,)), y
+    )
     assert torch.equal(model(X), y)
     other = make(1).eval()  # another topology, complete with its lists
     theirs = dict(other.named_parameters()) | dict(other.named_buffers())
@@ -166,9 +204,12 @@ def test_where_nothing_can_be_read() -> None:
     outside = copy.deepcopy(make().eval())
     with torch.inference_mode():
         assert torch.equal(outside(X), y)
-    stacked = {n: torch.stack([p.detach()] * 2) for n, p in outside.named_parameters() if "weight" not in n}
+    stacked = {
+        n: torch.stack([p.detach()] * 2) for n, p in outside.named_parameters() if "weight" not in n
+    }
     batched = torch.func.vmap(lambda p: functional_call(outside, p, (X,)), randomness="error")
-    with pytest.raises((RuntimeError, NotImplementedError)) as error:  # the products have no rule for vmap
+    # the products have no rule for vmap
+    with pytest.raises((RuntimeError, NotImplementedError)) as error:
         batched(stacked)
     assert not isinstance(error.value, TopologyError)
 
@@ -196,7 +237,9 @@ def rewire_one(weight: SparseWeight) -> None:
 
 def test_an_average_of_files_says_what_is_wrong() -> None:
     one, two = make(0).state_dict(), make(1).state_dict()
-    mixed = {k: (v + two[k]) / 2 if v.is_floating_point() else (v + two[k]) // 2 for k, v in one.items()}
+    mixed = {
+        k: (v + two[k]) / 2 if v.is_floating_point() else (v + two[k]) // 2 for k, v in one.items()
+    }
     for average in (mixed, {k: (v.float() + two[k].float()) / 2 for k, v in one.items()}):
         with pytest.raises(RuntimeError, match=r"an average of state_dicts.*rewire\.ema"):
             make().load_state_dict(average)

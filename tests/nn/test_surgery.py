@@ -1,4 +1,6 @@
-"""Removing units: the network computes what it computed with their columns at zero, and the optimizer follows."""
+"""Removing units: the network computes what it computed with their columns at zero, and the
+optimizer follows.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,33 @@ def mlp() -> nn.Module:
 def conv() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 6, 6)),
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 6, 3, padding=1), nn.PReLU(6), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(24, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.PReLU(6),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 7),
+        nn.BatchNorm1d(7),
+        nn.ReLU(),
+        nn.Linear(7, 3),
+    )
 
 
 def separable() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (2, 4, 4)),
-        nn.Conv2d(2, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.ReLU(),
-        nn.ConvTranspose2d(6, 4, 2, stride=2), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(180, 3),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 1),
+        nn.InstanceNorm2d(6, affine=True),
+        nn.Conv2d(6, 6, 3, groups=6, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 2, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3),
+        nn.Flatten(),
+        nn.Linear(180, 3),
+    )
 
 
 class Residual(nn.Module):
@@ -61,7 +78,9 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out, state = self.body(self.embed(x.view(len(x), 3, -1)))
         h, c = state if isinstance(state, tuple) else (state, state)
-        used: Tensor = self.head({"last": out[:, -1], "sum": out.sum(1), "h": h[0], "c": c[0]}[self.use])
+        used: Tensor = self.head(
+            {"last": out[:, -1], "sum": out.sum(1), "h": h[0], "c": c[0]}[self.use]
+        )
         return used
 
 
@@ -89,7 +108,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 all_models = pytest.mark.parametrize("name", MODELS)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, features: int, steps: int = 3) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, features: int, steps: int = 3
+) -> None:
     model.train()
     g = torch.Generator().manual_seed(5)
     x, y = torch.randn(8, features, generator=g), torch.randint(0, 3, (8,), generator=g)
@@ -106,7 +127,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, features: int, ste
 
 
 def silence(model: nn.Module, graph: UnitGraph, name: str, units: list[int]) -> None:
-    """Zero the columns of all that reads the units, found by hand: through a hook on what the consumers see."""
+    """Zero the columns of all that reads the units, found by hand: through a hook on what the
+    consumers see.
+    """
     group = graph.group(name)
     for site in [*group.consumers, *group.producers]:
         module: Any = model.get_submodule(site.name)
@@ -118,7 +141,9 @@ def silence(model: nn.Module, graph: UnitGraph, name: str, units: list[int]) -> 
             elif isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
                 module.weight_ih_l0[:, at] = 0
             else:
-                module.weight[at if isinstance(module, nn.ConvTranspose2d) else (slice(None), at)] = 0
+                module.weight[
+                    at if isinstance(module, nn.ConvTranspose2d) else (slice(None), at)
+                ] = 0
 
 
 @all_models
@@ -159,7 +184,9 @@ def test_many_cuts_one_graph(data: st.DataObject) -> None:
         count = graph.count(layer)
         if count <= 2:
             continue
-        units = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count - 2, unique=True))
+        units = data.draw(
+            st.lists(st.integers(0, count - 1), min_size=1, max_size=count - 2, unique=True)
+        )
         graph.remove({layer: units})
         remove_units(fresh, {layer: units}, x)
     assert one.state_dict().keys() == fresh.state_dict().keys()
@@ -177,7 +204,10 @@ def test_the_optimizer_follows(name: str, optimizer: str) -> None:
     trainer = OPTIMIZERS[optimizer](model.parameters())
     train(model, trainer, features)
     parameters = list(model.parameters())
-    old = {p: {k: v.clone() for k, v in trainer.state[p].items() if isinstance(v, Tensor)} for p in parameters}
+    old = {
+        p: {k: v.clone() for k, v in trainer.state[p].items() if isinstance(v, Tensor)}
+        for p in parameters
+    }
     grads = {p: p.grad.clone() for p in parameters if p.grad is not None}
     UnitGraph(model, torch.randn(2, features)).remove({layers[0]: [1], layers[1]: [0, 2]}, trainer)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
@@ -188,7 +218,11 @@ def test_the_optimizer_follows(name: str, optimizer: str) -> None:
         keeps = [keep_of(n, m, p.dim()) for n, m in zip(grads[p].shape, p.shape, strict=True)]
         assert len(keeps) == p.dim()
         for key, value in trainer.state[p].items():
-            if isinstance(value, Tensor) and old[p][key].shape == grads[p].shape and optimizer != "lbfgs":
+            if (
+                isinstance(value, Tensor)
+                and old[p][key].shape == grads[p].shape
+                and optimizer != "lbfgs"
+            ):
                 assert value.shape == p.shape
                 # Every number that is left was there, in the same order of size.
                 assert set(value.flatten().tolist()) <= set(old[p][key].flatten().tolist())
@@ -216,7 +250,9 @@ def test_state_is_cut_with_the_same_indices(optimizer: str) -> None:
                 trainer.state[p][key] = p.detach().clone()
             elif isinstance(value, Tensor) and value.dim() == p.dim():
                 rows = value.shape[0] > 1
-                trainer.state[p][key] = p.detach()[:, :1].clone() if rows else p.detach()[:1].clone()
+                trainer.state[p][key] = (
+                    p.detach()[:, :1].clone() if rows else p.detach()[:1].clone()
+                )
     graph = UnitGraph(model, torch.randn(2, 6))
     graph.remove({"0": [1, 2], "2": [4]}, trainer)
     compared = 0
@@ -276,17 +312,36 @@ def twice() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
     "shared": (tied, (8,), "0", r"0\.weight is shared"),
-    "grouped": (lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1, groups=2)), (2, 3), "0", "1 .*groups=2"),
-    "layernorm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), (4,), "0", "1 is a Layer"),
-    "groupnorm": (lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.GroupNorm(2, 4)), (2, 3), "0", "1 is a GroupNorm"),
+    "grouped": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1, groups=2)),
+        (2, 3),
+        "0",
+        "1 .*groups=2",
+    ),
+    "layernorm": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
+        (4,),
+        "0",
+        "1 is a Layer",
+    ),
+    "groupnorm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.GroupNorm(2, 4)),
+        (2, 3),
+        "0",
+        "1 is a GroupNorm",
+    ),
     "sparse": (
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), rewire.nn.SparseLinear(6, 2, density=0.5)),
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), rewire.nn.SparseLinear(6, 2, density=0.5)
+        ),
         (4,),
         "0",
         "1|2 is a sparse layer",
     ),
     "parametrized": (
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 2))),
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 2))
+        ),
         (4,),
         "0",
         "1 is parametrized",
@@ -301,7 +356,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = 
     "no layer": (mlp, (6,), "7", "no layer '7'"),
     "relu": (mlp, (6,), "1", "1 is a ReLU"),
     "two-layer lstm": (lambda: Recurrent(num_layers=2), (6,), "body", "body .*several layers"),
-    "lstm with projection": (lambda: nn.Sequential(nn.LSTM(4, 6, proj_size=3)), (3, 4), "0", "proj_size"),
+    "lstm with projection": (
+        lambda: nn.Sequential(nn.LSTM(4, 6, proj_size=3)),
+        (3, 4),
+        "0",
+        "proj_size",
+    ),
     "cell state used": (lambda: Recurrent(use="c"), (6,), "body", "body"),
     "parameter": (lambda: Calls("parameter"), (6,), "a", r"units of a meet p"),
     "functional": (lambda: Calls("functional"), (6,), "a", "units of a"),
@@ -374,7 +434,9 @@ def constant_unit(model: nn.Module, layer: str, unit: int, value: float) -> None
 @pytest.mark.parametrize("padding", ["none", "replicate", "zeros"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_constants_fold_into_biases(padding: str, norm: bool) -> None:
-    """A channel that is constant goes without a trace, where biases (or a BatchNorm behind) can take it."""
+    """A channel that is constant goes without a trace, where biases (or a BatchNorm behind) can
+    take it.
+    """
     pad: dict[str, Any] = {
         "none": {},
         "replicate": {"padding": 1, "padding_mode": "replicate"},
@@ -382,7 +444,9 @@ def test_constants_fold_into_biases(padding: str, norm: bool) -> None:
     }
     second = nn.Conv2d(4, 5, 3, bias=not norm, **pad[padding])
     behind = nn.BatchNorm2d(5) if norm else nn.Identity()
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), second, behind, nn.ReLU(), nn.Conv2d(5, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), second, behind, nn.ReLU(), nn.Conv2d(5, 2, 1)
+    )
     x = torch.randn(3, 2, 7, 7)
     train_mode = model.train()(x)  # running statistics move
     assert train_mode.isfinite().all()
@@ -408,7 +472,9 @@ def test_without_bias_a_constant_is_refused() -> None:
         fold(graph, group, group.consumers[0], torch.tensor(0), 1.0)
 
 
-def test_without_torch_pruning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_pruning_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"rewire\[prune\]"):
         UnitGraph(mlp(), torch.randn(2, 6))

@@ -1,4 +1,6 @@
-"""Networks of many kinds: what is cut computes the same in both modes, what is not is refused by name, untouched."""
+"""Networks of many kinds: what is cut computes the same in both modes, what is not is refused by
+name, untouched.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def outputs(model: nn.Module, x: Any) -> list[Tensor]:
     found = []
     for train in (False, True):
         with rehearsing(model, train=train):
-            found += [t.detach().clone() for t in tensors_in(call(model, x if count(x) > 1 else torch.cat([x, x])))]
+            found += [
+                t.detach().clone()
+                for t in tensors_in(call(model, x if count(x) > 1 else torch.cat([x, x])))
+            ]
     return [t for t in found if t.is_floating_point()]
 
 
@@ -43,10 +48,13 @@ def count(x: Any) -> int:
 
 
 def everything(model: nn.Module) -> tuple[Any, ...]:
-    """What must not change: values, modes, hooks, gradients' switches, and all random numbers to come."""
+    """What must not change: values, modes, hooks, gradients' switches, and all random numbers to
+    come.
+    """
     state = {k: v.clone() for k, v in model.state_dict().items()}
     hooks = [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), m.training, "forward" in vars(m)) for m in model.modules()
+        (len(m._forward_hooks), len(m._forward_pre_hooks), m.training, "forward" in vars(m))
+        for m in model.modules()
     ]
     wanted = [(n, p.requires_grad, p.grad is None) for n, p in model.named_parameters()]
     chance = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
@@ -89,12 +97,16 @@ def make_alike(graph: UnitGraph, layer: str, unit: int, like: int) -> None:
                     continue
                 for block in range(axis.blocks):
                     offset = block * (tensor.shape[axis.dim] // axis.blocks)
-                    tensor.index_copy_(axis.dim, at + offset, tensor.index_select(axis.dim, source + offset))
+                    tensor.index_copy_(
+                        axis.dim, at + offset, tensor.index_select(axis.dim, source + offset)
+                    )
 
 
 @all_networks
 def test_units_that_are_alike_merge_without_a_trace(name: str) -> None:
-    """In training and in eval mode, of every layer that can be cut, one after the other through one graph."""
+    """In training and in eval mode, of every layer that can be cut, one after the other through one
+    graph.
+    """
     model, x = made(name)
     if not ZOO[name][2]:
         return
@@ -113,18 +125,25 @@ def test_units_that_are_alike_merge_without_a_trace(name: str) -> None:
         assert len(before) == len(after) > 0
         for a, b in zip(before, after, strict=True):
             assert a.shape == b.shape
-            assert float((a - b).abs().max()) <= (0.1 if coarse else 1e-5) * max(1.0, float(a.abs().max()))
+            assert float((a - b).abs().max()) <= (0.1 if coarse else 1e-5) * max(
+                1.0, float(a.abs().max())
+            )
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name][2]])
 def test_noise_out_merges_in_every_network(name: str) -> None:
-    """Two layers' duplicates are found by the method itself, training goes on, and scores and random numbers stay."""
+    """Two layers' duplicates are found by the method itself, training goes on, and scores and
+    random numbers stay.
+    """
     model, x = made(name)
-    x = x if count(x) > 1 else torch.randn(6, *x.shape[1:])  # with one sample every unit is constant
+    # with one sample every unit is constant
+    x = x if count(x) > 1 else torch.randn(6, *x.shape[1:])
     cut = ZOO[name][2]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.is_floating_point()], lr=1e-3)
     before = everything(model)
-    method = NoiseOut(model, optimizer, data=[(x,)], noise="none", threshold=0.0, at_once=1, layers=cut[0], seed=0)
+    method = NoiseOut(
+        model, optimizer, data=[(x,)], noise="none", threshold=0.0, at_once=1, layers=cut[0], seed=0
+    )
     assert_untouched(model, before)
     graph: UnitGraph = method._graph
     make_alike(graph, cut[0], 1, 3)
@@ -152,9 +171,13 @@ def test_noise_out_merges_in_every_network(name: str) -> None:
     method.finalize()
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("compiled", "head in eval only")])
+@pytest.mark.parametrize(
+    "name", [name for name in ZOO if name not in ("compiled", "head in eval only")]
+)
 def test_differentiable_takes_out_what_is_off_or_says_why_not(name: str) -> None:
-    """Units that are off are gone at the end, where that can be; the function is the same in both modes."""
+    """Units that are off are gone at the end, where that can be; the function is the same in both
+    modes.
+    """
     model, x = made(name)
     x = x if count(x) > 1 else torch.randn(6, *x.shape[1:])
     gated = [n for n, m in model.named_modules() if type(m) is nn.Linear and n in ZOO[name][2]]
@@ -171,14 +194,21 @@ def test_differentiable_takes_out_what_is_off_or_says_why_not(name: str) -> None
     method.finalize()
     assert everything(model)[3] == chance
     after = outputs(model, x)
-    coarse = any(p.dtype == torch.bfloat16 for p in model.parameters()) or name in ("autocast", "chance")
+    coarse = any(p.dtype == torch.bfloat16 for p in model.parameters()) or name in (
+        "autocast",
+        "chance",
+    )
     for a, b in zip(before, after, strict=True):
         assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= (0.1 if coarse else 1e-5) * max(1.0, float(a.abs().max()))
+        assert float((a - b).abs().max()) <= (0.1 if coarse else 1e-5) * max(
+            1.0, float(a.abs().max())
+        )
     for layer in gated:
         linear = model.get_submodule(layer)
         assert (
-            linear.out_features == sizes[layer] - 1 or layer in method.stats()["refused"] or not linear.weight[2].any()
+            linear.out_features == sizes[layer] - 1
+            or layer in method.stats()["refused"]
+            or not linear.weight[2].any()
         )
 
 
@@ -194,4 +224,6 @@ def test_differentiable_refuses_by_name_before_anything_changed(name: str) -> No
             Differentiable(model, optimizer, units=layer, data=[(x,)])
         assert re.search(f"{ZOO[name][3][layer]}|shares its", str(caught.value))
         assert_untouched(model, before)
-        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(
+            list(model.parameters())
+        )

@@ -34,11 +34,17 @@ class Slots:
 @pytest.mark.parametrize(
     "x",
     [
-        [A, B], (A, (B, None)), {"a": A, "n": 1, "b": B}, Output(A, B), Slots(A, B), Pair(A, B),
-        OrderedDict(a=[A], b=B), SimpleNamespace(a=A, b={"c": B}),
+        [A, B],
+        (A, (B, None)),
+        {"a": A, "n": 1, "b": B},
+        Output(A, B),
+        Slots(A, B),
+        Pair(A, B),
+        OrderedDict(a=[A], b=B),
+        SimpleNamespace(a=A, b={"c": B}),
     ],
     ids=lambda x: type(x).__name__,
-)  # fmt: skip
+)
 def test_tensors_are_found_in_every_container(x: Any) -> None:
     found = tensors_in(x)
     assert [id(t) for t in found] == [id(A), id(B)]
@@ -54,9 +60,19 @@ def test_what_holds_no_tensor_or_itself() -> None:
 
 
 def test_a_batch_is_cut_to_its_first_samples_whatever_it_comes_in() -> None:
-    batch = {"x": torch.ones(5, 2), "mask": torch.ones(5), "scale": torch.tensor(2.0), "table": torch.ones(3)}
+    batch = {
+        "x": torch.ones(5, 2),
+        "mask": torch.ones(5),
+        "scale": torch.tensor(2.0),
+        "table": torch.ones(3),
+    }
     cut = head(batch, 2)
-    assert {k: tuple(v.shape) for k, v in cut.items()} == {"x": (2, 2), "mask": (2,), "scale": (), "table": (3,)}
+    assert {k: tuple(v.shape) for k, v in cut.items()} == {
+        "x": (2, 2),
+        "mask": (2,),
+        "scale": (),
+        "table": (3,),
+    }
     assert rows(batch) == 5
     packed = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
     assert rows(packed) == 2

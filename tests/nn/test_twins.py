@@ -1,4 +1,6 @@
-"""Layers are called, copied, counted and refused as their twins in torch.nn: for every type in the table of kinds."""
+"""Layers are called, copied, counted and refused as their twins in torch.nn: for every type in the
+table of kinds.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +34,36 @@ def sparse(name: str, density: float = 0.5) -> tuple[nn.Module, tuple[Tensor, ..
     return sparsify(layer, density=density, distribution="uniform"), args
 
 
-# --- signatures -------------------------------------------------------------------------------------------------------
+# --- signatures -----------------------------------------------------------------------------------
 
 
 def test_every_kind_has_an_example() -> None:
-    assert {name.partition(",")[0] for name in EXAMPLES} == set(BY_NAME) == {k.dense.__name__ for k in KINDS}
+    assert (
+        {name.partition(",")[0] for name in EXAMPLES}
+        == set(BY_NAME)
+        == {k.dense.__name__ for k in KINDS}
+    )
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """Names and defaults of what may be given by position, in order; of the first overload if there are several."""
+    """Names and defaults of what may be given by position, in order; of the first overload if there
+    are several.
+    """
     overloads = typing.get_overloads(function) if hasattr(typing, "get_overloads") else []
     signature = inspect.signature(overloads[0] if overloads else function)
-    return [(p.name, p.default) for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [
+        (p.name, p.default)
+        for p in signature.parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_forward_and_constructor_take_the_arguments_of_the_twin(name: str) -> None:
     dense, twin = BY_NAME[name].dense, BY_NAME[name].sparse
     assert parameters(twin.forward) == parameters(dense.forward)
-    if issubclass(dense, nn.RNNBase):  # its own takes *args, and its overloads need Python 3.11 to be seen
+    # its own takes *args, and its overloads need Python 3.11 to be seen
+    if issubclass(dense, nn.RNNBase):
         theirs = parameters(nn.RNNBase.__init__)[2:]
         mine = [p for p in parameters(twin.__init__)[1:] if p[0] != "nonlinearity"]
         assert mine == [p for p in theirs if p[0] != "proj_size" or dense is nn.LSTM]
@@ -73,7 +86,7 @@ def test_layers_are_called_by_keyword(name: str) -> None:
     assert torch.equal(y[0] if isinstance(y, tuple) else y, output(layer, args))
 
 
-# --- functional calls and files ---------------------------------------------------------------------------------------
+# --- functional calls and files -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +96,11 @@ def test_functional_call_with_the_own_state_and_with_other_values(name: str) -> 
     model.forward = lambda *a: model["layer"](*a)  # type: ignore[method-assign, assignment]
     expected = output(layer, args)
     before = {n: t.clone() for n, t in layer.state_dict().items()}
-    for state in (layer.state_dict(), dict(layer.named_parameters()), layer.state_dict(keep_vars=True)):
+    for state in (
+        layer.state_dict(),
+        dict(layer.named_parameters()),
+        layer.state_dict(keep_vars=True),
+    ):
         y = functional_call(layer, state, args)
         assert torch.equal(y[0] if isinstance(y, tuple) else y, expected)
     y = functional_call(model, model.state_dict(), args)
@@ -110,7 +127,9 @@ def test_functional_call_with_the_own_state_and_with_other_values(name: str) -> 
 
 def test_functional_call_with_limits_and_several_models() -> None:
     a = nn.Sequential(
-        SparseLinear(6, 4, density=0.5, limits=Limits(fan_in=4)), nn.ReLU(), SparseLinear(4, 2, density=1.0)
+        SparseLinear(6, 4, density=0.5, limits=Limits(fan_in=4)),
+        nn.ReLU(),
+        SparseLinear(4, 2, density=1.0),
     )
     b = copy.deepcopy(a)
     with torch.no_grad():
@@ -149,14 +168,18 @@ def test_files_keep_everything_and_fit_one_shape_only(name: str, tmp_path: Path)
             other.load_state_dict(wrong, strict=strict)
         assert torch.equal(output(other, args), expected)
     layer.to(torch.float64)
-    assert {n: b.dtype for n, b in layer.named_buffers() if n in facts} == dict.fromkeys(facts, torch.int64)
+    assert {n: b.dtype for n, b in layer.named_buffers() if n in facts} == dict.fromkeys(
+        facts, torch.int64
+    )
 
 
-# --- flops ------------------------------------------------------------------------------------------------------------
+# --- flops ----------------------------------------------------------------------------------------
 
 
 def uses(name: str, y: Tensor) -> int:
-    """How often each connection is used: output positions of a convolution, else positions of batch and time."""
+    """How often each connection is used: output positions of a convolution, else positions of batch
+    and time.
+    """
     return y.numel() // y.shape[1] if name.startswith("Conv") else y.numel() // y.shape[-1]
 
 
@@ -205,7 +228,9 @@ def test_the_counter_may_be_imported_after_us(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.utils, "flop_counter", sys.modules[name])  # puts it back afterwards
     monkeypatch.delitem(sys.modules, name)
     flops.announce(["spmm", "sddmm"])
-    assert name not in sys.modules, "importing rewire must not import the counter, which would make it slower"
+    assert name not in sys.modules, (
+        "importing rewire must not import the counter, which would make it slower"
+    )
     assert len(sys.meta_path) == len(finders) + 1
     fresh = importlib.import_module(name)
     assert sys.meta_path == finders
@@ -214,7 +239,7 @@ def test_the_counter_may_be_imported_after_us(monkeypatch: pytest.MonkeyPatch) -
     assert counter.get_total_flops() == 2 * 12 * 4
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -223,13 +248,26 @@ def test_torchscript_transforms_and_data_parallel_are_refused_in_one_sentence(na
     layer, args = sparse(name)
     expected = output(layer, args)
     model = nn.Sequential(layer)
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record Sparse.*torch\.export\.export"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"torch\.jit\.trace cannot record "
+        r"Sparse.*torch\.export\.export",
+    ):
         torch.jit.trace(layer, args)
     for thing in (layer, model):
-        with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot record Sparse.*torch\.export\.export"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"torch\.jit\.script cannot record "
+            r"Sparse.*torch\.export\.export",
+        ):
             torch.jit.script(thing)
-    with pytest.raises(RuntimeError, match=r"DataParallel cannot replicate Sparse.*DistributedDataParallel"):
-        layer._replicate_for_data_parallel()  # what torch.nn.parallel.replicate calls, on devices there are not here
+    with pytest.raises(
+        RuntimeError,
+        match=r"DataParallel cannot replicate "
+        r"Sparse.*DistributedDataParallel",
+    ):
+        # what torch.nn.parallel.replicate calls, on devices there are not here
+        layer._replicate_for_data_parallel()
     stacked = tuple(torch.stack([a, a]) for a in args)
     with pytest.raises(RuntimeError, match=r"not work inside torch\.vmap.*torch\.autograd\.grad"):
         torch.vmap(layer)(*stacked)
@@ -248,7 +286,9 @@ def _first(y: Any) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_the_refusals_recommend_works() -> None:
-    model = nn.Sequential(SparseLinear(6, 4, density=0.5), nn.ReLU(), SparseLinear(4, 2, density=0.5)).eval()
+    model = nn.Sequential(
+        SparseLinear(6, 4, density=0.5), nn.ReLU(), SparseLinear(4, 2, density=0.5)
+    ).eval()
     x = torch.randn(3, 6)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))

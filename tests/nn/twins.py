@@ -1,4 +1,6 @@
-"""One example of every layer type in the table of `rewire.nn.convert.kinds`, for tests of what holds for all of them."""
+"""One example of every layer type in the table of `rewire.nn.convert.kinds`, for tests of what
+holds for all of them.
+"""
 
 from __future__ import annotations
 

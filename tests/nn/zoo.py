@@ -1,4 +1,6 @@
-"""Small networks of many kinds, with what surgery should make of each: layers it cuts, layers it refuses and why."""
+"""Small networks of many kinds, with what surgery should make of each: layers it cuts, layers it
+refuses and why.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Odd(nn.Linear):
 
 
 class Net(nn.Module):
-    """Layers a (6 -> 8), b (8 -> 8) and head (8 -> 3), and a forward that does with them what it is given."""
+    """Layers a (6 -> 8), b (8 -> 8) and head (8 -> 3), and a forward that does with them what it is
+    given.
+    """
 
     def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
         super().__init__()
@@ -107,13 +111,17 @@ X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 LONG = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2))
 IMAGE = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(3))
 WORDS = torch.randint(0, 10, (4, 5), generator=torch.Generator().manual_seed(4))
-PACKED = pack_sequence([torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (5, 3, 2)])
+PACKED = pack_sequence(
+    [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (5, 3, 2)]
+)
 
 #: name: (network, its example, layers that are cut, the others and a pattern of what is said)
 ZOO: dict[str, tuple[Callable[[], nn.Module], Any, list[str], dict[str, str]]] = {}
 
 
-def add(name: str, build: Callable[[], nn.Module], x: Any, cut: str = "a b", **refused: str) -> None:
+def add(
+    name: str, build: Callable[[], nn.Module], x: Any, cut: str = "a b", **refused: str
+) -> None:
     ZOO[name] = build, x, cut.split(), refused
 
 
@@ -122,7 +130,10 @@ plain: Any = lambda n, x: n.head(n.b(n.a(x).relu()).relu())  # noqa: E731
 
 add(
     "head in training only",
-    lambda: Net(lambda n, x: (plain(n, x), n.aux(n.a(x).relu())) if n.training else plain(n, x), aux=nn.Linear(8, 2)),
+    lambda: Net(
+        lambda n, x: (plain(n, x), n.aux(n.a(x).relu())) if n.training else plain(n, x),
+        aux=nn.Linear(8, 2),
+    ),
     X,
     head=OUTPUT,
     aux=OUTPUT,
@@ -130,7 +141,8 @@ add(
 add(
     "head in eval only",
     lambda: Net(
-        lambda n, x: plain(n, x) if n.training else (plain(n, x), n.aux(n.b(n.a(x).relu()))), aux=nn.Linear(8, 2)
+        lambda n, x: plain(n, x) if n.training else (plain(n, x), n.aux(n.b(n.a(x).relu()))),
+        aux=nn.Linear(8, 2),
     ),
     X,
     head=OUTPUT,
@@ -147,7 +159,12 @@ add(
 add("dataclass", lambda: Net(lambda n, x: Out(plain(n, x), (x, None))), X, head=OUTPUT)
 add("model output", lambda: Net(lambda n, x: ModelOutput(logits=plain(n, x))), X, head=OUTPUT)
 add("object", lambda: Net(lambda n, x: Plain(plain(n, x))), X, head=OUTPUT)
-add("bytes", lambda: Net(lambda n, x: plain(n, x.float() / 255)), (X * 50).abs().to(torch.uint8), head=OUTPUT)
+add(
+    "bytes",
+    lambda: Net(lambda n, x: plain(n, x.float() / 255)),
+    (X * 50).abs().to(torch.uint8),
+    head=OUTPUT,
+)
 add(
     "keywords",
     lambda: Net(lambda n, *, x, scale: plain(n, x * scale)),
@@ -161,7 +178,12 @@ add(
     "a b c",
     head=OUTPUT,
 )
-add("labels in training", lambda: Net(labels), {"x": X, "y": torch.tensor([0, 1, 2, 0])}, head=OUTPUT)
+add(
+    "labels in training",
+    lambda: Net(labels),
+    {"x": X, "y": torch.tensor([0, 1, 2, 0])},
+    head=OUTPUT,
+)
 for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
     add(
         f"{kind.__name__} in a loop",
@@ -198,14 +220,19 @@ add(
 )
 add(
     "concat",
-    lambda: Net(lambda n, x: n.wide(torch.cat([(h := n.a(x)).relu(), n.b(h).tanh()], 1)), wide=nn.Linear(16, 3)),
+    lambda: Net(
+        lambda n, x: n.wide(torch.cat([(h := n.a(x)).relu(), n.b(h).tanh()], 1)),
+        wide=nn.Linear(16, 3),
+    ),
     X,
     head="took no part",
     wide=OUTPUT,
 )
 add(
     "concat with the input",
-    lambda: Net(lambda n, x: n.wide(torch.cat([n.b(n.a(x).relu()).tanh(), x], 1)), wide=nn.Linear(14, 3)),
+    lambda: Net(
+        lambda n, x: n.wide(torch.cat([n.b(n.a(x).relu()).tanh(), x], 1)), wide=nn.Linear(14, 3)
+    ),
     X,
     head="took no part",
     wide=OUTPUT,
@@ -231,13 +258,17 @@ add(
 )
 add(
     "checkpoint",
-    lambda: Net(lambda n, x: n.head(checkpoint(lambda h: n.b(h).relu(), n.a(x), use_reentrant=False))),
+    lambda: Net(
+        lambda n, x: n.head(checkpoint(lambda h: n.b(h).relu(), n.a(x), use_reentrant=False))
+    ),
     X,
     head=OUTPUT,
 )
 add(
     "reentrant checkpoint",
-    lambda: Net(lambda n, x: n.head(checkpoint(lambda h: n.b(h).relu(), n.a(x), use_reentrant=True))),
+    lambda: Net(
+        lambda n, x: n.head(checkpoint(lambda h: n.b(h).relu(), n.a(x), use_reentrant=True))
+    ),
     X,
     "",
     a="units of a",
@@ -279,7 +310,11 @@ add("tied embedding", lambda: tied(), WORDS, "", words="is shared", out="is shar
 add(
     "in place",
     lambda: sequence(
-        nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Hardtanh(inplace=True), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 8),
+        nn.Hardtanh(inplace=True),
+        nn.Linear(8, 3),
     ),
     X,
     "0 2",
@@ -382,7 +417,12 @@ add(
     a="cannot be followed",
     head=OUTPUT,
 )
-add("mean over positions", lambda: Net(lambda n, x: n.head(n.b(n.a(x).relu()).relu().amax(1))), LONG, head=OUTPUT)
+add(
+    "mean over positions",
+    lambda: Net(lambda n, x: n.head(n.b(n.a(x).relu()).relu().amax(1))),
+    LONG,
+    head=OUTPUT,
+)
 add(
     "normalised by hand",
     lambda: Net(lambda n, x: n.head(F.normalize(n.b(n.a(x).relu()), dim=1))),
@@ -400,7 +440,9 @@ add(
 
 
 def tied() -> nn.Module:
-    net = Net(lambda n, x: n.out(n.words(x).mean(1)), words=nn.Embedding(10, 8), out=nn.Linear(8, 10))
+    net = Net(
+        lambda n, x: n.out(n.words(x).mean(1)), words=nn.Embedding(10, 8), out=nn.Linear(8, 10)
+    )
     net.out.weight = net.words.weight
     return net
 

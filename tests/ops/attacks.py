@@ -20,13 +20,20 @@ ENTRIES = (*NUMBERS, 2**31 - 1, 2**31 - 2, 2**31, 100, 10**7)
 Call = Callable[[random.Random, int], list[Any]]
 
 
-def _pool(choose: random.Random, rows: int, cols: int, connections: int, *, spare: int = 0) -> Problem:
+def _pool(
+    choose: random.Random, rows: int, cols: int, connections: int, *, spare: int = 0
+) -> Problem:
     """Random connections in random slots, ``spare`` of them empty; the dense matrix is left out."""
     kind = choose.choice((torch.int32, torch.int64))
     row, col = (torch.full((connections + spare,), -1, dtype=kind) for _ in range(2))
-    keys, slots = torch.randperm(rows * cols)[:connections], torch.randperm(connections + spare)[:connections]
+    keys, slots = (
+        torch.randperm(rows * cols)[:connections],
+        torch.randperm(connections + spare)[:connections],
+    )
     row[slots], col[slots] = (keys // cols).to(kind), (keys % cols).to(kind)
-    values = torch.randn(connections + spare, dtype=choose.choice((torch.float32, torch.float32, torch.float64)))
+    values = torch.randn(
+        connections + spare, dtype=choose.choice((torch.float32, torch.float32, torch.float64))
+    )
     values[row < 0] = 0
     index = topology.build_index(row, col, rows, cols)
     return Problem(index, values, row, col, values.new_empty(0), (rows, cols))
@@ -71,7 +78,11 @@ def _draws(choose: random.Random, count: int) -> list[int]:
 
 def _conv(choose: random.Random, name: str) -> list[Any]:
     rank, groups = choose.randint(1, 3), choose.choice((1, 2))
-    inputs, outputs, kernel = 2 * choose.randint(1, 2), 2 * choose.randint(1, 2), [choose.randint(1, 3)] * rank
+    inputs, outputs, kernel = (
+        2 * choose.randint(1, 2),
+        2 * choose.randint(1, 2),
+        [choose.randint(1, 3)] * rank,
+    )
     size, batch = [choose.randint(3, 6) for _ in range(rank)], choose.randint(0, 3)
     columns = inputs // groups * kernel[0] ** rank
     connections = choose.randint(0, outputs * columns // 2)
@@ -79,7 +90,9 @@ def _conv(choose: random.Random, name: str) -> list[Any]:
     lists = list(p.by_col if name == "conv_input_gradient" else p.by_row)
     stride, padding, dilation = [choose.randint(1, 2)] * rank, [1] * (2 * rank), [1] * rank
     out = [(n + 2 - (k - 1) - 1) // s + 1 for n, k, s in zip(size, kernel, stride, strict=True)]
-    x, g = (torch.randn(batch, n, *s, dtype=p.values.dtype) for n, s in ((inputs, size), (outputs, out)))
+    x, g = (
+        torch.randn(batch, n, *s, dtype=p.values.dtype) for n, s in ((inputs, size), (outputs, out))
+    )
     geometry = [kernel, stride, padding, dilation, groups]
     if name == "conv":
         return [*lists, p.values, x, None, columns, *geometry, choose.random() < 0.5]
@@ -89,7 +102,9 @@ def _conv(choose: random.Random, name: str) -> list[Any]:
 
 
 def _of(*build: Any) -> Call:
-    """A call whose arguments are named parts, or functions of (choose, parts) that give lists of them."""
+    """A call whose arguments are named parts, or functions of (choose, parts) that give lists of
+    them.
+    """
 
     def make(choose: random.Random, size: int) -> list[Any]:
         parts = _parts(choose, size)
@@ -110,16 +125,34 @@ CALLS: dict[str, Call] = {
     "replace_": _of("rows", "cols", "index", "shape", "slots", "dropped"),
     "candidates": _of(
         "by_row",
-        lambda c, p: [p["shape"][1], torch.tensor([c.randint(0, p["free"] - 1) for _ in range(5 * (p["free"] > 0))])],
+        lambda c, p: [
+            p["shape"][1],
+            torch.tensor([c.randint(0, p["free"] - 1) for _ in range(5 * (p["free"] > 0))]),
+        ],
         "dropped",
     ),
     "sample_dormant": _of(
-        "by_row", lambda c, p: [p["shape"][1], c.randint(0, p["free"])], "dropped", lambda c, _: _draws(c, 3)
+        "by_row",
+        lambda c, p: [p["shape"][1], c.randint(0, p["free"])],
+        "dropped",
+        lambda c, _: _draws(c, 3),
     ),
-    "sample_dormant_in_rows": _of("by_row", lambda _, p: [p["shape"][1]], "dropped", lambda c, _: _draws(c, 3)),
-    "langevin_step_": _of("values", "rows", "signs", lambda c, _: [1e-3, c.choice((0.0, 1e-2)), *_draws(c, 3)]),
+    "sample_dormant_in_rows": _of(
+        "by_row", lambda _, p: [p["shape"][1]], "dropped", lambda c, _: _draws(c, 3)
+    ),
+    "langevin_step_": _of(
+        "values", "rows", "signs", lambda c, _: [1e-3, c.choice((0.0, 1e-2)), *_draws(c, 3)]
+    ),
     "add_normal_": _of("values", lambda c, _: [0.1, *_draws(c, 3)]),
-    "regrow_": _of("values", "signs", "rows", "cols", "index", "slots", lambda c, _: [*_draws(c, 4), c.random() < 0.5]),
+    "regrow_": _of(
+        "values",
+        "signs",
+        "rows",
+        "cols",
+        "index",
+        "slots",
+        lambda c, _: [*_draws(c, 4), c.random() < 0.5],
+    ),
     "walk_and_regrow_": _of(
         "values",
         "signs",
@@ -134,15 +167,30 @@ CALLS: dict[str, Call] = {
     "spmm_sddmm": _of("by_col", "values", "x", "g"),
     "feature_major": _of("x"),
     "batch_major": _of("x"),
-    "above": _of("scores", lambda _, p: [0], "by_row", "kept", lambda c, _: [c.uniform(-2, 2), c.random() < 0.5]),
+    "above": _of(
+        "scores",
+        lambda _, p: [0],
+        "by_row",
+        "kept",
+        lambda c, _: [c.uniform(-2, 2), c.random() < 0.5],
+    ),
     "above_drawn": _of(
-        "scores", lambda _, p: [0], "by_row", "kept", lambda c, _: [c.uniform(-2, 2), 1e-6, *_draws(c, 3)]
+        "scores",
+        lambda _, p: [0],
+        "by_row",
+        "kept",
+        lambda c, _: [c.uniform(-2, 2), 1e-6, *_draws(c, 3)],
     ),
     "age_step_": _of(
-        lambda c, p: [torch.randint(-1, 900, p["values"].shape, dtype=c.choice((torch.int16, torch.int32)))],
+        lambda c, p: [
+            torch.randint(-1, 900, p["values"].shape, dtype=c.choice((torch.int16, torch.int32)))
+        ],
         "values",
         "gradient",
-        lambda c, p: [p["gradient"].square(), p["signs"].to(p["values"]) if c.random() < 0.5 else None],
+        lambda c, p: [
+            p["gradient"].square(),
+            p["signs"].to(p["values"]) if c.random() < 0.5 else None,
+        ],
         lambda _, p: [torch.rand(800, dtype=p["values"].dtype) + 0.1 for _ in range(4)],
         lambda c, _: [0.9, 0.2, 1.0, 0.1, 0.01, 0.1, c.random() < 0.5, c.random() < 0.5, 700],
     ),
@@ -159,7 +207,9 @@ for _name in ("candidates", "sample_dormant", "sample_dormant_in_rows"):
 
 
 def damage(choose: random.Random, arguments: list[Any]) -> None:
-    """Spoil one argument, in place: a number, some entries of a list, a dtype, a shape, strides, the memory."""
+    """Spoil one argument, in place: a number, some entries of a list, a dtype, a shape, strides,
+    the memory.
+    """
     at = choose.randrange(len(arguments))
     old = arguments[at]
     if isinstance(old, bool):
@@ -181,7 +231,17 @@ def _one_changed(choose: random.Random, numbers: list[int]) -> list[int]:
 
 
 def _damaged(choose: random.Random, tensor: Tensor, others: list[Tensor]) -> Tensor:
-    ways = ["entries"] * 6 + ["dtype", "shorter", "longer", "empty", "two", "none", "strided", "meta", "shared"]
+    ways = ["entries"] * 6 + [
+        "dtype",
+        "shorter",
+        "longer",
+        "empty",
+        "two",
+        "none",
+        "strided",
+        "meta",
+        "shared",
+    ]
     way = choose.choice(ways)
     if way == "entries" and tensor.numel() and not tensor.is_meta:
         for _ in range(choose.randint(1, 3)):
@@ -196,11 +256,17 @@ def _damaged(choose: random.Random, tensor: Tensor, others: list[Tensor]) -> Ten
         return tensor
     if way == "dtype":
         return tensor.to(
-            choose.choice((torch.int32, torch.int64, torch.float32, torch.float64, torch.int8, torch.bool))
+            choose.choice(
+                (torch.int32, torch.int64, torch.float32, torch.float64, torch.int8, torch.bool)
+            )
         )
     if way in ("shorter", "longer"):
         flat = tensor.reshape(-1)
-        return flat[:-1].clone() if way == "shorter" else torch.cat([flat, flat[:3], flat.new_zeros(1)])
+        return (
+            flat[:-1].clone()
+            if way == "shorter"
+            else torch.cat([flat, flat[:3], flat.new_zeros(1)])
+        )
     if way == "empty":
         return tensor.new_empty(0)
     if way == "two":

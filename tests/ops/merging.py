@@ -1,4 +1,6 @@
-"""Random changes of random pools whose lists are long enough to be merged in whole blocks, some of them lopsided."""
+"""Random changes of random pools whose lists are long enough to be merged in whole blocks, some of
+them lopsided.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ SHAPES = ((1, 1), (1, 9000), (9000, 1), (3, 4000), (40, 300), (300, 40), (2000, 
 KINDS = ("anywhere", "leftwards", "rightwards", "out", "in", "swapped")
 
 
-def pool(shape: tuple[int, int], share: float, spare: int, kind: torch.dtype, generator: torch.Generator):
-    """rows and cols of a pool whose connections are in random slots; the occupied slots; the dormant positions."""
+def pool(
+    shape: tuple[int, int], share: float, spare: int, kind: torch.dtype, generator: torch.Generator
+):
+    """rows and cols of a pool whose connections are in random slots; the occupied slots; the
+    dormant positions.
+    """
     size = shape[0] * shape[1]
     keys = torch.randperm(size, generator=generator)
     k = max(1, round(share * size))
@@ -26,19 +32,28 @@ def pool(shape: tuple[int, int], share: float, spare: int, kind: torch.dtype, ge
     return rows, cols, occupied, keys[k:]
 
 
-def cases(seed: int, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> Iterator[tuple]:
+def cases(
+    seed: int, dtypes: tuple[torch.dtype, ...] = (torch.int32, torch.int64)
+) -> Iterator[tuple]:
     """shape, rows, cols, slots, new rows, new cols: of every shape, density and kind of change."""
     generator = torch.Generator().manual_seed(seed)
     for shape in SHAPES:
         for share in (0.1, 0.5, 0.97, 1.0):
             for number, what in enumerate(KINDS):
-                rows, cols, occupied, dormant = pool(shape, share, 40, dtypes[number % len(dtypes)], generator)
-                n = min(int(torch.randint(1, rows.numel() // 8 + 8, (), generator=generator)), rows.numel())
+                rows, cols, occupied, dormant = pool(
+                    shape, share, 40, dtypes[number % len(dtypes)], generator
+                )
+                n = min(
+                    int(torch.randint(1, rows.numel() // 8 + 8, (), generator=generator)),
+                    rows.numel(),
+                )
                 yield shape, rows, cols, *change(shape, rows, cols, occupied, dormant, n, what)
 
 
 def change(shape, rows: Tensor, cols: Tensor, occupied: Tensor, dormant: Tensor, n: int, what: str):
-    """n changes of one kind: connections wander anywhere, to the first or last rows, out, in, or change places."""
+    """n changes of one kind: connections wander anywhere, to the first or last rows, out, in, or
+    change places.
+    """
     position = rows[occupied].long() * shape[1] + cols[occupied].long()
     if what == "leftwards":
         occupied, dormant = occupied[position.argsort(descending=True)], dormant.sort().values
@@ -57,7 +72,11 @@ def change(shape, rows: Tensor, cols: Tensor, occupied: Tensor, dormant: Tensor,
     else:
         slots = occupied[: min(n, dormant.numel())]
         new = dormant[: slots.numel()]
-    return slots, torch.where(new < 0, -1, new // shape[1]), torch.where(new < 0, -1, new % shape[1])
+    return (
+        slots,
+        torch.where(new < 0, -1, new // shape[1]),
+        torch.where(new < 0, -1, new % shape[1]),
+    )
 
 
 def check_merges(seed: int) -> int:
@@ -67,13 +86,19 @@ def check_merges(seed: int) -> int:
         index = build_index(rows, cols, *shape)
         replace_(rows, cols, index, *shape, slots, new_rows, new_cols)
         fresh = build_index(rows, cols, *shape)
-        assert all(torch.equal(a, b) for a, b in zip(index, fresh, strict=True)), (shape, rows.numel(), slots.numel())
+        assert all(torch.equal(a, b) for a, b in zip(index, fresh, strict=True)), (
+            shape,
+            rows.numel(),
+            slots.numel(),
+        )
         count += 1
     return count
 
 
 def check_candidates(seed: int) -> None:
-    """Ranks in order and in disorder, of many rows and of few, against all dormant positions in order."""
+    """Ranks in order and in disorder, of many rows and of few, against all dormant positions in
+    order.
+    """
     generator = torch.Generator().manual_seed(seed)
     none = torch.empty(0, dtype=torch.int64)
     for shape in SHAPES:
@@ -82,8 +107,15 @@ def check_candidates(seed: int) -> None:
             if not dormant.numel():
                 continue
             index, dormant = build_index(rows, cols, *shape), dormant.sort().values
-            ranks = torch.randint(0, dormant.numel(), (min(dormant.numel(), 300),), generator=generator)
-            some = (ranks.sort().values, ranks, torch.arange(dormant.numel()), ranks[:3].sort().values)
+            ranks = torch.randint(
+                0, dormant.numel(), (min(dormant.numel(), 300),), generator=generator
+            )
+            some = (
+                ranks.sort().values,
+                ranks,
+                torch.arange(dormant.numel()),
+                ranks[:3].sort().values,
+            )
             for chosen in some:
                 r, c = topology.candidates(index, *shape, chosen, none, none)
                 assert torch.equal(r * shape[1] + c, dormant[chosen])

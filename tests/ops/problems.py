@@ -53,8 +53,10 @@ def problem(
     index_dtype: torch.dtype = torch.int32,
     skewed: bool = False,
 ) -> Problem:
-    """A random topology in random slots, ``spare`` of them empty; with ``skewed``, rows and columns of low number
-    have most of the connections. The lists are made here, independently of rewire.topology."""
+    """A random topology in random slots, ``spare`` of them empty; with ``skewed``, rows and columns
+    of low number have most of the connections. The lists are made here, independently of
+    rewire.topology.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = n_rows * n_cols
     if skewed and connections:
@@ -77,11 +79,15 @@ def problem(
         lists += [ptr, torch.cat([other[order], padding]), torch.cat([order, padding])]
     dense = torch.zeros(n_rows, n_cols, dtype=dtype)
     dense[rows[chosen], cols[chosen]] = values[chosen]
-    return Problem(Index(*(t.to(index_dtype) for t in lists)), values, rows, cols, dense, (n_rows, n_cols))
+    return Problem(
+        Index(*(t.to(index_dtype) for t in lists)), values, rows, cols, dense, (n_rows, n_cols)
+    )
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """``x`` (batch, features), or for "expanded" layouts a broadcast of a part of it, in other strides."""
+    """``x`` (batch, features), or for "expanded" layouts a broadcast of a part of it, in other
+    strides.
+    """
     if layout == "row-major":
         return x.contiguous()
     if layout == "feature-major":
@@ -147,7 +153,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))  # the rewire of this process, wherever it is
+    # the rewire of this process, wherever it is
+    paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},

@@ -1,4 +1,6 @@
-"""The native step of young connections against plain PyTorch and against the formula, and what it refuses."""
+"""The native step of young connections against plain PyTorch and against the formula, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import torch
 from rewire import _native
 from rewire.ops import aging
 
-pytestmark = pytest.mark.skipif(not _native.available("age_step_"), reason="the native library is not in use")
+pytestmark = pytest.mark.skipif(
+    not _native.available("age_step_"), reason="the native library is not in use"
+)
 
 OWN = (0.9, 0.2, 1.1, 0.05)
 
@@ -23,14 +27,22 @@ def case(n: int, share: float, ages: torch.dtype, dtype: torch.dtype) -> dict[st
         made[0] = -3  # 65533: read as unsigned
     numbers = [torch.rand(n, generator=g, dtype=dtype) for _ in range(4)]
     tables = aging.Tables(*(torch.rand(800, generator=g, dtype=dtype) + 0.1 for _ in range(4)))
-    return {"ages": made, "values": numbers[0], "first": numbers[1], "second": numbers[2], "gradient": numbers[3],
-            "tables": tables}  # fmt: skip
+    return {
+        "ages": made,
+        "values": numbers[0],
+        "first": numbers[1],
+        "second": numbers[2],
+        "gradient": numbers[3],
+        "tables": tables,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ages", [torch.int16, torch.int32])
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_as_plain_pytorch(with_gradient: bool, ages: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_plain_pytorch(
+    with_gradient: bool, ages: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for n, share in ((0, 1.0), (1, 1.0), (17, 1.0), (700, 0.0), (700, 0.3), (270_000, 0.2)):
         given = case(n, share, ages, dtype)
         results = []
@@ -40,7 +52,9 @@ def test_as_plain_pytorch(with_gradient: bool, ages: Any, dtype: Any, monkeypatc
             mine = given | {"ages": given["ages"].clone(), "values": given["values"].clone()}
             if not with_gradient:
                 mine["gradient"] = None
-            young = aging.age_step_(own=OWN, lr=0.01, decay=0.1, maximize=True, squared=True, horizon=700, **mine)
+            young = aging.age_step_(
+                own=OWN, lr=0.01, decay=0.1, maximize=True, squared=True, horizon=700, **mine
+            )
             assert young == int((mine["ages"] != -1).sum())
             results.append((mine["ages"], mine["values"]))
             monkeypatch.undo()
@@ -53,7 +67,9 @@ def test_as_plain_pytorch(with_gradient: bool, ages: Any, dtype: Any, monkeypatc
 
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_young_values_end_where_a_step_of_their_age_leads(with_gradient: bool) -> None:
-    """From the values before, one step by the optimizer's numbers and then `age_step_`: as one step by the age's."""
+    """From the values before, one step by the optimizer's numbers and then `age_step_`: as one step
+    by the age's.
+    """
     given = case(500, 0.5, torch.int16, torch.float64)
     if not with_gradient:
         given["gradient"] = None

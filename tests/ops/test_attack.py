@@ -1,7 +1,8 @@
 """No argument, and no other thread, makes a native function leave its arrays.
 
-A damaged call may raise an error, or compute something of the damaged numbers. Bad accesses that do not end the process
-are found where these tests run with AddressSanitizer (``make asan``). ``REWIRE_ATTACK`` multiplies the number of calls.
+A damaged call may raise an error, or compute something of the damaged numbers. Bad accesses that do
+not end the process are found where these tests run with AddressSanitizer (``make asan``).
+``REWIRE_ATTACK`` multiplies the number of calls.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def native(name: str, arguments: list[Any]) -> Any:
 
 
 def test_every_native_function_is_attacked() -> None:
-    schemas = {s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("rewire::")}
+    schemas = {
+        s.name.partition("::")[2]
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith("rewire::")
+    }
     assert set(CALLS) == schemas - {"instruction_set"}
 
 
@@ -47,7 +52,9 @@ def test_valid_calls_are_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_damaged_arguments(name: str) -> None:
-    """One to three arguments are spoiled; the call ends, with a result or an error that Python can catch."""
+    """One to three arguments are spoiled; the call ends, with a result or an error that Python can
+    catch.
+    """
     refused = 0
     calls = int(100 * TIMES)
     for seed in range(calls):
@@ -63,7 +70,9 @@ def test_damaged_arguments(name: str) -> None:
     assert refused > calls // 20
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("distinct", "feature_major", "batch_major")])
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if n not in ("distinct", "feature_major", "batch_major")]
+)
 def test_another_thread_writes_to_the_arguments(name: str) -> None:
     """What was checked is what is used, whatever happens to the caller's tensors meanwhile."""
     torch.manual_seed(1)
@@ -116,7 +125,9 @@ def test_candidates_of_an_index_that_has_more_connections_than_columns(ranks: li
 )
 @pytest.mark.parametrize("entry", [-(2**31), -1, 0, 1, 29, 10**7, 2**31 - 1])
 def test_whatever_is_done_to_a_pool_with_a_damaged_buffer(name: str, entry: int) -> None:
-    """Every public way to use or change a pool ends, with a result or an error that Python can catch."""
+    """Every public way to use or change a pool ends, with a result or an error that Python can
+    catch.
+    """
     uses = {
         "reorder": lambda w: w.reorder(),
         "resize": lambda w: w.resize(w.capacity + 5),
@@ -125,8 +136,12 @@ def test_whatever_is_done_to_a_pool_with_a_damaged_buffer(name: str, entry: int)
         "to_dense": lambda w: w.to_dense(),
         "fan_in": lambda w: w.fan_in(),
         "fingerprint": lambda w: w.fingerprint(),
-        "state_dict": lambda w: SparseWeight((40, 30), connections=300).load_state_dict(w.state_dict()),
-        "sample": lambda w: topology.sample_dormant(w.index, 40, 30, 20, w.rows[:3].long(), w.cols[:3].long(), 1, 2, 3),
+        "state_dict": lambda w: SparseWeight((40, 30), connections=300).load_state_dict(
+            w.state_dict()
+        ),
+        "sample": lambda w: topology.sample_dormant(
+            w.index, 40, 30, 20, w.rows[:3].long(), w.cols[:3].long(), 1, 2, 3
+        ),
     }
     for use in uses.values():
         weight = SparseWeight((40, 30), connections=300)

@@ -1,4 +1,6 @@
-"""The native twins of rewire.random, rewire.topology and langevin_step_: the same results to the bit."""
+"""The native twins of rewire.random, rewire.topology and langevin_step_: the same results to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def plain():
 
 
 def both(function, *args, **kwargs):
-    """Result of the native function and of the definition; errors (with their words) count as results."""
+    """Result of the native function and of the definition; errors (with their words) count as
+    results.
+    """
     results = []
     for context in (contextlib.nullcontext, plain):
         with context():
@@ -62,11 +66,13 @@ def pools(draw, least=1):
     n_rows, n_cols = draw(st.integers(1, 12)), draw(st.integers(least, 12))
     connections = draw(st.integers(0, n_rows * n_cols))
     dtype = draw(st.sampled_from((torch.int32, torch.int64)))
-    rows, cols = pool(n_rows, n_cols, connections, draw(st.integers(0, 4)), draw(st.integers(0, 999)), dtype)
+    rows, cols = pool(
+        n_rows, n_cols, connections, draw(st.integers(0, 4)), draw(st.integers(0, 999)), dtype
+    )
     return rows, cols, n_rows, n_cols
 
 
-# --- random numbers ---------------------------------------------------------------------------------------------------
+# --- random numbers -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,12 @@ def test_distinct(n, bound, offset):
 
 
 @settings(max_examples=100, deadline=None)
-@given(bound=st.integers(0, 300), share=st.floats(0, 1), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 2**32 - 1))
+@given(
+    bound=st.integers(0, 300),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+)
 def test_distinct_at_every_density(bound, share, seed, step):
     assert same(*both(random.distinct, round(share * bound), bound, seed, step, 3))
 
@@ -110,10 +121,13 @@ def test_distinct_refuses_too_many():
 def test_position_signs(scale):
     rows = torch.arange(-1, 500) * scale
     assert same(*both(topology.position_signs, rows, rows.flip(0), 2**62 + 9, 4))
-    assert same(*both(topology.position_signs, rows[:300].int(), rows[200:].int()[:300], 5, 4)) or scale > 1
+    assert (
+        same(*both(topology.position_signs, rows[:300].int(), rows[200:].int()[:300], 5, 4))
+        or scale > 1
+    )
 
 
-# --- building and changing --------------------------------------------------------------------------------------------
+# --- building and changing ------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -175,7 +189,10 @@ def test_replace(p, data):
     keys = keys[torch.randperm(keys.numel(), generator=generator)[:n]]
     keys = torch.cat([keys, torch.full((n - keys.numel(),), -1)])
     keys[torch.rand(n, generator=generator) < 0.2] = -1
-    new_rows, new_cols = torch.where(keys < 0, -1, keys // n_cols), torch.where(keys < 0, -1, keys % n_cols)
+    new_rows, new_cols = (
+        torch.where(keys < 0, -1, keys // n_cols),
+        torch.where(keys < 0, -1, keys % n_cols),
+    )
     if n and data.draw(st.booleans()):
         place = data.draw(st.integers(0, n - 1))
         new_rows[place] = data.draw(st.integers(-2, n_rows))
@@ -198,7 +215,10 @@ def test_replace_in_a_large_pool(changes, dtype):
     keys = (~taken).nonzero().flatten()
     keys = keys[torch.randperm(keys.numel(), generator=generator)[:changes]]
     keys[::7] = -1
-    new_rows, new_cols = torch.where(keys < 0, -1, keys // n_cols), torch.where(keys < 0, -1, keys % n_cols)
+    new_rows, new_cols = (
+        torch.where(keys < 0, -1, keys // n_cols),
+        torch.where(keys < 0, -1, keys % n_cols),
+    )
     assert isinstance(check_replace(rows, cols, n_rows, n_cols, slots, new_rows, new_cols), int)
 
 
@@ -212,13 +232,17 @@ def test_a_damaged_index_never_crashes_replace(p, data):
     index = build_index(rows, cols, n_rows, n_cols)
     for _ in range(data.draw(st.integers(1, 3))):
         target = data.draw(st.sampled_from((*index, rows, cols)))
-        target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1))
+        target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(
+            st.integers(-(2**31), 2**31 - 1)
+        )
     slots = torch.randperm(rows.numel())[: data.draw(st.sampled_from((3, rows.numel())))]
     minus = torch.full((slots.numel(),), -1)
     with contextlib.suppress(TopologyError, RuntimeError):
         replace_(rows, cols, index, n_rows, n_cols, slots, minus, minus)
     with contextlib.suppress(TopologyError, RuntimeError):
-        torch.ops.rewire.candidates(index.row_ptr, index.row_cols, n_cols, torch.arange(3), minus[:3], minus[:3])
+        torch.ops.rewire.candidates(
+            index.row_ptr, index.row_cols, n_cols, torch.arange(3), minus[:3], minus[:3]
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -231,7 +255,9 @@ def test_many_changes_of_a_damaged_index(p, data):
         return
     index = build_index(rows, cols, n_rows, n_cols)
     target = data.draw(st.sampled_from(tuple(index)))
-    target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1))
+    target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(
+        st.integers(-(2**31), 2**31 - 1)
+    )
     slots = torch.randperm(capacity)[: capacity // 2]
     new_rows, new_cols = rows[slots].flip(0), cols[slots].flip(0)
     expected = rows.clone(), cols.clone()
@@ -295,7 +321,11 @@ def test_new_positions_may_be_a_view_of_what_replace_changes(changes, where, con
     """The first connections in the opposite order."""
     with context():
         rows, cols, index = everything()
-        views = {"pool": (rows, cols), "by_row": (rows, index.row_cols), "by_col": (index.col_rows, index.col_slots)}
+        views = {
+            "pool": (rows, cols),
+            "by_row": (rows, index.row_cols),
+            "by_col": (index.col_rows, index.col_slots),
+        }
         new_rows, new_cols = (t[:changes] for t in views[where])
         slots = torch.arange(changes).flip(0)
         expected = torch.cat((slots, torch.arange(changes, 64)))
@@ -309,7 +339,9 @@ def test_slots_that_a_merge_overwrites_with_columns_far_beyond_the_pool():
     index = build_index(rows, cols, 1, 10**7)
     slots = index.row_cols[63:]
     new = torch.tensor([10**7 - 1])
-    assert torch.ops.rewire.replace_(rows, cols, *index, 1, 10**7, slots, torch.tensor([0]), new) == (0, 0, 0)
+    assert torch.ops.rewire.replace_(
+        rows, cols, *index, 1, 10**7, slots, torch.tensor([0]), new
+    ) == (0, 0, 0)
     assert cols.tolist() == [*range(63), 10**7 - 1]
     assert same(tuple(index), tuple(build_index(rows, cols, 1, 10**7)))
 
@@ -347,13 +379,18 @@ def test_lists_side_by_side_and_a_diagonal_are_fine(context):
         new = torch.tensor([0])
         assert replace_(rows, cols, index, 4, 4, torch.tensor([4]), new, new + 1) == 5
         assert same(tuple(index), tuple(build_index(rows, cols, 4, 4)))
-        wide = torch.stack((rows, cols, cols), 1)  # the second and third column in strides, so copied when read
+        # the second and third column in strides, so copied when read
+        wide = torch.stack((rows, cols, cols), 1)
         with pytest.raises(RuntimeError, match="must not share memory"):
-            build_index(wide[:, 0], wide[:, 1], 4, 4, out=index._replace(row_ptr=wide.view(-1)[2:7]))
+            build_index(
+                wide[:, 0], wide[:, 1], 4, 4, out=index._replace(row_ptr=wide.view(-1)[2:7])
+            )
 
 
 def test_a_pool_that_was_changed_while_it_was_read():
-    """A column list that is also the list of slots: 200000 writes into memory that was read as checked."""
+    """A column list that is also the list of slots: 200000 writes into memory that was read as
+    checked.
+    """
     n = 200_000
     rows, cols = torch.arange(n), torch.zeros(n, dtype=torch.int64)
     index = topology.empty_index(n, 1, n, torch.int64)._replace(row_slots=cols)
@@ -368,11 +405,13 @@ def test_int32_reaches_as_far_as_index_dtype_says():
     lists = topology.empty_index(1, 1, 0, torch.int32)
     for size in ((2**31 - 1, 5), (5, 2**31 - 1), (2**31, 5), (5, 2**31)):
         fits = topology.index_dtype(*size, 0) is torch.int32
-        with pytest.raises(RuntimeError, match="one entry more" if fits else "do not fit the dtype"):
+        with pytest.raises(
+            RuntimeError, match="one entry more" if fits else "do not fit the dtype"
+        ):
             torch.ops.rewire.build_index_(none, none, *size, *lists)
 
 
-# --- dormant connections ----------------------------------------------------------------------------------------------
+# --- dormant connections --------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -414,15 +453,23 @@ def test_bad_dormant_arguments_raise():
     for given_rows, message in (([2, 1], "sorted"), ([4], "out of range")):
         given_rows = torch.tensor(given_rows)
         with pytest.raises(RuntimeError, match=message):
-            native.sample_dormant_in_rows(index.row_ptr, index.row_cols, 5, given_rows, given_rows, 0, 0, 0)
+            native.sample_dormant_in_rows(
+                index.row_ptr, index.row_cols, 5, given_rows, given_rows, 0, 0, 0
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("first", "last"), [(1, 9), (-(2**31), 9), (0, -1), (0, 10), (0, 2**31 - 1), (0, -(2**31))])
+@pytest.mark.parametrize(
+    ("first", "last"), [(1, 9), (-(2**31), 9), (0, -1), (0, 10), (0, 2**31 - 1), (0, -(2**31))]
+)
 @pytest.mark.parametrize("n_rows", [0, 4])
 def test_dormant_ones_of_a_pointer_list_with_wrong_ends(dtype, first, last, n_rows):
     none = torch.empty(0, dtype=torch.int64)
-    ptr = build_index(*pool(4, 5, 9, 0, 0, dtype), 4, 5).row_ptr if n_rows else torch.zeros(1, dtype=dtype)
+    ptr = (
+        build_index(*pool(4, 5, 9, 0, 0, dtype), 4, 5).row_ptr
+        if n_rows
+        else torch.zeros(1, dtype=dtype)
+    )
     ptr[0] = first
     if n_rows or not first:
         ptr[-1] = last
@@ -445,10 +492,12 @@ def test_dormant_ones_of_an_empty_matrix(n_rows, n_cols):
     assert same(*both(topology.sample_dormant, index, n_rows, n_cols, 1, none, none, 1, 2, 3))
     assert same(*both(topology.sample_dormant_in_rows, index, n_rows, n_cols, none, none, 1, 2, 3))
     with pytest.raises(RuntimeError, match="rank is out of range"):
-        torch.ops.rewire.candidates(index.row_ptr, index.row_cols, n_cols, torch.tensor([0]), none, none)
+        torch.ops.rewire.candidates(
+            index.row_ptr, index.row_cols, n_cols, torch.tensor([0]), none, none
+        )
 
 
-# --- the random walk --------------------------------------------------------------------------------------------------
+# --- the random walk ------------------------------------------------------------------------------
 
 
 def walk(n, dtype, noise, shrink=0.01, index_dtype=torch.int32):
@@ -525,7 +574,11 @@ def test_adding_normals(n, dtype):
 
 
 def test_langevin_refuses_what_it_cannot_read():
-    values, rows, signs = torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.ones(4, dtype=torch.int8)
+    values, rows, signs = (
+        torch.zeros(4),
+        torch.zeros(4, dtype=torch.int32),
+        torch.ones(4, dtype=torch.int8),
+    )
     step = torch.ops.rewire.langevin_step_
     for arguments, message in (
         ((values, rows[:3], signs), "same length"),

@@ -1,4 +1,6 @@
-"""Products and copies of bfloat16 and float16 against dense float64, and their conversion against torch's."""
+"""Products and copies of bfloat16 and float16 against dense float64, and their conversion against
+torch's.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ NARROW = (torch.bfloat16, torch.float16)
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
     with_bias=st.booleans(),
 )
-def test_narrow_products_agree_with_dense_ones(implementation, p, dtype, narrow_values, batch, layouts, with_bias):
+def test_narrow_products_agree_with_dense_ones(
+    implementation, p, dtype, narrow_values, batch, layouts, with_bias
+):
     generator = torch.Generator().manual_seed(1)
     x, g = (torch.randn(batch, n, generator=generator).to(dtype) for n in reversed(p.shape))
     if batch:
@@ -51,7 +55,9 @@ def test_narrow_products_agree_with_dense_ones(implementation, p, dtype, narrow_
 def test_every_number_of_16_bits_is_read_exactly(dtype, batch):
     p = problem(1, 1, 1)
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    for x in numbers[::97] if batch == 1 else numbers[: 2**16 // batch * batch].view(-1, batch)[::97]:
+    for x in (
+        numbers[::97] if batch == 1 else numbers[: 2**16 // batch * batch].view(-1, batch)[::97]
+    ):
         y = ops.spmm(*p.by_row, torch.ones(1), x.view(-1, 1), None).flatten()
         assert torch.equal(y.isnan(), x.view(-1).isnan())
         assert torch.equal(y.nan_to_num(0, 1, -1), x.view(-1).nan_to_num(0, 1, -1))
@@ -67,7 +73,9 @@ def test_results_are_the_nearest_numbers_of_16_bits(dtype, batch):
     bits[: rows // 2] &= -(2**12)  # ties
     scale = torch.randint(-30, 20, (rows,))
     values = torch.where(
-        torch.arange(rows) % 4 < 3, torch.ldexp(1 + (bits & 0x7FFFFF) / 2**23, scale), bits.view(torch.float32)
+        torch.arange(rows) % 4 < 3,
+        torch.ldexp(1 + (bits & 0x7FFFFF) / 2**23, scale),
+        bits.view(torch.float32),
     )
     y = ops.spmm(*p.by_row, values, torch.ones(batch, 1, dtype=dtype), None)
     expected = values[p.by_row[2].long()].to(dtype).expand(batch, rows)

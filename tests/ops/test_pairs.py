@@ -26,14 +26,32 @@ from rewire.ops import Geometry, Pair, pairs
 
 D = torch.float64
 CONV: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "conv1d": (SparseConv1d(4, 6, 3, stride=2, padding=1, dilation=2, density=0.2, dtype=D), (4, 11)),
-    "conv1d-groups": (SparseConv1d(4, 6, 3, groups=2, padding="same", density=0.2, dtype=D), (4, 9)),
-    "conv2d": (SparseConv2d(4, 6, (2, 3), stride=(2, 1), padding=(1, 2), density=0.2, dtype=D), (4, 5, 6)),
-    "conv2d-groups": (SparseConv2d(6, 9, 3, groups=3, dilation=(1, 2), padding=1, density=0.2, dtype=D), (6, 6, 5)),
+    "conv1d": (
+        SparseConv1d(4, 6, 3, stride=2, padding=1, dilation=2, density=0.2, dtype=D),
+        (4, 11),
+    ),
+    "conv1d-groups": (
+        SparseConv1d(4, 6, 3, groups=2, padding="same", density=0.2, dtype=D),
+        (4, 9),
+    ),
+    "conv2d": (
+        SparseConv2d(4, 6, (2, 3), stride=(2, 1), padding=(1, 2), density=0.2, dtype=D),
+        (4, 5, 6),
+    ),
+    "conv2d-groups": (
+        SparseConv2d(6, 9, 3, groups=3, dilation=(1, 2), padding=1, density=0.2, dtype=D),
+        (6, 6, 5),
+    ),
     "conv2d-same": (SparseConv2d(2, 3, (5, 3), padding="same", density=0.4, dtype=D), (2, 5, 6)),
-    "conv2d-circular": (SparseConv2d(2, 3, 3, padding=1, padding_mode="circular", density=0.4, dtype=D), (2, 5, 6)),
+    "conv2d-circular": (
+        SparseConv2d(2, 3, 3, padding=1, padding_mode="circular", density=0.4, dtype=D),
+        (2, 5, 6),
+    ),
     "conv2d-depthwise": (SparseConv2d(4, 8, 3, groups=4, density=0.4, dtype=D), (4, 5, 4)),
-    "conv3d": (SparseConv3d(2, 4, 2, stride=(1, 2, 1), groups=2, padding=1, density=0.4, dtype=D), (2, 3, 4, 3)),
+    "conv3d": (
+        SparseConv3d(2, 4, 2, stride=(1, 2, 1), groups=2, padding=1, density=0.4, dtype=D),
+        (2, 3, 4, 3),
+    ),
 }
 ALL = CONV | {
     "linear": (SparseLinear(7, 5, density=0.3, dtype=D), (7,)),
@@ -82,7 +100,9 @@ def _twin(layer: nn.Module) -> Any:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_norms_are_those_of_what_block_multiplies(kind: str) -> None:
-    """Cosine similarities from sums and norms are those of the rows and (unfolded) columns written out."""
+    """Cosine similarities from sums and norms are those of the rows and (unfolded) columns written
+    out.
+    """
     layer, shape = ALL[kind]
     x = torch.randn(3, *shape, dtype=D, generator=torch.Generator().manual_seed(3))
     capture(layer, x)
@@ -96,10 +116,15 @@ def test_norms_are_those_of_what_block_multiplies(kind: str) -> None:
     torch.testing.assert_close(pair.col_norms(), columns.square().sum(2))
     group = torch.arange(rows) // (rows // pair.groups)
     expected = torch.stack(
-        [nn.functional.cosine_similarity(outputs[r : r + 1], columns[group[r]], 1, 0.0) for r in range(rows)]
+        [
+            nn.functional.cosine_similarity(outputs[r : r + 1], columns[group[r]], 1, 0.0)
+            for r in range(rows)
+        ]
     )
     scale = (pair.row_norms()[:, None] * pair.col_norms()[group]).sqrt()
-    torch.testing.assert_close(torch.where(scale > 0, pair.block(0, rows) / scale, 0.0), expected.nan_to_num(0.0))
+    torch.testing.assert_close(
+        torch.where(scale > 0, pair.block(0, rows) / scale, 0.0), expected.nan_to_num(0.0)
+    )
     assert pair.col_norms().shape == (pair.groups, cols)
 
 
@@ -110,12 +135,21 @@ def unfolded(pair: Pair) -> Tensor:
     per_group, sizes = pair.x.shape[1] // geometry.groups, pair.g.shape[2:]
     kk, samples = math.prod(geometry.kernel), pair.x.shape[0]
     out = torch.zeros(geometry.groups, per_group, kk, samples, math.prod(sizes), dtype=D)
-    for k, kernel in enumerate(torch.cartesian_prod(*map(torch.arange, geometry.kernel)).view(-1, len(sizes)).tolist()):
-        for p, place in enumerate(torch.cartesian_prod(*map(torch.arange, sizes)).view(-1, len(sizes)).tolist()):
+    for k, kernel in enumerate(
+        torch.cartesian_prod(*map(torch.arange, geometry.kernel)).view(-1, len(sizes)).tolist()
+    ):
+        for p, place in enumerate(
+            torch.cartesian_prod(*map(torch.arange, sizes)).view(-1, len(sizes)).tolist()
+        ):
             at = [
                 p_ * s + k_ * d - low
                 for p_, s, k_, d, low in zip(
-                    place, geometry.stride, kernel, geometry.dilation, geometry.padding[::2], strict=True
+                    place,
+                    geometry.stride,
+                    kernel,
+                    geometry.dilation,
+                    geometry.padding[::2],
+                    strict=True,
                 )
             ]
             if all(0 <= a < n for a, n in zip(at, pair.x.shape[2:], strict=True)):
@@ -128,11 +162,17 @@ def unfolded(pair: Pair) -> Tensor:
 def test_recurrent_layers_and_attention_capture_what_sums_to_the_dense_gradient(kind: str) -> None:
     layer: Any
     if kind == "lstm":
-        layer = SparseLSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3, density=0.3, dtype=D)
+        layer = SparseLSTM(
+            4, 6, num_layers=2, bidirectional=True, proj_size=3, density=0.3, dtype=D
+        )
         x: tuple[Tensor, ...] = (torch.randn(5, 3, 4, dtype=D),)
     else:
         layer = SparseMultiheadAttention(8, 2, kdim=5, vdim=6, density=0.3, dtype=D)
-        x = torch.randn(4, 3, 8, dtype=D), torch.randn(5, 3, 5, dtype=D), torch.randn(5, 3, 6, dtype=D)
+        x = (
+            torch.randn(4, 3, 8, dtype=D),
+            torch.randn(5, 3, 5, dtype=D),
+            torch.randn(5, 3, 6, dtype=D),
+        )
     twin = _twin(layer)
     for _, weight in sparse_weights(layer):
         weight.capture = []
@@ -160,15 +200,22 @@ def test_narrow_pairs_are_summed_in_float32() -> None:
 @pytest.mark.skipif(not pairs._has_onednn(), reason="torch has no oneDNN here")
 @pytest.mark.parametrize("g_layout", LAYOUTS)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
-def test_large_tiles_are_the_same_product(x_layout: str, g_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tiles_are_the_same_product(
+    x_layout: str, g_layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called: list[int] = []
     has = pairs._has_onednn
     monkeypatch.setattr(pairs, "_LARGE", 1)
     monkeypatch.setattr(pairs, "_has_onednn", lambda: called.append(1) or has())
     for batch, rows, cols in ((1, 1, 1), (2, 3, 300), (128, 64, 7), (5, 100, 1)):
-        x, g = in_layout(torch.randn(batch, cols), x_layout), in_layout(torch.randn(batch, rows), g_layout)
+        x, g = (
+            in_layout(torch.randn(batch, cols), x_layout),
+            in_layout(torch.randn(batch, rows), g_layout),
+        )
         block = Pair(x, g).block(0, rows)
-        torch.testing.assert_close(block, (g.double().t() @ x.double()).float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            block, (g.double().t() @ x.double()).float(), atol=1e-4, rtol=1e-4
+        )
         assert block.is_contiguous()
     assert len(called) == 4
     assert Pair(torch.zeros(0, 3), torch.zeros(0, 2)).block(0, 2).tolist() == [[0.0] * 3] * 2

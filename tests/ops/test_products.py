@@ -1,4 +1,6 @@
-"""spmm, sddmm, both in one and the layout copies against dense float64, in native code and in the reference."""
+"""spmm, sddmm, both in one and the layout copies against dense float64, in native code and in the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ IMPLEMENTATIONS = [pytest.param(ops, id="dispatched"), pytest.param(reference, i
 
 def check(implementation, p, x, g, bias):
     """Both products in both directions against the dense ones, computed in float64."""
-    tolerance = {"rtol": 2e-5, "atol": 2e-5} if x.dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
+    tolerance = (
+        {"rtol": 2e-5, "atol": 2e-5} if x.dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
+    )
     wide = [t.double() for t in (x, g, p.dense)]
     y = implementation.spmm(*p.by_row, p.values, x, bias)
     expected = wide[0] @ wide[2].t() + (0.0 if bias is None else bias.double())
@@ -71,7 +75,16 @@ def test_every_batch_size(batch, dtype):
 
 @pytest.mark.parametrize(
     ("rows", "cols", "connections"),
-    [(1, 1, 1), (1, 1, 0), (1, 200, 77), (200, 1, 77), (1, 200, 200), (200, 1, 200), (5, 7, 35), (30, 30, 0)],
+    [
+        (1, 1, 1),
+        (1, 1, 0),
+        (1, 200, 77),
+        (200, 1, 77),
+        (1, 200, 200),
+        (200, 1, 200),
+        (5, 7, 35),
+        (30, 30, 0),
+    ],
 )
 def test_extreme_shapes(rows, cols, connections):
     p = problem(rows, cols, connections)
@@ -80,7 +93,9 @@ def test_extreme_shapes(rows, cols, connections):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (10, 300), (17, 129), (130, 67), (0, 5), (5, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 50), (50, 1), (10, 300), (17, 129), (130, 67), (0, 5), (5, 0)]
+)
 def test_layout_copies_are_exact(shape, dtype, layout):
     x = torch.randn(shape, dtype=dtype)
     x = in_layout(x, layout) if x.numel() else x
@@ -106,7 +121,10 @@ def test_noncontiguous_values_and_bias():
     x, bias = torch.randn(10, 9), torch.randn(12)[::2]
     spread = torch.zeros(40)
     spread[::2] = p.values
-    assert torch.equal(ops.spmm(*p.by_row, spread[::2], x, bias), ops.spmm(*p.by_row, p.values, x, bias.contiguous()))
+    assert torch.equal(
+        ops.spmm(*p.by_row, spread[::2], x, bias),
+        ops.spmm(*p.by_row, p.values, x, bias.contiguous()),
+    )
 
 
 def test_reference_takes_blocks_of_connections(monkeypatch):
@@ -116,7 +134,7 @@ def test_reference_takes_blocks_of_connections(monkeypatch):
     check(reference, p, torch.randn(10, 30), torch.randn(10, 20), torch.randn(20))
 
 
-# --- threads, instruction sets ----------------------------------------------------------------------------------------
+# --- threads, instruction sets --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [10, 128, 300])
@@ -149,7 +167,8 @@ from rewire import _native, ops
 from rewire.ops import reference
 print(_native.instruction_set())
 for batch in (1, 2, 3, 5, 7, 8, 9, 10, 13, 16, 17, 31, 33, 100, 128, 130, 257):
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-11), (torch.bfloat16, 1e-2), (torch.half, 1e-3)):
+    tolerances = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.half: 1e-3}
+    for dtype, tolerance in tolerances.items():
         p = problem(23, 31, 300, spare=2, dtype=dtype)
         x, g = torch.randn(batch, 31, dtype=dtype), torch.randn(batch, 23, dtype=dtype)
         b = torch.randn(23, dtype=dtype)
@@ -173,7 +192,9 @@ def test_instruction_sets_agree(cap):
 
 
 def test_unknown_capability_is_refused():
-    done = run_python("from rewire import _native; _native.available()", REWIRE_CPU_CAPABILITY="sse9")
+    done = run_python(
+        "from rewire import _native; _native.available()", REWIRE_CPU_CAPABILITY="sse9"
+    )
     assert done.returncode != 0
     assert "'sse9'; allowed are portable, avx2, avx512" in done.stderr
 
@@ -184,24 +205,29 @@ def test_library_can_be_switched_off():
         "print(n.available(), n.describe())"
     )
     done = run_python(code, REWIRE_NATIVE="0")
-    assert done.stdout.strip() == "False plain PyTorch reference (switched off by REWIRE_NATIVE=0)", done.stderr
+    assert done.stdout.strip() == (
+        "False plain PyTorch reference (switched off by REWIRE_NATIVE=0)"
+    ), done.stderr
 
 
 def test_a_missing_library_is_warned_about_once():
     code = (
         "import os; os.environ.pop('REWIRE_NATIVE', None)\n"
-        "import warnings; from pathlib import Path; from rewire import _native as n; n._load.cache_clear()\n"
+        "import warnings; from pathlib import Path; from rewire import _native as n; "
+        "n._load.cache_clear()\n"
         "n._FOLDER = Path('/nonexistent')\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always'); n.available(); n.available('spmm')\n"
         "print([w.category.__name__ for w in seen], n.describe())"
     )
     done = run_python(code)
-    expected = "['NativeKernelsUnavailable'] plain PyTorch reference (the C++ extension is not built)"
+    expected = (
+        "['NativeKernelsUnavailable'] plain PyTorch reference (the C++ extension is not built)"
+    )
     assert done.stdout.strip() == expected, done.stderr
 
 
-# --- memory safety ----------------------------------------------------------------------------------------------------
+# --- memory safety --------------------------------------------------------------------------------
 
 
 def spoiled(p, which, place, value):
@@ -247,7 +273,9 @@ GEOMETRY = ((1,), (1,), (0, 0), (1,), 1)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("inner", ["negative", "large", "falling", "last falls"])
 def test_rows_are_checked_whatever_ptr_holds(size, index_dtype, inner):
-    """The work is shared out by a search in ptr, which must not leave rows out: their results would be anything."""
+    """The work is shared out by a search in ptr, which must not leave rows out: their results would
+    be anything.
+    """
     p = problem(size, size, size * size // 2, index_dtype=index_dtype)
     ptr, idx, slots = p.by_row
     x = torch.randn(16, size)
@@ -262,10 +290,16 @@ def test_rows_are_checked_whatever_ptr_holds(size, index_dtype, inner):
     calls = [
         lambda ptr: ops.spmm(ptr, idx, slots, p.values, x, None),
         lambda ptr: ops.sddmm(ptr, idx, slots, p.values.shape[0], x, x),
-        lambda ptr: torch.cat([t.flatten() for t in ops.spmm_sddmm(ptr, idx, slots, p.values, x, x)]),
+        lambda ptr: torch.cat(
+            [t.flatten() for t in ops.spmm_sddmm(ptr, idx, slots, p.values, x, x)]
+        ),
         lambda ptr: ops_.conv(ptr, idx, slots, p.values, images, None, size, *GEOMETRY, False),
-        lambda ptr: ops_.conv_input_gradient(ptr, idx, slots, p.values, images, (1,), size, *GEOMETRY, False),
-        lambda ptr: ops_.conv_value_gradient(ptr, idx, slots, p.values.shape[0], images, images, size, *GEOMETRY),
+        lambda ptr: ops_.conv_input_gradient(
+            ptr, idx, slots, p.values, images, (1,), size, *GEOMETRY, False
+        ),
+        lambda ptr: ops_.conv_value_gradient(
+            ptr, idx, slots, p.values.shape[0], images, images, size, *GEOMETRY
+        ),
     ]
     for call in calls:
         assert call(ptr).isfinite().all()
@@ -282,7 +316,9 @@ def test_only_a_rising_ptr_gives_a_result(data):
     ptr, idx, slots = p.by_row
     ptr = ptr.clone()
     for _ in range(data.draw(st.integers(1, 5))):
-        ptr[data.draw(st.integers(1, rows - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1) | st.integers(0, rows))
+        ptr[data.draw(st.integers(1, rows - 1))] = data.draw(
+            st.integers(-(2**31), 2**31 - 1) | st.integers(0, rows)
+        )
     x, g = torch.randn(2, 3), torch.randn(2, rows)
     rising = bool((ptr[1:] >= ptr[:-1]).all())
     for call in (
@@ -290,7 +326,9 @@ def test_only_a_rising_ptr_gives_a_result(data):
         lambda: ops.sddmm(ptr, idx, slots, rows, g, x),
         lambda: ops.spmm_sddmm(ptr, idx, slots, p.values, g, x),
     ):
-        with contextlib.nullcontext() if rising else pytest.raises(RuntimeError, match="never fall"):
+        with (
+            contextlib.nullcontext() if rising else pytest.raises(RuntimeError, match="never fall")
+        ):
             call()
 
 
@@ -302,7 +340,9 @@ def test_random_damage_never_crashes(data):
     lists = [t.clone() for t in p.by_row]
     for _ in range(data.draw(st.integers(1, 4))):
         target = data.draw(st.sampled_from(lists))
-        target[data.draw(st.integers(0, target.shape[0] - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1))
+        target[data.draw(st.integers(0, target.shape[0] - 1))] = data.draw(
+            st.integers(-(2**31), 2**31 - 1)
+        )
     x = torch.randn(data.draw(st.sampled_from((1, 10, 17))), 12)
     with contextlib.suppress(RuntimeError):
         assert ops.spmm(*lists, p.values, x, None).shape == x.shape
@@ -324,13 +364,25 @@ def test_bad_arguments_raise():
         (lambda: spmm(ptr.float(), idx, slots, p.values, x, None), "int32 or int64"),
         (lambda: spmm(ptr[:0], idx, slots, p.values, x, None), "one entry more"),
         (lambda: spmm(ptr[None], idx, slots, p.values, x, None), "one dimension"),
-        (lambda: spmm(ptr, idx, slots, p.values.double(), x, None), "values and x must have one dtype"),
+        (
+            lambda: spmm(ptr, idx, slots, p.values.double(), x, None),
+            "values and x must have one dtype",
+        ),
         (lambda: spmm(ptr, idx, slots, p.values[None], x, None), "values must have one dimension"),
         (lambda: spmm(ptr, idx, slots, p.values, x[0], None), "two dimensions"),
-        (lambda: spmm(ptr, idx, slots, p.values.double(), x.half(), None), "values and x must have one dtype"),
-        (lambda: spmm(ptr, idx, slots, p.values.bfloat16(), x.half(), None), "values and x must have one dtype"),
+        (
+            lambda: spmm(ptr, idx, slots, p.values.double(), x.half(), None),
+            "values and x must have one dtype",
+        ),
+        (
+            lambda: spmm(ptr, idx, slots, p.values.bfloat16(), x.half(), None),
+            "values and x must have one dtype",
+        ),
         (lambda: spmm(ptr, idx, slots, p.values, x.half(), torch.zeros(4).double()), "bias and x"),
-        (lambda: spmm(ptr, idx, slots, p.values, x.int(), None), "float32, float64, bfloat16 or float16"),
+        (
+            lambda: spmm(ptr, idx, slots, p.values, x.int(), None),
+            "float32, float64, bfloat16 or float16",
+        ),
         (lambda: sddmm(ptr, idx, slots, 9, g, x.half()), "g and x must have one dtype"),
         (lambda: spmm(ptr, idx, slots, p.values, x, torch.zeros(5)), "one entry per row"),
         (lambda: spmm(ptr, idx, slots, p.values, x, torch.zeros(4).double()), "bias and x"),
@@ -338,7 +390,10 @@ def test_bad_arguments_raise():
         (lambda: sddmm(ptr, idx, slots, 9, x, x), "as many features as there are rows"),
         (lambda: sddmm(ptr, idx, slots, -1, g, x), "capacity must not be negative"),
         (lambda: sddmm(ptr, idx, slots, 9, g.double(), x), "g and x must have one dtype"),
-        (lambda: both(ptr, idx, slots, p.values.double(), g, x), "values and x must have one dtype"),
+        (
+            lambda: both(ptr, idx, slots, p.values.double(), g, x),
+            "values and x must have one dtype",
+        ),
         (lambda: both(ptr, idx, slots, p.values, g.double(), x), "g and x must have one dtype"),
         (lambda: both(ptr, idx, slots, p.values[None], g, x), "values must have one dimension"),
         (lambda: both(ptr, idx, slots, p.values, g[:2], x), "same batch size"),
@@ -349,7 +404,7 @@ def test_bad_arguments_raise():
             call()
 
 
-# --- what the compiler is told ----------------------------------------------------------------------------------------
+# --- what the compiler is told --------------------------------------------------------------------
 
 
 @native

@@ -1,4 +1,6 @@
-"""regrow_: the native pass equals its definition to the bit, and both equal the parts it is made of."""
+"""regrow_: the native pass equals its definition to the bit, and both equal the parts it is made
+of.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,24 @@ from rewire.nn import SparseWeight
 from rewire.ops import regrow_
 from rewire.topology import TopologyError, build_index
 
-needs_native = pytest.mark.skipif(not _native.available("regrow_"), reason="the C++ extension is not in use")
+needs_native = pytest.mark.skipif(
+    not _native.available("regrow_"), reason="the C++ extension is not in use"
+)
 STREAMS = {"grow_stream": 9, "sign_stream": 11}
 
 
-def pool(n_rows: int, n_cols: int, connections: int, spare: int, seed: int, dtype: torch.dtype, kind: torch.dtype):
-    """values, signs, rows, cols of a random pool whose connections are in random slots; and the occupied slots."""
+def pool(
+    n_rows: int,
+    n_cols: int,
+    connections: int,
+    spare: int,
+    seed: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+):
+    """values, signs, rows, cols of a random pool whose connections are in random slots; and the
+    occupied slots.
+    """
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randperm(n_rows * n_cols, generator=generator)[:connections]
     occupied = torch.randperm(connections + spare, generator=generator)[:connections]
@@ -37,7 +51,18 @@ def regrown(native: bool, monkeypatch: pytest.MonkeyPatch, parts, shape, slots, 
         if not native:
             patch.setattr(_native, "available", lambda *_: False)
         try:
-            outcome = regrow_(values, signs, rows, cols, index, slots, seed=seed, step=step, fixed=fixed, **STREAMS)
+            outcome = regrow_(
+                values,
+                signs,
+                rows,
+                cols,
+                index,
+                slots,
+                seed=seed,
+                step=step,
+                fixed=fixed,
+                **STREAMS,
+            )
         except TopologyError as error:
             outcome = str(error)
     return outcome, (values, signs, rows, cols, *index)
@@ -53,14 +78,18 @@ def regrown(native: bool, monkeypatch: pytest.MonkeyPatch, parts, shape, slots, 
     seed=st.integers(0, 2**63 - 1),
     step=st.integers(0, 2**32 - 1),
     fixed=st.booleans(),
-    dtypes=st.tuples(st.sampled_from((torch.float32, torch.float64)), st.sampled_from((torch.int32, torch.int64))),
+    dtypes=st.tuples(
+        st.sampled_from((torch.float32, torch.float64)), st.sampled_from((torch.int32, torch.int64))
+    ),
 )
 def test_native_is_the_definition(shape, share, drop, spare, seed, step, fixed, dtypes) -> None:
     k = round(share * shape[0] * shape[1])
     parts = pool(*shape, k, spare, seed % 1000, *dtypes)
     slots = parts[-1][: round(drop * k)]
     with pytest.MonkeyPatch.context() as patch:
-        (a, native), (b, plain) = (regrown(n, patch, parts, shape, slots, seed, step, fixed) for n in (True, False))
+        (a, native), (b, plain) = (
+            regrown(n, patch, parts, shape, slots, seed, step, fixed) for n in (True, False)
+        )
     assert a == b == k
     assert all(same(x, y) for x, y in zip(native, plain, strict=True))
 
@@ -68,7 +97,9 @@ def test_native_is_the_definition(shape, share, drop, spare, seed, step, fixed, 
 @needs_native
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("changes", [1, 16, 17, 300, 2000, 9000])
-def test_in_a_large_pool_on_any_number_of_threads(changes: int, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_large_pool_on_any_number_of_threads(
+    changes: int, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = (700, 900)
     parts = pool(*shape, 60_000, 50, 3, torch.float32, torch.int32)
     slots = parts[-1][:changes].sort().values
@@ -110,8 +141,12 @@ def test_memory_of_others_is_refused() -> None:
 
 
 def test_a_pool_regrows_as_it_rewires() -> None:
-    """`SparseWeight.regrow` against `rewire` with the same draw: values, topology, gradient and the event."""
-    one, two = (SparseWeight((30, 40), 200, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    """`SparseWeight.regrow` against `rewire` with the same draw: values, topology, gradient and the
+    event.
+    """
+    one, two = (
+        SparseWeight((30, 40), 200, generator=torch.Generator().manual_seed(4)) for _ in range(2)
+    )
     seen = []
     for weight in (one, two):
         with torch.no_grad():
@@ -123,13 +158,20 @@ def test_a_pool_regrows_as_it_rewires() -> None:
     with torch.no_grad():
         one.regrow(slots, signs, seed=6, step=7, fixed=True, **STREAMS)
     old = two.rows[slots].long(), two.cols[slots].long()
-    rows, cols = topology.sample_dormant(two.index, 30, 40, slots.numel(), *old, 6, 7, STREAMS["grow_stream"])
+    rows, cols = topology.sample_dormant(
+        two.index, 30, 40, slots.numel(), *old, 6, 7, STREAMS["grow_stream"]
+    )
     sign = topology.position_signs(rows, cols, 6, STREAMS["sign_stream"])
     two.rewire(slots, rows, cols, torch.zeros(()).copysign(sign))
-    assert all(t._version > v for t, v in zip((one.values, one.rows, *one.index), versions, strict=True))
+    assert all(
+        t._version > v for t, v in zip((one.values, one.rows, *one.index), versions, strict=True)
+    )
     assert same(one.values.detach(), two.values.detach())
     assert torch.equal(one.values.grad, two.values.grad)
-    assert all(torch.equal(a, b) for a, b in zip((one.rows, *one.index), (two.rows, *two.index), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip((one.rows, *one.index), (two.rows, *two.index), strict=True)
+    )
     assert torch.equal(signs[slots], sign)
     assert one.connections == two.connections == 200
     assert [event.weight for event in seen] == [one, two]

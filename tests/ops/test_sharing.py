@@ -12,7 +12,9 @@ native = pytest.mark.skipif(not _native.available("spmm"), reason="the C++ exten
 
 
 def long_rows(dtype, index_dtype=torch.int32):
-    """Two full rows (one the last) among rows of a few connections, as an all-full problem with most of it cut."""
+    """Two full rows (one the last) among rows of a few connections, as an all-full problem with
+    most of it cut.
+    """
     p = problem(60, 12_000, 30_000, dtype=dtype, index_dtype=index_dtype, spare=3)
     keep = p.dense != 0
     keep[[17, 59]] = True
@@ -68,12 +70,14 @@ from rewire import ops
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for batch, spare in ((35, 0), (70, 0), (128, 2), (136, 0), (300, 0)):
-        p = problem(150, 400, 30_000, dtype=torch.float64 if dtype == torch.float64 else torch.float32, spare=spare)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        p = problem(150, 400, 30_000, dtype=wide, spare=spare)
         x, g = torch.randn(batch, 400).to(dtype), torch.randn(batch, 150).to(dtype)
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append((ops.spmm(*p.by_row, p.values, x, None), ops.spmm(*p.by_col, p.values, g, None),
+            results.append((ops.spmm(*p.by_row, p.values, x, None),
+                            ops.spmm(*p.by_col, p.values, g, None),
                             ops.sddmm(*p.by_row, 30_000 + spare, g, x),
                             *ops.spmm_sddmm(*p.by_col, p.values, x, g)))
         for a, b in zip(*results):
@@ -87,7 +91,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
 def test_tiles_of_columns_change_no_bit(cap):
     """With a cache of 20 kB x is read in many tiles, with a huge one in one go."""
     small, large = (
-        run_python(TILES, REWIRE_CPU_CAPABILITY=cap, REWIRE_CACHE_BYTES=size) for size in ("20000", "1000000000")
+        run_python(TILES, REWIRE_CPU_CAPABILITY=cap, REWIRE_CACHE_BYTES=size)
+        for size in ("20000", "1000000000")
     )
     assert small.returncode == large.returncode == 0, small.stderr + large.stderr
     assert small.stdout == large.stdout

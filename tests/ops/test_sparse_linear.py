@@ -16,7 +16,9 @@ def implementation(request, monkeypatch):
         for name in ("spmm", "sddmm", "feature_major", "batch_major"):
             function = getattr(reference, name)
             if name == "spmm":
-                monkeypatch.setattr(linear_module, name, lambda *a, f=function: f(*a, *(None,) * (6 - len(a))))
+                monkeypatch.setattr(
+                    linear_module, name, lambda *a, f=function: f(*a, *(None,) * (6 - len(a)))
+                )
             else:
                 monkeypatch.setattr(linear_module, name, function)
     return request.param
@@ -54,7 +56,9 @@ def test_agrees_with_a_dense_layer(batch, bias, contiguous_output):
         assert y.is_contiguous()
 
 
-@pytest.mark.parametrize("layout", ["row-major", "feature-major", "sliced", "expanded batch", "expanded both"])
+@pytest.mark.parametrize(
+    "layout", ["row-major", "feature-major", "sliced", "expanded batch", "expanded both"]
+)
 def test_any_strides_of_the_gradient(layout):
     p = problem(6, 9, 25, dtype=torch.float64)
     g = in_layout(torch.randn(10, 6, dtype=torch.float64), layout)
@@ -75,14 +79,21 @@ def test_layouts_of_results():
     assert gradient.stride() == (1, 10)
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True)]
+)
 def test_only_needed_gradients(needed, monkeypatch):
     p = problem(6, 9, 25)
     called = []
     for name in ("spmm", "sddmm"):
         original = getattr(linear_module, name)
-        monkeypatch.setattr(linear_module, name, lambda *a, f=original, n=name: (called.append(n), f(*a))[1])
-    tensors = [t.requires_grad_(n) for t, n in zip((torch.randn(4, 9), p.values, torch.randn(6)), needed, strict=True)]
+        monkeypatch.setattr(
+            linear_module, name, lambda *a, f=original, n=name: (called.append(n), f(*a))[1]
+        )
+    tensors = [
+        t.requires_grad_(n)
+        for t, n in zip((torch.randn(4, 9), p.values, torch.randn(6)), needed, strict=True)
+    ]
     y = sparse_linear(*tensors, p.index)
     called.clear()
     y.sum().backward()
@@ -146,17 +157,22 @@ def test_capture(create_graph):
 
 def test_errors_say_what_is_wrong():
     p = problem(6, 9, 25)
-    with pytest.raises(RuntimeError, match=r"x is torch.float64 but the weight's values are torch.float32"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"x is torch.float64 but the weight's values are "
+        r"torch.float32",
+    ):
         sparse_linear(torch.randn(4, 9).double(), p.values, None, p.index)
     for shape in ((4, 8), (9, 4), ()):
         with pytest.raises(RuntimeError, match=r"the layer takes \(\.\.\., 9\)"):
             sparse_linear(torch.randn(shape), p.values, None, p.index)
 
 
-# --- compiled, exported -----------------------------------------------------------------------------------------------
+# --- compiled, exported ---------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch deprecates
+# torch's compiler calls what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles(backend):

@@ -1,4 +1,6 @@
-"""walk_and_regrow_ against the two steps that it is made of; merging and searching in long lists, by every kernel."""
+"""walk_and_regrow_ against the two steps that it is made of; merging and searching in long lists,
+by every kernel.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,23 @@ from rewire.nn import SparseWeight
 from rewire.ops import langevin_step_, regrow_, walk_and_regrow_
 from rewire.topology import build_index
 
-needs_native = pytest.mark.skipif(not _native.available("walk_and_regrow_"), reason="the C++ extension is not in use")
+needs_native = pytest.mark.skipif(
+    not _native.available("walk_and_regrow_"), reason="the C++ extension is not in use"
+)
 STREAMS = {"grow_stream": 9, "sign_stream": 11}
 
 
-def pool(shape: tuple[int, int], connections: int, spare: int, seed: int, dtype: torch.dtype, kind: torch.dtype):
-    """values (some across zero), signs, rows, cols and gradient of a pool whose connections are in random slots."""
+def pool(
+    shape: tuple[int, int],
+    connections: int,
+    spare: int,
+    seed: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+):
+    """values (some across zero), signs, rows, cols and gradient of a pool whose connections are in
+    random slots.
+    """
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randperm(shape[0] * shape[1], generator=generator)[:connections]
     occupied = torch.randperm(connections + spare, generator=generator)[:connections]
@@ -32,7 +45,15 @@ def pool(shape: tuple[int, int], connections: int, spare: int, seed: int, dtype:
     return values, torch.where(flipped, -signs, signs), rows, cols, torch.ones_like(values)
 
 
-def walked(native: bool, monkeypatch: pytest.MonkeyPatch, parts, shape, noise: float, at: dict[str, int], fixed: bool):
+def walked(
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    parts,
+    shape,
+    noise: float,
+    at: dict[str, int],
+    fixed: bool,
+):
     """The slots, and everything afterwards."""
     values, signs, rows, cols, gradient = (t.clone() for t in parts)
     index = build_index(rows, cols, *shape)
@@ -40,7 +61,18 @@ def walked(native: bool, monkeypatch: pytest.MonkeyPatch, parts, shape, noise: f
         if not native:
             patch.setattr(_native, "available", lambda *_: False)
         slots = walk_and_regrow_(
-            values, signs, rows, cols, index, gradient, 0.05, noise, fixed=fixed, noise_stream=5, **at, **STREAMS
+            values,
+            signs,
+            rows,
+            cols,
+            index,
+            gradient,
+            0.05,
+            noise,
+            fixed=fixed,
+            noise_stream=5,
+            **at,
+            **STREAMS,
         )
     return slots, values, signs, rows, cols, gradient, *index
 
@@ -62,9 +94,13 @@ def in_parts(parts, shape, noise: float, at: dict[str, int], fixed: bool):
     shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     share=st.floats(0, 1),
     spare=st.integers(0, 3),
-    at=st.fixed_dictionaries({"seed": st.integers(0, 2**63 - 1), "step": st.integers(0, 2**32 - 1)}),
+    at=st.fixed_dictionaries(
+        {"seed": st.integers(0, 2**63 - 1), "step": st.integers(0, 2**32 - 1)}
+    ),
     fixed=st.booleans(),
-    dtypes=st.tuples(st.sampled_from((torch.float32, torch.float64)), st.sampled_from((torch.int32, torch.int64))),
+    dtypes=st.tuples(
+        st.sampled_from((torch.float32, torch.float64)), st.sampled_from((torch.int32, torch.int64))
+    ),
 )
 def test_native_is_the_definition(shape, share, spare, at, fixed, dtypes) -> None:
     parts = pool(shape, round(share * shape[0] * shape[1]), spare, at["seed"] % 1000, *dtypes)
@@ -103,7 +139,9 @@ def test_merges_few_changes_of_a_large_pool(share: float, monkeypatch: pytest.Mo
     shape, at = (500, 800), {"seed": 7, "step": 8}
     _, _, rows, cols, gradient = pool(shape, 50_000, 0, 3, torch.float32, torch.int32)
     values = torch.ones(50_000)
-    values[torch.randperm(50_000, generator=torch.Generator().manual_seed(1))[: round(share * 50_000)]] = -1.0
+    values[
+        torch.randperm(50_000, generator=torch.Generator().manual_seed(1))[: round(share * 50_000)]
+    ] = -1.0
     parts = (values, torch.ones(50_000, dtype=torch.int8), rows, cols, gradient)
     slots, *after = walked(True, monkeypatch, parts, shape, 0.0, at, True)
     assert torch.equal(slots, (values < 0).nonzero().flatten())
@@ -115,27 +153,38 @@ def test_merges_few_changes_of_a_large_pool(share: float, monkeypatch: pytest.Mo
 @needs_native
 @pytest.mark.parametrize("where", ["row_slots", "col_slots", "col_rows", "col_ptr"])
 def test_a_damaged_list_is_mended(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lists are derived: where a merge finds that they are not the pool's, they are derived anew."""
+    """The lists are derived: where a merge finds that they are not the pool's, they are derived
+    anew.
+    """
     shape = (30, 400)
     values, signs, rows, cols, _ = pool(shape, 3000, 0, 3, torch.float32, torch.int32)
     index = build_index(rows, cols, *shape)
     damaged = index._asdict()[where]
     damaged[damaged.numel() // 2 :] = 0
     slots = torch.arange(0, 3000, 30)
-    assert regrow_(values, signs, rows, cols, index, slots, seed=1, step=2, fixed=True, **STREAMS) == 3000
-    assert all(torch.equal(x, y) for x, y in zip(index, build_index(rows, cols, *shape), strict=True))
+    assert (
+        regrow_(values, signs, rows, cols, index, slots, seed=1, step=2, fixed=True, **STREAMS)
+        == 3000
+    )
+    assert all(
+        torch.equal(x, y) for x, y in zip(index, build_index(rows, cols, *shape), strict=True)
+    )
 
 
 @needs_native
 @settings(max_examples=100, deadline=None)
-@given(shape=st.sampled_from(((1, 600), (20, 40), (300, 5))), seed=st.integers(0, 999), data=st.data())
+@given(
+    shape=st.sampled_from(((1, 600), (20, 40), (300, 5))), seed=st.integers(0, 999), data=st.data()
+)
 def test_a_damaged_pool_never_crashes(shape, seed, data) -> None:
     parts = pool(shape, round(0.6 * shape[0] * shape[1]), 0, seed, torch.float32, torch.int32)
     values, signs, rows, cols, gradient = parts
     index = build_index(rows, cols, *shape)
     for _ in range(data.draw(st.integers(1, 3))):
         target = data.draw(st.sampled_from((*index, rows, cols)))
-        target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(st.integers(-(2**31), 2**31 - 1))
+        target[data.draw(st.integers(0, target.numel() - 1))] = data.draw(
+            st.integers(-(2**31), 2**31 - 1)
+        )
     try:
         at = {"seed": seed, "step": 1, "noise_stream": 5, **STREAMS}
         walk_and_regrow_(values, signs, rows, cols, index, gradient, 0.05, 0.0, fixed=True, **at)
@@ -167,7 +216,9 @@ def test_gradients_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     for gradient in (None, torch.ones(205), strided):
         parts = [t.clone() for t in (values, signs, rows, cols)]
         index = build_index(parts[2], parts[3], *shape)
-        slots = walk_and_regrow_(*parts, index, gradient, 0.05, 0.0, noise_stream=5, fixed=True, **at, **STREAMS)
+        slots = walk_and_regrow_(
+            *parts, index, gradient, 0.05, 0.0, noise_stream=5, fixed=True, **at, **STREAMS
+        )
         results.append((slots, *parts, *index))
         if gradient is not None:
             assert torch.equal((gradient == 0).nonzero().flatten(), slots)
@@ -176,7 +227,9 @@ def test_gradients_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pool_walks_as_its_parts_do() -> None:
-    """`SparseWeight.walk`: values, topology, gradient, versions, event; without changes, only the values' version."""
+    """`SparseWeight.walk`: values, topology, gradient, versions, event; without changes, only the
+    values' version.
+    """
     weight = SparseWeight((30, 40), 200, generator=torch.Generator().manual_seed(4))
     seen = []
     weight.follow(seen.append)
@@ -187,12 +240,18 @@ def test_a_pool_walks_as_its_parts_do() -> None:
         weight.values.fill_(1.0)
         versions = [t._version for t in (weight.values, weight.rows, *weight.index)]
         assert not weight.walk(signs, 0.5, 0.0, **drawn).numel()
-        assert [t._version for t in (weight.values, weight.rows, *weight.index)] == [versions[0] + 1, *versions[1:]]
+        assert [t._version for t in (weight.values, weight.rows, *weight.index)] == [
+            versions[0] + 1,
+            *versions[1:],
+        ]
         assert not seen
         weight.values[::9] = -1.0
         slots = weight.walk(signs, 0.25, 0.0, **drawn)
     assert torch.equal(slots, torch.arange(0, 200, 9))
-    assert all(t._version > v for t, v in zip((weight.values, weight.rows, *weight.index), versions, strict=True))
+    assert all(
+        t._version > v
+        for t, v in zip((weight.values, weight.rows, *weight.index), versions, strict=True)
+    )
     assert torch.equal(weight.values.grad == 0, weight.values.detach() == 0)
     assert torch.equal((weight.values.detach() == 0).nonzero().flatten(), slots)
     assert len(seen) == 1

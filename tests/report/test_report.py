@@ -1,4 +1,6 @@
-"""The report: right numbers, whole page, nothing from the network, nothing that breaks out of its place."""
+"""The report: right numbers, whole page, nothing from the network, nothing that breaks out of its
+place.
+"""
 
 import json
 import math
@@ -37,23 +39,38 @@ def make_run(folder: Path, *, finished: bool = True, inputs: int = 6, epochs: in
         "samples": {"train": 10, "validation": 2, "test": 4},
     }
     (folder / "config.json").write_text(
-        json.dumps({"data": "toy", "method": "m", "seed": 1, "epochs": epochs, "data_dir": "/secret/place"})
+        json.dumps(
+            {"data": "toy", "method": "m", "seed": 1, "epochs": epochs, "data_dir": "/secret/place"}
+        )
     )
     lines = [
         {
-            "epoch": e, "step": e, "train_accuracy": e / 10, "train_loss": 1 / e, "validation_accuracy": 0.5,
-            "validation_loss": 0.7, "connections": [3, 2], "turnover": [0.5, 0.0],
+            "epoch": e,
+            "step": e,
+            "train_accuracy": e / 10,
+            "train_loss": 1 / e,
+            "validation_accuracy": 0.5,
+            "validation_loss": 0.7,
+            "connections": [3, 2],
+            "turnover": [0.5, 0.0],
         }
         for e in range(1, epochs + 1)
-    ]  # fmt: skip
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if finished:
         (folder / "metrics.jsonl").write_text(text)
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         result = {
-            "test_accuracy": 0.75, "test_loss": 0.4, "seconds": 125.0, "steps": 1234, "info": info,
-            "versions": {"torch": "2.x"}, "connections": 5, "possible_connections": 24, "density": 5 / 24,
-        }  # fmt: skip
+            "test_accuracy": 0.75,
+            "test_loss": 0.4,
+            "seconds": 125.0,
+            "steps": 1234,
+            "info": info,
+            "versions": {"torch": "2.x"},
+            "connections": 5,
+            "possible_connections": 24,
+            "density": 5 / 24,
+        }
         (folder / "result.json").write_text(json.dumps(result))
         bind(folder)
     else:
@@ -63,19 +80,30 @@ def make_run(folder: Path, *, finished: bool = True, inputs: int = 6, epochs: in
         commit = {"file": "checkpoint-9.safetensors", "info": info}
         config = json.loads((folder / "config.json").read_text())
         commit |= {
-            "format": 2, "epoch": epochs, "step": 9, "seconds": 1.5, "state": {"minus infinity": -math.inf},
-            "sha256": files.sha256_file(folder / "checkpoint-9.safetensors"), "metrics_bytes": len(text),
-            "metrics_sha256": files.sha256_bytes(text.encode()), "config_sha256": run_files.config_sum(config),
-        }  # fmt: skip
+            "format": 2,
+            "epoch": epochs,
+            "step": 9,
+            "seconds": 1.5,
+            "state": {"minus infinity": -math.inf},
+            "sha256": files.sha256_file(folder / "checkpoint-9.safetensors"),
+            "metrics_bytes": len(text),
+            "metrics_sha256": files.sha256_bytes(text.encode()),
+            "config_sha256": run_files.config_sum(config),
+        }
         commit["this_sha256"] = run_files.own_sum(commit)
         (folder / "checkpoint.json").write_text(json.dumps(commit))
 
 
 def bind(folder: Path) -> None:
     """Write the checksums of a finished run as it is now."""
-    sums = {name: files.sha256_file(folder / name) for name in ("metrics.jsonl", "model.safetensors", "result.json")}
+    sums = {
+        name: files.sha256_file(folder / name)
+        for name in ("metrics.jsonl", "model.safetensors", "result.json")
+    }
     config = run_files.config_sum(json.loads((folder / "config.json").read_text()))
-    (folder / "checksums.json").write_text(json.dumps({"format": 2, "config_sha256": config, "files": sums}))
+    (folder / "checksums.json").write_text(
+        json.dumps({"format": 2, "config_sha256": config, "files": sums})
+    )
 
 
 class Balanced(HTMLParser):
@@ -109,7 +137,12 @@ def parse(page: str) -> Balanced:
 
 
 def charts(page: str) -> dict:
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" '
+        r'id="figures">(.*?)</script>',
+        page,
+        re.DOTALL,
+    )
     assert found is not None
     return json.loads(found[1])
 
@@ -126,7 +159,12 @@ def test_topology_is_counted(run: Run) -> None:
     assert first.fan_out is not None
     assert first.fan_in.all().tolist() == [2, 0, 1]
     assert first.fan_out.all().tolist() == [0, 2, 0, 0, 0, 1]
-    assert (first.fan_out.unused, first.fan_out.mean, first.fan_out.low, first.fan_out.high) == (4, 0.5, 0, 2)
+    assert (first.fan_out.unused, first.fan_out.mean, first.fan_out.low, first.fan_out.high) == (
+        4,
+        0.5,
+        0,
+        2,
+    )
     assert (first.connections, second.connections) == (3, 2)
     picture = figures.pixels(run)
     assert picture is not None
@@ -140,7 +178,16 @@ def test_page(tmp_path: Path, run: Run) -> None:
     page = path.read_text()
     parser = parse(page)
     text = " ".join(parser.texts)
-    for part in ("75.00%", "2 min 5 s", "1,234 steps", "connections of 24", "20.83%", "torch", "2.x", "m on toy"):
+    for part in (
+        "75.00%",
+        "2 min 5 s",
+        "1,234 steps",
+        "connections of 24",
+        "20.83%",
+        "torch",
+        "2.x",
+        "m on toy",
+    ):
         assert part in text, part
     assert "/secret/place" not in page
     assert parser.links == []  # nothing is fetched
@@ -173,7 +220,9 @@ def test_text_cannot_become_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>&<b>"
     make_run(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"method": evil, "data": evil, evil: evil}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"method": evil, "data": evil, evil: evil})
+    )
     bind(tmp_path)
     page = report.write(tmp_path).read_text()
     parse(page)
@@ -196,7 +245,12 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         report.write(tmp_path)
     make_run(tmp_path)
     for name, content, message in (
-        ("model.safetensors", b"x", r"model\.safetensors is damaged: it was changed after the run was finished"),
+        (
+            "model.safetensors",
+            b"x",
+            r"model\.safetensors is damaged: it was changed after the run "
+            r"was finished",
+        ),
         ("result.json", b"{", r"result\.json is damaged: it was changed"),
         ("metrics.jsonl", b"{\n", r"metrics\.jsonl is damaged: it was changed"),
         ("checksums.json", b"{}", r"checksums\.json is damaged: 'format' is missing"),
@@ -223,8 +277,12 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         ("shape", np.array([0, 6]), "is no size of a matrix"),
     ],
 )
-def test_positions_that_cannot_be(tmp_path: Path, part: str, tensor: np.ndarray, reason: str) -> None:
-    """Also where the checksums were made anew; a layer of any size costs what its connections cost."""
+def test_positions_that_cannot_be(
+    tmp_path: Path, part: str, tensor: np.ndarray, reason: str
+) -> None:
+    """Also where the checksums were made anew; a layer of any size costs what its connections
+    cost.
+    """
     make_run(tmp_path)
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     tensors[f"0.weight.{part}"] = tensor
@@ -232,7 +290,10 @@ def test_positions_that_cannot_be(tmp_path: Path, part: str, tensor: np.ndarray,
     bind(tmp_path)
     with pytest.raises(report.ReportError, match=reason):
         read_run(tmp_path)
-    tensors |= {"0.weight.shape": np.array([2**62, 2**61]), "0.weight.rows": np.array([0, 2**60, 2**62 - 1, -1])}
+    tensors |= {
+        "0.weight.shape": np.array([2**62, 2**61]),
+        "0.weight.rows": np.array([0, 2**60, 2**62 - 1, -1]),
+    }
     tensors["0.weight.cols"] = np.array([0, 0, 2**61 - 1, -1])
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     bind(tmp_path)
@@ -241,7 +302,9 @@ def test_positions_that_cannot_be(tmp_path: Path, part: str, tensor: np.ndarray,
 
 def test_a_shape_that_numpy_cannot_count(tmp_path: Path) -> None:
     """The file is right: it has no number in 0 x 2^62 x 4."""
-    header = json.dumps({"x": {"dtype": "I32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps(
+        {"x": {"dtype": "I32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}
+    ).encode()
     (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(report.ReportError, match="x has the shape"):
         _Tensors(tmp_path / "f").get("x")

@@ -1,4 +1,6 @@
-"""The files of a run directory are bound together: what was changed, or is of another run, is refused by name."""
+"""The files of a run directory are bound together: what was changed, or is of another run, is
+refused by name.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +27,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loop.run(toy.config(seed=seed), toy.dataset(), RunDir(base / f"finished {seed}"))
         asked = iter([0] * 5 + [2] * 5)
         with pytest.raises(StoppedError):
-            loop.run(toy.config(seed=seed), toy.dataset(), RunDir(base / f"going {seed}"), stop=lambda a=asked: next(a))
+            loop.run(
+                toy.config(seed=seed),
+                toy.dataset(),
+                RunDir(base / f"going {seed}"),
+                stop=lambda a=asked: next(a),
+            )
     return base
 
 
@@ -81,15 +88,21 @@ def test_a_file_of_another_run_that_goes_on(runs: Path, tmp_path: Path, name: st
 
     refused(resume, name, "config.json", "checkpoint")
     refused(lambda: read_run(folder), name, "config.json", "checkpoint")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # nothing is lost by trying
+    # nothing is lost by trying
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_metrics_without_their_checkpoint(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "r"
     shutil.copytree(runs / "going 0", folder)
     (folder / "checkpoint.json").unlink()
-    refused(lambda: loop.run(toy.config(), toy.dataset(), RunDir(folder), resume=True), "checkpoint.json is missing")
-    assert (folder / "metrics.jsonl").read_bytes() == (runs / "going 0" / "metrics.jsonl").read_bytes()
+    refused(
+        lambda: loop.run(toy.config(), toy.dataset(), RunDir(folder), resume=True),
+        "checkpoint.json is missing",
+    )
+    assert (folder / "metrics.jsonl").read_bytes() == (
+        runs / "going 0" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_what_may_be_changed(runs: Path, tmp_path: Path) -> None:
@@ -107,13 +120,19 @@ def test_what_may_be_changed(runs: Path, tmp_path: Path) -> None:
         (folder / "notes.txt").write_text("mine")
         (folder / "report.html").write_text("mine")
         assert read_run(folder).metrics == read_run(runs / start).metrics
-    assert RunDir(tmp_path / "finished 0").read_result() == RunDir(runs / "finished 0").read_result()
+    assert (
+        RunDir(tmp_path / "finished 0").read_result() == RunDir(runs / "finished 0").read_result()
+    )
     loop.run(RunDir(folder).read_config(), toy.dataset(), RunDir(folder), resume=True)
     assert toy.outcome(folder) == toy.outcome(runs / "finished 0")
 
 
 def test_a_result_that_was_removed_is_made_anew(runs: Path, tmp_path: Path) -> None:
-    for lost in (["result.json"], ["result.json", "checksums.json"], ["result.json", "model.safetensors"]):
+    for lost in (
+        ["result.json"],
+        ["result.json", "checksums.json"],
+        ["result.json", "model.safetensors"],
+    ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(runs / "finished 0", folder)
         for name in lost:
@@ -129,7 +148,12 @@ def test_nested_locks_of_one_process(tmp_path: Path) -> None:
         assert not place.path.exists()  # nothing to lock yet
         with place.lock(create=True), place.lock():
             refused(lambda: other.start(toy.config(), overwrite=True), "another process")
-        refused(lambda: other.start(toy.config(), overwrite=True), "another process")  # until the outermost ends
+        refused(
+            lambda: other.start(toy.config(), overwrite=True),
+            "another "
+            # until the outermost ends
+            "process",
+        )
         assert list(place.path.iterdir()) == []
     other.start(toy.config(), overwrite=False)
     with pytest.raises(ZeroDivisionError), place.lock():

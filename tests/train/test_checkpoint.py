@@ -17,7 +17,9 @@ keys = st.text() | st.integers()
 nested = st.recursive(
     scalars,
     lambda inner: (
-        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(keys, inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys, inner, max_size=3)
     ),
     max_leaves=10,
 )
@@ -56,7 +58,9 @@ def test_what_json_cannot_hold_is_refused() -> None:
 def make(step: int, value: float) -> Checkpoint:
     layer = {"name": "0.weight", "outputs": 2, "inputs": 3, "connections": 4}
     info = {"layers": [layer], "samples": {"train": 1, "validation": 0, "test": 1}}
-    return Checkpoint(1, step, "c" * 64, Prefix(7, "d" * 64), 1.5, info, {"x": torch.full((3,), value), "n": 0.1})
+    return Checkpoint(
+        1, step, "c" * 64, Prefix(7, "d" * 64), 1.5, info, {"x": torch.full((3,), value), "n": 0.1}
+    )
 
 
 def test_round_trip_and_clean_up(tmp_path: Path) -> None:
@@ -70,7 +74,9 @@ def test_round_trip_and_clean_up(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, make(1, 1))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

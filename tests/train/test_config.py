@@ -17,12 +17,18 @@ from rewire.app.train.options import parse_method_options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"density": [0.0]}, "--density: given 0.0, allowed is a number greater than 0 and at most 1"),
+        (
+            {"density": [0.0]},
+            "--density: given 0.0, allowed is a number greater than 0 and at most 1",
+        ),
         ({"density": [-0.1]}, "--density: given -0.1, allowed"),
         ({"density": [1.5]}, "--density: given 1.5, allowed"),
         ({"density": [math.nan]}, "--density: given nan, allowed"),
         ({"density": [math.inf]}, "--density: given inf, allowed"),
-        ({"density": [0.1, 0.1]}, "given 2 numbers for 3 layers .* one number for the whole network or 3"),
+        (
+            {"density": [0.1, 0.1]},
+            "given 2 numbers for 3 layers .* one number for the whole network or 3",
+        ),
         ({"density": [0.1], "connections": 5}, "give one of them"),
         ({"density": [0.1] * 3, "distribution": "er"}, "with one density per layer leave it out"),
         ({"connections": 0}, "--connections: given 0, allowed is a number greater than 0"),
@@ -37,7 +43,11 @@ from rewire.app.train.options import parse_method_options
         ({"seed": -1}, "--seed: given -1, allowed is a number at least 0"),
         ({"seed": 2**63}, "--seed: given 9223372036854775808"),
         ({"validation": 1}, "--validation: given 1, allowed is a number less than 1"),
-        ({"optimizer": "adm"}, r"--optimizer: unknown name 'adm' \(did you mean 'adam'\?\); allowed are sgd, "),
+        (
+            {"optimizer": "adm"},
+            r"--optimizer: unknown name 'adm' \(did you mean 'adam'\?\); "
+            r"allowed are sgd, ",
+        ),
         ({"batchsize": 3}, r"unknown option 'batchsize' \(did you mean 'batch_size'\?\)"),
     ],
 )
@@ -62,7 +72,9 @@ def test_refused(options, message: str) -> None:
         ("one-shot", "adam", 0.01, {"after": 10}),
     ],
 )
-def test_defaults_that_suit_the_method(method: str, optimizer: str, lr: float, options: dict[str, int]) -> None:
+def test_defaults_that_suit_the_method(
+    method: str, optimizer: str, lr: float, options: dict[str, int]
+) -> None:
     config = make_config({"method": method})
     assert (config.optimizer, config.lr, config.method_options) == (optimizer, lr, options)
     assert config.init == "auto"
@@ -75,9 +87,15 @@ def test_defaults_that_suit_the_method(method: str, optimizer: str, lr: float, o
 def test_what_is_given_goes_before_what_suits() -> None:
     given = {"method": "noiseout", "method_options": {"threshold": 0.9}}
     assert make_config(given).method_options == {"threshold": 0.9}
-    assert make_config({"method": "noiseout", "method_options": {"warmup": 0}}).method_options == {"warmup": 0}
-    assert make_config({"method": "halo", "method_options": {"cut": None}}).method_options == {"cut": None}
-    assert make_config({"method": "halo", "epochs": 1}).method_options == {}, "no epoch to train what is left"
+    assert make_config({"method": "noiseout", "method_options": {"warmup": 0}}).method_options == {
+        "warmup": 0
+    }
+    assert make_config({"method": "halo", "method_options": {"cut": None}}).method_options == {
+        "cut": None
+    }
+    assert make_config({"method": "halo", "epochs": 1}).method_options == {}, (
+        "no epoch to train what is left"
+    )
     for epochs, given, expected in (
         (3, {}, {"cycles": 2, "every": 1}),
         (1, {}, {"cycles": 1, "every": 1}),
@@ -123,11 +141,18 @@ def test_damaged_config_is_named(text: str) -> None:
 
 def test_difference_names_the_option() -> None:
     config = make_config({"hidden": [3], "lr": 0.5, "method_options": {"l1": 0.1}})
-    assert difference(config, {"lr": 0.5, "hidden": [3], "data_dir": "/elsewhere", "checkpoint_every": 9}) is None
+    assert (
+        difference(
+            config, {"lr": 0.5, "hidden": [3], "data_dir": "/elsewhere", "checkpoint_every": 9}
+        )
+        is None
+    )
     assert difference(config, {"lr": 0.1}) == "--lr: the run has 0.5, given 0.1"
     assert difference(config, {"hidden": [3, 4]}) == "--hidden: the run has 3, given 3,4"
     assert difference(config, {"bias": False}) == "--no-bias: the run has True, given False"
-    assert "--set: the run has l1=0.1, given l1=0.2" in difference(config, {"method_options": {"l1": 0.2}})
+    assert ("--set: the run has l1=0.1, given l1=0.2") in difference(
+        config, {"method_options": {"l1": 0.2}}
+    )
 
 
 SHAPES = layer_shapes(784, (300, 100), 10)
@@ -147,7 +172,9 @@ def test_budgets_sum_to_the_total_or_are_refused(sizes, share, distribution) -> 
     shapes = layer_shapes(sizes[0], sizes[1:-1], sizes[-1])
     possible = [rows * cols for rows, cols in shapes]
     total = max(1, round(share * sum(possible)))
-    config = make_config({"hidden": sizes[1:-1], "connections": total, "distribution": distribution})
+    config = make_config(
+        {"hidden": sizes[1:-1], "connections": total, "distribution": distribution}
+    )
     if total < len(shapes):
         with pytest.raises(TrainError, match="--connections"):
             layer_connections(config, shapes)
@@ -160,11 +187,23 @@ def test_budgets_sum_to_the_total_or_are_refused(sizes, share, distribution) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"density": [1e-9]}, r"--density 1e-09: 0 connections for layer 1 \(784 inputs, 300 outputs\).* 3 .* 266200"),
+        (
+            {"density": [1e-9]},
+            r"--density 1e-09: 0 connections for layer 1 \(784 inputs, 300 "
+            r"outputs\).* 3 .* 266200",
+        ),
         ({"connections": 2}, "2 connections .* allowed are 3 .one per layer. to 266200"),
         ({"connections": 266201}, "allowed are 3 .* to 266200"),
-        ({"density": [0.01, 0.03, 1e-5]}, r"1e-05 gives layer 3 \(100 inputs, 10 outputs\) 0 .* 1 to 1000"),
-        ({"density": [0.1], "distribution": "erg"}, r"'erg' \(did you mean 'er.*allowed are uniform, er, erk"),
+        (
+            {"density": [0.01, 0.03, 1e-5]},
+            r"1e-05 gives layer 3 \(100 inputs, 10 outputs\) 0 .* 1 "
+            r"to 1000",
+        ),
+        (
+            {"density": [0.1], "distribution": "erg"},
+            r"'erg' \(did you mean 'er.*allowed are "
+            r"uniform, er, erk",
+        ),
     ],
 )
 def test_budgets_that_do_not_fit(options, message: str) -> None:
@@ -213,7 +252,11 @@ def test_split_is_disjoint_and_seeded() -> None:
     (_, kept), (_, held) = split(x, y, 0.3, seed=1)
     assert len(held) == 15
     assert sorted(kept.tolist() + held.tolist()) == list(range(50))
-    assert split(x, y, 0.3, seed=1)[1][1].tolist() == held.tolist() != split(x, y, 0.3, seed=2)[1][1].tolist()
+    assert (
+        split(x, y, 0.3, seed=1)[1][1].tolist()
+        == held.tolist()
+        != split(x, y, 0.3, seed=2)[1][1].tolist()
+    )
     assert len(split(x, y, 0.0, seed=1)[1][1]) == 0
 
 

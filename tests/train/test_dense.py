@@ -18,13 +18,23 @@ from rewire.app.train.run_dir import RunDir
 pytest.importorskip("torch_pruning")
 
 DENSE: dict[str, Any] = {
-    "method": "noiseout", "hidden": [12, 9], "epochs": 4, "batch_size": 250, "lr": 0.01, "optimizer": "adam",
-    "threads": 1, "method_options": {"threshold": 0.0, "at_once": 2, "every": 4},
-}  # fmt: skip
+    "method": "noiseout",
+    "hidden": [12, 9],
+    "epochs": 4,
+    "batch_size": 250,
+    "lr": 0.01,
+    "optimizer": "adam",
+    "threads": 1,
+    "method_options": {"threshold": 0.0, "at_once": 2, "every": 4},
+}
 
 
-def run(folder: Path, *, resume: bool = False, stop: Any = lambda: 0, **changes: Any) -> dict[str, Any]:
-    return loop.run(make_config(DENSE | changes), toy.dataset(), RunDir(folder), resume=resume, stop=stop)
+def run(
+    folder: Path, *, resume: bool = False, stop: Any = lambda: 0, **changes: Any
+) -> dict[str, Any]:
+    return loop.run(
+        make_config(DENSE | changes), toy.dataset(), RunDir(folder), resume=resume, stop=stop
+    )
 
 
 def test_a_dense_network_gets_smaller(tmp_path: Path) -> None:
@@ -44,7 +54,9 @@ HALO: dict[str, Any] = {"method": "halo", "optimizer": "sgd", "method_options": 
 
 @pytest.mark.parametrize("changes", [{}, HALO])
 @pytest.mark.parametrize("at", [3, 6, 9])
-def test_stopped_and_resumed_it_is_the_same_run(tmp_path: Path, at: int, changes: dict[str, Any]) -> None:
+def test_stopped_and_resumed_it_is_the_same_run(
+    tmp_path: Path, at: int, changes: dict[str, Any]
+) -> None:
     run(tmp_path / "whole", **changes)
     calls = iter(range(10**6))
     with contextlib.suppress(StoppedError):
@@ -66,15 +78,21 @@ def test_stopped_and_resumed_it_is_the_same_run(tmp_path: Path, at: int, changes
         ({"method_options": {"layers": "7"}}, "--method noiseout: the model has no layer '7'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(TrainError, match=message):
         run(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("density", "left"), [(None, 97), (0.25, 242)])
-def test_density_is_the_budget_of_methods_that_have_one(tmp_path: Path, density: float | None, left: int) -> None:
-    """With the default of all methods where nothing is said, so that runs with the same options compare."""
+def test_density_is_the_budget_of_methods_that_have_one(
+    tmp_path: Path, density: float | None, left: int
+) -> None:
+    """With the default of all methods where nothing is said, so that runs with the same options
+    compare.
+    """
     changes = {} if density is None else {"density": [density]}
     result = run(tmp_path, method="halo", method_options={}, epochs=1, **changes)
     assert result["possible_connections"] == 64 * 12 + 12 * 9 + 9 * 10
@@ -87,7 +105,9 @@ def test_density_is_the_budget_of_methods_that_have_one(tmp_path: Path, density:
 def test_the_cut_of_halo_shows_in_its_epoch_and_the_rest_trains_on(tmp_path: Path) -> None:
     result = run(tmp_path, method="halo", method_options={}, density=[0.25])
     _, metrics, _ = toy.outcome(tmp_path)
-    assert [sum(line["connections"]) for line in metrics] == [966, 966, 242, 242], "4 epochs, cut after 3"
+    assert [sum(line["connections"]) for line in metrics] == [966, 966, 242, 242], (
+        "4 epochs, cut after 3"
+    )
     assert [sum(line["dropped"]) for line in metrics] == [0, 0, 966 - 242, 0]
     assert result["connections"] == 242
     assert metrics[3]["train_loss"] != metrics[2]["train_loss"]

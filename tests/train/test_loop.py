@@ -54,7 +54,9 @@ def test_metrics_are_what_they_say(tmp_path: Path) -> None:
     total = made.method.stats()
     assert sum(sum(record.grown) for record in records) == sum(total["grown"].values()) > 0
     for record in records:
-        assert record.turnover == [g / k for g, k in zip(record.grown, record.connections, strict=True)]
+        assert record.turnover == [
+            g / k for g, k in zip(record.grown, record.connections, strict=True)
+        ]
 
 
 def test_evaluation_leaves_the_model_as_it_was() -> None:
@@ -64,7 +66,9 @@ def test_evaluation_leaves_the_model_as_it_was() -> None:
     loss, accuracy = evaluate(model, data.test_x, data.test_y)
     assert model.training
     logits = model.eval()(data.test_x).detach()
-    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, data.test_y)), rel=1e-5)
+    assert loss == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, data.test_y)), rel=1e-5
+    )
     assert accuracy == float((logits.argmax(1) == data.test_y).double().mean())
 
 
@@ -80,7 +84,9 @@ def test_optimizers_get_their_options(name: str) -> None:
 
 def test_bar_shows_the_run(tmp_path: Path) -> None:
     with open(tmp_path / "out", "w+") as file:
-        console = Console(file=file, force_terminal=True, width=150, highlight=False, color_system=None)
+        console = Console(
+            file=file, force_terminal=True, width=150, highlight=False, color_system=None
+        )
         bar = display.LiveBar(console)
         info = {
             "layers": [{"inputs": 4, "outputs": 2, "connections": 3}],
@@ -94,10 +100,18 @@ def test_bar_shows_the_run(tmp_path: Path) -> None:
         bar.close()
         file.seek(0)
         text = file.read()
-    for part in ("4-2, 3 of 8 connections (37.50%)", "resumed after step 4 of 20", "7/20", "acc 25.0%", "loss 0.500"):
+    for part in (
+        "4-2, 3 of 8 connections (37.50%)",
+        "resumed after step 4 of 20",
+        "7/20",
+        "acc 25.0%",
+        "loss 0.500",
+    ):
         assert part in text
     assert "active 3  turnover 12%" in text
-    assert "epoch 1/2  train loss 0.5000  train accuracy 25.00%  connections 3  turnover 33%" in text
+    assert (
+        "epoch 1/2  train loss 0.5000  train accuracy 25.00%  connections 3  turnover 33%"
+    ) in text
 
 
 def test_download_lines_and_bar(tmp_path: Path) -> None:
@@ -123,7 +137,13 @@ SHRINKING = {
 
 @pytest.mark.parametrize("name", SHRINKING)
 def test_methods_that_come_down_to_the_budget(tmp_path: Path, name: str) -> None:
-    changes = {"method": name, "method_options": SHRINKING[name], "epochs": 3, "momentum": 0.5, "lr": 0.1}
+    changes = {
+        "method": name,
+        "method_options": SHRINKING[name],
+        "epochs": 3,
+        "momentum": 0.5,
+        "lr": 0.1,
+    }
     result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "whole"))
     possible, budget = 64 * 12 + 12 * 9 + 9 * 10, round(0.2 * (64 * 12 + 12 * 9 + 9 * 10))
     assert result["connections"] <= budget
@@ -137,7 +157,9 @@ def test_methods_that_come_down_to_the_budget(tmp_path: Path, name: str) -> None
     # Stopped where the pools have shrunk, and resumed, it is the same run.
     stops = iter([0] * 8 + [15])
     with pytest.raises(StoppedError):
-        loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "two"), stop=lambda: next(stops))
+        loop.run(
+            toy.config(**changes), toy.dataset(), RunDir(tmp_path / "two"), stop=lambda: next(stops)
+        )
     loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "two"), resume=True)
     assert toy.outcome(tmp_path / "two") == toy.outcome(tmp_path / "whole")
     assert "falling" in figures.active(read_run(tmp_path / "two")).note
@@ -151,10 +173,14 @@ def test_start_density(tmp_path: Path) -> None:
     made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.21)
     assert made.method.final is not None
     each = [max(round(0.21 * m), k) for m, k in zip((768, 108, 90), made.method.final, strict=True)]
-    assert [w.connections for w in made.weights.values()] == each, "a layer that ends denser begins with its budget"
+    assert [w.connections for w in made.weights.values()] == each, (
+        "a layer that ends denser begins with its budget"
+    )
     assert any(k > round(0.21 * m) for m, k in zip((768, 108, 90), made.method.final, strict=True))
     with pytest.raises(
-        TrainError, match=r"--start-density: 0\.01 is 10 connections, and the network is to end with 193"
+        TrainError,
+        match=r"--start-density: 0\.01 is 10 connections, and the network is to end "
+        r"with 193",
     ):
         trainer(tmp_path, method="one-shot", method_options={}, start_density=0.01)
     with pytest.raises(TrainError, match="--start-density: set has its budget from the start"):
@@ -177,15 +203,26 @@ def test_a_method_that_needs_a_score_says_so(tmp_path: Path) -> None:
 
 
 def test_limits_of_hardware_hold_to_the_end(tmp_path: Path) -> None:
-    changes = {"connections": 200, "density": None, "fan_in": 15, "fan_out": 8, "block": (6, 16, 20)}
+    changes = {
+        "connections": 200,
+        "density": None,
+        "fan_in": 15,
+        "fan_out": 8,
+        "block": (6, 16, 20),
+    }
     result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "deep-r"))
     assert result["connections"] == 200
     for layer in read_run(tmp_path / "deep-r").layers:
         assert layer.fan_in.high <= 15
         assert layer.fan_out.high <= 8
-    made = trainer(tmp_path, method="snip", method_options={}, **changes)  # a dense start: what the limits allow
+    # a dense start: what the limits allow
+    made = trainer(tmp_path, method="snip", method_options={}, **changes)
     assert [w.connections for w in made.weights.values()] == [160, 40, 40]
-    with pytest.raises(TrainError, match=r"--block: layer 1 \(64 inputs, 12 outputs\).* at most 12 fit"):
+    with pytest.raises(
+        TrainError,
+        match=r"--block: layer 1 \(64 inputs, 12 outputs\).* at most "
+        r"12 fit",
+    ):
         trainer(tmp_path, fan_in=1)
     with pytest.raises(TrainError, match="does not keep a limit on fan-in"):
         trainer(tmp_path, fan_in=64, method_options={"scope": "network"})

@@ -22,7 +22,9 @@ class Killed(BaseException):
 
 
 class Killer:
-    """Counts the calls that touch the disk and dies at call number `at`, before it, or halfway through a write."""
+    """Counts the calls that touch the disk and dies at call number `at`, before it, or halfway
+    through a write.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, halfway: bool) -> None:
         self.calls, self.at, self.halfway = 0, at, halfway
@@ -57,8 +59,19 @@ def resume_whatever_is_there(folder: Path, **changes) -> None:
 RUNS = {
     "deep-r, momentum": {"momentum": 0.9},
     "deep-r, saving within epochs": {"checkpoint_every": 2},
-    "ctre": {"method": "ctre", "method_options": {"variant": "seq", "patience": 1}, "momentum": 0.9, "epochs": 3},
-    "set, adam": {"method": "set", "method_options": {}, "optimizer": "adam", "lr": 0.01, "epochs": 3},
+    "ctre": {
+        "method": "ctre",
+        "method_options": {"variant": "seq", "patience": 1},
+        "momentum": 0.9,
+        "epochs": 3,
+    },
+    "set, adam": {
+        "method": "set",
+        "method_options": {},
+        "optimizer": "adam",
+        "lr": 0.01,
+        "epochs": 3,
+    },
 }
 
 
@@ -83,7 +96,8 @@ def test_crash_at_every_write(tmp_path: Path, changes, halfway: bool) -> None:
         if at % 3 == 0:
             with pytest.MonkeyPatch.context() as patch:
                 Killer(patch, 1 + at % 7, halfway)
-                with contextlib.suppress(Killed):  # it may be finished, or have fewer writes to make
+                # it may be finished, or have fewer writes to make
+                with contextlib.suppress(Killed):
                     resume_whatever_is_there(folder, **changes)
         resume_whatever_is_there(folder, **changes)
         assert toy.outcome(folder) == whole, at
@@ -112,7 +126,11 @@ def test_crash_while_overwriting_leaves_the_old_run_or_a_start_of_the_new(tmp_pa
             seed = place.read_config().seed
             run(folder, resume=True, seed=seed)
         else:
-            with pytest.raises(TrainError, match=r"start the run again with --overwrite|there is no run in"):
+            with pytest.raises(
+                TrainError,
+                match=r"start the run again with --overwrite|there is "
+                r"no run in",
+            ):
                 place.read_config()
             seed = 1
             loop.run(toy.config(seed=1), toy.dataset(), RunDir(folder), overwrite=True)
@@ -152,10 +170,16 @@ def test_torn_and_superfluous_metrics_are_cut(tmp_path: Path) -> None:
     third = again.append_metrics('{"epoch": 3}\n')
     assert third == (metrics.stat().st_size, files.sha256_file(metrics))
     metrics.write_bytes(metrics.read_bytes()[:-1])
-    with pytest.raises(TrainError, match=f"has {third.bytes - 1} bytes, its checkpoint was made at {third.bytes}"):
+    with pytest.raises(
+        TrainError, match=f"has {third.bytes - 1} bytes, its checkpoint was made at {third.bytes}"
+    ):
         again.cut_metrics(third)
     metrics.write_text('{"epoch": 1}\n{"epoch": 7}\n')
-    with pytest.raises(TrainError, match=r"metrics\.jsonl was changed after the checkpoint was made"):
+    with pytest.raises(
+        TrainError,
+        match=r"metrics\.jsonl was changed after the checkpoint "
+        r"was made",
+    ):
         again.cut_metrics(prefix)
     assert metrics.read_text() == '{"epoch": 1}\n{"epoch": 7}\n'  # refused before anything is cut
 
@@ -188,7 +212,10 @@ def test_damaged_commit_is_named(tmp_path: Path) -> None:
         ("[]", "not an object"),
         ("{}", "'format' is missing"),
         (text.replace('"step": 12', '"step": 13'), r"is damaged: sha256 \w{64}, expected \w{64}"),
-        (text.replace('"format": 2', '"format": 3'), "has format 3, this version of rewire reads 2"),
+        (
+            text.replace('"format": 2', '"format": 3'),
+            "has format 3, this version of rewire reads 2",
+        ),
         (text.replace(tensors.name, "../" + tensors.name), r"is damaged: sha256"),
     ):
         assert changed != text
@@ -210,7 +237,11 @@ def test_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     place = RunDir(tmp_path)
     other = RunDir(tmp_path)
-    with place.lock(), pytest.raises(TrainError, match="another process is training here"), other.lock():
+    with (
+        place.lock(),
+        pytest.raises(TrainError, match="another process is training here"),
+        other.lock(),
+    ):
         pass
     with place.lock():
         pass

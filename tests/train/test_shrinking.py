@@ -1,4 +1,6 @@
-"""What a run says about a network that gets smaller: units and connections over time, sizes before and after."""
+"""What a run says about a network that gets smaller: units and connections over time, sizes before
+and after.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,13 @@ from rewire.app.train.remaining import structure
 from rewire.app.train.run_dir import RunDir
 
 DENSE: dict[str, Any] = {
-    "hidden": [12, 9], "epochs": 3, "batch_size": 100, "lr": 0.01, "optimizer": "adam", "threads": 1,
-}  # fmt: skip
+    "hidden": [12, 9],
+    "epochs": 3,
+    "batch_size": 100,
+    "lr": 0.01,
+    "optimizer": "adam",
+    "threads": 1,
+}
 RUNS: dict[str, dict[str, Any]] = {
     "noiseout": {"threshold": 0.0, "at_once": 2},
     "differentiable": {"strength": 0.05, "initial": 0.9},
@@ -39,7 +46,9 @@ POSSIBLE = 64 * 12 + 12 * 9 + 9 * 10
 
 
 def by_hand(dense: list[torch.Tensor]) -> tuple[list[int], list[int]]:
-    """Units with an entry in their row and, in the layer above, in their column; entries that are not zero."""
+    """Units with an entry in their row and, in the layer above, in their column; entries that are
+    not zero.
+    """
     units = []
     for number, weight in enumerate(dense):
         above = dense[number + 1] if number + 1 < len(dense) else None
@@ -55,7 +64,10 @@ def by_hand(dense: list[torch.Tensor]) -> tuple[list[int], list[int]]:
 
 def dense_weights(model: nn.Module) -> list[torch.Tensor]:
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, rewire.nn.SparseLinear))]
-    return [m.weight.detach() if isinstance(m, nn.Linear) else m.weight.to_dense().detach() for m in layers]
+    return [
+        m.weight.detach() if isinstance(m, nn.Linear) else m.weight.to_dense().detach()
+        for m in layers
+    ]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -75,7 +87,11 @@ def test_what_a_dense_run_says_about_itself(tmp_path: Path, name: str) -> None:
     assert [layer["active_units"] for layer in after["layers"]] == units
     assert [layer["connections"] for layer in after["layers"]] == connections
     assert result["connections"] == sum(connections) < POSSIBLE
-    assert (before["network"], before["parameters"], before["multiply_adds"]) == ("dense", POSSIBLE + 31, POSSIBLE)
+    assert (before["network"], before["parameters"], before["multiply_adds"]) == (
+        "dense",
+        POSSIBLE + 31,
+        POSSIBLE,
+    )
     assert before["bytes"] == 4 * before["parameters"]
     assert after["file_bytes"] == (tmp_path / "model.safetensors").stat().st_size
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -113,7 +129,10 @@ def test_units_behind_a_gate_that_is_off_and_their_connections_are_gone() -> Non
 
 def test_units_of_pools_and_of_values_that_take_no_part() -> None:
     generator = torch.Generator().manual_seed(3)
-    layers = [rewire.nn.SparseLinear(i, o, connections=k, generator=generator) for i, o, k in ((9, 7, 11), (7, 5, 6))]
+    layers = [
+        rewire.nn.SparseLinear(i, o, connections=k, generator=generator)
+        for i, o, k in ((9, 7, 11), (7, 5, 6))
+    ]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
     units, connections = by_hand(dense_weights(model))
     assert structure(model).units == {"0.weight": units[0], "2.weight": units[1]}
@@ -135,9 +154,12 @@ def test_pools_that_shrink_are_compared_with_what_is_smaller(tmp_path: Path) -> 
     changes["start_density"] = 0.25  # a dense network would be larger than the start
     result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "start"))
     assert result["before"]["network"] == "start"
-    assert result["before"]["multiply_adds"] == sum(layer["connections"] for layer in result["info"]["layers"])
+    assert result["before"]["multiply_adds"] == sum(
+        layer["connections"] for layer in result["info"]["layers"]
+    )
     assert "the network that training began with" in report.write(tmp_path / "start").read_text()
-    result = loop.run(toy.config(), toy.dataset(), RunDir(tmp_path / "kept"))  # deep-r keeps what it has
+    # deep-r keeps what it has
+    result = loop.run(toy.config(), toy.dataset(), RunDir(tmp_path / "kept"))
     assert not {"before", "after", "inference"} & result.keys()
     assert display.change_line(result) is None
 
@@ -154,7 +176,9 @@ def test_pools_that_shrink_are_compared_with_what_is_smaller(tmp_path: Path) -> 
 def test_scores_are_those_of_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]
 ) -> None:
-    """Validation is scored behind a cut or merge, as connections are counted, and at last that of what is returned."""
+    """Validation is scored behind a cut or merge, as connections are counted, and at last that of
+    what is returned.
+    """
     seen: list[int] = []
 
     def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -163,16 +187,24 @@ def test_scores_are_those_of_what_is_left(
 
     monkeypatch.setattr(loop, "evaluate", evaluated)
     budget = {} if method == "noiseout" else {"density": [0.2]}
-    config = make_config(DENSE | budget | {"method": method, "method_options": options, "epochs": 2})
+    config = make_config(
+        DENSE | budget | {"method": method, "method_options": options, "epochs": 2}
+    )
     result = loop.run(config, toy.dataset(), RunDir(tmp_path / "run"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     left = [sum(line["connections"]) for line in lines]
     assert result["connections"] == left[-1] < POSSIBLE
     assert [line["validation_accuracy"] for line in lines] == [k / 1000 for k in left]
 
 
-def test_methods_that_keep_their_budget_are_scored_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SET changes connections and perhaps active units at the end of an epoch: the score is of the trained network."""
+def test_methods_that_keep_their_budget_are_scored_as_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SET changes connections and perhaps active units at the end of an epoch: the score is of the
+    trained network.
+    """
     calls: list[int] = []
 
     def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -180,7 +212,11 @@ def test_methods_that_keep_their_budget_are_scored_as_trained(tmp_path: Path, mo
         return evaluate(model, x, y)
 
     monkeypatch.setattr(loop, "evaluate", evaluated)
-    loop.run(toy.config(method="set", method_options={}, epochs=3), toy.dataset(), RunDir(tmp_path / "run"))
+    loop.run(
+        toy.config(method="set", method_options={}, epochs=3),
+        toy.dataset(),
+        RunDir(tmp_path / "run"),
+    )
     assert len(calls) == 3 + 1  # and the test set
 
 
@@ -195,7 +231,8 @@ def test_times_are_taken_in_turns_and_compared_within_a_round() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             nonlocal now
             order.append(self.name)
-            now += self.seconds * (100 if next(turn) % 40 == 17 else 1)  # the machine is slow now and then
+            # the machine is slow now and then
+            now += self.seconds * (100 if next(turn) % 40 == 17 else 1)
             return x
 
     now, turn = 0.0, itertools.count()
@@ -217,13 +254,22 @@ def test_times_are_taken_in_turns_and_compared_within_a_round() -> None:
     ("changes", "message"),
     [
         ({"method": "halo", "connections": 200}, "--connections: halo starts .* use --density"),
-        ({"method": "halo", "density": [0.2, 0.2, 0.2]}, "--density: given 3 numbers, allowed is one: halo"),
+        (
+            {"method": "halo", "density": [0.2, 0.2, 0.2]},
+            "--density: given 3 numbers, allowed is one: halo",
+        ),
         (
             {"method": "halo", "density": [0.2], "method_options": {"density": 0.1}},
             "--density and --set density both",
         ),
-        ({"method": "differentiable", "density": [0.2]}, "--density: differentiable starts .* leave it out"),
-        ({"method": "differentiable", "weight_decay": 0.1}, "weight decay.*leave out --weight-decay$"),
+        (
+            {"method": "differentiable", "density": [0.2]},
+            "--density: differentiable starts .* leave it out",
+        ),
+        (
+            {"method": "differentiable", "weight_decay": 0.1},
+            "weight decay.*leave out --weight-decay$",
+        ),
     ],
 )
 def test_nonsense_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -234,7 +280,9 @@ def test_nonsense_is_refused(tmp_path: Path, changes: dict[str, Any], message: s
 
 
 def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
-    options = make_config(DENSE | {"method": "halo", "method_options": RUNS["halo"] | {"cut": None}})
+    options = make_config(
+        DENSE | {"method": "halo", "method_options": RUNS["halo"] | {"cut": None}}
+    )
     made = loop.Trainer(options, toy.dataset(), RunDir(tmp_path))
     made.run_dir.start(made.config, overwrite=False)
     made.begin()

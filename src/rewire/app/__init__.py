@@ -1,1 +1,3 @@
-"""The application around the library: command line, training loop, reports, data sets, benchmarks."""
+"""The application around the library: command line, training loop, reports, data sets,
+benchmarks.
+"""

@@ -71,9 +71,13 @@ def _reporting(signals: Signals, run_dir: Callable[[], Path | None]) -> Iterator
         raise CliError(str(error)) from None
     except StoppedError as error:
         interrupts.leave()
-        raise CliError(f"stopped after step {error.step}{how_to_go_on()}", 128 + error.signal) from None
+        raise CliError(
+            f"stopped after step {error.step}{how_to_go_on()}", 128 + error.signal
+        ) from None
     except KeyboardInterrupt:
-        raise CliError(f"stopped{how_to_go_on()}", 128 + (signals.received or signal.SIGINT)) from None
+        raise CliError(
+            f"stopped{how_to_go_on()}", 128 + (signals.received or signal.SIGINT)
+        ) from None
     except BrokenPipeError:
         raise  # not a file of the run: `run` deals with it
     except Exception as error:
@@ -92,11 +96,17 @@ def _default(field: str) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _option(panel: str, metavar: str, text: str, *names: str, field: str = "", default: str = "") -> Any:
-    """An option whose default, for the eyes only, is the field's; not given it stays None, unlike its default."""
+def _option(
+    panel: str, metavar: str, text: str, *names: str, field: str = "", default: str = ""
+) -> Any:
+    """An option whose default, for the eyes only, is the field's; not given it stays None, unlike
+    its default.
+    """
     if field or default:
         text += rf" \[default: {default or _default(field)}]"
-    return typer.Option(*names, help=text, metavar=metavar or None, rich_help_panel=panel, show_default=False)
+    return typer.Option(
+        *names, help=text, metavar=metavar or None, rich_help_panel=panel, show_default=False
+    )
 
 
 DATA, NETWORK, METHOD, TRAINING, RUN = "Data", "Network and budget", "Method", "Training", "Run"
@@ -106,29 +116,44 @@ DATA, NETWORK, METHOD, TRAINING, RUN = "Data", "Network and budget", "Method", "
 def train(
     data: Annotated[
         str | None,
-        _option(DATA, "NAME", "digits (part of the package), mnist or fashion-mnist.", field="data"),
+        _option(
+            DATA, "NAME", "digits (part of the package), mnist or fashion-mnist.", field="data"
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None,
-        _option(DATA, "FOLDER", "The four *-ubyte.gz files, or a subfolder mnist or fashion-mnist with them."),
+        _option(
+            DATA,
+            "FOLDER",
+            "The four *-ubyte.gz files, or a subfolder mnist or fashion-mnist with them.",
+        ),
     ] = None,
     mirror: Annotated[
         str | None, _option(DATA, "URL", "Folder to download from, where there is no --data-dir.")
     ] = None,
     validation: Annotated[
         str | None,
-        _option(DATA, "SHARE", "Training samples held out to report on; 0: none.", field="validation"),
+        _option(
+            DATA, "SHARE", "Training samples held out to report on; 0: none.", field="validation"
+        ),
     ] = None,
     hidden: Annotated[
-        str | None, _option(NETWORK, "SIZES", "Hidden layers; none: a linear model.", field="hidden")
+        str | None,
+        _option(NETWORK, "SIZES", "Hidden layers; none: a linear model.", field="hidden"),
     ] = None,
     bias: Annotated[bool | None, _option(NETWORK, "", "Biases.", "--bias/--no-bias")] = None,
     density: Annotated[
         str | None,
-        _option(NETWORK, "SHARES", "Allowed of possible connections; one number, or one a layer.", default="0.1"),
+        _option(
+            NETWORK,
+            "SHARES",
+            "Allowed of possible connections; one number, or one a layer.",
+            default="0.1",
+        ),
     ] = None,
     connections: Annotated[
-        str | None, _option(NETWORK, "NUMBER", "Allowed connections of the network, instead of --density.")
+        str | None,
+        _option(NETWORK, "NUMBER", "Allowed connections of the network, instead of --density."),
     ] = None,
     distribution: Annotated[
         str | None,
@@ -136,37 +161,62 @@ def train(
     ] = None,
     start_density: Annotated[
         str | None,
-        _option(NETWORK, "SHARE", "Where methods that come down to their budget start.", default="1, mostly"),
+        _option(
+            NETWORK,
+            "SHARE",
+            "Where methods that come down to their budget start.",
+            default="1, mostly",
+        ),
     ] = None,
-    fan_in: Annotated[str | None, _option(NETWORK, "NUMBER", "Most connections of one output of a layer.")] = None,
-    fan_out: Annotated[str | None, _option(NETWORK, "NUMBER", "Most connections of one input of a layer.")] = None,
+    fan_in: Annotated[
+        str | None, _option(NETWORK, "NUMBER", "Most connections of one output of a layer.")
+    ] = None,
+    fan_out: Annotated[
+        str | None, _option(NETWORK, "NUMBER", "Most connections of one input of a layer.")
+    ] = None,
     block: Annotated[
         str | None,
-        _option(NETWORK, "NUMBERS", "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs."),
+        _option(
+            NETWORK,
+            "NUMBERS",
+            "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs.",
+        ),
     ] = None,
     init: Annotated[
         str | None,
         _option(
-            NETWORK, "RULE", "First values: auto keeps the dense network's signals; or dense, sparse.", field="init"
+            NETWORK,
+            "RULE",
+            "First values: auto keeps the dense network's signals; or dense, sparse.",
+            field="init",
         ),
     ] = None,
     method: Annotated[
-        str | None, _option(METHOD, "NAME", "One of those that 'rewire methods' lists.", field="method")
+        str | None,
+        _option(METHOD, "NAME", "One of those that 'rewire methods' lists.", field="method"),
     ] = None,
     set_: Annotated[
-        list[str] | None, _option(METHOD, "NAME=VALUE", "A parameter of the method; may be repeated.", "--set")
+        list[str] | None,
+        _option(METHOD, "NAME=VALUE", "A parameter of the method; may be repeated.", "--set"),
     ] = None,
-    epochs: Annotated[str | None, _option(TRAINING, "NUMBER", "Passes over the training data.", field="epochs")] = None,
-    batch_size: Annotated[str | None, _option(TRAINING, "NUMBER", "Samples in a step.", field="batch_size")] = None,
+    epochs: Annotated[
+        str | None, _option(TRAINING, "NUMBER", "Passes over the training data.", field="epochs")
+    ] = None,
+    batch_size: Annotated[
+        str | None, _option(TRAINING, "NUMBER", "Samples in a step.", field="batch_size")
+    ] = None,
     optimizer: Annotated[
-        str | None, _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", default="adam, mostly")
+        str | None,
+        _option(TRAINING, "NAME", f"One of {', '.join(OPTIMIZERS)}.", default="adam, mostly"),
     ] = None,
     lr: Annotated[
-        str | None,
-        _option(TRAINING, "NUMBER", "Learning rate.", default="0.01 for adam, mostly"),
+        str | None, _option(TRAINING, "NUMBER", "Learning rate.", default="0.01 for adam, mostly")
     ] = None,
     lr_decay: Annotated[
-        str | None, _option(TRAINING, "FACTOR", "Learning rate x this after an epoch.", default="a cosine to 0")
+        str | None,
+        _option(
+            TRAINING, "FACTOR", "Learning rate x this after an epoch.", default="a cosine to 0"
+        ),
     ] = None,
     momentum: Annotated[
         str | None, _option(TRAINING, "NUMBER", "Momentum of sgd and rmsprop.", field="momentum")
@@ -174,20 +224,31 @@ def train(
     weight_decay: Annotated[
         str | None, _option(TRAINING, "NUMBER", "Some methods refuse it.", field="weight_decay")
     ] = None,
-    seed: Annotated[str | None, _option(TRAINING, "NUMBER", "Decides all random numbers.", field="seed")] = None,
+    seed: Annotated[
+        str | None, _option(TRAINING, "NUMBER", "Decides all random numbers.", field="seed")
+    ] = None,
     run_dir: Annotated[
         Path | None,
         _option(RUN, "FOLDER", "Where the results go.", default="runs/DATA-METHOD-SEED, a new one"),
     ] = None,
     resume: Annotated[
-        bool, _option(RUN, "", "Go on with the run in --run-dir, bit-exactly, with its options.", "--resume")
+        bool,
+        _option(
+            RUN, "", "Go on with the run in --run-dir, bit-exactly, with its options.", "--resume"
+        ),
     ] = False,
-    overwrite: Annotated[bool, _option(RUN, "", "Replace the run in --run-dir.", "--overwrite")] = False,
+    overwrite: Annotated[
+        bool, _option(RUN, "", "Replace the run in --run-dir.", "--overwrite")
+    ] = False,
     checkpoint_every: Annotated[
         str | None,
-        _option(RUN, "STEPS", "Save within epochs too; 0: only at their ends.", field="checkpoint_every"),
+        _option(
+            RUN, "STEPS", "Save within epochs too; 0: only at their ends.", field="checkpoint_every"
+        ),
     ] = None,
-    threads: Annotated[str | None, _option(RUN, "NUMBER", "CPU threads.", default="as many as are worth it")] = None,
+    threads: Annotated[
+        str | None, _option(RUN, "NUMBER", "CPU threads.", default="as many as are worth it")
+    ] = None,
     quiet: Annotated[bool, _option(RUN, "", "Print errors only.", "--quiet", "-q")] = False,
 ) -> None:
     """Train a sparse network; leaves checkpoint, metrics, result and report in a run directory."""
@@ -198,7 +259,9 @@ def train(
         "validation": read_number("--validation", validation, float),
         "hidden": read_numbers("--hidden", hidden, int, "sizes such as 300,100"),
         "bias": bias,
-        "density": read_numbers("--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"),
+        "density": read_numbers(
+            "--density", density, float, "a number such as 0.1, or one a layer: 0.01,0.03,0.3"
+        ),
         "connections": read_number("--connections", connections, int),
         "distribution": distribution,
         "fan_in": read_number("--fan-in", fan_in, int),
@@ -276,8 +339,12 @@ WHOLE_TABLE = 140
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method with its parameters.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every parameter.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one method with its parameters.", show_default=False)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with every parameter.")
+    ] = False,
 ) -> None:
     """List the methods: paper, what they do, what they guarantee, memory."""
     from rewire import methods as registry
@@ -313,7 +380,10 @@ def methods(
         return
     if name is not None:
         (entry,) = entries
-        print(f"{entry.name}: {entry.summary}\n{entry.paper}\nguarantees: {'; '.join(entry.guarantees)}")
+        print(
+            f"{entry.name}: {entry.summary}\n{entry.paper}\nguarantees: "
+            f"{'; '.join(entry.guarantees)}"
+        )
         if entry.start_density is not None:
             print(f"starts: at density {entry.start_density:g}, and comes down to its budget")
         if entry.cls.starts_dense:
@@ -347,7 +417,9 @@ def _plain(value: Any) -> Any:
 
 @app.command("report")
 def report_command(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.", show_default=False)],
+    run_dir: Annotated[
+        Path, typer.Argument(help="Folder of a run, finished or not.", show_default=False)
+    ],
 ) -> None:
     """Make report.html of a run anew."""
     from rewire.app import report
@@ -356,7 +428,8 @@ def report_command(
         print(report.write(run_dir))
     except report.ReportError as error:
         raise CliError(str(error)) from None
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # files that say what no run's files say
+    # files that say what no run's files say
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         if memory.is_exhausted(error):
             raise
         raise CliError(f"a file in {run_dir} is damaged or of another run: {error!r}") from None
@@ -384,13 +457,19 @@ def _version(wanted: bool) -> None:
 def _main(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Versions, and which kernels are in use.", callback=_version, is_eager=True),
+        typer.Option(
+            "--version",
+            help="Versions, and which kernels are in use.",
+            callback=_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Train deep networks under a connection budget."""
 
 
-# typer brings its own copy of click from some version on: its public names lead to the right classes.
+# typer brings its own copy of click from some version on: its public names lead to the right
+# classes.
 UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
 
 
@@ -435,8 +514,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(line: str) -> None:
-    """The one line of an error: names of files and folders may hold line ends and other control characters."""
-    print("error:", re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda c: repr(c[0])[1:-1], line), file=sys.stderr)
+    """The one line of an error: names of files and folders may hold line ends and other control
+    characters.
+    """
+    print(
+        "error:",
+        re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda c: repr(c[0])[1:-1], line),
+        file=sys.stderr,
+    )
 
 
 def _help_of(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""Signals that ask a process to end: one is an order, and those that follow while it is being obeyed say nothing new.
+"""Signals that ask a process to end: one is an order, and those that follow while it is being
+obeyed say nothing new.
 
 Only Python's own modules are used here, so that a command is guarded before it has loaded anything.
 """

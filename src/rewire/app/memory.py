@@ -6,7 +6,8 @@ import errno
 
 __all__ = ["is_exhausted"]
 
-#: How torch's allocators, C++, libraries that are loaded and threads that are started say it, in lower case.
+#: How torch's allocators, C++, libraries that are loaded and threads that are started say it, in
+#: lower case.
 _WORDS = (
     "out of memory",
     "not enough memory",
@@ -22,15 +23,16 @@ _WORDS = (
     "invalid buffer size",
 )
 
-#: Functions of torch's C interface that our native code calls to allocate; it says no more than that they failed.
+#: Functions of torch's C interface that our native code calls to allocate; it says no more than
+#: that they failed.
 _ALLOCATING = ("aoti_torch_empty_strided", "aoti_torch_new_tensor_handle", "aoti_torch_clone")
 
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that there is no memory left.
 
-    Python raises MemoryError, the system ENOMEM, torch a RuntimeError of one wording or another (its class
-    OutOfMemoryError is one too), a library that does not fit an ImportError.
+    Python raises MemoryError, the system ENOMEM, torch a RuntimeError of one wording or another
+    (its class OutOfMemoryError is one too), a library that does not fit an ImportError.
     """
     if isinstance(error, MemoryError):
         return True

@@ -2,17 +2,18 @@
 
     config.json                 the options of the run
     metrics.jsonl               one line an epoch
-    checkpoint.json             the last checkpoint but for its tensors, and the sums of all that it belongs to:
+    checkpoint.json             the last checkpoint but for its tensors, and the sums of:
                                 itself, its tensors, the options, the metrics up to it
     checkpoint-N.safetensors    its tensors
     model.safetensors           the finished network
-    checksums.json              written before the result: sums of options, metrics, checkpoint, model and result
+    checksums.json              before the result: sums of all other files
     result.json                 the scores; the last to be written, so a run that has it is finished
     report.html                 made of all this, and never read
 
-Every reader checks these sums and refuses a folder whose files were changed or are of several runs, in one line that
-names the file. Free to be changed are `report.html`, files of other names, and in `config.json` the layout and the
-options that decide no number (`FREE`). The checkpoint of a finished run may be deleted.
+Every reader checks these sums and refuses a folder whose files were changed or are of several runs,
+in one line that names the file. Free to be changed are `report.html`, files of other names, and in
+`config.json` the layout and the options that decide no number (`FREE`). The checkpoint of a
+finished run may be deleted.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class RunFileError(Exception):
-    """Files of a run that cannot be read or do not belong together; the message is one line that names the file."""
+    """Files of a run that cannot be read or do not belong together; the message is one line that
+    names the file.
+    """
 
 
 class _Part(BaseModel):
@@ -218,7 +221,7 @@ def read_object(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return value
 
 
-# --- sums -----------------------------------------------------------------------------------------------------
+# --- sums -----------------------------------------------------------------------------------------
 
 
 def config_sum(options: Mapping[str, Any]) -> str:
@@ -234,7 +237,9 @@ def own_sum(commit: dict[str, Any]) -> str:
 
 
 def read_commit(folder: Path) -> dict[str, Any]:
-    """`checkpoint.json`, its form and its checksum verified; not whether the files that it names are what it says."""
+    """`checkpoint.json`, its form and its checksum verified; not whether the files that it names
+    are what it says.
+    """
     path = folder / COMMIT
     commit = read_object(path, finite=False)
     _check_format(commit, path)
@@ -259,19 +264,26 @@ def metrics_prefix(folder: Path, wanted: Prefix) -> None:
     try:
         size = path.stat().st_size if path.exists() else 0
         if size < wanted.bytes:
-            raise RunFileError(f"{path} has {size} bytes, its checkpoint was made at {wanted.bytes}")
-        found = files.sha256_prefix(path, wanted.bytes).hexdigest() if wanted.bytes else EMPTY.sha256
+            raise RunFileError(
+                f"{path} has {size} bytes, its checkpoint was made at {wanted.bytes}"
+            )
+        found = (
+            files.sha256_prefix(path, wanted.bytes).hexdigest() if wanted.bytes else EMPTY.sha256
+        )
     except OSError as error:
         raise RunFileError(f"cannot read {path}: {error.strerror}") from None
     if found != wanted.sha256:
         raise RunFileError(
-            f"{path} was changed after the checkpoint was made: sha256 of its first {wanted.bytes} bytes is {found}, "
+            f"{path} was changed after the checkpoint was made: sha256 of its first "
+            f"{wanted.bytes} bytes is {found}, "
             f"expected {wanted.sha256}"
         )
 
 
 def write_checksums(folder: Path, config_sha256: str, result: bytes, known: dict[str, str]) -> None:
-    """Write `checksums.json` for a run that is about to be finished by ``result``; ``known`` sums are not computed."""
+    """Write `checksums.json` for a run that is about to be finished by ``result``; ``known`` sums
+    are not computed.
+    """
     commit = read_commit(folder)
     names = (METRICS, MODEL, COMMIT, commit["file"])
     sums = {name: known.get(name) or files.sha256_file(folder / name) for name in names}
@@ -296,7 +308,9 @@ def read_result(folder: Path, config_sha256: str) -> dict[str, Any]:
     if lacking:
         refuse(path, f"it has no sum of {lacking[0]}")
     if sums.config_sha256 != config_sha256:
-        raise RunFileError(f"{folder / CONFIG} was changed after the run was finished, or is of another run")
+        raise RunFileError(
+            f"{folder / CONFIG} was changed after the run was finished, or is of another run"
+        )
     for name, wanted in sums.files.items():
         _check_sum(folder, name, wanted)
     path = folder / RESULT
@@ -304,7 +318,10 @@ def read_result(folder: Path, config_sha256: str) -> dict[str, Any]:
     checked = check(result, Result, path)
     for key, network in (("before", checked.before), ("after", checked.after)):
         if network is not None and len(network.layers) != len(checked.info.layers):
-            refuse(path, f"{key!r} has {len(network.layers)} layers, the run has {len(checked.info.layers)}")
+            refuse(
+                path,
+                f"{key!r} has {len(network.layers)} layers, the run has {len(checked.info.layers)}",
+            )
     return result
 
 
@@ -327,11 +344,13 @@ def _check_sum(folder: Path, name: str, wanted: str) -> None:
         )
 
 
-# --- metrics --------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def read_metrics(folder: Path, length: int | None = None) -> list[dict[str, Any]]:
-    """The lines of the first ``length`` bytes of `metrics.jsonl` (None: of all); epochs count from 1."""
+    """The lines of the first ``length`` bytes of `metrics.jsonl` (None: of all); epochs count from
+    1.
+    """
     path = folder / METRICS
     lines: list[dict[str, Any]] = []
     left = length
@@ -356,13 +375,20 @@ def read_metrics(folder: Path, length: int | None = None) -> list[dict[str, Any]
     return lines
 
 
-def check_together(folder: Path, lines: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
-    """Refuse lines of metrics that have not one number for each layer, or validation scores in some epochs only."""
+def check_together(
+    folder: Path, lines: Sequence[Mapping[str, Any]], info: Mapping[str, Any]
+) -> None:
+    """Refuse lines of metrics that have not one number for each layer, or validation scores in some
+    epochs only.
+    """
     layers = len(info["layers"])
     for line in lines:
         for key in ("validation_loss", "validation_accuracy"):
             if (line[key] is None) != (lines[0]["validation_loss"] is None):
-                refuse(folder / METRICS, f"epoch {line['epoch']} has {key} {line[key]}, unlike the first")
+                refuse(
+                    folder / METRICS,
+                    f"epoch {line['epoch']} has {key} {line[key]}, unlike the first",
+                )
         for key in ("connections", "turnover", "units"):
             if len(line.get(key) or ()) not in ((layers,) if key != "units" else (0, layers)):
                 refuse(folder / METRICS, f"epoch {line['epoch']} has no {key} of {layers} layers")

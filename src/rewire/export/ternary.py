@@ -1,19 +1,21 @@
 """Sparse ternary weights in a file: a sign bit and an index for each connection.
 
-The file is a safetensors file (no pickle). Its metadata say ``format`` = ``rewire-ternary-1`` and, in ``weights``, as
-JSON, one object per packed weight: ``name``, ``shape``, ``connections`` (K), ``code``, ``bits``, ``entries``. A packed
-weight has three tensors, of which the first two are fields of bits, least significant bit first, in bytes (uint8):
+The file is a safetensors file (no pickle). Its metadata say ``format`` = ``rewire-ternary-1`` and,
+in ``weights``, as JSON, one object per packed weight: ``name``, ``shape``, ``connections`` (K),
+``code``, ``bits``, ``entries``. A packed weight has three tensors, of which the first two are
+fields of bits, least significant bit first, in bytes (uint8):
 
-    name.index   ``entries`` fields of ``bits`` bits: where the connections are, row by row (flat positions in M = rows
-                 x cols, ascending), in one of two codes
+    name.index   ``entries`` fields of ``bits`` bits: positions in M = rows x cols, row by row
+                 (ascending), in one of two codes
                  position   the flat position of each; bits = those of M - 1
-                 delta      the number of empty positions since the last connection; the largest number of ``bits`` bits
+                 delta      empty positions since the last connection; the largest of ``bits``
                             stands for as many empty positions without a connection after them
     name.signs   K fields of one bit, 1 for negative, in the same order
     name.scale   one number of the weight's dtype, the magnitude of all values
 
-Everything else of the model's state_dict (biases, normalization, weights of other layers) is there as it is. The
-metadata ``sha256`` is the checksum of all the rest (`rewire.storage.tensors.content_sha256`).
+Everything else of the model's state_dict (biases, normalization, weights of other layers) is there
+as it is. The metadata ``sha256`` is the checksum of all the rest
+(`rewire.storage.tensors.content_sha256`).
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ _Numbers = NDArray[np.int64]
 class PackedWeight:
     """One packed weight: code, width of an index field in bits, number of fields, and bytes.
 
-    bytes: of index, signs and scale. binary_bytes, ternary_bytes: of the same dense matrix at 1 and at 2 bits per
+    bytes: of index, signs and scale. binary_bytes, ternary_bytes: of the same dense matrix at 1 and
+        at 2 bits per
     weight and one scale.
     """
 
@@ -91,13 +94,13 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
     """The content of the file `save_ternary` writes, and its accounts.
 
     Args:
-        model: with at least one sparse weight whose values are all plus or minus one number. Sparse weights of several
-            magnitudes, and all else, are kept as they are.
-        code: of the index, "delta" or "position"; "auto" takes the smaller for each weight. "delta" chooses the width
-            that makes it smallest.
+        model: with at least one sparse weight whose values are all plus or minus one number. Sparse
+            weights of several magnitudes, and all else, are kept as they are.
+        code: of the index, "delta" or "position"; "auto" takes the smaller for each weight. "delta"
+            chooses the width that makes it smallest.
 
-    Raises ValueError for another code or if no weight is ternary. Slots are packed in (row, col) order; empty ones
-    are left out. Cost: O(K bits) time and memory.
+    Raises ValueError for another code or if no weight is ternary. Slots are packed in (row, col)
+    order; empty ones are left out. Cost: O(K bits) time and memory.
     """
     if code not in ("auto", "delta", "position"):
         raise ValueError(f"code must be 'auto', 'delta' or 'position', not {code!r}")
@@ -114,8 +117,15 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
         state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
         packed.append(entry)
     if not packed:
-        what = f"{', '.join(several)} have values of several magnitudes" if several else "it has no sparse weights"
-        raise ValueError(f"no weight of this model is sparse and ternary: {what}; train it with the method ternary")
+        what = (
+            (f"{', '.join(several)} have values of several magnitudes")
+            if several
+            else "it has no sparse weights"
+        )
+        raise ValueError(
+            f"no weight of this model is sparse and ternary: {what}; train it with "
+            "the method ternary"
+        )
     keys = ("name", "shape", "connections", "code", "bits", "entries")
     listed = json.dumps([{key: getattr(w, key) for key in keys} for w in packed])
     metadata = {"format": FORMAT, "weights": listed}
@@ -135,11 +145,12 @@ def save_ternary(model: nn.Module, path: str | Path, *, code: Code = "auto") -> 
 
 
 def load_ternary(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_ternary` wrote: a state_dict for ``model.load_state_dict``, values exact to the last bit.
+    """Read what `save_ternary` wrote: a state_dict for ``model.load_state_dict``, values exact to
+    the last bit.
 
-    The model must have sparse layers of the same shapes; their topology and number of connections come from the file.
-    Raises OSError if there is no such file, ValueError for one that is not of this kind or was changed; everything is
-    checked. Cost: O(K bits).
+    The model must have sparse layers of the same shapes; their topology and number of connections
+    come from the file. Raises OSError if there is no such file, ValueError for one that is not of
+    this kind or was changed; everything is checked. Cost: O(K bits).
     """
     state, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT:
@@ -156,10 +167,12 @@ def load_ternary(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-# --- one weight -------------------------------------------------------------------------------------------------------
+# --- one weight -----------------------------------------------------------------------------------
 
 
-def _pack(name: str, weight: SparseWeight, code: Code) -> tuple[PackedWeight, dict[str, Tensor]] | None:
+def _pack(
+    name: str, weight: SparseWeight, code: Code
+) -> tuple[PackedWeight, dict[str, Tensor]] | None:
     rows, cols, values = (t.detach().cpu() for t in weight.coo())
     sizes = values.abs()
     scale = sizes[:1].clone() if sizes.numel() else values.new_ones(1)
@@ -167,9 +180,15 @@ def _pack(name: str, weight: SparseWeight, code: Code) -> tuple[PackedWeight, di
         return None
     positions: _Numbers = (rows * weight.matrix_shape[1] + cols).numpy()
     if (weight.size - 1).bit_length() > _WIDEST:
-        raise ValueError(f"{name} has {weight.size} potential connections, and positions have at most {_WIDEST} bits")
+        raise ValueError(
+            f"{name} has {weight.size} potential connections, and positions have at "
+            f"most {_WIDEST} bits"
+        )
     chosen, bits, fields = _encode(positions, weight.size, code)
-    index, signs = _to_bits(fields, bits), _to_bits(torch.signbit(values).numpy().astype(np.int64), 1)
+    index, signs = (
+        _to_bits(fields, bits),
+        _to_bits(torch.signbit(values).numpy().astype(np.int64), 1),
+    )
     overhead = scale.element_size()
     entry = PackedWeight(
         name=name,
@@ -185,14 +204,25 @@ def _pack(name: str, weight: SparseWeight, code: Code) -> tuple[PackedWeight, di
     return entry, {"index": index, "signs": signs, "scale": scale}
 
 
-def _unpack(entry: dict[str, Any], index: Tensor, signs: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def _unpack(
+    entry: dict[str, Any], index: Tensor, signs: Tensor, scale: Tensor
+) -> dict[str, Tensor]:
     shape = [int(n) for n in entry["shape"]]
     rows, cols = topology.matrix_size(shape)
     count, bits, entries, code = (entry[key] for key in ("connections", "bits", "entries", "code"))
-    if not all(isinstance(n, int) for n in (count, bits, entries)) or code not in ("delta", "position"):
+    if not all(isinstance(n, int) for n in (count, bits, entries)) or code not in (
+        "delta",
+        "position",
+    ):
         raise ValueError(f"its entry is {entry}")
-    if not (1 <= bits <= _WIDEST and 0 <= count <= min(rows * cols, entries) and rows * cols <= 2**_WIDEST):
-        raise ValueError(f"{count} connections of {rows * cols} in {entries} fields of {bits} bits cannot be")
+    if not (
+        1 <= bits <= _WIDEST
+        and 0 <= count <= min(rows * cols, entries)
+        and rows * cols <= 2**_WIDEST
+    ):
+        raise ValueError(
+            f"{count} connections of {rows * cols} in {entries} fields of {bits} bits cannot be"
+        )
     if (
         scale.numel() != 1
         or not scale.is_floating_point()
@@ -210,7 +240,9 @@ def _unpack(entry: dict[str, Any], index: Tensor, signs: Tensor, scale: Tensor) 
         positions = fields
     if len(positions) != count:
         raise ValueError(f"the index has {len(positions)} connections, not {count}")
-    if count and (positions[0] < 0 or positions[-1] >= rows * cols or bool((np.diff(positions) <= 0).any())):
+    if count and (
+        positions[0] < 0 or positions[-1] >= rows * cols or bool((np.diff(positions) <= 0).any())
+    ):
         raise ValueError("connections are out of order or lie outside of the matrix")
     values = torch.where(torch.from_numpy(_from_bits(signs, 1, count)) > 0, -scale, scale)
     at = torch.from_numpy(positions)
@@ -222,7 +254,7 @@ def _unpack(entry: dict[str, Any], index: Tensor, signs: Tensor, scale: Tensor) 
     return found | {"shape": torch.tensor(shape, dtype=torch.int64)}
 
 
-# --- codes ------------------------------------------------------------------------------------------------------------
+# --- codes ----------------------------------------------------------------------------------------
 
 
 def _encode(positions: _Numbers, size: int, code: Code) -> tuple[str, int, _Numbers]:
@@ -250,8 +282,16 @@ def _to_bits(fields: _Numbers, bits: int) -> Tensor:
 
 
 def _from_bits(packed: Tensor, bits: int, entries: int) -> _Numbers:
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != -(-entries * bits // 8):
-        raise ValueError(f"{entries} fields of {bits} bits are not {tuple(packed.shape)} of {packed.dtype}")
-    flat = np.unpackbits(packed.numpy(), count=entries * bits, bitorder="little").reshape(entries, bits)
+    if (
+        packed.dtype != torch.uint8
+        or packed.dim() != 1
+        or packed.numel() != -(-entries * bits // 8)
+    ):
+        raise ValueError(
+            f"{entries} fields of {bits} bits are not {tuple(packed.shape)} of {packed.dtype}"
+        )
+    flat = np.unpackbits(packed.numpy(), count=entries * bits, bitorder="little").reshape(
+        entries, bits
+    )
     found: _Numbers = (flat.astype(np.int64) << np.arange(bits)).sum(1)
     return found

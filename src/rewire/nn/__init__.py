@@ -11,7 +11,11 @@ from rewire.nn.layers.linear import SparseLinear
 from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.layers.srelu import SReLU
 from rewire.nn.optimizers.ages import Moments
-from rewire.nn.optimizers.followers import OptimizerFollower, follow_optimizer, register_initial_state
+from rewire.nn.optimizers.followers import (
+    OptimizerFollower,
+    follow_optimizer,
+    register_initial_state,
+)
 from rewire.nn.weight.candidates import Candidates
 from rewire.nn.weight.events import Event, Follower
 from rewire.nn.weight.listing import sparse_weights

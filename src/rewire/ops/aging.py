@@ -1,4 +1,6 @@
-"""The step of Adam and its relatives for connections that are younger than the optimizer: put right after it."""
+"""The step of Adam and its relatives for connections that are younger than the optimizer: put right
+after it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ __all__ = ["Tables", "age_step_"]
 
 
 class Tables(NamedTuple):
-    """By age (from 1), what a step makes of moments: see `age_step_`. Four 1-D tensors of one dtype and length."""
+    """By age (from 1), what a step makes of moments: see `age_step_`. Four 1-D tensors of one dtype
+    and length.
+    """
 
     m: Tensor
     g: Tensor
@@ -51,26 +55,43 @@ def age_step_(
     squared: bool,
     horizon: int,
 ) -> int:
-    """Move young connections (``ages != -1``) from where a step of all led to where one of their own age leads.
+    """Move young connections (``ages != -1``) from where a step of all led to where one of their
+    own age leads.
 
     A step takes ``lr u`` from a value that was w before, with ::
 
         u(m, g, root, eps) = (g (+-gradient + decay w) + m first) / (root sqrt(second) + eps)
 
-    so ``lr (u(own) - u(tables at the age))`` is added to young values, in place, and they become one step older. From
-    age ``horizon`` on they are old: -1. Returns how many are young still.
+    so ``lr (u(own) - u(tables at the age))`` is added to young values, in place, and they become
+    one step older. From age ``horizon`` on they are old: -1. Returns how many are young still.
 
     Args:
-        ages: (C,) int16, read as unsigned, or int32. values, first, second, gradient: (C,), as the step left them.
+        ages: (C,) int16, read as unsigned, or int32. values, first, second, gradient: (C,), as the
+            step left them.
         gradient: None where no table ``g`` is needed.
-        tables: as long as the oldest age, at least, or ``horizon``. own: the same four numbers of the step just made.
+        tables: as long as the oldest age, at least, or ``horizon``. own: the same four numbers of
+            the step just made.
         squared: whether the square root of ``second`` is taken.
 
     Cost: a pass over the ages, and the young.
     """
-    if _is_native(values, first, second if gradient is None else gradient, second) and ages.is_contiguous():
+    if (
+        _is_native(values, first, second if gradient is None else gradient, second)
+        and ages.is_contiguous()
+    ):
         young: int = _NATIVE(
-            ages, values, first, second, gradient, *tables, *own, lr, decay, maximize, squared, horizon
+            ages,
+            values,
+            first,
+            second,
+            gradient,
+            *tables,
+            *own,
+            lr,
+            decay,
+            maximize,
+            squared,
+            horizon,
         )
         return young
     slots = (ages != -1).nonzero().flatten()
@@ -78,7 +99,8 @@ def age_step_(
     age = ages[slots].long()
     if ages.dtype == torch.int16:
         age &= 0xFFFF
-    at = age.clamp(max=tables.m.numel() - 1)  # the table begins with age 1, which is a newborn's now
+    # the table begins with age 1, which is a newborn's now
+    at = age.clamp(max=tables.m.numel() - 1)
     variance, momentum, now = (t.detach()[slots].to(wide) for t in (second, first, values))
     root = variance.sqrt() if squared else variance
     m, g, scale, eps = own

@@ -1,4 +1,6 @@
-"""The differentiable sparse convolution: three autograd.Functions over the kernels, closed under differentiation."""
+"""The differentiable sparse convolution: three autograd.Functions over the kernels, closed under
+differentiation.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ def _recorded(*tensors: Tensor) -> bool:
 
     Never while a compiler traces: it differentiates the traced kernels once only, and says so.
     """
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+    )
 
 
 class _Conv(torch.autograd.Function):
@@ -35,12 +41,23 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, row_cols: Tensor, row_slots: Tensor,
-        col_ptr: Tensor, col_rows: Tensor, col_slots: Tensor, geometry: Geometry, capture: Capture | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        row_ptr: Tensor,
+        row_cols: Tensor,
+        row_slots: Tensor,
+        col_ptr: Tensor,
+        col_rows: Tensor,
+        col_slots: Tensor,
+        geometry: Geometry,
+        capture: Capture | None,
+    ) -> Tensor:
         # A compiled graph cannot fill a list.
         ctx.geometry, ctx.capture = geometry, None if torch.compiler.is_compiling() else capture
-        # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
+        # Everything that backward reads goes through here: autograd then raises if any of it was
+        # changed since.
         ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
         remember_versions(ctx, values, row_ptr)
         return conv(row_ptr, row_cols, row_slots, values, x, bias, geometry, is_channels_last(x))
@@ -53,7 +70,9 @@ class _Conv(torch.autograd.Function):
         if ctx.capture is not None and need_values:
             ctx.capture.append(Pair(x.detach(), g.detach(), ctx.geometry))
         grad_x = _input_gradient(g, values, lists, x, ctx.geometry, ctx.capture) if need_x else None
-        grad_values = _value_gradient(g, x, values.shape[0], lists, ctx.geometry) if need_values else None
+        grad_values = (
+            _value_gradient(g, x, values.shape[0], lists, ctx.geometry) if need_values else None
+        )
         grad_bias = g.sum((0, *range(2, g.dim()))) if need_bias else None
         return grad_x, grad_values, grad_bias, *_LISTS, None, None
 
@@ -63,12 +82,21 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, values: Tensor, inputs: int, sizes: tuple[int, ...], channels_last: bool,
-        geometry: Geometry, capture: Capture | None, *lists: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        g: Tensor,
+        values: Tensor,
+        inputs: int,
+        sizes: tuple[int, ...],
+        channels_last: bool,
+        geometry: Geometry,
+        capture: Capture | None,
+        *lists: Tensor,
+    ) -> Tensor:
         ctx.geometry, ctx.capture = geometry, capture
         ctx.save_for_backward(g, values, *lists)
-        return conv_input_gradient(lists[3], lists[4], lists[5], values, g, sizes, inputs, geometry, channels_last)
+        return conv_input_gradient(
+            lists[3], lists[4], lists[5], values, g, sizes, inputs, geometry, channels_last
+        )
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> Gradients:
@@ -77,7 +105,9 @@ class _InputGradient(torch.autograd.Function):
         if ctx.capture is not None and need_values:
             ctx.capture.append(Pair(h.detach(), g.detach(), ctx.geometry))
         grad_g = _forward(h, values, lists, ctx.geometry, ctx.capture) if need_g else None
-        grad_values = _value_gradient(g, h, values.shape[0], lists, ctx.geometry) if need_values else None
+        grad_values = (
+            _value_gradient(g, h, values.shape[0], lists, ctx.geometry) if need_values else None
+        )
         return grad_g, grad_values, None, None, None, None, None, *_LISTS
 
 
@@ -85,7 +115,9 @@ class _ValueGradient(torch.autograd.Function):
     """The gradient of the values; bilinear in g and x."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, capacity: int, geometry: Geometry, *lists: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, capacity: int, geometry: Geometry, *lists: Tensor
+    ) -> Tensor:
         ctx.geometry = geometry
         ctx.save_for_backward(g, x, *lists)
         return conv_value_gradient(lists[0], lists[1], lists[2], capacity, g, x, geometry)
@@ -100,7 +132,11 @@ class _ValueGradient(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, values: Tensor, lists: list[Tensor], geometry: Geometry, capture: Capture | None = None
+    x: Tensor,
+    values: Tensor,
+    lists: list[Tensor],
+    geometry: Geometry,
+    capture: Capture | None = None,
 ) -> Tensor:
     if _recorded(x, values):
         y: Tensor = _Conv.apply(x, values, None, *lists, geometry, capture)  # type: ignore[no-untyped-call]
@@ -109,20 +145,42 @@ def _forward(
 
 
 def _input_gradient(
-    g: Tensor, values: Tensor, lists: list[Tensor], x: Tensor, geometry: Geometry, capture: Capture | None = None
+    g: Tensor,
+    values: Tensor,
+    lists: list[Tensor],
+    x: Tensor,
+    geometry: Geometry,
+    capture: Capture | None = None,
 ) -> Tensor:
     """In the shape and memory format of ``x``."""
     if _recorded(g, values):
         out: Tensor = _InputGradient.apply(  # type: ignore[no-untyped-call]
-            g, values, x.shape[1], tuple(x.shape[2:]), is_channels_last(x), geometry, capture, *lists
+            g,
+            values,
+            x.shape[1],
+            tuple(x.shape[2:]),
+            is_channels_last(x),
+            geometry,
+            capture,
+            *lists,
         )
         return out
     return conv_input_gradient(
-        lists[3], lists[4], lists[5], values, g, x.shape[2:], x.shape[1], geometry, is_channels_last(x)
+        lists[3],
+        lists[4],
+        lists[5],
+        values,
+        g,
+        x.shape[2:],
+        x.shape[1],
+        geometry,
+        is_channels_last(x),
     )
 
 
-def _value_gradient(g: Tensor, x: Tensor, capacity: int, lists: list[Tensor], geometry: Geometry) -> Tensor:
+def _value_gradient(
+    g: Tensor, x: Tensor, capacity: int, lists: list[Tensor], geometry: Geometry
+) -> Tensor:
     if _recorded(g, x):
         out: Tensor = _ValueGradient.apply(g, x, capacity, geometry, *lists)  # type: ignore[no-untyped-call]
         return out
@@ -130,31 +188,42 @@ def _value_gradient(g: Tensor, x: Tensor, capacity: int, lists: list[Tensor], ge
 
 
 def sparse_conv(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, capture: Capture | None = None
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Index,
+    geometry: Geometry,
+    capture: Capture | None = None,
 ) -> Tensor:
-    """The convolution of ``x`` with the sparse weight that ``values`` (capacity,) and ``index`` describe, plus bias.
+    """The convolution of ``x`` with the sparse weight that ``values`` (capacity,) and ``index``
+    describe, plus bias.
 
-    As a matrix the weight is (output channels) by (input channels / groups x kernel positions). ``x`` is
-    (batch, channels, d1, ...) with one to three dimensions as in ``geometry``, in any strides; the result is
-    channels-last if x is, else contiguous. If ``capture`` is given and values want a gradient, backward appends a
-    `Pair` of x and the gradient of the output to it. Differentiable to any order (once under `torch.compile`).
-    Cost: O(K * output positions * batch) time for the product and for each gradient; beyond the result, keeps x
-    itself for backward. Where strides or dilations pass over most of x (and its padding), only what is read counts.
+    As a matrix the weight is (output channels) by (input channels / groups x kernel positions).
+    ``x`` is (batch, channels, d1, ...) with one to three dimensions as in ``geometry``, in any
+    strides; the result is channels-last if x is, else contiguous. If ``capture`` is given and
+    values want a gradient, backward appends a `Pair` of x and the gradient of the output to it.
+    Differentiable to any order (once under `torch.compile`). Cost: O(K * output positions * batch)
+    time for the product and for each gradient; beyond the result, keeps x itself for backward.
+    Where strides or dilations pass over most of x (and its padding), only what is read counts.
     """
     if not torch.compiler.is_compiling() and transformed():
         raise refuse_transforms()
     rank = len(geometry.kernel)
     if x.dtype != values.dtype:
         raise RuntimeError(
-            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both agree"
+            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that "
+            "both agree"
         )
     columns = index.col_ptr.shape[0] - 1
     if x.dim() != rank + 2 or x.shape[1] * math.prod(geometry.kernel) != columns * geometry.groups:
         channels = columns // math.prod(geometry.kernel) * geometry.groups
-        raise RuntimeError(f"x has shape {tuple(x.shape)}, but the layer takes (batch, {channels}{', ...' * rank})")
+        raise RuntimeError(
+            f"x has shape {tuple(x.shape)}, but the layer takes (batch, {channels}{', ...' * rank})"
+        )
     if not all(geometry.output(x.shape[2:])):
         raise RuntimeError(
-            f"the kernel {geometry.kernel} with dilation {geometry.dilation} is larger than the padded input "
+            f"the kernel {geometry.kernel} with dilation {geometry.dilation} is larger than the "
+            "padded input "
             f"{tuple(x.shape[2:])} with padding {geometry.padding}"
         )
     x, geometry = gathered(x, geometry)

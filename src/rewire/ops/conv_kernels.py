@@ -1,9 +1,11 @@
-"""Chooses between the native convolutions and the reference, and tells the compiler what the native ones return.
+"""Chooses between the native convolutions and the reference, and tells the compiler what the native
+ones return.
 
-``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md) of the weight as a matrix, (output channels) by
-(input channels of a group x kernel positions); ``x`` and ``g`` are (batch, channels, ...) with any strides. No native
-operation allocates more than its result, O(K) and a few MiB of scratch per thread, unless a source has neither its
-channels nor its last dimension contiguous: then also a copy of it.
+``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md) of the weight as a matrix,
+(output channels) by (input channels of a group x kernel positions); ``x`` and ``g`` are (batch,
+channels, ...) with any strides. No native operation allocates more than its result, O(K) and a few
+MiB of scratch per thread, unless a source has neither its channels nor its last dimension
+contiguous: then also a copy of it.
 """
 
 from __future__ import annotations
@@ -25,17 +27,27 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def conv(
-    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry,
+    ptr: Tensor,
+    idx: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
     channels_last: bool,
-) -> Tensor:  # fmt: skip
-    """``y[b, o, p] = bias[o] + sum of values[slots[i]] * x[b, c, p * stride + k * dilation - padding]``.
+) -> Tensor:
+    """``y[b, o, p] = bias[o] + sum of values[slots[i]] * x[b, c, p * stride + k * dilation -
+    padding]``.
 
-    The sum is over the connections i of row o, ``idx[i] = (c within the group, k)``; by-row list. The result is
-    contiguous or channels-last. Raises RuntimeError on a bad index. O(K * output positions * batch) time.
+    The sum is over the connections i of row o, ``idx[i] = (c within the group, k)``; by-row list.
+    The result is contiguous or channels-last. Raises RuntimeError on a bad index. O(K * output
+    positions * batch) time.
     """
     if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
         columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel)
-        y: Tensor = torch.ops.rewire.conv(ptr, idx, slots, values, x, bias, columns, *geometry, channels_last)
+        y: Tensor = torch.ops.rewire.conv(
+            ptr, idx, slots, values, x, bias, columns, *geometry, channels_last
+        )
         return y
     out = conv_reference.conv(ptr, idx, slots, values, x, bias, geometry, channels_last)
     flops.note("conv", ptr, idx, out=out)
@@ -43,17 +55,28 @@ def conv(
 
 
 def conv_input_gradient(
-    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, sizes: Sequence[int], inputs: int,
-    geometry: Geometry, channels_last: bool,
-) -> Tensor:  # fmt: skip
-    """The gradient of the input (batch, inputs, *sizes) from that of the output; by-column list. Cost as `conv`."""
+    ptr: Tensor,
+    idx: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    g: Tensor,
+    sizes: Sequence[int],
+    inputs: int,
+    geometry: Geometry,
+    channels_last: bool,
+) -> Tensor:
+    """The gradient of the input (batch, inputs, *sizes) from that of the output; by-column list.
+    Cost as `conv`.
+    """
     if _NATIVE and g.is_cpu and g.dtype in _DTYPES:
         out: Tensor = torch.ops.rewire.conv_input_gradient(
             ptr, idx, slots, values, g, sizes, inputs, *geometry, channels_last
         )
         return out
     flops.note("conv_input_gradient", ptr, idx, slots, values, g)
-    return conv_reference.conv_input_gradient(ptr, idx, slots, values, g, sizes, inputs, geometry, channels_last)
+    return conv_reference.conv_input_gradient(
+        ptr, idx, slots, values, g, sizes, inputs, geometry, channels_last
+    )
 
 
 def conv_value_gradient(
@@ -62,7 +85,9 @@ def conv_value_gradient(
     """The gradient of the values (capacity,), 0 in empty slots; by-row list. Cost as `conv`."""
     if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
         columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel)
-        out: Tensor = torch.ops.rewire.conv_value_gradient(ptr, idx, slots, capacity, g, x, columns, *geometry)
+        out: Tensor = torch.ops.rewire.conv_value_gradient(
+            ptr, idx, slots, capacity, g, x, columns, *geometry
+        )
         return out
     flops.note("conv_value_gradient", ptr, idx, slots, capacity, g)
     return conv_reference.conv_value_gradient(ptr, idx, slots, capacity, g, x, geometry)
@@ -76,7 +101,9 @@ def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 def _like(x: Tensor, channels: int, sizes: Sequence[int], channels_last: bool) -> Tensor:
     shape = [x.shape[0], channels, *sizes]
-    order = [1, *range(len(shape) - 1, 1, -1), 0] if channels_last else range(len(shape) - 1, -1, -1)
+    order = (
+        [1, *range(len(shape) - 1, 1, -1), 0] if channels_last else range(len(shape) - 1, -1, -1)
+    )
     strides, step = [0] * len(shape), 1
     for axis in order:
         strides[axis] = step
@@ -89,22 +116,54 @@ if _NATIVE:
 
     @_fake("conv")
     def _(
-        ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None, columns: int,
-        kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, channels_last: bool,
-    ) -> Tensor:  # fmt: skip
+        ptr: Tensor,
+        idx: Tensor,
+        slots: Tensor,
+        values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        columns: int,
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        channels_last: bool,
+    ) -> Tensor:
         geometry = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
         return _like(x, ptr.shape[0] - 1, geometry.output(x.shape[2:]), channels_last)
 
     @_fake("conv_input_gradient")
     def _(
-        ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, sizes: list[int], inputs: int,
-        kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, channels_last: bool,
-    ) -> Tensor:  # fmt: skip
+        ptr: Tensor,
+        idx: Tensor,
+        slots: Tensor,
+        values: Tensor,
+        g: Tensor,
+        sizes: list[int],
+        inputs: int,
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        channels_last: bool,
+    ) -> Tensor:
         return _like(g, inputs, sizes, channels_last)
 
     @_fake("conv_value_gradient")
     def _(
-        ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor, columns: int,
-        kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    ) -> Tensor:  # fmt: skip
+        ptr: Tensor,
+        idx: Tensor,
+        slots: Tensor,
+        capacity: int,
+        g: Tensor,
+        x: Tensor,
+        columns: int,
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
         return x.new_empty((capacity,))

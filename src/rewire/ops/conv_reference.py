@@ -1,8 +1,9 @@
-"""Sparse convolutions in plain PyTorch, for any device, dtype and rank: the truth that the kernels are tested against.
+"""Sparse convolutions in plain PyTorch, for any device, dtype and rank: the truth that the kernels
+are tested against.
 
-A connection is one multiply-add of a shifted plane of the source. The planes are views of the padded source (nothing
-like im2col is stored), and connections go in blocks, so that temporaries stay small. All of it traces under
-`torch.compile`, like `rewire.ops.reference`.
+A connection is one multiply-add of a shifted plane of the source. The planes are views of the
+padded source (nothing like im2col is stored), and connections go in blocks, so that temporaries
+stay small. All of it traces under `torch.compile`, like `rewire.ops.reference`.
 """
 
 from __future__ import annotations
@@ -23,21 +24,32 @@ __all__ = ["conv", "conv_input_gradient", "conv_value_gradient"]
 def _blocks(length: int, positions: Sequence[int], batch: int) -> Iterator[tuple[int, int]]:
     """Ranges of connections whose shifted planes together are a temporary of bounded size."""
     compiling = torch.compiler.is_compiling()
-    # Blocks are part of a compiled graph, so they are few there and do not depend on a batch size that may be symbolic.
+    # Blocks are part of a compiled graph, so they are few there and do not depend on a batch size
+    # that may be symbolic.
     least = -(-length // _MAX_BLOCKS) if compiling else 1
-    block = max(least, _BLOCK_ELEMENTS // max(math.prod(positions) * (1 if compiling else batch), 1))
+    block = max(
+        least, _BLOCK_ELEMENTS // max(math.prod(positions) * (1 if compiling else batch), 1)
+    )
     for first in range(0, length, block):
         yield first, min(first + block, length)
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """Pad (or, where negative, crop) all but the first two dimensions; ``padding`` is (low, high) for each in order."""
-    backwards = [p for axis in range(len(padding) // 2 - 1, -1, -1) for p in padding[2 * axis : 2 * axis + 2]]
+    """Pad (or, where negative, crop) all but the first two dimensions; ``padding`` is (low, high)
+    for each in order.
+    """
+    backwards = [
+        p for axis in range(len(padding) // 2 - 1, -1, -1) for p in padding[2 * axis : 2 * axis + 2]
+    ]
     return F.pad(x, backwards)
 
 
-def _planes(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """The view [channel, *kernel position, *output position, batch] of ``x`` (batch, channels, ...)."""
+def _planes(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The view [channel, *kernel position, *output position, batch] of ``x`` (batch, channels,
+    ...).
+    """
     rank = len(kernel)
     for axis in range(rank):
         x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
@@ -61,7 +73,13 @@ def _plane(planes: Tensor, channel: Tensor, at: tuple[Tensor, ...]) -> Tensor:
 
 
 def _weighted_sum(
-    rows: int, target: Tensor, source: Tensor, at: tuple[Tensor, ...], value: Tensor, planes: Tensor, y: Tensor
+    rows: int,
+    target: Tensor,
+    source: Tensor,
+    at: tuple[Tensor, ...],
+    value: Tensor,
+    planes: Tensor,
+    y: Tensor,
 ) -> Tensor:
     """Add ``value[i]`` times plane ``[source[i], *at[i]]`` to row ``target[i]`` of y."""
     weight = value.reshape(-1, *(1,) * (y.dim() - 1))
@@ -69,17 +87,29 @@ def _weighted_sum(
 
 
 def conv(
-    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry,
+    ptr: Tensor,
+    idx: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
     channels_last: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `rewire.ops.conv_kernels.conv`."""
     _check_lists(ptr, idx, slots)
-    rows, per_group, kk = ptr.shape[0] - 1, x.shape[1] // geometry.groups, math.prod(geometry.kernel)
+    rows, per_group, kk = (
+        ptr.shape[0] - 1,
+        x.shape[1] // geometry.groups,
+        math.prod(geometry.kernel),
+    )
     sizes = geometry.output(x.shape[2:])
     start = x.new_zeros(rows) if bias is None else bias
     y = start.reshape(rows, *(1,) * (len(sizes) + 1)).expand(rows, *sizes, x.shape[0]).contiguous()
     if math.prod(sizes):
-        planes = _planes(_pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation)
+        planes = _planes(
+            _pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation
+        )
         for first, stop in _blocks(idx.shape[0], sizes, x.shape[0]):
             row, active = _rows_of(ptr, first, stop)
             col = idx[first:stop].long()
@@ -90,12 +120,20 @@ def conv(
 
 
 def conv_input_gradient(
-    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, sizes: Sequence[int], inputs: int,
-    geometry: Geometry, channels_last: bool,
-) -> Tensor:  # fmt: skip
+    ptr: Tensor,
+    idx: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    g: Tensor,
+    sizes: Sequence[int],
+    inputs: int,
+    geometry: Geometry,
+    channels_last: bool,
+) -> Tensor:
     """See `rewire.ops.conv_kernels.conv_input_gradient`.
 
-    It is a convolution of stride 1 of the gradient, spread out by the stride, with the kernel reversed.
+    It is a convolution of stride 1 of the gradient, spread out by the stride, with the kernel
+    reversed.
     """
     _check_lists(ptr, idx, slots)
     rank, kk = len(sizes), math.prod(geometry.kernel)
@@ -118,7 +156,9 @@ def conv_input_gradient(
             col, source = col.long(), idx[first:stop].long()
             target = source // outputs * per_group + col // kk
             value = torch.where(active, values[slots[first:stop]], 0)
-            y = _weighted_sum(inputs, target, source, _at(kk - 1 - col % kk, geometry.kernel), value, planes, y)
+            y = _weighted_sum(
+                inputs, target, source, _at(kk - 1 - col % kk, geometry.kernel), value, planes, y
+            )
     return y.movedim(-1, 0).contiguous(memory_format=memory_format(rank, channels_last))
 
 
@@ -127,11 +167,17 @@ def conv_value_gradient(
 ) -> Tensor:
     """See `rewire.ops.conv_kernels.conv_value_gradient`."""
     _check_lists(ptr, idx, slots)
-    rows, per_group, kk = ptr.shape[0] - 1, x.shape[1] // geometry.groups, math.prod(geometry.kernel)
+    rows, per_group, kk = (
+        ptr.shape[0] - 1,
+        x.shape[1] // geometry.groups,
+        math.prod(geometry.kernel),
+    )
     sizes = g.shape[2:]
     out = x.new_zeros(capacity)
     if math.prod(sizes) and x.shape[2:].numel():
-        planes = _planes(_pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation)
+        planes = _planes(
+            _pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation
+        )
         gradients = g.movedim(0, -1)
         for first, stop in _blocks(idx.shape[0], sizes, x.shape[0]):
             row, active = _rows_of(ptr, first, stop)

@@ -1,7 +1,9 @@
-"""Tells `torch.utils.flop_counter.FlopCounterMode` what the products cost: 2 K N for K connections and N uses of each.
+"""Tells `torch.utils.flop_counter.FlopCounterMode` what the products cost: 2 K N for K connections
+and N uses of each.
 
-As for the dense layers there, a multiply-add counts twice, additions of a bias not at all, and positions that a
-convolution reads from its padding as any others; each of the two gradients costs as much as the product.
+As for the dense layers there, a multiply-add counts twice, additions of a bias not at all, and
+positions that a convolution reads from its padding as any others; each of the two gradients costs
+as much as the product.
 """
 
 from __future__ import annotations
@@ -24,21 +26,29 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _connections(ptr: Tensor, idx: Tensor) -> int:
-    """K; where it cannot be read (meta and fake tensors), the slots there are, which is at least as many."""
+    """K; where it cannot be read (meta and fake tensors), the slots there are, which is at least as
+    many.
+    """
     if type(ptr) is not Tensor or ptr.device.type == "meta":
         return idx.shape[0]
     return int(ptr[-1].item())
 
 
-def _spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, *rest: Any, **named: Any) -> int:
+def _spmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, *rest: Any, **named: Any
+) -> int:
     return 2 * _connections(ptr, idx) * x.shape[0]
 
 
-def _sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, *rest: Any, **named: Any) -> int:
+def _sddmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, *rest: Any, **named: Any
+) -> int:
     return 2 * _connections(ptr, idx) * g.shape[0]
 
 
-def _spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, *rest: Any, **named: Any) -> int:
+def _spmm_sddmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, *rest: Any, **named: Any
+) -> int:
     return 4 * _connections(ptr, idx) * g.shape[0]
 
 
@@ -50,7 +60,9 @@ def _conv(ptr: Tensor, idx: Tensor, *rest: Any, out_val: Any, **named: Any) -> i
     return 2 * _connections(ptr, idx) * _positions(out_val)
 
 
-def _conv_gradient(ptr: Tensor, idx: Tensor, slots: Tensor, pool: Any, g: Tensor, *rest: Any, **named: Any) -> int:
+def _conv_gradient(
+    ptr: Tensor, idx: Tensor, slots: Tensor, pool: Any, g: Tensor, *rest: Any, **named: Any
+) -> int:
     return 2 * _connections(ptr, idx) * _positions(g)
 
 
@@ -65,10 +77,11 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def announce(operators: Sequence[str]) -> None:
-    """Register the formulas of the native operators of these names: now, or as soon as the counter is imported.
+    """Register the formulas of the native operators of these names: now, or as soon as the counter
+    is imported.
 
-    A counter knows what was registered before it was made. Importing its module here would make every import of this
-    library slower, for a tool that few programs use.
+    A counter knows what was registered before it was made. Importing its module here would make
+    every import of this library slower, for a tool that few programs use.
     """
     names = [name for name in operators if name in _FORMULAS]
     if not names:
@@ -88,7 +101,9 @@ def _register(module: ModuleType, names: Sequence[str]) -> None:
 
 
 class _WhenImported:
-    """Finds nothing itself: has the formulas registered when the counter's module has been imported, then goes away."""
+    """Finds nothing itself: has the formulas registered when the counter's module has been
+    imported, then goes away.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -110,7 +125,9 @@ class _WhenImported:
 
 
 def note(name: str, *args: Any, out: Any = None) -> None:
-    """Count a product that plain PyTorch computes, whose operations the counter does not know. Called beside it."""
+    """Count a product that plain PyTorch computes, whose operations the counter does not know.
+    Called beside it.
+    """
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return
     module = sys.modules.get(_COUNTER)

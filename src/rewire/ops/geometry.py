@@ -10,12 +10,15 @@ from torch import Tensor
 
 __all__ = ["Geometry", "gathered", "is_channels_last", "memory_format"]
 
-#: Strides and reaches of a kernel up to so many positions are never worth a look: what lies between is little.
+#: Strides and reaches of a kernel up to so many positions are never worth a look: what lies between
+#: is little.
 _WIDE = 64
 
 
 class Geometry(NamedTuple):
-    """Kernel, stride and dilation of each dimension; zero padding, low and high of each dimension; groups."""
+    """Kernel, stride and dilation of each dimension; zero padding, low and high of each dimension;
+    groups.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -24,7 +27,9 @@ class Geometry(NamedTuple):
     groups: int
 
     def output(self, sizes: Sequence[int]) -> list[int]:
-        """Output size of each dimension for an input of ``sizes``; 0 where the kernel does not fit."""
+        """Output size of each dimension for an input of ``sizes``; 0 where the kernel does not
+        fit.
+        """
         found = []
         for axis, size in enumerate(sizes):
             reach = self.dilation[axis] * (self.kernel[axis] - 1)
@@ -34,14 +39,20 @@ class Geometry(NamedTuple):
 
 
 def gathered(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """An input and a geometry of the same convolution, without positions that no connection reads, if most are so.
+    """An input and a geometry of the same convolution, without positions that no connection reads,
+    if most are so.
 
-    Kernels lay out all that lies between the first and the last position that a row of outputs reads: with a stride or
-    a dilation of millions, next to nothing of it counts. Then the positions that count, k * dilation + q * stride for
-    every kernel position k and output q, are put side by side (zeros for padding), which makes the dilation the number
-    of outputs. x: (batch, channels, ...). Differentiable. O(kernel x outputs) memory along each axis it changes.
+    Kernels lay out all that lies between the first and the last position that a row of outputs
+    reads: with a stride or a dilation of millions, next to nothing of it counts. Then the positions
+    that count, k * dilation + q * stride for every kernel position k and output q, are put side by
+    side (zeros for padding), which makes the dilation the number of outputs. x: (batch, channels,
+    ...). Differentiable. O(kernel x outputs) memory along each axis it changes.
     """
-    stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
+    stride, padding, dilation = (
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+    )
     changed = False
     for axis, kernel in enumerate(geometry.kernel):
         reach = dilation[axis] * (kernel - 1) + 1
@@ -61,7 +72,9 @@ def gathered(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
         changed = True
     if not changed:
         return x, geometry
-    return x, geometry._replace(stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
+    return x, geometry._replace(
+        stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation)
+    )
 
 
 def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
@@ -72,7 +85,9 @@ def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` (batch, channels, ...) is channels-last and not contiguous as well; never for one dimension."""
+    """Whether ``x`` (batch, channels, ...) is channels-last and not contiguous as well; never for
+    one dimension.
+    """
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=memory_format(x.dim() - 2, True))

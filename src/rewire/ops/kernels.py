@@ -1,8 +1,10 @@
-"""Chooses between the native kernels and the reference, and tells the compiler what the native ones return.
+"""Chooses between the native kernels and the reference, and tells the compiler what the native ones
+return.
 
-Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W x``, by
-column for the input gradient; ``x`` is (batch, features) with any strides. Where x has 16 bits a number, values and
-bias may be float32 as well; sums are float32 anyway.
+Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W
+x``, by
+column for the input gradient; ``x`` is (batch, features) with any strides. Where x has 16 bits a
+number, values and bias may be float32 as well; sums are float32 anyway.
 """
 
 from __future__ import annotations
@@ -34,11 +36,14 @@ _FEATURE_MAJOR: Callable[..., Tensor] | None = _operator("feature_major")
 _BATCH_MAJOR: Callable[..., Tensor] | None = _operator("batch_major")
 
 
-def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row r.
+def spmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row
+    r.
 
-    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises RuntimeError
-    on a bad index. O(K batch) time.
+    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises
+    RuntimeError on a bad index. O(K batch) time.
     """
     if _SPMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SPMM(ptr, idx, slots, values, x, bias)
@@ -47,10 +52,11 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
 
 
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
-    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r; else zero.
+    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r;
+    else zero.
 
-    ``g`` is (batch, rows), out is (capacity,), float32 for g and x of 16 bits. Raises RuntimeError on a
-    bad index. O(K batch) time.
+    ``g`` is (batch, rows), out is (capacity,), float32 for g and x of 16 bits. Raises RuntimeError
+    on a bad index. O(K batch) time.
     """
     if _SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SDDMM(ptr, idx, slots, capacity, g, x)
@@ -58,11 +64,15 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
     return reference.sddmm(ptr, idx, slots, capacity, g, x)
 
 
-def spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``spmm(ptr, idx, slots, values, x)`` and ``sddmm(ptr, idx, slots, capacity, g, x)`` from one reading of x.
+def spmm_sddmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``spmm(ptr, idx, slots, values, x)`` and ``sddmm(ptr, idx, slots, capacity, g, x)`` from one
+    reading of x.
 
-    With the list by column, x the gradient of a layer's output and g its input, these are the gradients of the input
-    and of the values. Raises RuntimeError on a bad index. O(K batch) time, about 0.7 of that of the two.
+    With the list by column, x the gradient of a layer's output and g its input, these are the
+    gradients of the input and of the values. Raises RuntimeError on a bad index. O(K batch) time,
+    about 0.7 of that of the two.
     """
     if _SPMM_SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
         return _SPMM_SDDMM(ptr, idx, slots, values, g, x)
@@ -85,7 +95,9 @@ def batch_major(x: Tensor) -> Tensor:
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what the compiler may know of a native kernel: shape, strides and dtype of its result."""
+    """Register what the compiler may know of a native kernel: shape, strides and dtype of its
+    result.
+    """
     register: Callable[[Callable[..., Any]], Callable[..., Any]]
     register = torch.library.register_fake(f"rewire::{name}")
     return register
@@ -95,10 +107,14 @@ if _NATIVE:
     flops.announce(["spmm", "sddmm", "spmm_sddmm"])
 
     def _sums(ptr: Tensor, x: Tensor) -> Tensor:
-        return torch.empty_strided((x.shape[0], ptr.shape[0] - 1), (1, x.shape[0]), dtype=x.dtype, device=x.device)
+        return torch.empty_strided(
+            (x.shape[0], ptr.shape[0] - 1), (1, x.shape[0]), dtype=x.dtype, device=x.device
+        )
 
     @_fake("spmm")
-    def _(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _(
+        ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
         return _sums(ptr, x)
 
     @_fake("sddmm")
@@ -106,7 +122,9 @@ if _NATIVE:
         return x.new_empty((capacity,), dtype=reference.sum_dtype(x.dtype))
 
     @_fake("spmm_sddmm")
-    def _(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _(
+        ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return _sums(ptr, x), x.new_empty(values.shape, dtype=reference.sum_dtype(x.dtype))
 
     @_fake("feature_major")

@@ -1,4 +1,6 @@
-"""Random walks: the fused pass of DEEP R over one pool (noise, L1 and the sign test), and noise alone."""
+"""Random walks: the fused pass of DEEP R over one pool (noise, L1 and the sign test), and noise
+alone.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,29 @@ def langevin_step_(
     step: int,
     stream: int,
 ) -> Tensor:
-    """theta <- theta - shrink + noise * nu on every active slot, in place; return the slots with theta < 0.
+    """theta <- theta - shrink + noise * nu on every active slot, in place; return the slots with
+    theta < 0.
 
-    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. Slots come back (int64) in ascending
-    order with value 0; empty slots (rows == -1) are left alone. values (C,) float; rows (C,) int; signs (C,) int8
-    of +-1. One streaming pass; with ``noise == 0`` nothing is drawn.
+    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. Slots come back
+    (int64) in ascending order with value 0; empty slots (rows == -1) are left alone. values (C,)
+    float; rows (C,) int; signs (C,) int8 of +-1. One streaming pass; with ``noise == 0`` nothing is
+    drawn.
     """
-    if _native.available() and values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        dropped: Tensor = torch.ops.rewire.langevin_step_(values, rows, signs, shrink, noise, seed, step, stream)
+    if (
+        _native.available()
+        and values.device.type == "cpu"
+        and values.dtype in (torch.float32, torch.float64)
+    ):
+        dropped: Tensor = torch.ops.rewire.langevin_step_(
+            values, rows, signs, shrink, noise, seed, step, stream
+        )
         return dropped
     sign = signs.to(values.dtype)
     theta = sign * values - shrink
     if noise:
-        theta = theta + noise * random.normal(seed, step, stream, values.numel(), values.device).to(values.dtype)
+        theta = theta + noise * random.normal(seed, step, stream, values.numel(), values.device).to(
+            values.dtype
+        )
     active = rows >= 0
     drop = active & (theta < 0)
     values.copy_(torch.where(active & ~drop, sign * theta, torch.zeros_like(theta)))
@@ -40,7 +52,9 @@ def langevin_step_(
 
 
 def add_normal_(values: Tensor, scale: float, seed: int, step: int, stream: int) -> None:
-    """``values[k] += scale *`` number k of `rewire.random.normal`, in place; values 1-D, of any dtype."""
+    """``values[k] += scale *`` number k of `rewire.random.normal`, in place; values 1-D, of any
+    dtype.
+    """
     native = _native.available("add_normal_") and values.is_cpu and values.is_contiguous()
     if native and values.dtype in (torch.float32, torch.float64):
         torch.ops.rewire.add_normal_(values, scale, seed, step, stream)

@@ -1,4 +1,6 @@
-"""Differentiable changes of memory layout: the numbers stay, so the gradient passes through as it is."""
+"""Differentiable changes of memory layout: the numbers stay, so the gradient passes through as it
+is.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class _Rows(torch.autograd.Function):
 
 
 def in_runs(x: Tensor) -> Tensor:
-    """``x`` (batch, features) with the batch contiguous, strides (1, batch) or alike; a copy only if it is not.
+    """``x`` (batch, features) with the batch contiguous, strides (1, batch) or alike; a copy only
+    if it is not.
 
     For an input that several sparse products share: they then need no copies of their own.
     """
@@ -47,7 +50,9 @@ def in_runs(x: Tensor) -> Tensor:
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """``x`` (batch, features) in ordinary row-major memory, as dense layers and `.view` expect it."""
+    """``x`` (batch, features) in ordinary row-major memory, as dense layers and `.view` expect
+    it.
+    """
     if x.is_contiguous():
         return x
     if not torch.compiler.is_compiling() and transformed():

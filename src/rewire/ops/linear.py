@@ -1,4 +1,6 @@
-"""The differentiable product of a sparse weight with a batch: one autograd.Function over the kernels."""
+"""The differentiable product of a sparse weight with a batch: one autograd.Function over the
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ NARROW = (torch.bfloat16, torch.float16)
 _NO_GRADIENTS = (None,) * 8
 
 
-#: Inputs up to this many numbers are saved as they come: the kernels' own copies cost less than calls that make them.
+#: Inputs up to this many numbers are saved as they come: the kernels' own copies cost less than
+#: calls that make them.
 _SMALL = 4096
 
 
@@ -36,13 +39,16 @@ def _small(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.numel() <= _SMALL
 
 
-#: From so many values on, and for runs of x of at most so many bytes, both gradients are computed one after the other:
-#: writing the values' gradient by column, a line of memory at a time, then costs more than reading x again.
+#: From so many values on, and for runs of x of at most so many bytes, both gradients are computed
+#: one after the other: writing the values' gradient by column, a line of memory at a time, then
+#: costs more than reading x again.
 _MANY, _SHORT = 1 << 24, 256
 
 
 def _together(x: Tensor, values: Tensor) -> bool:
-    """Whether both gradients are computed in one walk. (A compiled graph must not depend on the size of a batch.)"""
+    """Whether both gradients are computed in one walk. (A compiled graph must not depend on the
+    size of a batch.)
+    """
     if torch.compiler.is_compiling():
         return True
     return values.shape[0] < _MANY or x.shape[0] * x.element_size() > _SHORT
@@ -76,9 +82,10 @@ def _plus(a: Tensor, b: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     """y = x W^T + bias.
 
-    The transposed product is the same Function with the two index lists exchanged, and the gradient of the values
-    is `_Sample`, so derivatives of any order are made of these two. A copy of x with the batch contiguous is a
-    second output: saved as such, it keeps its place in the graph, which a second derivative needs.
+    The transposed product is the same Function with the two index lists exchanged, and the gradient
+    of the values is `_Sample`, so derivatives of any order are made of these two. A copy of x with
+    the batch contiguous is a second output: saved as such, it keeps its place in the graph, which a
+    second derivative needs.
     """
 
     @staticmethod
@@ -102,8 +109,11 @@ class _Linear(torch.autograd.Function):
         ctx.copied = runs is not x
         # A compiled graph cannot fill a list.
         ctx.capture = None if torch.compiler.is_compiling() else capture
-        # Everything that backward reads goes through here: autograd then raises if any of it was changed since.
-        ctx.save_for_backward(runs, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
+        # Everything that backward reads goes through here: autograd then raises if any of it was
+        # changed since.
+        ctx.save_for_backward(
+            runs, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots
+        )
         remember_versions(ctx, values, row_ptr)
         return batch_major(y) if contiguous_output else y, None if runs is x else runs
 
@@ -115,14 +125,19 @@ class _Linear(torch.autograd.Function):
         x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         if torch.compiler.is_compiling():
-            # Strides are not known while backward is traced; where they prove right this copies nothing.
+            # Strides are not known while backward is traced; where they prove right this copies
+            # nothing.
             g = g.t().contiguous().t()
-        elif torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or values.requires_grad):
+        elif torch.is_grad_enabled() and (
+            g.requires_grad or x.requires_grad or values.requires_grad
+        ):
             return _differentiable_backward(ctx, g, grad_runs)
         elif not _small(g):
             g = _in_runs(g)
         if ctx.capture is not None and need_values:
-            ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
+            ctx.capture.append(
+                Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype)))
+            )
         grad_x = grad_values = None
         if need_x and need_values and _together(x, values):
             grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g)
@@ -143,7 +158,9 @@ class _Linear(torch.autograd.Function):
 
 
 class _Packed(torch.autograd.Function):
-    """`_Linear` with the index as one argument: autograd looks at every tensor among its arguments, each time."""
+    """`_Linear` with the index as one argument: autograd looks at every tensor among its arguments,
+    each time.
+    """
 
     @staticmethod
     def forward(
@@ -180,14 +197,22 @@ class _Sample(torch.autograd.Function):
         return grad_g, grad_x, None, *(None,) * 6
 
 
-def _differentiable_backward(ctx: Any, g: Tensor, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any, g: Tensor, grad_runs: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Backward under ``create_graph=True``."""
     x, values, *lists = ctx.saved_tensors
     by_row, by_col = lists[:3], lists[3:]
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     if ctx.capture is not None and need_values:
-        ctx.capture.append(Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype))))
-    grad_x = _plus(_apply(g, values, None, by_col + by_row, exchanged(ctx.capture)), grad_runs) if need_x else None
+        ctx.capture.append(
+            Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype)))
+        )
+    grad_x = (
+        _plus(_apply(g, values, None, by_col + by_row, exchanged(ctx.capture)), grad_runs)
+        if need_x
+        else None
+    )
     grad_values = None
     if need_values:
         grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col)  # type: ignore[no-untyped-call]
@@ -206,25 +231,30 @@ def sparse_linear(
 ) -> Tensor:
     """``x W^T + bias`` for the sparse weight W that ``values`` (capacity,) and ``index`` describe.
 
-    ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its strides are
-    (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary ones with
-    ``contiguous_output``. Activations of 16 bits (`NARROW`) may go with float32 values: sums are float32, results and
-    gradients of activations of 16 bits, that of the values float32. If ``capture`` is given and values want a gradient,
-    backward appends to it a `Pair` of x and the gradient of the output, both (batch, features) in the values' dtype
-    with the batch contiguous. Differentiable to any order. O(K batch) time; beyond the result, keeps x for backward, as
-    a copy unless its batch is contiguous already.
+    ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its
+    strides are (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary
+    ones with ``contiguous_output``. Activations of 16 bits (`NARROW`) may go with float32 values:
+    sums are float32, results and gradients of activations of 16 bits, that of the values float32.
+    If ``capture`` is given and values want a gradient, backward appends to it a `Pair` of x and the
+    gradient of the output, both (batch, features) in the values' dtype with the batch contiguous.
+    Differentiable to any order. O(K batch) time; beyond the result, keeps x for backward, as a copy
+    unless its batch is contiguous already.
     """
     if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(
-            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both agree"
+            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that "
+            "both agree"
         )
     in_features = index.col_ptr.shape[0] - 1
     if not x.dim() or x.shape[-1] != in_features:
-        raise RuntimeError(f"x has shape {tuple(x.shape)}, but the layer takes (..., {in_features})")
+        raise RuntimeError(
+            f"x has shape {tuple(x.shape)}, but the layer takes (..., {in_features})"
+        )
     if x.dim() == 2:
         return _apply(x, values, bias, index, capture, contiguous_output)
     if x.dim() == 1:
         return _apply(x.unsqueeze(0), values, bias, index, capture, contiguous_output).squeeze(0)
-    # flatten, not reshape to a product of sizes: an exported program would take that product for a constant.
+    # flatten, not reshape to a product of sizes: an exported program would take that product for a
+    # constant.
     flat = _apply(x.flatten(0, -2), values, bias, index, capture, contiguous_output)
     return flat.view(*x.shape[:-1], index.row_ptr.shape[0] - 1)

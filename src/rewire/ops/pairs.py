@@ -1,11 +1,12 @@
 """What a captured call of a layer can compute: sums over samples of products of its two sides.
 
-Backward appends one `Pair` per call of a layer to ``SparseWeight.capture``. Under ``create_graph=True`` the products
-that a first backward pass is made of append theirs in the second one, so that sums are complete gradients.
+Backward appends one `Pair` per call of a layer to ``SparseWeight.capture``. Under
+``create_graph=True`` the products that a first backward pass is made of append theirs in the second
+one, so that sums are complete gradients.
 
-With ``g`` the gradient of the output its sums are the gradients of all positions of the weight, active or dormant; with
-``g`` the output itself they are the numerators of cosine similarities. Nothing here allocates rows x cols but what the
-caller asks for in one block.
+With ``g`` the gradient of the output its sums are the gradients of all positions of the weight,
+active or dormant; with ``g`` the output itself they are the numerators of cosine similarities.
+Nothing here allocates rows x cols but what the caller asks for in one block.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _LARGE = 1 << 22
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``. Of wide tiles with a short sum oneDNN's product takes half the time of `torch.mm`'s (MKL)."""
+    """``a @ b``. Of wide tiles with a short sum oneDNN's product takes half the time of
+    `torch.mm`'s (MKL).
+    """
     large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
     if large and a.is_cpu and a.dtype == b.dtype == torch.float32 and _has_onednn():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
@@ -50,18 +53,23 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _has_onednn() -> bool:
     mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and bool(mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return (
+        mkldnn.is_available()
+        and bool(mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """The input of one call of a layer, and its output or the gradient of it.
 
-    x, g: of a product, (batch, cols) and (batch, rows) in any strides; of a convolution (``geometry`` is given) the
-        padded-by-``geometry`` input (batch, channels, d1, ...) and (batch, rows, output d1, ...). Detached.
+    x, g: of a product, (batch, cols) and (batch, rows) in any strides; of a convolution
+        (``geometry`` is given) the padded-by-``geometry`` input (batch, channels, d1, ...) and
+        (batch, rows, output d1, ...). Detached.
 
-    As a matrix the weight is rows by cols. A convolution with groups has other inputs behind a column in each group;
-    row r belongs to group ``r // (rows / groups)``.
+    As a matrix the weight is rows by cols. A convolution with groups has other inputs behind a
+    column in each group; row r belongs to group ``r // (rows / groups)``.
     """
 
     x: Tensor
@@ -81,10 +89,12 @@ class Pair:
         return self.g.shape[1], self.x.shape[1] // self.groups * math.prod(self.geometry.kernel)
 
     def block(self, start: int, stop: int) -> Tensor:
-        """``out[r - start, c] = sum over samples and positions of g[r] * x[c]`` for the rows from start to stop.
+        """``out[r - start, c] = sum over samples and positions of g[r] * x[c]`` for the rows from
+        start to stop.
 
-        (stop - start, cols), float64 if the pair is, else float32. One dense product, for convolutions over the
-        unfolded input in pieces: O((stop - start) cols samples positions) time, O(result + pieces of 8 MiB) memory.
+        (stop - start, cols), float64 if the pair is, else float32. One dense product, for
+        convolutions over the unfolded input in pieces: O((stop - start) cols samples positions)
+        time, O(result + pieces of 8 MiB) memory.
         """
         if self.geometry is None:
             return _product(_wide(self.g[:, start:stop]).t(), _wide(self.x))
@@ -99,7 +109,9 @@ class Pair:
         return out
 
     def _unfolded(self, group: int) -> Iterator[tuple[slice, int, int, Tensor]]:
-        """The input of a group in pieces: samples, columns from and to, (columns, output positions x samples)."""
+        """The input of a group in pieces: samples, columns from and to, (columns, output positions
+        x samples).
+        """
         geometry = self.geometry
         assert geometry is not None
         kk, per_group = math.prod(geometry.kernel), self.x.shape[1] // geometry.groups
@@ -113,13 +125,17 @@ class Pair:
             for channel in range(0, per_group, channels):
                 from_, to = channel, min(channel + channels, per_group)
                 x = _wide(self.x[samples, group * per_group + from_ : group * per_group + to])
-                planes = _planes(_pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation)
+                planes = _planes(
+                    _pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation
+                )
                 yield samples, from_ * kk, to * kk, planes.reshape((to - from_) * kk, -1)
 
     def at(self, index: Index, capacity: int) -> Tensor:
-        """The same sums at the positions of ``index`` only: (capacity,), by slot; 0 in slots that it does not list.
+        """The same sums at the positions of ``index`` only: (capacity,), by slot; 0 in slots that
+        it does not list.
 
-        O(positions of index x samples) time, O(capacity) memory. Raises RuntimeError on a bad index.
+        O(positions of index x samples) time, O(capacity) memory. Raises RuntimeError on a bad
+        index.
         """
         lists = index.row_ptr, index.row_cols, index.row_slots
         g, x = _wide(self.g), _wide(self.x)
@@ -132,24 +148,35 @@ class Pair:
         return _wide(self.g).square().sum((0, *range(2, self.g.dim())))
 
     def col_norms(self) -> Tensor:
-        """``sum of x[c]^2`` over samples and (for a convolution, unfolded) positions: (groups, cols)."""
+        """``sum of x[c]^2`` over samples and (for a convolution, unfolded) positions: (groups,
+        cols).
+        """
         squares = _wide(self.x).square()
         if self.geometry is None:
             return squares.sum(0, keepdim=True)
         kernel = self.geometry.kernel
-        planes = _planes(_pad(squares, self.geometry.padding), kernel, self.geometry.stride, self.geometry.dilation)
+        planes = _planes(
+            _pad(squares, self.geometry.padding),
+            kernel,
+            self.geometry.stride,
+            self.geometry.dilation,
+        )
         return planes.sum(tuple(range(1 + len(kernel), planes.dim()))).reshape(self.groups, -1)
 
 
 class Capture(Protocol):
-    """What `SparseWeight.capture` is while a step is captured: a list of pairs, or what takes them like one."""
+    """What `SparseWeight.capture` is while a step is captured: a list of pairs, or what takes them
+    like one.
+    """
 
     def append(self, pair: Pair, /) -> None:
         """Take one call of the layer, in backward."""
 
 
 class Exchanged:
-    """A capture for products with the transposed weight: their pairs are the weight's with sides exchanged."""
+    """A capture for products with the transposed weight: their pairs are the weight's with sides
+    exchanged.
+    """
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
@@ -160,5 +187,13 @@ class Exchanged:
 
 
 def exchanged(capture: Capture | None) -> Capture | None:
-    """``capture`` for products with the transposed weight; where it is for those already, the one for the weight."""
-    return capture.capture if isinstance(capture, Exchanged) else capture if capture is None else Exchanged(capture)
+    """``capture`` for products with the transposed weight; where it is for those already, the one
+    for the weight.
+    """
+    return (
+        capture.capture
+        if isinstance(capture, Exchanged)
+        else capture
+        if capture is None
+        else Exchanged(capture)
+    )

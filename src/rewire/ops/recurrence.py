@@ -1,8 +1,9 @@
 """A recurrent layer's walk through time, with a backward of its own.
 
-Everything is feature-major: states are (size, batch), a sequence is (size, positions) with the batch of a step
-contiguous. Backward is the same walk in the other direction, and as the states of all steps are known by then, the
-gradient of every weight is one product over the whole sequence instead of one per step.
+Everything is feature-major: states are (size, batch), a sequence is (size, positions) with the
+batch of a step contiguous. Backward is the same walk in the other direction, and as the states of
+all steps are known by then, the gradient of every weight is one product over the whole sequence
+instead of one per step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from rewire.topology import Index
 
 __all__ = ["GRU", "LSTM", "RELU", "TANH", "Cell", "State", "Weight", "recurrence"]
 
-#: What is carried from step to step, each (size, batch): the hidden state, and for an LSTM the cell state.
+#: What is carried from step to step, each (size, batch): the hidden state, and for an LSTM the cell
+#: state.
 State = tuple[Tensor, ...]
 Step = Callable[[int, Tensor, State], State]
 
@@ -41,13 +43,21 @@ class Cell(Protocol):
     """One step, from the products with the input and with the hidden state, (gates, batch) each."""
 
     def step(self, x: Tensor, h: Tensor, state: State) -> State:
-        """The next state (its first entry before a projection), in operations that autograd follows."""
+        """The next state (its first entry before a projection), in operations that autograd
+        follows.
+        """
 
     def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
-        """The same without autograd: the next state, and what `backward` wants to know; may overwrite ``h``."""
+        """The same without autograd: the next state, and what `backward` wants to know; may
+        overwrite ``h``.
+        """
 
-    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """From the gradients of the next state: those of x, of h, and of ``state`` beyond what comes through h."""
+    def backward(
+        self, grads: State, state: State, kept: State
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """From the gradients of the next state: those of x, of h, and of ``state`` beyond what
+        comes through h.
+        """
 
 
 def _cut(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -63,7 +73,9 @@ class _Tanh:
         new = h.add_(x).tanh_()
         return (new,), (new,)
 
-    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    def backward(
+        self, grads: State, state: State, kept: State
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         g = torch.ops.aten.tanh_backward(grads[0], kept[0])
         return g, g, (None,)
 
@@ -76,7 +88,9 @@ class _Relu:
         new = h.add_(x).relu_()
         return (new,), (new,)
 
-    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    def backward(
+        self, grads: State, state: State, kept: State
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         g = torch.ops.aten.threshold_backward(grads[0], kept[0], 0)
         return g, g, (None,)
 
@@ -97,7 +111,9 @@ class _GRU:
         new = torch.addcmul(x[gates:], reset, h_new).tanh_()
         return (torch.lerp(new, state[0], update),), (h, new)
 
-    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    def backward(
+        self, grads: State, state: State, kept: State
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         (g,), (h, new) = grads, kept
         reset, update, h_new = _cut(h, 3)
         gates = 2 * reset.shape[0]
@@ -132,7 +148,9 @@ class _LSTM:
         squashed = cell.tanh()
         return (leave * squashed, cell), (h, squashed)
 
-    def backward(self, grads: State, state: State, kept: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    def backward(
+        self, grads: State, state: State, kept: State
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         (g, g_cell), (h, squashed) = grads, kept
         enter, forget, new, leave = _cut(h, 4)
         g_h = torch.empty_like(h)
@@ -158,10 +176,12 @@ LSTM: Cell = _LSTM()
 def _walk(
     sequence: Tensor, sizes: Sequence[int], reverse: bool, start: State, step: Step
 ) -> tuple[list[Tensor], State]:
-    """Carry a state along a sequence; all first entries on the way, by step, and the state that each column ends with.
+    """Carry a state along a sequence; all first entries on the way, by step, and the state that
+    each column ends with.
 
-    In a packed batch the longest sequences come first, so that the sequences at a step are the first columns: forward
-    in time columns are cut off as sequences end, backward they are added as sequences begin.
+    In a packed batch the longest sequences come first, so that the sequences at a step are the
+    first columns: forward in time columns are cut off as sequences end, backward they are added as
+    sequences begin.
     """
     pieces = sequence.split(list(sizes), 1)
     outputs = list(pieces)
@@ -175,7 +195,9 @@ def _walk(
             ended.append(tuple(s[:, now:] for s in state))
             state = tuple(s[:, :now] for s in state)
         elif now > have:
-            state = tuple(torch.cat([s, s0[:, have:now]], 1) for s, s0 in zip(state, start, strict=True))
+            state = tuple(
+                torch.cat([s, s0[:, have:now]], 1) for s, s0 in zip(state, start, strict=True)
+            )
         have = now
         state = step(t, pieces[t], state)
         outputs[t] = state[0]
@@ -185,7 +207,12 @@ def _walk(
 
 
 def _plain(
-    cell: Cell, sizes: Sequence[int], reverse: bool, x: Tensor, start: State, weights: Sequence[Weight]
+    cell: Cell,
+    sizes: Sequence[int],
+    reverse: bool,
+    x: Tensor,
+    start: State,
+    weights: Sequence[Weight],
 ) -> tuple[Tensor, ...]:
     """The walk in operations that autograd and compilers follow."""
     w_ih, w_hh, *projection = weights
@@ -220,11 +247,19 @@ def _backward_product(w: Weight, g: Tensor) -> Tensor:
 
 
 class _Recurrence(torch.autograd.Function):
-    """Arguments behind the captures: x, the initial states, then values, bias and six index tensors of each weight."""
+    """Arguments behind the captures: x, the initial states, then values, bias and six index tensors
+    of each weight.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, sizes: Sequence[int], reverse: bool, captures: Any, states: int, *tensors: Any
+        ctx: Any,
+        cell: Cell,
+        sizes: Sequence[int],
+        reverse: bool,
+        captures: Any,
+        states: int,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         x, start = tensors[0], tensors[1 : 1 + states]
         weights = _unflat(tensors[1 + states :], captures)
@@ -263,19 +298,28 @@ class _Recurrence(torch.autograd.Function):
                 through += direct[0]
             return (through, *direct[1:])
 
-        # Backward in time is the walk the other way round: what the states end with here is what they began with.
+        # Backward in time is the walk the other way round: what the states end with here is what
+        # they began with.
         _, of_start = _walk(grads[0], sizes, not reverse, grads[1:], step)
         g_input = torch.cat(of_input, 1)
         g_hidden = g_input if of_hidden[0] is of_input[0] else torch.cat(of_hidden, 1)
         before = torch.cat([entry[0] for entry in tape], 1)
         pairs = [(w_ih, tensors[0].t(), g_input), (w_hh, before, g_hidden)]
-        pairs += [(w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1)) for w in projection]
-        result: list[Tensor | None] = [_backward_product(w_ih, g_input).t() if needed[0] else None, *of_start]
+        pairs += [
+            (w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1))
+            for w in projection
+        ]
+        result: list[Tensor | None] = [
+            _backward_product(w_ih, g_input).t() if needed[0] else None,
+            *of_start,
+        ]
         for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
             if w.capture is not None and needed[at]:
                 w.capture.append(Pair(inputs.t().detach(), g.t()))
             lists = w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots
-            result.append(sddmm(*lists, w.values.shape[0], g.t(), inputs.t()) if needed[at] else None)
+            result.append(
+                sddmm(*lists, w.values.shape[0], g.t(), inputs.t()) if needed[at] else None
+            )
             result.append(g.sum(1) if needed[at + 1] else None)
             result.extend([None] * 6)
         return (*(None,) * 5, *result)
@@ -290,7 +334,9 @@ def _quick(
     weights: Sequence[Weight],
     tape: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, State]:
-    """The walk without autograd; ``tape``, if there is one, takes what backward needs of each step."""
+    """The walk without autograd; ``tape``, if there is one, takes what backward needs of each
+    step.
+    """
     w_ih, w_hh, *projection = weights
 
     def step(t: int, piece: Tensor, state: State) -> State:
@@ -306,8 +352,10 @@ def _quick(
 
 
 class _Relay:
-    """Keeps what the products of a backward pass within the backward pass tell a capture, until the inner pass is over:
-    a capture tells the passes apart, and what the inner one gives belongs to the outer one."""
+    """Keeps what the products of a backward pass within the backward pass tell a capture, until the
+    inner pass is over: a capture tells the passes apart, and what the inner one gives belongs to
+    the outer one.
+    """
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
@@ -328,14 +376,20 @@ class _Relay:
 
 
 def _differentiable_backward(
-    settings: tuple[Any, ...], tensors: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+    settings: tuple[Any, ...],
+    tensors: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Backward under ``create_graph=True``: walk again in operations that autograd follows."""
     cell, sizes, reverse, captures, states = settings
     relays = [None if capture is None else _Relay(capture) for capture in captures]
-    # Views stand for the arguments, so that a path from one of them to another is not counted here as well.
+    # Views stand for the arguments, so that a path from one of them to another is not counted here
+    # as well.
     own = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
-    outputs = _plain(cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], relays))
+    outputs = _plain(
+        cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], relays)
+    )
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     for relay in relays:
@@ -345,19 +399,26 @@ def _differentiable_backward(
 
 
 def recurrence(
-    cell: Cell, x: Tensor, sizes: Sequence[int], reverse: bool, start: State, weights: Sequence[Weight]
+    cell: Cell,
+    x: Tensor,
+    sizes: Sequence[int],
+    reverse: bool,
+    start: State,
+    weights: Sequence[Weight],
 ) -> tuple[Tensor, State]:
     """One direction of one recurrent layer.
 
     Args:
-        x: (positions, features); ``sizes[t]`` positions belong to step t, in order, none of the sizes increasing.
+        x: (positions, features); ``sizes[t]`` positions belong to step t, in order, none of the
+            sizes increasing.
         reverse: go from the last step to the first.
         start: the initial state, (size, batch) each.
-        weights: of the input, of the hidden state and, if there is one, of the projection of the hidden state.
+        weights: of the input, of the hidden state and, if there is one, of the projection of the
+            hidden state.
 
-    Returns the hidden states (size, positions) and the final state. Differentiable to any order; capture lists get one
-    entry per weight for the whole sequence (per step when compiled or under ``create_graph=True``). O(K positions).
-    Raises RuntimeError where dtypes differ.
+    Returns the hidden states (size, positions) and the final state. Differentiable to any order;
+    capture lists get one entry per weight for the whole sequence (per step when compiled or under
+    ``create_graph=True``). O(K positions). Raises RuntimeError where dtypes differ.
     """
     if not torch.compiler.is_compiling() and transformed():
         raise refuse_transforms()

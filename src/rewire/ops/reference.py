@@ -1,8 +1,9 @@
-"""The products in plain PyTorch, for any device and dtype: the truth that the kernels are tested against.
+"""The products in plain PyTorch, for any device and dtype: the truth that the kernels are tested
+against.
 
-Connections are processed in blocks, so that no (connections, batch) array of the whole list is ever allocated.
-All of it traces under `torch.compile`: no tensor is read from Python, and list entries from ``ptr[-1]`` on are
-masked out, not cut off.
+Connections are processed in blocks, so that no (connections, batch) array of the whole list is ever
+allocated. All of it traces under `torch.compile`: no tensor is read from Python, and list entries
+from ``ptr[-1]`` on are masked out, not cut off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _MAX_BLOCKS = 256
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products of numbers of ``dtype`` are summed in: float32 for those of 16 bits, else ``dtype``."""
+    """What products of numbers of ``dtype`` are summed in: float32 for those of 16 bits, else
+    ``dtype``.
+    """
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -35,7 +38,9 @@ def batch_major(x: Tensor) -> Tensor:
 
 
 def _rows_of(ptr: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Row of each list entry from ``start`` to ``stop``, and whether the entry is a connection at all."""
+    """Row of each list entry from ``start`` to ``stop``, and whether the entry is a connection at
+    all.
+    """
     place = torch.arange(start, stop, device=ptr.device, dtype=ptr.dtype)
     row = torch.searchsorted(ptr, place, right=True) - 1
     active = place < ptr[-1]
@@ -48,22 +53,31 @@ def _block(length: int, batch: int) -> int:
     return max(1, _BLOCK_ELEMENTS // max(batch, 1), -(-length // _MAX_BLOCKS))
 
 
-def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row r."""
+def spmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row
+    r.
+    """
     _check_lists(ptr, idx, slots)
     if x.dim() != 2 or values.dim() != 1:
         raise RuntimeError("spmm: x must have two dimensions and values one")
     sums = sum_dtype(x.dtype)
     if any(t is not None and t.dtype not in (x.dtype, sums) for t in (values, bias)):
-        raise RuntimeError("spmm: values, bias and x must have one dtype, or float32 and one of 16 bits")
+        raise RuntimeError(
+            "spmm: values, bias and x must have one dtype, or float32 and one of 16 bits"
+        )
     if sums != x.dtype:
-        wide = spmm(ptr, idx, slots, values.to(sums), x.to(sums), None if bias is None else bias.to(sums))
+        wide = spmm(
+            ptr, idx, slots, values.to(sums), x.to(sums), None if bias is None else bias.to(sums)
+        )
         return wide.to(x.dtype)
     rows = ptr.shape[0] - 1
     if bias is not None and bias.shape != (rows,):
         raise RuntimeError("spmm: bias must have one entry per row")
     start = x.new_zeros(rows) if bias is None else bias
-    # The result is no view, so that activations may work on it in place; `y` is one, in the kernels' orientation.
+    # The result is no view, so that activations may work on it in place; `y` is one, in the
+    # kernels' orientation.
     out = torch.empty_strided((x.shape[0], rows), (1, x.shape[0]), dtype=x.dtype, device=x.device)
     y = out.copy_(start.expand(x.shape[0], rows)).t()
     length = idx.shape[0]
@@ -79,7 +93,9 @@ def spmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bia
 
 
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
-    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r; else zero."""
+    """``out[slots[i]] = sum over b of g[b, r] * x[b, idx[i]]`` over the connections i of row r;
+    else zero.
+    """
     _check_lists(ptr, idx, slots)
     if g.dim() != 2 or x.dim() != 2 or g.shape[0] != x.shape[0] or g.shape[1] != ptr.shape[0] - 1:
         raise RuntimeError("sddmm: g must be (batch, rows) and x (batch, features)")
@@ -101,13 +117,21 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
     return out
 
 
-def spmm_sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def spmm_sddmm(
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
     """`spmm` of ``values`` and x, and `sddmm` of g and x, over one list."""
     return spmm(ptr, idx, slots, values, x, None), sddmm(ptr, idx, slots, values.shape[0], g, x)
 
 
 def _check_lists(ptr: Tensor, idx: Tensor, slots: Tensor) -> None:
     if ptr.dim() != 1 or idx.dim() != 1 or idx.shape != slots.shape or not ptr.shape[0]:
-        raise RuntimeError("ptr, idx and slots must have one dimension, idx and slots the same length")
-    if ptr.dtype not in (torch.int32, torch.int64) or idx.dtype != ptr.dtype or slots.dtype != ptr.dtype:
+        raise RuntimeError(
+            "ptr, idx and slots must have one dimension, idx and slots the same length"
+        )
+    if (
+        ptr.dtype not in (torch.int32, torch.int64)
+        or idx.dtype != ptr.dtype
+        or slots.dtype != ptr.dtype
+    ):
         raise RuntimeError("ptr, idx and slots must have one dtype, int32 or int64")

@@ -1,4 +1,6 @@
-"""DEEP R over one pool: dormant connections drawn, signed and put where others went; or all of a step at once."""
+"""DEEP R over one pool: dormant connections drawn, signed and put where others went; or all of a
+step at once.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from torch import Tensor
 from rewire import _native, random, topology
 from rewire.ops.langevin import langevin_step_
 from rewire.topology import Index
+from rewire.topology.index import OK
 
 __all__ = ["regrow_", "walk_and_regrow_"]
 
 
 #: Looked up once: a look-up takes as long as a small pool's step.
-_WALK: Any = torch.ops.rewire.walk_and_regrow_.default if _native.available("walk_and_regrow_") else None
+_WALK: Any = (
+    torch.ops.rewire.walk_and_regrow_.default if _native.available("walk_and_regrow_") else None
+)
 
 
 def regrow_(
@@ -34,15 +39,20 @@ def regrow_(
 ) -> int:
     """Put new connections into ``slots`` (int64, distinct, active), in place; return K afterwards.
 
-    They are drawn by `rewire.topology.sample_dormant` from stream ``grow_stream``, get the sign of their position
-    (`rewire.topology.position_signs`; ``fixed``) or a new one, bit 0 of `rewire.random.bits`, from ``sign_stream``, and
-    start at a zero of that sign. values (C,) float; signs (C,) int8; rows, cols and the index as in `rewire.topology`.
-    Raises `TopologyError` on a bad slot (nothing changed), or where rows and cols are no topology in the first place.
-    Costs what `rewire.topology.replace_` does.
+    They are drawn by `rewire.topology.sample_dormant` from stream ``grow_stream``, get the sign of
+    their position (`rewire.topology.position_signs`; ``fixed``) or a new one, bit 0 of
+    `rewire.random.bits`, from ``sign_stream``, and start at a zero of that sign. values (C,) float;
+    signs (C,) int8; rows, cols and the index as in `rewire.topology`. Raises `TopologyError` on a
+    bad slot (nothing changed), or where rows and cols are no topology in the first place. Costs
+    what `rewire.topology.replace_` does.
     """
     topology.check_integers(slots=slots)
     n_rows, n_cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
-    if _native.available("regrow_") and values.is_cpu and values.dtype in (torch.float32, torch.float64):
+    if (
+        _native.available("regrow_")
+        and values.is_cpu
+        and values.dtype in (torch.float32, torch.float64)
+    ):
         result = torch.ops.rewire.regrow_(
             values, signs, rows, cols, *index, slots, seed, step, grow_stream, sign_stream, fixed
         )
@@ -50,7 +60,15 @@ def regrow_(
         return int(result[1])
     topology.check_slots(slots, rows.numel())
     new_rows, new_cols = topology.sample_dormant(
-        index, n_rows, n_cols, slots.numel(), rows[slots].long(), cols[slots].long(), seed, step, grow_stream
+        index,
+        n_rows,
+        n_cols,
+        slots.numel(),
+        rows[slots].long(),
+        cols[slots].long(),
+        seed,
+        step,
+        grow_stream,
     )
     if fixed:
         sign = topology.position_signs(new_rows, new_cols, seed, sign_stream)
@@ -80,10 +98,12 @@ def walk_and_regrow_(
     sign_stream: int,
     fixed: bool,
 ) -> Tensor:
-    """`langevin_step_`, and `regrow_` in the slots that crossed zero, which are returned; ``gradient`` is 0 there then.
+    """`langevin_step_`, and `regrow_` in the slots that crossed zero, which are returned;
+    ``gradient`` is 0 there then.
 
-    One call for all that DEEP R does to a pool whose budget is its own. gradient: None, or as values; the rest, results
-    and errors as in the two. Without noise and changes, values and signs are all that is read.
+    One call for all that DEEP R does to a pool whose budget is its own. gradient: None, or as
+    values; the rest, results and errors as in the two. Without noise and changes, values and signs
+    are all that is read.
     """
     if (
         _WALK is not None
@@ -95,7 +115,7 @@ def walk_and_regrow_(
         slots, code, a, b = _WALK(
             values, signs, rows, cols, *index, gradient, shrink, noise, seed, step, *streams, fixed
         )
-        if code != topology.OK:
+        if code != OK:
             n_rows, n_cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
             topology.raise_problem((code, a, b), rows, cols, n_rows, n_cols, rows.numel())
         crossed: Tensor = slots

@@ -1,7 +1,8 @@
-"""The best of many scores and the weakest of many values, without sorting: what drop and grow criteria are made of.
+"""The best of many scores and the weakest of many values, without sorting: what drop and grow
+criteria are made of.
 
-On the CPU, in float32 and float64, native kernels give the same bits as the plain PyTorch here, on any number of
-threads. Among equals the first win, everywhere.
+On the CPU, in float32 and float64, native kernels give the same bits as the plain PyTorch here, on
+any number of threads. Among equals the first win, everywhere.
 """
 
 from __future__ import annotations
@@ -30,26 +31,41 @@ class Draw(NamedTuple):
 
 
 def uniforms(draw: Draw, positions: Tensor) -> Tensor:
-    """A number in (0, 1] for each of ``positions`` (int64 >= 0): float32, (n,). Each depends on its position alone.
+    """A number in (0, 1] for each of ``positions`` (int64 >= 0): float32, (n,). Each depends on its
+    position alone.
 
-    It is (word + 1/2) / 2**32, rounded, where four positions share one call of the generator, a 32-bit word each.
+    It is (word + 1/2) / 2**32, rounded, where four positions share one call of the generator, a
+    32-bit word each.
     """
     if _NATIVE and positions.is_cpu:
-        drawn: Tensor = torch.ops.rewire.uniforms(positions, draw.seed, draw.step & 0xFFFFFFFF, draw.stream)
+        drawn: Tensor = torch.ops.rewire.uniforms(
+            positions, draw.seed, draw.step & 0xFFFFFFFF, draw.stream
+        )
         return drawn
     quads = positions // 4
-    words = random.words(draw.seed, quads & 0xFFFFFFFF, quads >> 32, draw.step & 0xFFFFFFFF, draw.stream)
-    return (torch.stack(words, 1).gather(1, positions.view(-1, 1) % 4).flatten().float() + 0.5) * 2.0**-32
+    words = random.words(
+        draw.seed, quads & 0xFFFFFFFF, quads >> 32, draw.step & 0xFFFFFFFF, draw.stream
+    )
+    return (
+        torch.stack(words, 1).gather(1, positions.view(-1, 1) % 4).flatten().float() + 0.5
+    ) * 2.0**-32
 
 
 def above(
-    scores: Tensor, first_row: int, index: Index, kept: Tensor, bar: float, *, absolute: bool = False
+    scores: Tensor,
+    first_row: int,
+    index: Index,
+    kept: Tensor,
+    bar: float,
+    *,
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Keys (row * cols + col, int64, ascending) and scores of the positions that are not kept and score above ``bar``.
+    """Keys (row * cols + col, int64, ascending) and scores of the positions that are not kept and
+    score above ``bar``.
 
     Args:
-        scores: (t, cols), of the rows from ``first_row`` on; their magnitudes count if ``absolute``. NaN and -inf count
-            as the lowest finite number.
+        scores: (t, cols), of the rows from ``first_row`` on; their magnitudes count if
+            ``absolute``. NaN and -inf count as the lowest finite number.
         index: of the pool. kept: bool, (capacity,); positions of slots with True are passed over.
         bar: a number of the scores' dtype, or -inf.
 
@@ -70,11 +86,12 @@ def above(
 def above_drawn(
     scores: Tensor, first_row: int, index: Index, kept: Tensor, bar: float, draw: Draw
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `above`, by the magnitude s of scores (``draw.least`` at least, also of NaN): where s / u may exceed ``bar``.
+    """As `above`, by the magnitude s of scores (``draw.least`` at least, also of NaN): where s / u
+    may exceed ``bar``.
 
-    u is the position's `uniforms`, float32, and is returned as well. "May": those with ``s >= c bar * u``, where c is
-    1 - 2**-20; u is at most the exponential number -log(1 - u), so nothing is missed that exceeds the bar by that, even
-    where it is rounded.
+    u is the position's `uniforms`, float32, and is returned as well. "May": those with ``s >= c bar
+    * u``, where c is 1 - 2**-20; u is at most the exponential number -log(1 - u), so nothing is
+    missed that exceeds the bar by that, even where it is rounded.
     """
     lists = index.row_ptr, index.row_cols, index.row_slots
     factor = bar * (1.0 - 2.0**-20)
@@ -102,7 +119,8 @@ def _strike_out(values: Tensor, first_row: int, index: Index, kept: Tensor) -> N
 
 
 def extremes(scores: Tensor, count: int, *, largest: bool) -> Tensor:
-    """Places (int64, ascending) of the ``count`` largest or smallest of 1-D ``scores``; among equals the first.
+    """Places (int64, ascending) of the ``count`` largest or smallest of 1-D ``scores``; among
+    equals the first.
 
     NaN comes last in both. RuntimeError unless 0 <= count <= scores. O(scores) time.
     """
@@ -125,13 +143,21 @@ def extremes(scores: Tensor, count: int, *, largest: bool) -> Tensor:
 
 
 def weakest(
-    values: Tensor, slots: Tensor, fraction: float, *, by_sign: bool = False, factors: Tensor | None = None
+    values: Tensor,
+    slots: Tensor,
+    fraction: float,
+    *,
+    by_sign: bool = False,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """``floor(fraction n)`` of the n ``slots`` (int), in their order: those of smallest ``abs(values factors)``; int64.
+    """``floor(fraction n)`` of the n ``slots`` (int), in their order: those of smallest
+    ``abs(values factors)``; int64.
 
-    by_sign: the same share of those that are at least 0, and then of those below; NaN belongs to neither.
+    by_sign: the same share of those that are at least 0, and then of those below; NaN belongs to
+        neither.
 
-    values, and factors if given: (capacity,). RuntimeError for a bad slot. O(slots) time and memory.
+    values, and factors if given: (capacity,). RuntimeError for a bad slot. O(slots) time and
+    memory.
     """
     native = _NATIVE and values.is_cpu and values.dtype in _DTYPES
     if native and (factors is None or factors.dtype == values.dtype):

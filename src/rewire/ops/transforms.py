@@ -16,7 +16,10 @@ def transformed() -> bool:
 def refuse_transforms() -> RuntimeError:
     """What to say under them."""
     return RuntimeError(
-        "sparse layers do not work inside torch.vmap, torch.func.grad, vjp, jvp and the like (nor with the models that "
-        "torch.func.stack_module_state stacks): use torch.autograd.grad (with create_graph=True for higher "
-        "derivatives) on the result of torch.func.functional_call, and a loop over samples or models instead of vmap"
+        "sparse layers do not work inside torch.vmap, torch.func.grad, vjp, jvp and the like (nor "
+        "with the models that "
+        "torch.func.stack_module_state stacks): use torch.autograd.grad (with create_graph=True "
+        "for higher "
+        "derivatives) on the result of torch.func.functional_call, and a loop over samples or "
+        "models instead of vmap"
     )

@@ -1,4 +1,6 @@
-"""Finds a pool that changed between forward and backward where autograd's own check does not look."""
+"""Finds a pool that changed between forward and backward where autograd's own check does not
+look.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ __all__ = ["check_versions", "remember_versions"]
 def remember_versions(ctx: Any, *tensors: Tensor) -> None:
     """Note the version counters of a pool's tensors in forward, for `check_versions` in backward.
 
-    Autograd checks what it saves itself, but not what hooks unpack: activation checkpointing computes saved tensors
-    again, with whatever topology there is by then. Nothing is noted while a compiler traces, or in inference mode.
+    Autograd checks what it saves itself, but not what hooks unpack: activation checkpointing
+    computes saved tensors again, with whatever topology there is by then. Nothing is noted while a
+    compiler traces, or in inference mode.
     """
     if torch.compiler.is_compiling():
         ctx.versions = ()
@@ -33,6 +36,7 @@ def check_versions(ctx: Any) -> None:
     for tensor, version in ctx.versions:
         if tensor._version != version:
             raise RuntimeError(
-                "a sparse weight was modified by an inplace operation (rewired, loaded or stepped) between forward and "
+                "a sparse weight was modified by an inplace operation (rewired, loaded or "
+                "stepped) between forward and "
                 "backward: its gradient would be wrong; run the forward again"
             )

@@ -1,7 +1,8 @@
-"""Files that are whole or absent, and that no two processes write at once: atomic writes, locks, checksums.
+"""Files that are whole or absent, and that no two processes write at once: atomic writes, locks,
+checksums.
 
-The five functions that touch the disk for a write stand alone and by name, so that tests can crash a run at
-every single one of them.
+The five functions that touch the disk for a write stand alone and by name, so that tests can crash
+a run at every single one of them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class LockedError(Exception):
     """Another process holds the lock."""
 
 
-# --- what touches the disk ------------------------------------------------------------------------------------
+# --- what touches the disk ------------------------------------------------------------------------
 
 
 def write_bytes(file: BinaryIO, data: bytes) -> None:
@@ -65,14 +66,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# --- atomic writes --------------------------------------------------------------------------------------------
+# --- atomic writes --------------------------------------------------------------------------------
 
 
 def write_atomic(path: Path, data: bytes) -> str:
-    """Write a file so that at every moment `path` holds its old content or its new one, never a part.
+    """Write a file so that at every moment `path` holds its old content or its new one, never a
+    part.
 
-    A write that fails (a full disk) leaves the old content and removes the temporary file. Returns the sha256
-    of the content.
+    A write that fails (a full disk) leaves the old content and removes the temporary file. Returns
+    the sha256 of the content.
     """
     return write_pieces(path, [data])
 
@@ -80,10 +82,12 @@ def write_atomic(path: Path, data: bytes) -> str:
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     """`write_atomic` of content that comes in pieces and is never held as a whole.
 
-    Small pieces are put together, so that a file of many of them is written in few calls. The temporary file has
-    a name of its own, so two processes may write the same file at once: the last to finish wins.
+    Small pieces are put together, so that a file of many of them is written in few calls. The
+    temporary file has a name of its own, so two processes may write the same file at once: the last
+    to finish wins.
     """
-    # The name is cut to 200 bytes: with the target's own the temporary one could exceed the system's 255.
+    # The name is cut to 200 bytes: with the target's own the temporary one could exceed the
+    # system's 255.
     short = os.fsdecode(os.fsencode(path.name)[:200])
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{short}-{secrets.token_hex(4)}")
     digest = hashlib.sha256()
@@ -98,14 +102,17 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(temporary)
-        if isinstance(error, OSError):  # what the user asked for, not the temporary name or none at all
+        # what the user asked for, not the temporary name or none at all
+        if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
     return digest.hexdigest()
 
 
 def _blocks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """The pieces, small ones joined and large ones cut, in blocks of at most about `PIECE` bytes; at least one."""
+    """The pieces, small ones joined and large ones cut, in blocks of at most about `PIECE` bytes;
+    at least one.
+    """
     waiting = bytearray()
     any_yet = False
     for piece in pieces:
@@ -126,19 +133,21 @@ def remove_unfinished(folder: Path) -> None:
         remove(path)
 
 
-# --- locks ----------------------------------------------------------------------------------------------------
+# --- locks ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, *, wait: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Hold the folder's lock inside the ``with``; the system lets go when this process ends, however it ends.
+    """Hold the folder's lock inside the ``with``; the system lets go when this process ends,
+    however it ends.
 
     Args:
         folder: an existing folder.
-        wait: called every tenth of a second until the lock is free; None raises `LockedError` instead of waiting.
+        wait: called every tenth of a second until the lock is free; None raises `LockedError`
+            instead of waiting.
 
-    Yields whether the lock is held: Windows and some network file systems have none. Raises OSError for a folder that
-    cannot be opened. No file is made, so nothing stale can be left behind.
+    Yields whether the lock is held: Windows and some network file systems have none. Raises OSError
+    for a folder that cannot be opened. No file is made, so nothing stale can be left behind.
     """
     try:
         import fcntl
@@ -168,7 +177,7 @@ def lock_folder(folder: Path, *, wait: Callable[[], None] | None = None) -> Iter
         os.close(handle)
 
 
-# --- checksums ------------------------------------------------------------------------------------------------
+# --- checksums ------------------------------------------------------------------------------------
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -182,7 +191,8 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_prefix(path: Path, length: int | None) -> hashlib._Hash:
-    """The checksum, to go on with, of the first `length` bytes of a file (None: of all), read in pieces.
+    """The checksum, to go on with, of the first `length` bytes of a file (None: of all), read in
+    pieces.
 
     The file may be shorter than `length`.
     """

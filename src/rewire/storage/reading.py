@@ -1,7 +1,9 @@
-"""Reading files that may hold anything: bounded by their size, checked, and one clear line for whatever is wrong.
+"""Reading files that may hold anything: bounded by their size, checked, and one clear line for
+whatever is wrong.
 
-All readers of the project begin here. What the system refuses (no such file, no permission) stays an OSError that
-names the file; what is in the file and should not be is a `FileError`. Nothing is unpickled.
+All readers of the project begin here. What the system refuses (no such file, no permission) stays
+an OSError that names the file; what is in the file and should not be is a `FileError`. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class FileError(ValueError):
-    """A file whose content is not what it should be; the message is one line that begins with the file."""
+    """A file whose content is not what it should be; the message is one line that begins with the
+    file.
+    """
 
 
 def brief(text: object, most: int = 300) -> str:
@@ -40,14 +44,17 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """The content of an ordinary file.
 
     Args:
-        path: any path; a folder, a device or a pipe is refused, without waiting for anyone to write to it.
+        path: any path; a folder, a device or a pipe is refused, without waiting for anyone to write
+            to it.
         limit: the most bytes that the file may have; None for no limit.
 
     Raises OSError, with the file's name, or FileError. Memory: the size of the file.
     """
     try:
         # Opening a pipe would wait for a writer.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
     except ValueError:  # a null character
         raise FileError(f"{str(path)!r} cannot be the name of a file") from None
     status = os.fstat(handle)
@@ -85,19 +92,28 @@ def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
         data: the text. where: what it is from, for messages.
         finite: refuse NaN, Infinity and numbers that are too large for a float.
 
-    Refused as well: names that occur twice in an object, nesting deeper than `DEPTH`, integers of more than 40
-    digits, and half a surrogate pair, which no file could be written with. Raises FileError.
+    Refused as well: names that occur twice in an object, nesting deeper than `DEPTH`, integers of
+    more than 40 digits, and half a surrogate pair, which no file could be written with. Raises
+    FileError.
     """
 
     def refuse(reason: str) -> NoReturn:
         raise FileError(f"{where} is damaged: {reason}")
 
     def integer(text: str) -> int:
-        return int(text) if len(text) <= _LONGEST_INTEGER else refuse(f"an integer of {len(text)} digits")
+        return (
+            int(text)
+            if len(text) <= _LONGEST_INTEGER
+            else refuse(f"an integer of {len(text)} digits")
+        )
 
     def number(text: str) -> float:
         value = float(text)
-        return value if math.isfinite(value) or not finite else refuse(f"the number {text[:40]} is too large")
+        return (
+            value
+            if math.isfinite(value) or not finite
+            else refuse(f"the number {text[:40]} is too large")
+        )
 
     def constant(text: str) -> float:
         return float(text) if not finite else refuse(f"{text} is not a number of JSON")
@@ -106,7 +122,9 @@ def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
-            refuse(f"{next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice in an object")
+            refuse(
+                f"{next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice in an object"
+            )
         return found
 
     try:
@@ -139,7 +157,11 @@ def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
-        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
     return depth
 
 
@@ -150,6 +172,8 @@ def parse_metadata(content: bytes, where: str) -> dict[str, str]:
         raise FileError(f"{where} is damaged: it is no safetensors file")
     header = parse_json(content[8 : 8 + length], where)
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise FileError(f"{where} is damaged: it is no safetensors file")
     return metadata

@@ -1,7 +1,7 @@
 """Tensors in safetensors files: written piece by piece, read whole and checked.
 
-The writer is our own because the library's makes two copies of everything, in Rust, where running out of memory ends
-the process instead of raising an error.
+The writer is our own because the library's makes two copies of everything, in Rust, where running
+out of memory ends the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _NAMES = {
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Widest numbers first, so that every tensor begins where its numbers are aligned; then by name."""
+    """Widest numbers first, so that every tensor begins where its numbers are aligned; then by
+    name.
+    """
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
@@ -53,9 +55,15 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     end = 0
     for name, tensor in _ordered(tensors):
         if tensor.dtype not in _NAMES:
-            raise TypeError(f"{name}: a tensor of {tensor.dtype} cannot be put into a safetensors file")
+            raise TypeError(
+                f"{name}: a tensor of {tensor.dtype} cannot be put into a safetensors file"
+            )
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -68,18 +76,22 @@ def _bytes(tensor: Tensor) -> memoryview:
     return array.data
 
 
-def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[bytes | memoryview]:
+def _pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> Iterator[bytes | memoryview]:
     yield _header(tensors, metadata)
     for _, tensor in _ordered(tensors):
         yield _bytes(tensor)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write a safetensors file atomically and return its sha256.
 
-    Tensors may be on any device, have any strides and share memory: each is written in full. Memory: one tensor's at
-    most, and nothing where tensors are contiguous on the CPU. Raises OSError, or TypeError for a dtype without a name
-    in the format.
+    Tensors may be on any device, have any strides and share memory: each is written in full.
+    Memory: one tensor's at most, and nothing where tensors are contiguous on the CPU. Raises
+    OSError, or TypeError for a dtype without a name in the format.
     """
     return files.write_pieces(path, _pieces(tensors, metadata))
 
@@ -95,17 +107,23 @@ def size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises OSError and FileError. Memory: twice the file's size."""
+    """Tensors and metadata of a safetensors file. Raises OSError and FileError. Memory: twice the
+    file's size.
+    """
     return parse(reading.read_bytes(path), str(path))
 
 
 def parse(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file's content; ``where`` it is from, for messages. Raises FileError."""
+    """Tensors and metadata of a safetensors file's content; ``where`` it is from, for messages.
+    Raises FileError.
+    """
     metadata = reading.parse_metadata(content, where)
     try:
         return safetensors.torch.load(content), metadata
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FileError(f"{where} is damaged: it is no safetensors file ({reading.brief(error)})") from None
+        raise FileError(
+            f"{where} is damaged: it is no safetensors file ({reading.brief(error)})"
+        ) from None
 
 
 def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -125,6 +143,10 @@ def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 def check_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
     """Refuse content that is not what its metadata ``sha256`` says. Raises FileError."""
     if "sha256" not in metadata:
-        raise FileError(f"{where} is damaged or of an earlier version of rewire: it has no checksum")
+        raise FileError(
+            f"{where} is damaged or of an earlier version of rewire: it has no checksum"
+        )
     if (found := content_sha256(tensors, metadata)) != metadata["sha256"]:
-        raise FileError(f"{where} is damaged: sha256 {found}, expected {reading.brief(metadata['sha256'])}")
+        raise FileError(
+            f"{where} is damaged: sha256 {found}, expected {reading.brief(metadata['sha256'])}"
+        )

@@ -1,4 +1,6 @@
-"""Which connections exist: index algebra, sampling, and topologies within limits. Knows no weights and no autograd."""
+"""Which connections exist: index algebra, sampling, and topologies within limits. Knows no weights
+and no autograd.
+"""
 
 from rewire.topology.index import (
     Index,

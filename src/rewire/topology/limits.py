@@ -1,7 +1,8 @@
-"""Topologies within limits on fan-in, fan-out and blocks (`rewire.budget.Limits`): drawing, growing, checking.
+"""Topologies within limits on fan-in, fan-out and blocks (`rewire.budget.Limits`): drawing,
+growing, checking.
 
-Everything takes O(K + rows + cols + blocks) memory. A *family* is one kind of limit: it puts every position in a group
-(its row, its column, its block) that has room for so many connections.
+Everything takes O(K + rows + cols + blocks) memory. A *family* is one kind of limit: it puts every
+position in a group (its row, its column, its block) that has room for so many connections.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from rewire.topology import Index, TopologyError
 __all__ = ["first_fitting", "grow", "sample", "violation"]
 
 _NO_LIMIT = 2**62
-_ROUNDS, _ORDER = 1 << 34, 1 << 60  # random numbers of a round, and those that put its candidates in order
+# random numbers of a round, and those that put its candidates in order
+_ROUNDS, _ORDER = 1 << 34, 1 << 60
 
 
 class _Grid(NamedTuple):
@@ -68,7 +70,11 @@ def violation(index: Index, n_rows: int, n_cols: int, limits: Limits) -> str | N
     for name, room in zip(("row", "column", "block"), grid.room(rows, cols), strict=True):
         worst = int(room.argmin()) if room.numel() else 0
         if room.numel() and int(room[worst]) < 0:
-            return f"{name} {worst} has {-int(room[worst])} connections more than allowed: the limits are {limits}"
+            return (
+                f"{name} {worst} has {-int(room[worst])} connections more than "
+                "allowed: the "
+                f"limits are {limits}"
+            )
     return None
 
 
@@ -80,11 +86,13 @@ def _positions(index: Index) -> tuple[Tensor, Tensor]:
 
 
 def first_fitting(groups: list[Tensor], room: list[Tensor], count: int) -> Tensor:
-    """Which candidates, taken in the order given, fit: those whose groups all have room beside those taken before.
+    """Which candidates, taken in the order given, fit: those whose groups all have room beside
+    those taken before.
 
-    Exactly what a loop over the candidates would take, at most ``count``, but in a few passes over all of them: a
-    candidate surely fits if it would even if all undecided ones before it did, and surely does not if those taken
-    before it leave no room. Each pass decides at least the first undecided one. Returns places, ascending.
+    Exactly what a loop over the candidates would take, at most ``count``, but in a few passes over
+    all of them: a candidate surely fits if it would even if all undecided ones before it did, and
+    surely does not if those taken before it leave no room. Each pass decides at least the first
+    undecided one. Returns places, ascending.
     """
     n = groups[0].numel()
     device = groups[0].device
@@ -133,13 +141,16 @@ def grow(
     stream: int,
     preferred: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``count`` distinct dormant positions that fit ``limits`` once ``dropped`` are gone; int64 rows and cols.
+    """``count`` distinct dormant positions that fit ``limits`` once ``dropped`` are gone; int64
+    rows and cols.
 
-    Taken first are those of ``preferred`` (dormant or dropped positions, best first) that fit in their order, then
-    positions drawn at random, each uniformly from those that still fit. Just-dropped positions are candidates like any
-    other, so the connections that were there are always one way out: where the draw gets stuck, dropped positions
-    complete it, and if they do not fit beside all that was chosen, the later half of that is taken back, and again. So
-    ``count`` positions are always found as long as no more grow than were dropped, or `TopologyError` is raised.
+    Taken first are those of ``preferred`` (dormant or dropped positions, best first) that fit in
+    their order, then positions drawn at random, each uniformly from those that still fit.
+    Just-dropped positions are candidates like any other, so the connections that were there are
+    always one way out: where the draw gets stuck, dropped positions complete it, and if they do not
+    fit beside all that was chosen, the later half of that is taken back, and again. So ``count``
+    positions are always found as long as no more grow than were dropped, or `TopologyError` is
+    raised.
 
     Time and memory O(K + rows + cols + blocks), with a logarithm, in a few rounds.
     """
@@ -154,7 +165,9 @@ def grow(
     room = grid.room(kept // n_cols, kept % n_cols)
     chosen = kept.new_empty(0)
     if preferred is not None and count:
-        chosen = _take(grid, preferred[0].long() * n_cols + preferred[1].long(), kept, chosen, room, count)
+        chosen = _take(
+            grid, preferred[0].long() * n_cols + preferred[1].long(), kept, chosen, room, count
+        )
     wasted = 0
     for attempt in range(64):
         need = count - chosen.numel()
@@ -170,20 +183,27 @@ def grow(
     gone = gone[torch.sort(order).indices]
     while chosen.numel() < count:
         room = grid.room(
-            *(torch.cat([kept, chosen]).div(n_cols, rounding_mode="floor"), torch.cat([kept, chosen]) % n_cols)
+            *(
+                torch.cat([kept, chosen]).div(n_cols, rounding_mode="floor"),
+                torch.cat([kept, chosen]) % n_cols,
+            )
         )
         whole = _take(grid, gone, kept, chosen, room, count)
         if whole.numel() < count and not chosen.numel():
             raise TopologyError(
-                f"cannot grow {count} connections where {gone.numel()} are dropped and {kept.numel()} stay, "
+                f"cannot grow {count} connections where {gone.numel()} are dropped and "
+                f"{kept.numel()} stay, "
                 f"within {limits}"
             )
         chosen = whole if whole.numel() == count else chosen[: chosen.numel() // 2]
     return chosen // n_cols, chosen % n_cols
 
 
-def _take(grid: _Grid, keys: Tensor, kept: Tensor, chosen: Tensor, room: list[Tensor], count: int) -> Tensor:
-    """``chosen`` and the first of ``keys`` that are free and fit, ``count`` at most; ``room`` is brought up to date.
+def _take(
+    grid: _Grid, keys: Tensor, kept: Tensor, chosen: Tensor, room: list[Tensor], count: int
+) -> Tensor:
+    """``chosen`` and the first of ``keys`` that are free and fit, ``count`` at most; ``room`` is
+    brought up to date.
 
     ``kept`` is sorted.
     """
@@ -199,10 +219,18 @@ def _take(grid: _Grid, keys: Tensor, kept: Tensor, chosen: Tensor, room: list[Te
 
 
 def _draw(
-    grid: _Grid, room: list[Tensor], need: int, seed: int, step: int, stream: int, attempt: int, device: torch.device
+    grid: _Grid,
+    room: list[Tensor],
+    need: int,
+    seed: int,
+    step: int,
+    stream: int,
+    attempt: int,
+    device: torch.device,
 ) -> tuple[Tensor, bool]:
-    """Positions (as row * cols + col) in random order from where rows, columns and blocks have room, and whether they
-    are all of those."""
+    """Positions (as row * cols + col) in random order from where rows, columns and blocks have
+    room, and whether they are all of those.
+    """
     open_rows, open_cols, open_blocks = ((free > 0).nonzero().flatten() for free in room)
     in_row_band = torch.bincount(open_rows // grid.height, minlength=grid.down)
     in_col_band = torch.bincount(open_cols // grid.width, minlength=grid.across)
@@ -216,8 +244,12 @@ def _draw(
     if everything:
         ranks = torch.arange(total, device=device)
     else:
-        ranks = random.distinct(2 * need + 16, total, seed, step, stream, offset=offset, device=device)
-    shuffle = random.bits(seed, step, stream, _ORDER + offset + torch.arange(ranks.numel(), device=device))
+        ranks = random.distinct(
+            2 * need + 16, total, seed, step, stream, offset=offset, device=device
+        )
+    shuffle = random.bits(
+        seed, step, stream, _ORDER + offset + torch.arange(ranks.numel(), device=device)
+    )
     ranks = ranks[torch.sort(shuffle, stable=True).indices]
     block = torch.searchsorted(ends, ranks, right=True)
     inside = ranks - (ends - sizes)[block]
@@ -227,20 +259,23 @@ def _draw(
     return row * grid.cols + col, everything
 
 
-# --- the first topology ----------------------------------------------------------------------------------------------
+# --- the first topology ---------------------------------------------------------------------------
 
 #: Stream of the first topology, as in `rewire.topology.sample`.
 _INITIAL = 0
 _MIX = 6
 
 
-def sample(n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int) -> tuple[Tensor, Tensor]:
-    """A random topology with exactly ``connections`` connections within ``limits``, sorted by (row, col); int64.
+def sample(
+    n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A random topology with exactly ``connections`` connections within ``limits``, sorted by (row,
+    col); int64.
 
-    Positions are drawn one after the other, uniformly from those that still fit. Close to the maximum that gets stuck;
-    then connections are dealt out evenly over blocks, rows and columns (which works up to the maximum itself), with
-    rows and columns permuted at random, and mixed by exchanges that keep every count. Raises ValueError above the
-    maximum, with the limits.
+    Positions are drawn one after the other, uniformly from those that still fit. Close to the
+    maximum that gets stuck; then connections are dealt out evenly over blocks, rows and columns
+    (which works up to the maximum itself), with rows and columns permuted at random, and mixed by
+    exchanges that keep every count. Raises ValueError above the maximum, with the limits.
     """
     limits.check(n_rows, n_cols, connections)
     keys = _greedy(n_rows, n_cols, connections, limits, seed)
@@ -268,9 +303,12 @@ def _greedy(n_rows: int, n_cols: int, connections: int, limits: Limits, seed: in
     return chosen
 
 
-def _dealt(n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int) -> tuple[Tensor, Tensor]:
-    """Connections dealt out evenly: the counts of blocks of a kind differ by at most 1, and so do those of rows and
-    columns of a band."""
+def _dealt(
+    n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Connections dealt out evenly: the counts of blocks of a kind differ by at most 1, and so do
+    those of rows and columns of a band.
+    """
     grid = _Grid.of(n_rows, n_cols, limits)
     counts = _block_counts(grid, connections)
     counts = counts[_permuted(grid.down, n_rows % grid.height, seed, 1)][
@@ -278,7 +316,10 @@ def _dealt(n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int
     ]
     heights = torch.full((grid.down,), grid.height)
     widths = torch.full((grid.across,), grid.width)
-    heights[-1], widths[-1] = n_rows - (grid.down - 1) * grid.height, n_cols - (grid.across - 1) * grid.width
+    heights[-1], widths[-1] = (
+        n_rows - (grid.down - 1) * grid.height,
+        n_cols - (grid.across - 1) * grid.width,
+    )
     flat = counts.flatten()
     block = torch.repeat_interleave(torch.arange(flat.numel()), flat)
     t = torch.arange(block.numel()) - (flat.cumsum(0) - flat)[block]
@@ -295,13 +336,21 @@ def _dealt(n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int
 
 
 def _block_counts(grid: _Grid, connections: int) -> Tensor:
-    """Connections of every block (down x across), evenly: full blocks alike up to 1, and so on at the ends."""
+    """Connections of every block (down x across), evenly: full blocks alike up to 1, and so on at
+    the ends.
+    """
     limits = grid.limits
     fan_in = min(limits.fan_in or grid.cols, grid.cols)
     fan_out = min(limits.fan_out or grid.rows, grid.rows)
     count = limits.block[2] if limits.block else grid.rows * grid.cols
-    rows = [(grid.rows // grid.height, grid.height), (int(grid.rows % grid.height > 0), grid.rows % grid.height)]
-    cols = [(grid.cols // grid.width, grid.width), (int(grid.cols % grid.width > 0), grid.cols % grid.width)]
+    rows = [
+        (grid.rows // grid.height, grid.height),
+        (int(grid.rows % grid.height > 0), grid.rows % grid.height),
+    ]
+    cols = [
+        (grid.cols // grid.width, grid.width),
+        (int(grid.cols % grid.width > 0), grid.cols % grid.width),
+    ]
     supply = [n * h * fan_in for n, h in rows]
     demand = [n * w * fan_out for n, w in cols]
     most = [[n * m * min(count, h * w) for m, w in cols] for n, h in rows]
@@ -311,7 +360,8 @@ def _block_counts(grid: _Grid, connections: int) -> Tensor:
     for i, (n, _) in enumerate(rows):
         for j, (m, _) in enumerate(cols):
             if n and m:
-                # Remainders go on where those of the neighbouring kind ended, so that sums stay even too.
+                # Remainders go on where those of the neighbouring kind ended, so that sums stay
+                # even too.
                 start_row = flow[i][0] % n if j else 0
                 start_col = flow[0][j] % m if i else 0
                 even = _even(n, m, flow[i][j], start_row, start_col)
@@ -320,7 +370,9 @@ def _block_counts(grid: _Grid, connections: int) -> Tensor:
 
 
 def _even(n: int, m: int, total: int, start_row: int, start_col: int) -> Tensor:
-    """``total`` dealt out over n x m cells: cells, sums of rows and of columns each differ by at most 1."""
+    """``total`` dealt out over n x m cells: cells, sums of rows and of columns each differ by at
+    most 1.
+    """
     base, rest = divmod(total, n * m)
     cells = torch.full((n, m), base, dtype=torch.int64)
     t = torch.arange(rest)
@@ -329,7 +381,9 @@ def _even(n: int, m: int, total: int, start_row: int, start_col: int) -> Tensor:
     return cells
 
 
-def _flow(supply: list[int], demand: list[int], most: list[list[int]], total: int) -> list[list[int]]:
+def _flow(
+    supply: list[int], demand: list[int], most: list[list[int]], total: int
+) -> list[list[int]]:
     """A 2 x 2 integer flow of ``total``, within the capacities, found by augmenting paths."""
     flow = [[0, 0], [0, 0]]
     left, wanted = list(supply), list(demand)
@@ -341,7 +395,9 @@ def _flow(supply: list[int], demand: list[int], most: list[list[int]], total: in
             for j in range(2):
                 paths.append((min(left[i], wanted[j], most[i][j] - flow[i][j]), [(i, j, 1)], i, j))
                 k, m = 1 - i, 1 - j
-                around = min(left[i], wanted[m], most[i][j] - flow[i][j], flow[k][j], most[k][m] - flow[k][m])
+                around = min(
+                    left[i], wanted[m], most[i][j] - flow[i][j], flow[k][j], most[k][m] - flow[k][m]
+                )
                 paths.append((around, [(i, j, 1), (k, j, -1), (k, m, 1)], i, m))
         amount, path, source, sink = max(paths, key=lambda p: (p[0] > 0, -len(p[1]), p[0]))
         amount = min(amount, total - sent)
@@ -374,8 +430,9 @@ def _shuffled(places: Tensor, n: int, band: int, seed: int, what: int) -> Tensor
 
 
 def _mixed(n_cols: int, rows: Tensor, cols: Tensor, limits: Limits, seed: int) -> Tensor:
-    """Exchange the columns of random pairs of connections, which keeps every fan-in and fan-out; pairs are from one
-    band of rows or of columns, which keeps the counts of blocks."""
+    """Exchange the columns of random pairs of connections, which keeps every fan-in and fan-out;
+    pairs are from one band of rows or of columns, which keeps the counts of blocks.
+    """
     keys = rows * n_cols + cols
     height, width, _ = limits.block or (int(rows.max()) + 1 if rows.numel() else 1, n_cols, 0)
     for turn in range(_MIX):
@@ -390,7 +447,9 @@ def _mixed(n_cols: int, rows: Tensor, cols: Tensor, limits: Limits, seed: int) -
         new_a = keys[a] // n_cols * n_cols + keys[b] % n_cols
         new_b = keys[b] // n_cols * n_cols + keys[a] % n_cols
         # A new position must be free, and wanted by this pair alone.
-        wanted, where, times = torch.unique(torch.cat([new_a, new_b]), return_inverse=True, return_counts=True)
+        wanted, where, times = torch.unique(
+            torch.cat([new_a, new_b]), return_inverse=True, return_counts=True
+        )
         free = (times == 1)[where] & ~torch.isin(wanted, keys)[where]
         good = free[: a.numel()] & free[a.numel() :]
         keys = keys.clone()

@@ -1,6 +1,8 @@
-"""Measurements that need a process of their own: peak memory is a process's, and a large problem leaves nothing behind.
+"""Measurements that need a process of their own: peak memory is a process's, and a large problem
+leaves nothing behind.
 
-``python -m rewire.app.bench.child TASK '{"argument": value}'`` prints its result as the last line, in JSON.
+``python -m rewire.app.bench.child TASK '{"argument": value}'`` prints its result as the last line,
+in JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Memory:
     """Resident memory of this process in bytes, without the pages of files.
 
-    Those are the code of libraries, which the system drops and reads again as it likes: 40 MB of it are 4 bytes a
-    connection of ten million.
+    Those are the code of libraries, which the system drops and reads again as it likes: 40 MB of it
+    are 4 bytes a connection of ten million.
     """
 
     @staticmethod
@@ -40,7 +42,9 @@ class Memory:
         return self._read("RssAnon")
 
     def peak(self) -> int:
-        """Highest since `reset`; off by what the pages of files changed since, so reset shortly before."""
+        """Highest since `reset`; off by what the pages of files changed since, so reset shortly
+        before.
+        """
         return self._read("VmHWM") - self._read("RssFile")
 
     def total(self) -> int:
@@ -53,9 +57,16 @@ class Memory:
 
 
 def measure(
-    task: str, arguments: dict[str, Any], *, threads: int, cpu_time: bool = False, timeout: float = 1800
+    task: str,
+    arguments: dict[str, Any],
+    *,
+    threads: int,
+    cpu_time: bool = False,
+    timeout: float = 1800,
 ) -> dict[str, Any]:
-    """Run one of `_tasks` in a process of its own. Raises `NotAvailable` where that cannot be or it was killed."""
+    """Run one of `_tasks` in a process of its own. Raises `NotAvailable` where that cannot be or it
+    was killed.
+    """
     if not _STATUS.exists() or not _CLEAR.exists():
         raise NotAvailable("memory is measured through /proc, which this system does not have")
     folder = str(Path(__file__).parents[3])
@@ -69,12 +80,19 @@ def measure(
     ]
     try:
         done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise NotAvailable(f"not done in {timeout:.0f} s") from None
     if done.returncode < 0:
-        raise NotAvailable(f"the process was ended by signal {-done.returncode}, probably for want of memory")
+        raise NotAvailable(
+            f"the process was ended by signal {-done.returncode}, probably for want of memory"
+        )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise NotAvailable(f"the process failed: {last}")

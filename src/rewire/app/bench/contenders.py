@@ -1,7 +1,8 @@
 """The ways to compute one linear layer, forward and backward, that are timed against each other.
 
-All of them get the same weights, the same x (batch, in) and gradient g (batch, out), and give the output and the
-gradients of x, weight and bias by one call of `torch.autograd.grad`. Ordinary contiguous x and g, unless said.
+All of them get the same weights, the same x (batch, in) and gradient g (batch, out), and give the
+output and the gradients of x, weight and bias by one call of `torch.autograd.grad`. Ordinary
+contiguous x and g, unless said.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Layer:
 
 @dataclass
 class Linear:
-    """The tensors all contenders for one layer share; the dense ones are made when first asked for."""
+    """The tensors all contenders for one layer share; the dense ones are made when first asked
+    for.
+    """
 
     layer: Layer
     seed: int = 0
@@ -71,7 +74,9 @@ class Linear:
 
     def __post_init__(self) -> None:
         layer, generator = self.layer, torch.Generator().manual_seed(self.seed)
-        self.sparse = SparseLinear(layer.inputs, layer.outputs, connections=layer.connections, generator=generator)
+        self.sparse = SparseLinear(
+            layer.inputs, layer.outputs, connections=layer.connections, generator=generator
+        )
         self.x = torch.randn(layer.batch, layer.inputs, generator=generator)
         self.g = torch.randn(layer.batch, layer.outputs, generator=generator)
 
@@ -87,7 +92,9 @@ class Linear:
         return self.sparse.weight
 
 
-def _gradients(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], g: Tensor) -> Any:
+def _gradients(
+    forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], g: Tensor
+) -> Any:
     leaf = x.detach().requires_grad_()  # keeps the strides
     inputs = [leaf, *parameters]
 
@@ -116,8 +123,9 @@ def _masked(p: Linear) -> Callable[[], Result]:
 def _onednn(p: Linear) -> Callable[[], Result]:
     """oneDNN's inner product three times, without autograd and therefore without its overhead.
 
-    `F.linear` of float32 goes to MKL here; ONEDNN_VERBOSE=1 shows brg_matmul for this operator and nothing for
-    that one. The transposed operands are handed over as they are: oneDNN reads them in place.
+    `F.linear` of float32 goes to MKL here; ONEDNN_VERBOSE=1 shows brg_matmul for this operator and
+    nothing for that one. The transposed operands are handed over as they are: oneDNN reads them in
+    place.
     """
     if not has_onednn():
         raise NotAvailable("torch has no oneDNN here")
@@ -164,6 +172,10 @@ _MAKE: dict[str, Callable[[Linear], Callable[[], Result]]] = dict(
 )
 
 
-def make(kind: str, problem: Linear, *, label: str | None = None, threads: int | None = None) -> Contender:
-    """The contender ``kind`` (one of `LAYERS`) for a layer. Raises `NotAvailable` where it is not installed."""
+def make(
+    kind: str, problem: Linear, *, label: str | None = None, threads: int | None = None
+) -> Contender:
+    """The contender ``kind`` (one of `LAYERS`) for a layer. Raises `NotAvailable` where it is not
+    installed.
+    """
     return Contender(label or kind, _MAKE[kind](problem), threads)

@@ -1,4 +1,6 @@
-"""One layer over densities: all contenders in one contest, and the density at which sparse and dense break even."""
+"""One layer over densities: all contenders in one contest, and the density at which sparse and
+dense break even.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from rewire.app.bench.contenders import DENSE, LAYERS, Layer, Linear, has_onednn, has_sparseprop, make
+from rewire.app.bench.contenders import (
+    DENSE,
+    LAYERS,
+    Layer,
+    Linear,
+    has_onednn,
+    has_sparseprop,
+    make,
+)
 from rewire.app.bench.timing import Clock, Contender, Timings, side_by_side
 
 __all__ = ["Curve", "Setting", "break_even", "installed", "measure"]
@@ -19,8 +29,9 @@ __all__ = ["Curve", "Setting", "break_even", "installed", "measure"]
 class Setting:
     """How thoroughly to measure.
 
-    threads; seconds and rounds per contest; quick makes the large problems small. cpu_time counts the CPU seconds
-    of the process instead of the time on the wall: with one thread that hardly depends on what else the machine does.
+    threads; seconds and rounds per contest; quick makes the large problems small. cpu_time counts
+    the CPU seconds of the process instead of the time on the wall: with one thread that hardly
+    depends on what else the machine does.
     """
 
     threads: int = 2
@@ -70,8 +81,12 @@ class Curve:
         return self.timings.ratio(self.label(slow, density), self.label(fast, density))
 
     def break_even(self, dense: str, sparse: str = "rewire") -> float | None:
-        """The density where ``sparse`` takes as long as ``dense``; 0: always longer, None: never within those tried."""
-        return break_even(self.densities, [self.ratio(dense, sparse, d).median for d in self.densities])
+        """The density where ``sparse`` takes as long as ``dense``; 0: always longer, None: never
+        within those tried.
+        """
+        return break_even(
+            self.densities, [self.ratio(dense, sparse, d).median for d in self.densities]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For the results file; seconds are medians, by kind in the order of the densities."""
@@ -82,8 +97,13 @@ class Curve:
             "outputs": self.outputs,
             "batch": self.batch,
             "densities": list(self.densities),
-            "seconds": {kind: [self.seconds(kind, d) for d in self.densities] for kind in self.kinds},
-            "best": {kind: [self.timings.best(self.label(kind, d)) for d in self.densities] for kind in self.kinds},
+            "seconds": {
+                kind: [self.seconds(kind, d) for d in self.densities] for kind in self.kinds
+            },
+            "best": {
+                kind: [self.timings.best(self.label(kind, d)) for d in self.densities]
+                for kind in self.kinds
+            },
             "rounds": len(next(iter(self.timings.seconds.values()))),
             "break_even": {f"{s} / {d}": self.break_even(d, s) for s in sparse for d in dense},
         }
@@ -105,11 +125,14 @@ def measure(
         mine = [kind for kind in kinds if number == 0 or kind not in DENSE]
         contenders += [make(kind, problem, label=Curve.label(kind, density)) for kind in mine]
         problem.__dict__.pop("dense", None)  # a dense copy for each density would fill the memory
-    return Curve(inputs, outputs, batch, tuple(densities), tuple(kinds), setting.contest(contenders))
+    return Curve(
+        inputs, outputs, batch, tuple(densities), tuple(kinds), setting.contest(contenders)
+    )
 
 
 def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float | None:
-    """Where the speed-up over dense falls through 1, linear in the logarithms between the densities tried.
+    """Where the speed-up over dense falls through 1, linear in the logarithms between the densities
+    tried.
 
     0.0 if it is below 1 at the lowest density already, None if it is at least 1 at every density.
     """

@@ -1,4 +1,6 @@
-"""The command `rewire bench`: its options. What they start is loaded only then, so that --help is quick."""
+"""The command `rewire bench`: its options. What they start is loaded only then, so that --help is
+quick.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def parse_layer(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
     sizes = (int(found[1]), int(found[2])) if found else (0, 0)
     if min(sizes) < 1:
-        raise BenchError(f"--layer: given {text!r}, allowed is OUTPUTSxINPUTS such as 4096x1024, both at least 1")
+        raise BenchError(
+            f"--layer: given {text!r}, allowed is OUTPUTSxINPUTS such as 4096x1024, both at least 1"
+        )
     return sizes
 
 
@@ -26,7 +30,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """ "3x224x224" is the shape of one sample. Raises `BenchError`."""
     parts = text.lower().split("x")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise BenchError(f"--input: given {text!r}, allowed is the shape of one sample such as 784 or 3x224x224")
+        raise BenchError(
+            f"--input: given {text!r}, allowed is the shape of one sample such as 784 or 3x224x224"
+        )
     return tuple(int(part) for part in parts)
 
 
@@ -64,40 +70,72 @@ def _option(panel: str, metavar: str | None, text: str, *names: str) -> typer.mo
 
 def bench(
     bars: Annotated[
-        str | None, _option(WHAT, "NAMES", "Only these bars, such as p1,p5; grid and wide may be among them.")
+        str | None,
+        _option(WHAT, "NAMES", "Only these bars, such as p1,p5; grid and wide may be among them."),
     ] = None,
     layer: Annotated[
-        str | None, _option(WHAT, "OUTPUTSxINPUTS", "Only this linear layer, every way to compute it.")
+        str | None,
+        _option(WHAT, "OUTPUTSxINPUTS", "Only this linear layer, every way to compute it."),
     ] = None,
     model: Annotated[
         str | None,
-        _option(WHAT, "NAME", "Only the layers of mlp, resnet18 or path.to.module:callable: sparse or dense?"),
+        _option(
+            WHAT,
+            "NAME",
+            "Only the layers of mlp, resnet18 or path.to.module:callable: sparse or dense?",
+        ),
     ] = None,
-    density: Annotated[str | None, _option(CASE, "SHARE", r"Of the connections. \[default: 0.1]")] = None,
+    density: Annotated[
+        str | None,
+        _option(
+            CASE,
+            "SHARE",
+            r"Of the connections. "
+            r"\[default: 0.1]",
+        ),
+    ] = None,
     batch: Annotated[
         str | None, _option(CASE, "NUMBER", r"Samples in a batch. \[default: 128; for resnet18 32]")
     ] = None,
     input_shape: Annotated[
-        str | None, _option(CASE, "SHAPE", "Of one sample of the model, such as 3x224x224.", "--input")
+        str | None,
+        _option(CASE, "SHAPE", "Of one sample of the model, such as 3x224x224.", "--input"),
     ] = None,
     memory: Annotated[
-        bool, _option(CASE, None, "Also the memory of each way, in a process of its own.", "--memory")
+        bool,
+        _option(CASE, None, "Also the memory of each way, in a process of its own.", "--memory"),
     ] = False,
-    threads: Annotated[str | None, _option(RUN, "NUMBER", r"CPU threads. \[default: as many as torch takes]")] = None,
+    threads: Annotated[
+        str | None,
+        _option(
+            RUN,
+            "NUMBER",
+            r"CPU threads. \[default: as many as "
+            r"torch takes]",
+        ),
+    ] = None,
     cpu_time: Annotated[
         bool,
-        _option(RUN, None, "One thread and its CPU seconds: a diagnosis on a busy machine, no verdict.", "--cpu-time"),
+        _option(
+            RUN,
+            None,
+            "One thread and its CPU seconds: a diagnosis on a busy machine, no verdict.",
+            "--cpu-time",
+        ),
     ] = False,
-    quick: Annotated[bool, _option(RUN, None, "Fewer rounds, smaller problems; for a first look.", "--quick")] = False,
+    quick: Annotated[
+        bool, _option(RUN, None, "Fewer rounds, smaller problems; for a first look.", "--quick")
+    ] = False,
     out: Annotated[
         Path | None,
         _option(RUN, "FOLDER", r"Where bench.json and bench.html go. \[default: runs/bench]"),
     ] = None,
 ) -> None:
-    """Measure speed and memory here, beside dense layers and other sparse ones; leaves figures and a picture.
+    """Measure speed and memory here, beside dense layers and other sparse ones; leaves figures and
+    a picture.
 
-    Without further options: the grid of layers, the bars P1 to P12 and the wide network, in some minutes. Other
-    programs disturb: the share of the machine they take is printed.
+    Without further options: the grid of layers, the bars P1 to P12 and the wide network, in some
+    minutes. Other programs disturb: the share of the machine they take is printed.
     """
     if sum(x is not None for x in (bars, layer, model)) > 1:
         raise BenchError("--bars, --layer and --model are different runs: give one of them")

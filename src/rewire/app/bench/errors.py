@@ -10,4 +10,6 @@ class BenchError(Exception):
 
 
 class NotAvailable(Exception):  # a bar without a verdict, not an error of anybody
-    """A bar cannot be measured here (a layer that does not exist yet, an operating system without /proc)."""
+    """A bar cannot be measured here (a layer that does not exist yet, an operating system without
+    /proc).
+    """

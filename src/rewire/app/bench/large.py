@@ -1,4 +1,6 @@
-"""What runs in a process of its own (`rewire.app.bench.child`): memory in training, large layers and networks."""
+"""What runs in a process of its own (`rewire.app.bench.child`): memory in training, large layers
+and networks.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Meter(Protocol):
 def _optimizer(kind: str, parameters: Any) -> torch.optim.Optimizer:
     if kind == "adam":
         return torch.optim.Adam(parameters, lr=1e-4, fused=True)
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9 if kind == "momentum" else 0.0, fused=True)
+    return torch.optim.SGD(
+        parameters, lr=1e-4, momentum=0.9 if kind == "momentum" else 0.0, fused=True
+    )
 
 
 def _pair(inputs: int, outputs: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,9 @@ def _pair(inputs: int, outputs: int, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def _warm(kind: str = "rewire") -> None:
-    """Let the libraries load all code that the measurement will use: its pages are resident memory as well."""
+    """Let the libraries load all code that the measurement will use: its pages are resident memory
+    as well.
+    """
     make(kind, Linear(Layer(64, 64, 500, 8))).run()
     x, g = _pair(64, 64, 8)
     for name in ("sgd", "momentum", "adam"):
@@ -77,7 +83,9 @@ def _trim() -> None:
 
 
 def _peak_of(memory: Meter, call: Callable[[], object], base: int) -> int:
-    """Highest over ``base`` during a call. What the C library kept of freed memory goes back first."""
+    """Highest over ``base`` during a call. What the C library kept of freed memory goes back
+    first.
+    """
     _trim()
     memory.reset()
     call()
@@ -87,9 +95,11 @@ def _peak_of(memory: Meter, call: Callable[[], object], base: int) -> int:
 def training_memory(
     memory: Meter, clock: Clock, *, optimizer: str, size: int, connections: int, batch: int
 ) -> dict[str, Any]:
-    """Peaks of training a layer, over the process with x and gradient but without it; and of what changes its index.
+    """Peaks of training a layer, over the process with x and gradient but without it; and of what
+    changes its index.
 
-    Everything that grows with the batch (x, its gradient, the output) is in ``activations`` and not in ``training``.
+    Everything that grows with the batch (x, its gradient, the output) is in ``activations`` and not
+    in ``training``.
     """
     _warm()
     _trim()
@@ -97,7 +107,9 @@ def training_memory(
     x.requires_grad_()
     base = memory.now()
     memory.reset()
-    layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
+    layer = SparseLinear(
+        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
+    )
     built = memory.peak() - base
     trainer = _optimizer(optimizer, layer.parameters())
 
@@ -116,7 +128,9 @@ def training_memory(
     resting = memory.now()
     rebuild = _peak_of(
         memory,
-        lambda: topology.build_index(weight.rows, weight.cols, *weight.matrix_shape, out=weight.index),
+        lambda: topology.build_index(
+            weight.rows, weight.cols, *weight.matrix_shape, out=weight.index
+        ),
         resting,
     )
     reorder = _peak_of(memory, weight.reorder, resting)
@@ -126,7 +140,13 @@ def training_memory(
     resting = memory.now()
     update = _peak_of(memory, evolution.end_epoch, resting)
     evolution.finalize()
-    result = {"built": built, "training": training - activations, "rebuild": rebuild, "reorder": reorder, "set": update}
+    result = {
+        "built": built,
+        "training": training - activations,
+        "rebuild": rebuild,
+        "reorder": reorder,
+        "set": update,
+    }
     if optimizer == "sgd":
         walk = methods.DeepR(layer, trainer, seed=0)
         step()
@@ -136,16 +156,25 @@ def training_memory(
 
 
 def contender_memory(
-    memory: Meter, clock: Clock, *, kind: str, inputs: int, outputs: int, connections: int, batch: int
+    memory: Meter,
+    clock: Clock,
+    *,
+    kind: str,
+    inputs: int,
+    outputs: int,
+    connections: int,
+    batch: int,
 ) -> dict[str, Any]:
-    """Peak of forward + backward of one way to compute a layer, over the process without its weight.
+    """Peak of forward + backward of one way to compute a layer, over the process without its
+    weight.
 
     Weight, gradient, everything kept and all temporaries count, x and the output's gradient do not.
     """
     _warm(kind)
     _trim()
     base = memory.now()
-    contender = make(kind, Linear(Layer(inputs, outputs, connections, batch)))  # keeps what it needs of the problem
+    # keeps what it needs of the problem
+    contender = make(kind, Linear(Layer(inputs, outputs, connections, batch)))
     _trim()
     contender.run()
     peak = _peak_of(memory, contender.run, base)
@@ -153,15 +182,26 @@ def contender_memory(
 
 
 def point(
-    memory: Meter, clock: Clock, *, size: int, connections: int, batch: int, steps: int, seconds: float
+    memory: Meter,
+    clock: Clock,
+    *,
+    size: int,
+    connections: int,
+    batch: int,
+    steps: int,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Build a size x size layer, train it for some steps (SGD), and say what time and memory a step took."""
+    """Build a size x size layer, train it for some steps (SGD), and say what time and memory a step
+    took.
+    """
     _warm()
     _trim()
     base = memory.now()
     memory.reset()
     start = clock()
-    layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
+    layer = SparseLinear(
+        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
+    )
     build = clock() - start
     built = memory.peak() - base
     x, g = _pair(size, size, batch)
@@ -200,16 +240,21 @@ def point(
 def million(
     memory: Meter, clock: Clock, *, size: int, connections: int, batch: int, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """P11: build, steps with SGD and DEEP R rewiring; and how fast rows of x can be read at random, side by side.
+    """P11: build, steps with SGD and DEEP R rewiring; and how fast rows of x can be read at random,
+    side by side.
 
-    The ceiling is `embedding_bag` over the layer's own topology: it reads one row of the (features, batch) array per
-    connection, adds up, and does nothing else; torch's kernel for it prefetches. A step reads a row per connection
-    three times (forward, and both gradients), so its ceiling is three such passes.
+    The ceiling is `embedding_bag` over the layer's own topology: it reads one row of the (features,
+    batch) array per connection, adds up, and does nothing else; torch's kernel for it prefetches. A
+    step reads a row per connection three times (forward, and both gradients), so its ceiling is
+    three such passes.
     """
     memory.reset()
     start = clock()
-    layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=3e-6, fused=True)  # about 1 % of connections flip a step
+    layer = SparseLinear(
+        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
+    )
+    # about 1 % of connections flip a step
+    optimizer = torch.optim.SGD(layer.parameters(), lr=3e-6, fused=True)
     method = methods.DeepR(layer, optimizer, l1=1e-4, noise=1e-3, seed=0)
     build = clock() - start
     x, g = _pair(size, size, batch)
@@ -235,10 +280,7 @@ def million(
     table = x.detach().t()  # (features, batch), contiguous
     by_row, by_col = (
         (layer.weight.index.row_cols, layer.weight.index.row_ptr[:-1]),
-        (
-            layer.weight.index.col_rows,
-            layer.weight.index.col_ptr[:-1],
-        ),
+        (layer.weight.index.col_rows, layer.weight.index.col_ptr[:-1]),
     )
     gradient = g.t()
     ratios: list[float] = []
@@ -274,16 +316,26 @@ def million(
 
 
 def one_update(
-    memory: Meter, clock: Clock, *, method: str, size: int, connections: int, batch: int, most_steps: int = 20
+    memory: Meter,
+    clock: Clock,
+    *,
+    method: str,
+    size: int,
+    connections: int,
+    batch: int,
+    most_steps: int = 20,
 ) -> dict[str, Any]:
-    """Build a size x size layer, train it with a method that updates as soon as it can, and stop after one update.
+    """Build a size x size layer, train it with a method that updates as soon as it can, and stop
+    after one update.
 
     SGD with momentum. Methods that look at activations look at one batch. Epochs are one step long.
     """
     memory.reset()
     about = methods.info(method)
     start = clock()
-    layer = SparseLinear(size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0))
+    layer = SparseLinear(
+        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
+    )
     optimizer = _optimizer("momentum", layer.parameters())
     x, g = _pair(size, size, batch)
     x.requires_grad_()
@@ -332,7 +384,8 @@ class _Chain(nn.Module):
     def __init__(self, sizes: Sequence[int], epsilon: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            SparseLinear(i, o, connections=min(i * o, round(epsilon * (i + o)))) for i, o in pairwise(sizes)
+            SparseLinear(i, o, connections=min(i * o, round(epsilon * (i + o))))
+            for i, o in pairwise(sizes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -354,10 +407,11 @@ def wide_epoch(
     batch: int,
     most_steps: int | None = None,
 ) -> dict[str, Any]:
-    """One epoch of a perceptron with SET on synthetic data, as the SET authors' demonstration does it.
+    """One epoch of a perceptron with SET on synthetic data, as the SET authors' demonstration does
+    it.
 
-    ReLU, sigmoid and squared error, SGD of rate 0.01, momentum 0.9 and weight decay 2e-4, epsilon (in + out)
-    connections a layer, a fraction 0.3 rewired at the end of the epoch.
+    ReLU, sigmoid and squared error, SGD of rate 0.01, momentum 0.9 and weight decay 2e-4, epsilon
+    (in + out) connections a layer, a fraction 0.3 rewired at the end of the epoch.
     """
     torch.manual_seed(0)
     memory.reset()
@@ -366,7 +420,9 @@ def wide_epoch(
     target = F.one_hot(y, classes).to(x.dtype)
     start = clock()
     model = _Chain((inputs, *hidden, classes), epsilon)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=2e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, weight_decay=2e-4, fused=True
+    )
     method = methods.SET(model, optimizer, fraction=0.3, seed=0)
     build = clock() - start
     steps, planned = 0, -(-samples // batch)

@@ -16,13 +16,16 @@ from rewire._version import __version__
 
 __all__ = ["Load", "available_memory", "describe", "pin"]
 
-#: What changes how threads wait for each other. By default they spin, which is best on a quiet machine; on a busy one
-#: a thread then spins while the one it waits for does not get a core, and everything takes ten times as long.
+#: What changes how threads wait for each other. By default they spin, which is best on a quiet
+#: machine; on a busy one a thread then spins while the one it waits for does not get a core, and
+#: everything takes ten times as long.
 OPENMP = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME")
 
 
 def pin(threads: int) -> list[int] | None:
-    """Keep this process on as many cores as it has threads, and start those; the cores, None where that cannot be."""
+    """Keep this process on as many cores as it has threads, and start those; the cores, None where
+    that cannot be.
+    """
     torch.set_num_threads(threads)
     if not hasattr(os, "sched_setaffinity"):
         return None
@@ -79,20 +82,26 @@ def describe(cores: list[int] | None) -> dict[str, Any]:
         "sparseprop": sparseprop,
         "python": platform.python_version(),
         "system": platform.system(),
-        "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "load_average": [round(x, 2) for x in os.getloadavg()]
+        if hasattr(os, "getloadavg")
+        else None,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 class Load:
-    """The share of the machine that other processes took since this object was made (with what a hypervisor stole)."""
+    """The share of the machine that other processes took since this object was made (with what a
+    hypervisor stole).
+    """
 
     def __init__(self) -> None:
         self._start = self._read()
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds so far: of all cores, of those in use, of this process and its finished children."""
+        """Seconds so far: of all cores, of those in use, of this process and its finished
+        children.
+        """
         try:
             fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
             tick = os.sysconf("SC_CLK_TCK")

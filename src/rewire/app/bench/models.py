@@ -31,7 +31,9 @@ _OTHERS = nn.RNNBase | nn.MultiheadAttention | nn.Conv1d | nn.Conv3d
 
 @dataclass(frozen=True)
 class Found:
-    """A linear layer or 2-D convolution: its module, the shape of its input at ``rows`` rows (or images)."""
+    """A linear layer or 2-D convolution: its module, the shape of its input at ``rows`` rows (or
+    images).
+    """
 
     module: nn.Module
     shape: tuple[int, ...]
@@ -56,7 +58,11 @@ class Found:
     def key(self) -> tuple[Any, ...]:
         """Equal for layers that take equally long."""
         m = self.module
-        how = () if isinstance(m, nn.Linear) else (m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
+        how = (
+            ()
+            if isinstance(m, nn.Linear)
+            else (m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
+        )
         return (self.inputs, self.outputs, self.shape, self.rows, *how)
 
     @property
@@ -70,7 +76,8 @@ class Found:
 
 
 def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int, ...]]:
-    """The model called ``source`` ("mlp", "resnet18") or made by "module:callable", and the shape of a sample.
+    """The model called ``source`` ("mlp", "resnet18") or made by "module:callable", and the shape
+    of a sample.
 
     Without ``shape``, a model of your own takes what its first linear layer takes.
     """
@@ -80,7 +87,9 @@ def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int
     module_name, colon, attribute = source.partition(":")
     if not colon or not module_name or not attribute:
         allowed = ", ".join(MODELS)
-        raise BenchError(f"--model: given {source!r}, allowed are {allowed} or path.to.module:callable")
+        raise BenchError(
+            f"--model: given {source!r}, allowed are {allowed} or path.to.module:callable"
+        )
     here = str(Path.cwd())
     if here not in sys.path:  # as python -m has it: a model in the current folder is found
         sys.path.insert(0, here)
@@ -90,20 +99,30 @@ def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int
             made = getattr(made, part)
         model = made()
     except Exception as error:
-        raise BenchError(f"--model: {source!r} cannot be made: {type(error).__name__}: {error}") from None
+        raise BenchError(
+            f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"
+        ) from None
     if not isinstance(model, nn.Module):
-        raise BenchError(f"--model: {source!r} returned {type(model).__name__}, allowed is a torch.nn.Module")
+        raise BenchError(
+            f"--model: {source!r} returned {type(model).__name__}, allowed is a torch.nn.Module"
+        )
     if shape is None:
         first = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
         if not isinstance(first, nn.Linear):
-            raise BenchError(f"--model: {source!r} does not tell its input: give --input, such as --input 3x224x224")
+            raise BenchError(
+                f"--model: {source!r} does not tell its input: give --input, such as "
+                "--input 3x224x224"
+            )
         shape = (first.in_features,)
     return model, tuple(shape)
 
 
 @torch.no_grad()
-def layers(model: nn.Module, shape: Sequence[int], batch: int) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
-    """The linear layers and 2-D convolutions of ``model`` that a sample passes, in order, with their inputs' shapes.
+def layers(
+    model: nn.Module, shape: Sequence[int], batch: int
+) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
+    """The linear layers and 2-D convolutions of ``model`` that a sample passes, in order, with
+    their inputs' shapes.
 
     Also the name and type of layers of other kinds that have a sparse twin and that it passes.
     """
@@ -133,12 +152,16 @@ def layers(model: nn.Module, shape: Sequence[int], batch: int) -> tuple[list[tup
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         shown = "x".join(map(str, shape))
-        raise BenchError(f"--model: a sample of shape {shown} does not pass: {reason}; give --input") from None
+        raise BenchError(
+            f"--model: a sample of shape {shown} does not pass: {reason}; give --input"
+        ) from None
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     if not seen:
         only = f", only {', '.join(sorted({*others.values()}))}" if others else ""
-        raise BenchError(f"--model: the model has no linear layer and no 2-D convolution to compare{only}")
+        raise BenchError(
+            f"--model: the model has no linear layer and no 2-D convolution to compare{only}"
+        )
     return list(seen.items()), list(others.items())

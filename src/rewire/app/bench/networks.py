@@ -1,4 +1,6 @@
-"""Networks to measure: multi-layer perceptrons, a masked layer as mask-based sparse training has it, and ResNet-18."""
+"""Networks to measure: multi-layer perceptrons, a masked layer as mask-based sparse training has
+it, and ResNet-18.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ __all__ = ["MaskedLinear", "mlp", "resnet18", "set_mlp"]
 
 
 class MaskedLinear(nn.Linear):
-    """A dense layer without bias whose weight is multiplied by a random mask in every forward pass."""
+    """A dense layer without bias whose weight is multiplied by a random mask in every forward
+    pass.
+    """
 
     mask: Tensor
 
@@ -41,7 +45,9 @@ def mlp(sizes: Sequence[int], layer: Callable[[int, int, int], nn.Module]) -> nn
 
 def set_mlp() -> nn.Module:
     """The perceptron of the SET paper on CIFAR-10: 3072-4000-1000-4000-10."""
-    return nn.Sequential(nn.Flatten(), mlp((3072, 4000, 1000, 4000, 10), lambda i, o, _: nn.Linear(i, o)))
+    return nn.Sequential(
+        nn.Flatten(), mlp((3072, 4000, 1000, 4000, 10), lambda i, o, _: nn.Linear(i, o))
+    )
 
 
 class _Block(nn.Module):
@@ -65,11 +71,19 @@ class _Block(nn.Module):
 
 def resnet18(classes: int = 1000) -> nn.Module:
     """ResNet-18 for 224 x 224 images (He et al. 2016), of torch.nn layers only."""
-    stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    stem = [
+        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     widths = (64, 64, 128, 256, 512)
     blocks: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        blocks += [_Block(inputs, outputs, 1 if inputs == outputs else 2), _Block(outputs, outputs, 1)]
+        blocks += [
+            _Block(inputs, outputs, 1 if inputs == outputs else 2),
+            _Block(outputs, outputs, 1),
+        ]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
     model = nn.Sequential(*stem, *blocks, *head)
     for module in model.modules():

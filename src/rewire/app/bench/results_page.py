@@ -24,7 +24,10 @@ def render(results: dict[str, Any]) -> str:
         parts.append(f'<p class="state">{escape(tables.CPU_TIME)}.</p>')
     others = results["others"]
     if others is not None and others > tables.BUSY:
-        parts.append(f'<p class="state">Other programs took {others:.0%} of the machine: figures are preliminary.</p>')
+        parts.append(
+            f'<p class="state">Other programs took {others:.0%} of the machine: figures '
+            "are preliminary.</p>"
+        )
     if results["bars"]:
         parts.append("<h2>Bars</h2>" + grid([_margins(results["bars"])], drawn))
         parts += [_bar(result) for result in results["bars"]]
@@ -52,10 +55,16 @@ def _bar(result: dict[str, Any]) -> str:
     for f in result["figures"]:
         limit = "" if f["bar"] is None else f"{f['sense']} {tables.number(f['bar'], f['unit'])}"
         verdict = {True: "met", False: "missed", None: ""}[f["met"]]
-        around = "" if f["low"] is None else f"{tables.number(f['low'])} to {tables.number(f['high'])}"
-        rows.append([f["name"], tables.number(f["value"], f["unit"]), around, limit, verdict, f["note"]])
+        around = (
+            "" if f["low"] is None else (f"{tables.number(f['low'])} to {tables.number(f['high'])}")
+        )
+        rows.append(
+            [f["name"], tables.number(f["value"], f["unit"]), around, limit, verdict, f["note"]]
+        )
     state = result["status"] + (f": {result['reason']}" if result["reason"] else "")
-    busy = "" if result["others"] is None else f", others took {result['others']:.0%} of the machine"
+    busy = (
+        "" if result["others"] is None else (f", others took {result['others']:.0%} of the machine")
+    )
     head = f"<h3>{escape(result['name'].upper())}: {escape(result['title'])}</h3>"
     table = _table(["figure", "measured", "quartiles", "bar", "", "note"], rows) if rows else ""
     return f'{head}<p class="soft">{escape(state + busy)}</p>{table}'
@@ -71,7 +80,9 @@ def _layer(found: dict[str, Any]) -> str:
         ]
         for r in found["rows"]
     ]
-    return _table([f"density {found['density']:g}", "forward + backward", "over nn.Linear", "memory"], rows)
+    return _table(
+        [f"density {found['density']:g}", "forward + backward", "over nn.Linear", "memory"], rows
+    )
 
 
 def _model(found: dict[str, Any]) -> str:
@@ -91,14 +102,17 @@ def _model(found: dict[str, Any]) -> str:
         )
     head = ["layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here"]
     return (
-        f'<p class="soft">{escape(found["model"])}, density {found["density"]:g}, batch {found["batch"]}</p>'
-        + _table(head, rows)
+        f'<p class="soft">{escape(found["model"])}, density {found["density"]:g}, batch '
+        f"{found['batch']}</p>" + _table(head, rows)
     )
 
 
 def _margins(results: list[dict[str, Any]]) -> Figure:
     """Every barred figure as a dot: how many times better than its bar."""
-    dots: dict[bool, tuple[list[float], list[str], list[str]]] = {True: ([], [], []), False: ([], [], [])}
+    dots: dict[bool, tuple[list[float], list[str], list[str]]] = {
+        True: ([], [], []),
+        False: ([], [], []),
+    }
     for r in results:
         for f in r["figures"]:
             if f["met"] is None or not f["bar"] or not f["value"] or min(f["bar"], f["value"]) <= 0:
@@ -107,7 +121,10 @@ def _margins(results: list[dict[str, Any]]) -> Figure:
             x, y, text = dots[f["met"]]
             x.append(margin)
             y.append(r["name"].upper())
-            text.append(f"{f['name']}: {tables.number(f['value'], f['unit'])} ({f['sense']} {tables.number(f['bar'])})")
+            text.append(
+                f"{f['name']}: {tables.number(f['value'], f['unit'])} ({f['sense']} "
+                f"{tables.number(f['bar'])})"
+            )
     order = [r["name"].upper() for r in reversed(results)]
     data = [
         {
@@ -117,7 +134,11 @@ def _margins(results: list[dict[str, Any]]) -> Figure:
             "x": x,
             "y": y,
             "text": text,
-            "marker": {"size": 9, "color": COLOURS[2 if met else 1], "symbol": "circle" if met else "x"},
+            "marker": {
+                "size": 9,
+                "color": COLOURS[2 if met else 1],
+                "symbol": "circle" if met else "x",
+            },
             "hovertemplate": "%{text}<extra></extra>",
         }
         for met, (x, y, text) in dots.items()
@@ -126,13 +147,28 @@ def _margins(results: list[dict[str, Any]]) -> Figure:
         "xaxis": {"title": {"text": "times better than the bar"}, "type": "log"},
         "yaxis": {"categoryorder": "array", "categoryarray": order},
         "shapes": [
-            {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": {"dash": "dot", "width": 1}}
+            {
+                "type": "line",
+                "x0": 1,
+                "x1": 1,
+                "y0": 0,
+                "y1": 1,
+                "yref": "paper",
+                "line": {"dash": "dot", "width": 1},
+            }
         ],
     }
-    return Figure("Figures against their bars", "Right of the line: met. Point at a dot for its figure.", data, layout)
+    return Figure(
+        "Figures against their bars",
+        "Right of the line: met. Point at a dot for its figure.",
+        data,
+        layout,
+    )
 
 
-def _scatter(name: str, x: list[float], y: list[float], number: int, dash: str = "solid") -> dict[str, Any]:
+def _scatter(
+    name: str, x: list[float], y: list[float], number: int, dash: str = "solid"
+) -> dict[str, Any]:
     colour = COLOURS[number % len(COLOURS)]
     line = {"color": colour, "dash": dash}
     return {"type": "scatter", "mode": "lines+markers", "name": name, "x": x, "y": y, "line": line}
@@ -141,14 +177,25 @@ def _scatter(name: str, x: list[float], y: list[float], number: int, dash: str =
 def _curve(c: dict[str, Any]) -> Figure:
     percent = [100 * d for d in c["densities"]]
     data = [
-        _scatter(kind, percent, [1e3 * s for s in seconds], i, "dot" if len(set(seconds)) == 1 else "solid")
+        _scatter(
+            kind,
+            percent,
+            [1e3 * s for s in seconds],
+            i,
+            "dot" if len(set(seconds)) == 1 else "solid",
+        )
         for i, (kind, seconds) in enumerate(c["seconds"].items())
     ]
     layout = {
         "xaxis": {"title": {"text": "density (%)"}, "type": "log"},
         "yaxis": {"title": {"text": "forward + backward (ms)"}, "type": "log"},
     }
-    return Figure(f"{c['outputs']} x {c['inputs']}, batch {c['batch']}", "Medians; lower is faster.", data, layout)
+    return Figure(
+        f"{c['outputs']} x {c['inputs']}, batch {c['batch']}",
+        "Medians; lower is faster.",
+        data,
+        layout,
+    )
 
 
 def _lines(data: dict[str, Any]) -> list[Figure]:
@@ -160,10 +207,24 @@ def _lines(data: dict[str, Any]) -> list[Figure]:
     figures = []
     for title, unit, values, i in (
         (f"Step time, {size}", "step (ms)", [1e3 * p["seconds"] for p in points], 0),
-        (f"Memory, {size}", "memory over the empty process (MiB)", [p["bytes"] / 2**20 for p in points], 2),
+        (
+            f"Memory, {size}",
+            "memory over the empty process (MiB)",
+            [p["bytes"] / 2**20 for p in points],
+            2,
+        ),
     ):
-        layout = {"xaxis": axis, "yaxis": {"title": {"text": unit}, "type": "log"}, "showlegend": False}
+        layout = {
+            "xaxis": axis,
+            "yaxis": {"title": {"text": unit}, "type": "log"},
+            "showlegend": False,
+        }
         figures.append(
-            Figure(title, "A straight line of slope 1 where connections rule.", [_scatter("", k, values, i)], layout)
+            Figure(
+                title,
+                "A straight line of slope 1 where connections rule.",
+                [_scatter("", k, values, i)],
+                layout,
+            )
         )
     return figures

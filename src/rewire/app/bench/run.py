@@ -32,13 +32,15 @@ def most_threads() -> int:
 
 
 class Run:
-    """One run of the command: measures, prints as it goes, and saves after every part, so that nothing is lost.
+    """One run of the command: measures, prints as it goes, and saves after every part, so that
+    nothing is lost.
 
     Args:
         quick: fewer rounds and smaller problems. threads: None for as many as torch takes.
         cpu_time: one thread and its CPU seconds, for a busy machine.
         out: folder for bench.json and bench.html.
-        names: bars and `EXTRA` sections to run; None for all. Raises `BenchError` for an unknown one.
+        names: bars and `EXTRA` sections to run; None for all. Raises `BenchError` for an unknown
+            one.
     """
 
     def __init__(
@@ -55,14 +57,18 @@ class Run:
         wanted = None if names is None else [name.strip().lower() for name in names]
         self.extra = [name for name in EXTRA if wanted is None or name in wanted]
         try:
-            self.bars = bars.choose(bars.BARS if wanted is None else [name for name in wanted if name not in EXTRA])
+            self.bars = bars.choose(
+                bars.BARS if wanted is None else [name for name in wanted if name not in EXTRA]
+            )
         except BenchError as error:
             raise BenchError(f"{error}, {', '.join(EXTRA)}") from None
         out.mkdir(parents=True, exist_ok=True)
         number = 1 if cpu_time else threads or torch.get_num_threads()
         self.out = out
         self.console = console or Console(highlight=False)
-        usual = Setting(number, 1.0, 5, True, cpu_time) if quick else Setting(number, cpu_time=cpu_time)
+        usual = (
+            Setting(number, 1.0, 5, True, cpu_time) if quick else Setting(number, cpu_time=cpu_time)
+        )
         self.setting = setting or usual
         cores = machine.pin(self.setting.threads)
         self.results: dict[str, Any] = {
@@ -116,18 +122,23 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             # Torch says so with a RuntimeError; a dense twin of a wide layer is easily too large.
             reason = str(error).splitlines()[0] if str(error) else "out of memory"
-            raise BenchError(f"--layer: {size[0]} x {size[1]} cannot be measured beside dense ones: {reason}") from None
+            raise BenchError(
+                f"--layer: {size[0]} x {size[1]} cannot be measured beside dense ones: {reason}"
+            ) from None
         self.console.print(tables.layer(self.results["layer"]))
         self._finish()
 
     def model(self, source: str, shape: Sequence[int] | None, density: float, batch: int) -> None:
         """Every layer of a model."""
-        self.results["model"] = sections.model(self.setting, source, shape, density, batch, self._progress)
+        self.results["model"] = sections.model(
+            self.setting, source, shape, density, batch, self._progress
+        )
         self.console.print(tables.model(self.results["model"]))
         self._finish()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)  # a terminal wraps better than a log with hard breaks
+        # a terminal wraps better than a log with hard breaks
+        self.console.print(text, soft_wrap=True)
 
     def _progress(self, text: str) -> None:
         self._say(f"[dim]{time.perf_counter() - self._start:6.0f} s  {text}[/dim]")
@@ -144,4 +155,7 @@ class Run:
         if self.results["bars"]:
             self.console.print(tables.verdicts(self.results["bars"]))
         self._say(tables.disturbance(self.results["others"]))
-        self._say(f"{self.results['seconds']:.0f} seconds; {self.out / 'bench.json'}, {self.out / 'bench.html'}")
+        self._say(
+            f"{self.results['seconds']:.0f} seconds; {self.out / 'bench.json'}, "
+            f"{self.out / 'bench.html'}"
+        )

@@ -1,4 +1,6 @@
-"""What a run can hold besides the bars: the grid, one layer, a model's layers, and the wide network."""
+"""What a run can hold besides the bars: the grid, one layer, a model's layers, and the wide
+network.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ __all__ = ["WIDE", "grid", "layer", "model", "wide"]
 
 DENSITIES = (0.01, 0.05, 0.10, 0.20, 0.50)
 #: Outputs x inputs, batch.
-GRID = ((256, 256, 128), (1024, 1024, 1), (1024, 1024, 32), (1024, 1024, 128), (4096, 1024, 128), (4096, 4096, 128))
+GRID = (
+    (256, 256, 128),
+    (1024, 1024, 1),
+    (1024, 1024, 32),
+    (1024, 1024, 128),
+    (4096, 1024, 128),
+    (4096, 4096, 128),
+)
 QUICK_GRID = ((256, 256, 128), (1024, 1024, 32), (1024, 1024, 128))
 #: Inputs, classes and samples. The hidden layers are those of the SET authors' largest network.
 WIDE: dict[str, tuple[int, int, int]] = {"leukemia": (7070, 2, 72), "lung": (3312, 5, 203)}
@@ -30,7 +39,9 @@ WIDE: dict[str, tuple[int, int, int]] = {"leukemia": (7070, 2, 72), "lung": (331
 Progress = Callable[[str], None]
 
 
-def grid(setting: Setting, progress: Progress, sizes: Sequence[tuple[int, int, int]] | None = None) -> list[Curve]:
+def grid(
+    setting: Setting, progress: Progress, sizes: Sequence[tuple[int, int, int]] | None = None
+) -> list[Curve]:
     """All contenders over sizes x densities x batch."""
     found = []
     for outputs, inputs, batch in sizes or (QUICK_GRID if setting.quick else GRID):
@@ -40,25 +51,43 @@ def grid(setting: Setting, progress: Progress, sizes: Sequence[tuple[int, int, i
 
 
 def layer(
-    setting: Setting, outputs: int, inputs: int, density: float, batch: int, *, memory: bool, progress: Progress
+    setting: Setting,
+    outputs: int,
+    inputs: int,
+    density: float,
+    batch: int,
+    *,
+    memory: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """The user's layer at its density (and at others, for the break-even), with each contender's memory if asked."""
+    """The user's layer at its density (and at others, for the break-even), with each contender's
+    memory if asked.
+    """
     progress(f"layer {outputs} x {inputs}, batch {batch}")
     free, case = machine.available_memory(), Layer.of(inputs, outputs, density, batch)
     if free is not None and free < 100 * case.connections:  # what construction takes at its highest
         raise BenchError(
-            f"--layer: {case.connections:,} connections need about {100 * case.connections / 2**30:.3g} GiB, "
+            f"--layer: {case.connections:,} connections need about "
+            f"{100 * case.connections / 2**30:.3g} GiB, "
             f"and {free / 2**30:.3g} GiB are free: choose a lower --density"
         )
-    densities = sorted({density, *(d for d in DENSITIES if d > density or d == 0.5), min(1.0, 2 * density)})
+    densities = sorted(
+        {density, *(d for d in DENSITIES if d > density or d == 0.5), min(1.0, 2 * density)}
+    )
     kinds: Sequence[str] = LAYERS
-    if free is not None and free < 20 * inputs * outputs:  # weight, gradient, mask, product and a copy
+    # weight, gradient, mask, product and a copy
+    if free is not None and free < 20 * inputs * outputs:
         progress("a dense twin does not fit into the memory: rewire alone")
         densities, kinds = [density], [kind for kind in LAYERS if kind.startswith("rewire")]
     curve = curves.measure(inputs, outputs, batch, densities, setting, kinds)
     rows = []
     for kind in curve.kinds:
-        row = {"kind": kind, "seconds": curve.seconds(kind, density), "speedup": None, "bytes": None}
+        row = {
+            "kind": kind,
+            "seconds": curve.seconds(kind, density),
+            "speedup": None,
+            "bytes": None,
+        }
         if "dense" in curve.kinds:
             ratio = curve.ratio("dense", kind, density)
             row |= {"speedup": ratio.median, "low": ratio.low, "high": ratio.high}
@@ -66,17 +95,24 @@ def layer(
             progress(f"memory of {kind}")
             arguments = {"kind": kind, "inputs": inputs, "outputs": outputs, "batch": batch}
             arguments["connections"] = case.connections
-            row["bytes"] = child.measure("contender", arguments, threads=setting.threads, cpu_time=setting.cpu_time)[
-                "bytes"
-            ]
+            row["bytes"] = child.measure(
+                "contender", arguments, threads=setting.threads, cpu_time=setting.cpu_time
+            )["bytes"]
         rows.append(row)
     return {"density": density, "rows": rows, "curve": curve.to_json()}
 
 
 def model(
-    setting: Setting, source: str, shape: Sequence[int] | None, density: float, batch: int, progress: Progress
+    setting: Setting,
+    source: str,
+    shape: Sequence[int] | None,
+    density: float,
+    batch: int,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Per layer of a model: is sparse or dense faster here? Layers of the same shape are measured once."""
+    """Per layer of a model: is sparse or dense faster here? Layers of the same shape are measured
+    once.
+    """
     made, shape = models.load(source, shape)
     measured: dict[Any, dict[str, Any]] = {}
     rows = []
@@ -89,8 +125,16 @@ def model(
         rows.append({"name": name, "layer": found.shown, "rows": found.rows} | measured[key])
     note = "only linear layers and 2-D convolutions are"
     for name, kind in others:
-        rows.append({"name": name, "layer": kind, "rows": "", "verdict": "not measured", "note": note})
-    return {"model": source, "density": density, "batch": batch, "input": list(shape), "layers": rows}
+        rows.append(
+            {"name": name, "layer": kind, "rows": "", "verdict": "not measured", "note": note}
+        )
+    return {
+        "model": source,
+        "density": density,
+        "batch": batch,
+        "input": list(shape),
+        "layers": rows,
+    }
 
 
 def _verdict(dense: float, sparse: float, ratio: Any, density: float) -> dict[str, Any]:
@@ -125,9 +169,17 @@ def _conv(setting: Setting, found: models.Found, density: float) -> dict[str, An
     assert isinstance(dense, nn.Conv2d)
     try:
         sparse = SparseConv2d(
-            dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride, dense.padding, dense.dilation,
-            dense.groups, dense.bias is not None, dense.padding_mode, density=density,
-        )  # fmt: skip
+            dense.in_channels,
+            dense.out_channels,
+            dense.kernel_size,
+            dense.stride,
+            dense.padding,
+            dense.dilation,
+            dense.groups,
+            dense.bias is not None,
+            dense.padding_mode,
+            density=density,
+        )
     except (ValueError, NotImplementedError) as error:
         raise NotAvailable(str(error)) from None
     x = torch.randn(found.rows, *found.shape[1:]).contiguous(memory_format=torch.channels_last)
@@ -138,18 +190,26 @@ def _conv(setting: Setting, found: models.Found, density: float) -> dict[str, An
     ]
     timings = setting.contest(contenders)
     best = min(("dense", "dense channels-last"), key=timings.median)
-    return _verdict(timings.median(best), timings.median("sparse"), timings.ratio(best, "sparse"), density)
+    return _verdict(
+        timings.median(best), timings.median("sparse"), timings.ratio(best, "sparse"), density
+    )
 
 
-def wide(setting: Setting, progress: Progress, data: str = "leukemia", batch: int = 2) -> dict[str, Any]:
-    """An epoch of the SET authors' network of 1.8 million neurons, on synthetic data of a published shape.
+def wide(
+    setting: Setting, progress: Progress, data: str = "leukemia", batch: int = 2
+) -> dict[str, Any]:
+    """An epoch of the SET authors' network of 1.8 million neurons, on synthetic data of a published
+    shape.
 
-    Two thirds of the samples are trained on, as in their demonstration. They report 112 minutes an epoch on `lung`.
-    A quick run has a twentieth of the neurons.
+    Two thirds of the samples are trained on, as in their demonstration. They report 112 minutes an
+    epoch on `lung`. A quick run has a twentieth of the neurons.
     """
     inputs, classes, samples = WIDE[data]
     hidden = [30_000 if setting.quick else 600_000] * 3
-    progress(f"wide network: synthetic data of the shape of {data}, {inputs} inputs, {3 * hidden[0]:,} hidden neurons")
+    progress(
+        f"wide network: synthetic data of the shape of {data}, {inputs} inputs, "
+        f"{3 * hidden[0]:,} hidden neurons"
+    )
     arguments = {
         "inputs": inputs,
         "classes": classes,
@@ -163,4 +223,9 @@ def wide(setting: Setting, progress: Progress, data: str = "leukemia", batch: in
         got = child.measure("wide", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
     except NotAvailable as error:
         return {"data": data, "not_available": str(error)}
-    return {"data": data, "batch": batch, "hidden": hidden, "seconds": time.perf_counter() - start} | got
+    return {
+        "data": data,
+        "batch": batch,
+        "hidden": hidden,
+        "seconds": time.perf_counter() - start,
+    } | got

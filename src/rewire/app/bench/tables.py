@@ -1,4 +1,6 @@
-"""The results as tables for a terminal; they read the results file's own form, so any saved run can be shown."""
+"""The results as tables for a terminal; they read the results file's own form, so any saved run can
+be shown.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ COLOUR = {"met": "green", "missed": "red", "in part": "yellow"}
 LEFT = ("note", "verdict", "layer", "what", "nearest to its bar")
 #: Above this share of the machine in other hands, figures are not to be trusted.
 BUSY = 0.1
-CPU_TIME = "CPU seconds of one thread: a diagnosis; the bars are for time on the wall and two threads"
+CPU_TIME = (
+    "CPU seconds of one thread: a diagnosis; the bars are for time on the wall and two threads"
+)
 
 
 def duration(seconds: float) -> str:
@@ -30,7 +34,13 @@ def number(value: float | None, unit: str = "") -> str:
     """Three digits that count, with the unit."""
     if value is None:
         return "not available"
-    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if 0.9 < value < 1 else f"{value:.3g}"
+    shown = (
+        f"{value:,.0f}"
+        if abs(value) >= 1000
+        else f"{value:.4g}"
+        if 0.9 < value < 1
+        else f"{value:.3g}"
+    )
     return f"{shown} {unit}".strip()
 
 
@@ -55,7 +65,8 @@ def machine(m: dict[str, Any]) -> str:
     """One line on what it runs on."""
     load = m["load_average"]
     return escape(
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory_gib']} GiB; torch {m['torch']}, "
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory_gib']} GiB; torch "
+        f"{m['torch']}, "
         f"rewire {m['rewire']}, {m['kernels']}, SparseProp {m['sparseprop'] or 'not installed'}"
         + (f"; load average {load[0]}" if load else "")
         + "".join(f"; {name}={value}" for name, value in m["openmp"].items())
@@ -69,7 +80,11 @@ def disturbance(others: float | None) -> str:
     text = f"other programs took {others:.0%} of the machine meanwhile"
     if others <= BUSY:
         return text
-    hint = "with GOMP_SPINCOUNT=10000 in the environment threads wait without spinning, which then disturbs less"
+    hint = (
+        "with GOMP_SPINCOUNT=10000 in the environment threads wait without spinning, "
+        "which "
+        "then disturbs less"
+    )
     return f"[yellow]{text}: take the figures as preliminary ({hint})[/yellow]"
 
 
@@ -77,24 +92,40 @@ def bar(result: dict[str, Any]) -> Table:
     """The figures of a bar."""
     colour = COLOUR.get(result["status"], "dim")
     busy = share(result["others"])
-    table = _table(f"{result['name'].upper()}  {result['title']}", "figure", "measured", "quartiles", "bar", "", "note")
+    table = _table(
+        f"{result['name'].upper()}  {result['title']}",
+        "figure",
+        "measured",
+        "quartiles",
+        "bar",
+        "",
+        "note",
+    )
     for f in result["figures"]:
         mark = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[f["met"]]
         around = "" if f["low"] is None else f"{number(f['low'])} .. {number(f['high'])}"
         limit = "" if f["bar"] is None else f"{f['sense']} {number(f['bar'], f['unit'])}"
-        table.add_row(escape(f["name"]), number(f["value"], f["unit"]), around, limit, mark, escape(f["note"]))
+        table.add_row(
+            escape(f["name"]), number(f["value"], f["unit"]), around, limit, mark, escape(f["note"])
+        )
     reason = f": {escape(result['reason'])}" if result["reason"] else ""
-    table.caption = f"[{colour}]{result['status']}{reason}[/{colour}]" + (f", others took {busy}" if busy else "")
+    table.caption = f"[{colour}]{result['status']}{reason}[/{colour}]" + (
+        f", others took {busy}" if busy else ""
+    )
     return table
 
 
 def verdicts(results: list[dict[str, Any]]) -> Table:
     """One line for every bar."""
-    table = _table("Bars", "bar", "what", "verdict", "figures met", "nearest to its bar", "others took")
+    table = _table(
+        "Bars", "bar", "what", "verdict", "figures met", "nearest to its bar", "others took"
+    )
     for r in results:
         judged = [f for f in r["figures"] if f["met"] is not None]
         worst = min(judged, key=_margin, default=None)
-        nearest = "" if worst is None else f"{worst['name']}: {number(worst['value'], worst['unit'])}"
+        nearest = (
+            "" if worst is None else (f"{worst['name']}: {number(worst['value'], worst['unit'])}")
+        )
         if worst is not None:
             nearest += f" ({worst['sense']} {number(worst['bar'], worst['unit'])})"
         met = f"{sum(f['met'] for f in judged)} of {len(judged)}" if judged else ""
@@ -140,7 +171,11 @@ def _density(d: float | None) -> str:
 def layer(found: dict[str, Any]) -> Table:
     """The user's layer: every way to compute it."""
     c = found["curve"]
-    title = f"{c['outputs']} x {c['inputs']}, density {found['density']:g}, batch {c['batch']}: forward + backward"
+    title = (
+        f"{c['outputs']} x {c['inputs']}, density {found['density']:g}, batch "
+        f"{c['batch']}: "
+        "forward + backward"
+    )
     table = _table(title, "", "time", "over nn.Linear", "quartiles", "memory")
     for row in found["rows"]:
         size = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f} MiB"
@@ -154,16 +189,30 @@ def layer(found: dict[str, Any]) -> Table:
 def model(found: dict[str, Any]) -> Table:
     """A model's layers."""
     title = f"{found['model']}, density {found['density']:g}, batch {found['batch']}"
-    table = _table(title, "layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here")
+    table = _table(
+        title, "layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here"
+    )
     for row in found["layers"]:
         if "speedup" not in row:
             table.add_row(
-                escape(row["name"]), row["layer"], str(row["rows"]), "", "", "", f"{row['verdict']}: {row['note']}"
+                escape(row["name"]),
+                row["layer"],
+                str(row["rows"]),
+                "",
+                "",
+                "",
+                f"{row['verdict']}: {row['note']}",
             )
             continue
         colour = "green" if row["verdict"] == "sparse" else "dim"
-        faster = f"[{colour}]{row['verdict']}[/{colour}]" + (f" ({row['note']})" if row["note"] else "")
-        times = (duration(row["dense_seconds"]), duration(row["sparse_seconds"]), f"{row['speedup']:.3g} x")
+        faster = f"[{colour}]{row['verdict']}[/{colour}]" + (
+            f" ({row['note']})" if row["note"] else ""
+        )
+        times = (
+            duration(row["dense_seconds"]),
+            duration(row["sparse_seconds"]),
+            f"{row['speedup']:.3g} x",
+        )
         table.add_row(escape(row["name"]), row["layer"], str(row["rows"]), *times, faster)
     return table
 
@@ -174,7 +223,9 @@ def wide(w: dict[str, Any]) -> str:
         return f"wide network: not available: {escape(w['not_available'])}"
     return (
         f"wide network, synthetic data of the shape of {w['data']}: {w['neurons']:,} neurons, "
-        f"{w['connections']:,} connections; an epoch of {w['planned_steps']} steps at batch {w['batch']} with SET "
-        f"{w['epoch_seconds']:.1f} s (of it SET {w['update_seconds']:.1f} s), built in {w['build_seconds']:.1f} s, "
+        f"{w['connections']:,} connections; an epoch of {w['planned_steps']} steps at batch "
+        f"{w['batch']} with SET "
+        f"{w['epoch_seconds']:.1f} s (of it SET {w['update_seconds']:.1f} s), built in "
+        f"{w['build_seconds']:.1f} s, "
         f"peak {w['peak'] / 2**30:.1f} GiB"
     )

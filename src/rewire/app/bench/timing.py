@@ -1,8 +1,10 @@
-"""Times of several contenders side by side, robust against a machine that does other things as well.
+"""Times of several contenders side by side, robust against a machine that does other things as
+well.
 
-Every contender runs once per round, in an order that rotates from round to round, so a slow moment of the machine
-meets all of them alike. What is compared is the ratio of two contenders *within* a round, and its median over
-the rounds. One run is a block of calls long enough for the clock, after an untimed call that fills the caches.
+Every contender runs once per round, in an order that rotates from round to round, so a slow moment
+of the machine meets all of them alike. What is compared is the ratio of two contenders *within* a
+round, and its median over the rounds. One run is a block of calls long enough for the clock, after
+an untimed call that fills the caches.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Contender:
-    """A thing to time: its name, one call of it, and how many threads it gets (None: as many as are set)."""
+    """A thing to time: its name, one call of it, and how many threads it gets (None: as many as are
+    set).
+    """
 
     name: str
     run: Callable[[], object]
@@ -32,7 +36,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one contender takes as another: median, quartiles, ratio of the two best times."""
+    """How many times as long one contender takes as another: median, quartiles, ratio of the two
+    best times.
+    """
 
     median: float
     low: float
@@ -53,7 +59,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds per call, by contender and round; the i-th entries of all lists are of the same round."""
+    """Seconds per call, by contender and round; the i-th entries of all lists are of the same
+    round.
+    """
 
     seconds: Mapping[str, Sequence[float]]
     calls: Mapping[str, int] = field(default_factory=dict)
@@ -104,7 +112,9 @@ def side_by_side(
         while done < rounds or (clock() - start < seconds and done < most_rounds):
             first = done % len(contenders) if contenders else 0
             for contender in (*contenders[first:], *contenders[:first]):
-                took[contender.name].append(_measure(contender, calls[contender.name], before, clock))
+                took[contender.name].append(
+                    _measure(contender, calls[contender.name], before, clock)
+                )
             done += 1
     finally:
         torch.set_num_threads(before)
@@ -119,7 +129,9 @@ def _use(threads: int) -> None:
 
 
 def _calls(contender: Contender, threads: int, block: float, clock: Clock) -> int:
-    """Warm up, and find how many calls make a block; the faster of two, as the first may allocate or be disturbed."""
+    """Warm up, and find how many calls make a block; the faster of two, as the first may allocate
+    or be disturbed.
+    """
     _use(contender.threads or threads)
     contender.run()
     once = []

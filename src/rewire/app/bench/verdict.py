@@ -19,7 +19,8 @@ class Figure:
 
     sense: ">=" or "<=" (to the bar), or "" for a figure that is printed without one.
     value: None where a part of the bar cannot be measured here; the note then says why.
-    low, high: quartiles where there are rounds. note: what else there is to say, such as the ratio of the best times.
+    low, high: quartiles where there are rounds. note: what else there is to say, such as the ratio
+        of the best times.
     """
 
     name: str
@@ -40,7 +41,9 @@ class Figure:
 
     @property
     def margin(self) -> float | None:
-        """How many times better than the bar (below 1: worse); None without a bar, or where it has no meaning."""
+        """How many times better than the bar (below 1: worse); None without a bar, or where it has
+        no meaning.
+        """
         if self.met is None or not self.bar or not self.value or self.bar < 0 or self.value < 0:
             return None
         return self.value / self.bar if self.sense == ">=" else self.bar / self.value
@@ -60,7 +63,9 @@ class Figure:
         }
 
 
-def at_least(name: str, measured: float | Ratio, bar: float, unit: str = "x", note: str = "") -> Figure:
+def at_least(
+    name: str, measured: float | Ratio, bar: float, unit: str = "x", note: str = ""
+) -> Figure:
     """A figure that must not be below ``bar``."""
     return _figure(name, measured, unit, ">=", bar, note)
 
@@ -81,19 +86,33 @@ def missing(name: str, reason: str) -> Figure:
 
 
 def _figure(
-    name: str, measured: float | Ratio, unit: str, sense: Literal[">=", "<=", ""], bar: float | None, note: str
+    name: str,
+    measured: float | Ratio,
+    unit: str,
+    sense: Literal[">=", "<=", ""],
+    bar: float | None,
+    note: str,
 ) -> Figure:
     if not isinstance(measured, Ratio):
         return Figure(name, float(measured), unit, sense, bar, note=note)
     best = f"best times {measured.of_best:.3g}, {measured.rounds} rounds"
     return Figure(
-        name, measured.median, unit, sense, bar, measured.low, measured.high, f"{note}; {best}" if note else best
+        name,
+        measured.median,
+        unit,
+        sense,
+        bar,
+        measured.low,
+        measured.high,
+        f"{note}; {best}" if note else best,
     )
 
 
 @dataclass(frozen=True)
 class BarResult:
-    """A bar with its figures. others: share of the machine that other processes took meanwhile; None if unknown."""
+    """A bar with its figures. others: share of the machine that other processes took meanwhile;
+    None if unknown.
+    """
 
     name: str
     title: str
@@ -119,7 +138,9 @@ class BarResult:
 
 
 def judge(figures: Sequence[Figure]) -> Status:
-    """Met if every figure that has a bar reaches it, missed if one does not, in part if one could not be measured."""
+    """Met if every figure that has a bar reaches it, missed if one does not, in part if one could
+    not be measured.
+    """
     verdicts = [f.met for f in figures if f.met is not None]
     if not verdicts:
         return "no bar"

@@ -1,4 +1,6 @@
-"""The UCI handwritten digits (E. Alpaydin, C. Kaynak): 1797 images of 8 x 8 pixels, part of the package."""
+"""The UCI handwritten digits (E. Alpaydin, C. Kaynak): 1797 images of 8 x 8 pixels, part of the
+package.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,18 @@ def read() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         with (resources.files("rewire.app.data") / "embedded" / FILE).open("rb") as file:
             packed = file.read(SIZE + 1)
     except OSError as error:
-        raise DataError(f"{FILE} inside the installed package: {error.strerror}; reinstall rewire") from None
+        raise DataError(
+            f"{FILE} inside the installed package: {error.strerror}; reinstall rewire"
+        ) from None
     found = sha256_bytes(packed)
     if found != SHA256:
         raise DataError(
-            f"{FILE} inside the installed package is damaged: sha256 {found}, expected {SHA256}; reinstall rewire"
+            f"{FILE} inside the installed package is damaged: sha256 {found}, expected {SHA256}; "
+            "reinstall rewire"
         )
-    table = np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",", dtype=np.uint8)
+    table = np.loadtxt(
+        gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",", dtype=np.uint8
+    )
     return table[:, :-1], table[:, -1]
 
 

@@ -1,4 +1,6 @@
-"""Downloads that continue where they stopped, one process at a time, and are checked before they get their name."""
+"""Downloads that continue where they stopped, one process at a time, and are checked before they
+get their name.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rewire.app.data.dataset import DataError
-from rewire.storage.files import lock_folder, remove, rename, sha256_file, sync_file, sync_folder, write_bytes
+from rewire.storage.files import (
+    lock_folder,
+    remove,
+    rename,
+    sha256_file,
+    sync_file,
+    sync_folder,
+    write_bytes,
+)
 
 Progress = Callable[[str, int, int], None]  # (file name, bytes so far, bytes in all)
 
 PIECE = 1 << 16
-ATTEMPTS = 4  # a connection that breaks is taken up again this often, as long as it brings something each time
+# a connection that breaks is taken up again this often, as long as it brings something each time
+ATTEMPTS = 4
 
 
 class _BrokenOffError(Exception):
@@ -32,7 +43,9 @@ def _continues_at(response: http.client.HTTPResponse) -> int:
     return int(first) if first.isdigit() else 0
 
 
-def _transfer(url: str, part: Path, size: int, timeout: float, progress: Progress | None, name: str) -> None:
+def _transfer(
+    url: str, part: Path, size: int, timeout: float, progress: Progress | None, name: str
+) -> None:
     """One attempt: fetch what `part` lacks of the file."""
     have = part.stat().st_size if part.exists() else 0
     if have > size:
@@ -46,7 +59,9 @@ def _transfer(url: str, part: Path, size: int, timeout: float, progress: Progres
     with urllib.request.urlopen(request, timeout=timeout) as response:
         start = _continues_at(response)
         if start not in (0, have):
-            raise DataError(f"{url}: asked for bytes from {have} on, the server sent them from {start} on")
+            raise DataError(
+                f"{url}: asked for bytes from {have} on, the server sent them from {start} on"
+            )
         with open(part, "ab" if start else "wb") as file:
             done = start
             while done < size:
@@ -80,10 +95,11 @@ def download(
 ) -> None:
     """Fetch `url` into `target`.
 
-    Bytes gather in `<target>.part`, which survives an interruption and is continued by the next call; the
-    file gets its name only when its checksum is right. The folder is locked meanwhile: of several processes that want
-    the file one fetches it, and the others wait and find it. Where there are no locks (Windows) each gathers bytes
-    under a name of its own, which no other call continues. `help_line` ends every error message: what else one can do.
+    Bytes gather in `<target>.part`, which survives an interruption and is continued by the next
+    call; the file gets its name only when its checksum is right. The folder is locked meanwhile: of
+    several processes that want the file one fetches it, and the others wait and find it. Where
+    there are no locks (Windows) each gathers bytes under a name of its own, which no other call
+    continues. `help_line` ends every error message: what else one can do.
     """
     part = target.with_name(target.name + ".part")
 
@@ -95,12 +111,15 @@ def download(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(target.parent, wait=wait) as held:
-            if is_whole(target, sha256=sha256, size=size):  # by another process, while this one waited
+            # by another process, while this one waited
+            if is_whole(target, sha256=sha256, size=size):
                 return
             own = part if held else part.with_name(f"{part.name}-{os.getpid()}")
             _fetch(url, target, own, sha256, size, help_line, timeout, progress)
     except OSError as error:
-        raise DataError(f"cannot write {part}: {os.strerror(error.errno or 0)}; {help_line}") from None
+        raise DataError(
+            f"cannot write {part}: {os.strerror(error.errno or 0)}; {help_line}"
+        ) from None
 
 
 def is_whole(path: Path, *, sha256: str, size: int) -> bool:
@@ -138,14 +157,23 @@ def _fetch(
         error.close()
         if error.code == 416:  # what lies there is not the beginning of this file
             remove(part)
-        raise DataError(f"{url}: the server answered {error.code} {error.reason}; {help_line}") from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise DataError(
+            f"{url}: the server answered {error.code} {error.reason}; {help_line}"
+        ) from None
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+    ) as error:
         raise DataError(f"{url}: cannot be reached ({_reason(error)}); {help_line}") from None
     except ValueError:
         raise DataError(f"{url!r} is not a URL that can be fetched; {help_line}") from None
     found = sha256_file(part)
     if found != sha256:
         remove(part)
-        raise DataError(f"{url}: wrong content, sha256 {found}, expected {sha256}; it was deleted; {help_line}")
+        raise DataError(
+            f"{url}: wrong content, sha256 {found}, expected {sha256}; it was deleted; {help_line}"
+        )
     rename(part, target)
     sync_folder(target.parent)

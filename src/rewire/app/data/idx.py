@@ -1,5 +1,6 @@
-"""The idx format of the MNIST family: two zero bytes, a type code, the number of dimensions, the dimensions
-as big-endian 32-bit integers, then the values and nothing else."""
+"""The idx format of the MNIST family: two zero bytes, a type code, the number of dimensions, the
+dimensions as big-endian 32-bit integers, then the values and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 UNSIGNED_BYTE = 0x08
-TYPE_NAMES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
+TYPE_NAMES = {
+    0x08: "uint8",
+    0x09: "int8",
+    0x0B: "int16",
+    0x0C: "int32",
+    0x0D: "float32",
+    0x0E: "float64",
+}
 
 
 class IdxError(ValueError):
@@ -28,8 +36,9 @@ def content_size(shape: Sequence[int]) -> int:
 def unzip(packed: bytes, size: int) -> bytes:
     """The content of a gzip file, its CRC and length checked.
 
-    ``size`` is the most bytes that it may have: a small file can hold a thousand times its size, of which no more
-    than this is ever unpacked. One that is cut short, damaged or holds more raises IdxError.
+    ``size`` is the most bytes that it may have: a small file can hold a thousand times its size, of
+    which no more than this is ever unpacked. One that is cut short, damaged or holds more raises
+    IdxError.
     """
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
@@ -54,7 +63,9 @@ def parse(content: bytes, shape: Sequence[int | None]) -> NDArray[np.uint8]:
     if zero_0 or zero_1:
         raise IdxError(f"it begins with {content[:4].hex(' ')}, not with the idx magic 00 00")
     if kind != UNSIGNED_BYTE:
-        raise IdxError(f"its values are {TYPE_NAMES.get(kind, f'of unknown type {kind:#04x}')}, not uint8")
+        raise IdxError(
+            f"its values are {TYPE_NAMES.get(kind, f'of unknown type {kind:#04x}')}, not uint8"
+        )
     if dimensions != len(shape):
         raise IdxError(f"it has {dimensions} dimensions, not {len(shape)}")
     header = 4 + 4 * dimensions
@@ -67,6 +78,7 @@ def parse(content: bytes, shape: Sequence[int | None]) -> NDArray[np.uint8]:
             raise IdxError(f"its shape is {' x '.join(map(str, found))}, not {allowed}")
     if len(content) - header != math.prod(found):
         raise IdxError(
-            f"{' x '.join(map(str, found))} needs {math.prod(found)} values, the file has {len(content) - header}"
+            f"{' x '.join(map(str, found))} needs {math.prod(found)} values, the file has "
+            f"{len(content) - header}"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(found)

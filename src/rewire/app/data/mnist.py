@@ -1,4 +1,6 @@
-"""MNIST and Fashion-MNIST: four idx files, from a folder of the user's or downloaded into a cache."""
+"""MNIST and Fashion-MNIST: four idx files, from a folder of the user's or downloaded into a
+cache.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from rewire.storage.files import sha256_bytes
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One file of the family: size and sha256 of the official .gz, sha256 and shape of what is inside."""
+    """One file of the family: size and sha256 of the official .gz, sha256 and shape of what is
+    inside.
+    """
 
     name: str
     size: int
@@ -47,7 +51,9 @@ def _files(*sums: tuple[int, str, str]) -> dict[str, IdxFile]:
         ("test_x", "t10k-images-idx3-ubyte.gz", (10000, 28, 28)),
         ("test_y", "t10k-labels-idx1-ubyte.gz", (10000,)),
     )
-    return {part: IdxFile(name, *s, shape) for (part, name, shape), s in zip(parts, sums, strict=True)}
+    return {
+        part: IdxFile(name, *s, shape) for (part, name, shape), s in zip(parts, sums, strict=True)
+    }
 
 
 MNIST = Family(
@@ -128,7 +134,9 @@ def cache_folder() -> Path:
 
 
 def read(path: Path, file: IdxFile) -> NDArray[np.uint8]:
-    """Read and check one file. A copy that someone compressed anew is accepted: what is inside decides."""
+    """Read and check one file. A copy that someone compressed anew is accepted: what is inside
+    decides.
+    """
     size = idx.content_size(file.shape)
     try:
         # Compressed badly it may be a little larger than what is inside, but not much.
@@ -157,7 +165,8 @@ def _local_folder(family: Family, data_dir: Path) -> Path:
     missing = [file.name for file in family.files.values() if not (folder / file.name).is_file()]
     if missing:
         raise DataError(
-            f"--data-dir {data_dir}: {', '.join(missing)} not found in {folder}; needed are the four "
+            f"--data-dir {data_dir}: {', '.join(missing)} not found in {folder}; needed are "
+            "the four "
             f"*-ubyte.gz files of {family.name}, there or in a subfolder named {family.name}"
         )
     return folder
@@ -168,22 +177,37 @@ def _downloaded_folder(family: Family, mirror: str | None, progress: Progress | 
     folder = cache_folder() / family.name
     base = (mirror or family.mirror).rstrip("/") + "/"
     help_line = (
-        f"without a network give --data-dir FOLDER with the four *-ubyte.gz files of {family.name}; "
+        "without a network give --data-dir FOLDER with the four *-ubyte.gz files of "
+        f"{family.name}; "
         "another source is chosen with --mirror URL"
     )
     for file in family.files.values():
         path = folder / file.name
         if is_whole(path, sha256=file.sha256, size=file.size):
             continue  # anything else there is ours and damaged: fetched anew
-        download(base + file.name, path, sha256=file.sha256, size=file.size, help_line=help_line, progress=progress)
+        download(
+            base + file.name,
+            path,
+            sha256=file.sha256,
+            size=file.size,
+            help_line=help_line,
+            progress=progress,
+        )
     return folder
 
 
 def load(
-    family: Family, data_dir: Path | None = None, mirror: str | None = None, progress: Progress | None = None
+    family: Family,
+    data_dir: Path | None = None,
+    mirror: str | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Load one of the family; pixels scaled to [0, 1]."""
-    folder = _local_folder(family, data_dir) if data_dir else _downloaded_folder(family, mirror, progress)
+    folder = (
+        _local_folder(family, data_dir)
+        if data_dir
+        else _downloaded_folder(family, mirror, progress)
+    )
     arrays = {part: read(folder / file.name, file) for part, file in family.files.items()}
 
     def images(part: str) -> Tensor:

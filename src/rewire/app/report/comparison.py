@@ -13,7 +13,9 @@ ARROW = " → "
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and whose other columns are numbers."""
     first, *others = head
-    cells = f"<th>{escape(first)}</th>" + "".join(f'<th class="number">{escape(name)}</th>' for name in others)
+    cells = f"<th>{escape(first)}</th>" + "".join(
+        f'<th class="number">{escape(name)}</th>' for name in others
+    )
     lines = "".join(
         f"<tr><td>{escape(row[0])}</td>"
         + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row[1:])
@@ -34,13 +36,22 @@ def amount(size: int, unit: str = "B") -> str:
 def tiles(run: Run) -> list[tuple[str, str]]:
     """Sizes and time, before and after."""
     before, after, took = run.before, run.after, run.inference
-    units = ["-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)]
+    units = [
+        "-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)
+    ]
     return [
-        (_pair(amount(before["bytes"]), amount(after["bytes"])), "stored, with positions where sparse"),
-        (_pair(amount(before["multiply_adds"], ""), amount(after["multiply_adds"], "")), "multiply-adds a sample"),
+        (
+            _pair(amount(before["bytes"]), amount(after["bytes"])),
+            "stored, with positions where sparse",
+        ),
+        (
+            _pair(amount(before["multiply_adds"], ""), amount(after["multiply_adds"], "")),
+            "multiply-adds a sample",
+        ),
         (
             f"{took['speedup']:.2f}x",
-            f"as fast: {took['before_ms']:.3g}{ARROW}{took['after_ms']:.3g} ms for {took['samples']} samples",
+            f"as fast: {took['before_ms']:.3g}{ARROW}{took['after_ms']:.3g} ms for "
+            f"{took['samples']} samples",
         ),
         (units[1], f"active units, of {units[0]}"),
     ]
@@ -73,7 +84,8 @@ def table(run: Run) -> str:
         "multiply_adds": "multiply-adds of one sample",
     }
     rows = [
-        [name, f"{before[key]:,}", f"{after[key]:,}", _factor(before[key], after[key])] for key, name in names.items()
+        [name, f"{before[key]:,}", f"{after[key]:,}", _factor(before[key], after[key])]
+        for key, name in names.items()
     ]
     for key, name in (("connections", "connections"), ("active_units", "active units")):
         one, two = (sum(layer[key] for layer in part["layers"]) for part in (before, after))
@@ -90,7 +102,8 @@ def table(run: Run) -> str:
     dense = before.get("network") == "dense"
     which = "the dense network of these layers" if dense else "the network that training began with"
     note = (
-        f"Before: {which}. Times are medians of {took['rounds']} rounds in which both ran in turns; their ratio is "
+        f"Before: {which}. Times are medians of {took['rounds']} rounds in which both ran in "
+        "turns; their ratio is "
         "taken within a round, quartiles in brackets."
     )
     return plain_table(["", "before", "after", ""], rows) + f'<p class="soft">{escape(note)}</p>'
@@ -103,9 +116,15 @@ def _threads(count: int) -> str:
 def layer_table(run: Run) -> str:
     """Units, connections and multiply-adds of every layer."""
     rows = []
-    for number, (before, after) in enumerate(zip(run.before["layers"], run.after["layers"], strict=True), start=1):
+    for number, (before, after) in enumerate(
+        zip(run.before["layers"], run.after["layers"], strict=True), start=1
+    ):
         kept = after["connections"] / max(before["connections"], 1)
-        kind = after["kind"] if before["kind"] == after["kind"] else f"{before['kind']}{ARROW}{after['kind']}"
+        kind = (
+            after["kind"]
+            if before["kind"] == after["kind"]
+            else f"{before['kind']}{ARROW}{after['kind']}"
+        )
         rows.append(
             [
                 f"layer {number}",
@@ -116,4 +135,6 @@ def layer_table(run: Run) -> str:
                 f"{before['multiply_adds']:,}{ARROW}{after['multiply_adds']:,}",
             ]
         )
-    return plain_table(["", "type", "active units", "connections", "removed", "multiply-adds"], rows)
+    return plain_table(
+        ["", "type", "active units", "connections", "removed", "multiply-adds"], rows
+    )

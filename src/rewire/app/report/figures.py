@@ -1,4 +1,6 @@
-"""The charts of the report, as plotly's JSON. Colours of text and grid are set by the page, for light and dark."""
+"""The charts of the report, as plotly's JSON. Colours of text and grid are set by the page, for
+light and dark.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Figure:
         return {"data": self.data, "layout": self.layout}
 
 
-def _line(name: str, x: Sequence[float], y: Sequence[float | None], colour: str, **more: Any) -> dict[str, Any]:
+def _line(
+    name: str, x: Sequence[float], y: Sequence[float | None], colour: str, **more: Any
+) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -55,7 +59,9 @@ def _axes(x: str, y: str, **more: Any) -> dict[str, Any]:
 def _epoch_axes(run: Run, y: str, **more: Any) -> dict[str, Any]:
     epochs = int(run.metrics[-1]["epoch"])
     step = max(1, math.ceil(epochs / 10))
-    return _axes("epoch", y, xaxis_dtick=step, xaxis_range=[1 - epochs * 0.03, epochs * 1.03], **more)
+    return _axes(
+        "epoch", y, xaxis_dtick=step, xaxis_range=[1 - epochs * 0.03, epochs * 1.03], **more
+    )
 
 
 def layer_label(number: int, layer: Layer) -> str:
@@ -87,7 +93,9 @@ def loss(run: Run) -> Figure:
     epochs = [line["epoch"] for line in run.metrics]
     data = [_line("training", epochs, [m["train_loss"] for m in run.metrics], COLOURS[0])]
     if run.metrics[-1]["validation_loss"] is not None:
-        data.append(_line("validation", epochs, [m["validation_loss"] for m in run.metrics], COLOURS[1]))
+        data.append(
+            _line("validation", epochs, [m["validation_loss"] for m in run.metrics], COLOURS[1])
+        )
     if run.result is not None:
         star = {"size": 12, "symbol": "diamond", "color": COLOURS[2]}
         value = [run.result["test_loss"]]
@@ -114,18 +122,26 @@ def turnover(run: Run) -> Figure:
     ]
     return Figure(
         "Turnover",
-        "Connections grown in an epoch, relative to the layer's connections. Above 100 % some were replaced often.",
+        "Connections grown in an epoch, relative to the layer's connections. Above 100 % some "
+        "were replaced often.",
         data,
         _epoch_axes(run, "turnover (% per epoch)", yaxis_rangemode="tozero", yaxis_tickformat=","),
     )
 
 
-def _layer_lines(run: Run, key: str, start: Sequence[int], end: Sequence[int] | None) -> list[dict[str, Any]]:
-    """One line a layer from epoch 0 on, and a diamond where the finished network differs from the last epoch."""
+def _layer_lines(
+    run: Run, key: str, start: Sequence[int], end: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """One line a layer from epoch 0 on, and a diamond where the finished network differs from the
+    last epoch.
+    """
     epochs = [0, *(line["epoch"] for line in run.metrics)]
     data = []
     for i, entry in enumerate(run.info["layers"]):
-        colour, label = COLOURS[i % len(COLOURS)], f"layer {i + 1} ({entry['inputs']} → {entry['outputs']})"
+        colour, label = (
+            COLOURS[i % len(COLOURS)],
+            (f"layer {i + 1} ({entry['inputs']} → {entry['outputs']})"),
+        )
         data.append(_line(label, epochs, [start[i], *(m[key][i] for m in run.metrics)], colour))
         if end is not None and end[i] != run.metrics[-1][key][i]:
             star = {"size": 12, "symbol": "diamond", "color": colour}
@@ -140,7 +156,11 @@ def _falling_axes(run: Run, y: str, data: Sequence[dict[str, Any]]) -> dict[str,
     values = [value for line in data for value in line["y"]]
     if 0 < min(values) < max(values) / 100:
         exponents = math.floor(math.log10(min(values))), math.log10(max(values)) + 0.1
-        more: dict[str, Any] = {"yaxis_type": "log", "yaxis_range": list(exponents), "yaxis_dtick": 1}
+        more: dict[str, Any] = {
+            "yaxis_type": "log",
+            "yaxis_range": list(exponents),
+            "yaxis_dtick": 1,
+        }
     else:
         more = {"yaxis_rangemode": "tozero"}
     axes = _epoch_axes(run, y, yaxis_tickformat=",", **more)
@@ -151,13 +171,21 @@ def _falling_axes(run: Run, y: str, data: Sequence[dict[str, Any]]) -> dict[str,
 
 def _final(run: Run, key: str) -> list[int] | None:
     """A number of each layer of the finished network, if the run is that far and lost something."""
-    return None if run.result is None or not run.after else [int(layer[key]) for layer in run.after["layers"]]
+    return (
+        None
+        if run.result is None or not run.after
+        else [int(layer[key]) for layer in run.after["layers"]]
+    )
 
 
 def active(run: Run) -> Figure:
     """Number of connections over time."""
     start = [layer["connections"] for layer in run.info["layers"]]
-    note = "Level lines where each layer keeps its budget, falling ones where the method removes connections."
+    note = (
+        "Level lines where each layer keeps its budget, falling ones where the method "
+        "removes "
+        "connections."
+    )
     lines = _layer_lines(run, "connections", start, _final(run, "connections"))
     return _over_time(run, "Active connections", "connections", note, lines)
 
@@ -167,9 +195,17 @@ def units(run: Run) -> Figure | None:
     if not all(len(line.get("units") or ()) == len(run.info["layers"]) for line in run.metrics):
         return None
     start = [layer["outputs"] for layer in run.info["layers"]]
-    note = "Units of each layer with connections in and, but in the last layer, out: the others take no part."
+    note = (
+        "Units of each layer with connections in and, but in the last layer, out: the "
+        "others "
+        "take no part."
+    )
     return _over_time(
-        run, "Active units", "units", note, _layer_lines(run, "units", start, _final(run, "active_units"))
+        run,
+        "Active units",
+        "units",
+        note,
+        _layer_lines(run, "units", start, _final(run, "active_units")),
     )
 
 
@@ -214,15 +250,26 @@ def fans(run: Run) -> list[Figure]:
             continue
         colour = COLOURS[i % len(COLOURS)]
         label = layer_label(i + 1, layer)
-        for kind, fan, unit in (("Fan-in", layer.fan_in, "outputs"), ("Fan-out", layer.fan_out, "inputs")):
-            note = f"Mean {fan.mean:.1f}, largest {fan.high}; {fan.unused} of {fan.size} {unit} have none."
+        for kind, fan, unit in (
+            ("Fan-in", layer.fan_in, "outputs"),
+            ("Fan-out", layer.fan_out, "inputs"),
+        ):
+            note = (
+                f"Mean {fan.mean:.1f}, largest {fan.high}; {fan.unused} of {fan.size} "
+                f"{unit} "
+                "have none."
+            )
             x = f"connections of one {unit[:-1]} ({kind.lower()})"
-            figures.append(_histogram(f"{kind}, {label}", note, fan, x, f"number of {unit}", colour))
+            figures.append(
+                _histogram(f"{kind}, {label}", note, fan, x, f"number of {unit}", colour)
+            )
     return figures
 
 
 def pixels(run: Run) -> Figure | None:
-    """Connections of every pixel, in the shape of the image; None if the inputs are no image, or all are read."""
+    """Connections of every pixel, in the shape of the image; None if the inputs are no image, or
+    all are read.
+    """
     shape = run.info.get("image_shape")
     if not shape or len(shape) != 2 or not run.layers or math.prod(shape) != run.layers[0].inputs:
         return None
@@ -240,12 +287,15 @@ def pixels(run: Run) -> Figure | None:
         "colorbar": {"title": {"text": "connections", "side": "right"}, "thickness": 14},
         "hovertemplate": "row %{y}, column %{x}: %{z} connections<extra></extra>",
     }
-    layout = _axes("column (pixels)", "row (pixels)", yaxis_autorange="reversed", yaxis_scaleanchor="x")
+    layout = _axes(
+        "column (pixels)", "row (pixels)", yaxis_autorange="reversed", yaxis_scaleanchor="x"
+    )
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"constrain": "domain", "showgrid": False, "zeroline": False}
     return Figure(
         "Where the network looks",
-        f"How many connections lead from each pixel into the first layer; {fan.unused} of {fan.size} pixels have none.",
+        f"How many connections lead from each pixel into the first layer; {fan.unused} of "
+        f"{fan.size} pixels have none.",
         [data],
         layout | {"height": 460},
     )

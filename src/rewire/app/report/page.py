@@ -24,7 +24,8 @@ def write(folder: Path) -> Path:
     page = render(read_run(folder)).encode("utf-8", "replace")  # the folder's name may be no text
     try:
         write_atomic(path, page)
-    except FileNotFoundError:  # a run that was resumed meanwhile took our temporary file for a killed write's
+    # a run that was resumed meanwhile took our temporary file for a killed write's
+    except FileNotFoundError:
         write_atomic(path, page)
     return path
 
@@ -33,11 +34,15 @@ def render(run: Run) -> str:
     """The page."""
     drawn: dict[str, Figure] = {}
     body = "\n".join(_sections(run, drawn))
-    return assemble(f"{run.name}: {run.config.get('method')} on {run.config.get('data')}", body, drawn)
+    return assemble(
+        f"{run.name}: {run.config.get('method')} on {run.config.get('data')}", body, drawn
+    )
 
 
 def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
-    """A self-contained page of HTML `body`, in which an element with a chart's name as id is where it is drawn."""
+    """A self-contained page of HTML `body`, in which an element with a chart's name as id is where
+    it is drawn.
+    """
     from plotly.offline import get_plotlyjs
 
     own = resources.files("rewire.app.report")
@@ -46,11 +51,14 @@ def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
         "@TITLE@": escape(title),
         "@CSS@": (own / "page.css").read_text("utf-8"),
         "@BODY@": body,
-        "@FIGURES@": charts.replace("<", "\\u003c"),  # nothing in the data may end the script element
+        # nothing in the data may end the script element
+        "@FIGURES@": charts.replace("<", "\\u003c"),
         "@PLOTLY@": get_plotlyjs(),
     }
     # All in one pass: what is put in may hold such marks itself.
-    return re.sub("|".join(texts), lambda found: texts[found[0]], (own / "page.html").read_text("utf-8"))
+    return re.sub(
+        "|".join(texts), lambda found: texts[found[0]], (own / "page.html").read_text("utf-8")
+    )
 
 
 def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
@@ -62,7 +70,8 @@ def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
     if run.result is None:
         done, epochs = len(run.metrics), config.get("epochs")
         parts.append(
-            f'<p class="state">This run is not finished: {done} of {epochs} epochs. There is no test score yet.</p>'
+            f'<p class="state">This run is not finished: {done} of {epochs} epochs. There is no '
+            "test score yet.</p>"
         )
     parts.append(_tiles(run))
     if run.metrics:
@@ -92,12 +101,17 @@ def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
 
 def _shrinks(run: Run) -> bool:
     """Whether the run is of a method that leaves less than it began with."""
-    fewer = any(layer.get("budget", layer["connections"]) < layer["connections"] for layer in run.info["layers"])
+    fewer = any(
+        layer.get("budget", layer["connections"]) < layer["connections"]
+        for layer in run.info["layers"]
+    )
     return bool(run.info.get("starts_dense")) or fewer or bool(run.before)
 
 
 def _changes(run: Run) -> list[Figure]:
-    """How the network changed over time; turnover only where there was any, or nothing else could be seen."""
+    """How the network changed over time; turnover only where there was any, or nothing else could
+    be seen.
+    """
     charts = []
     if not _shrinks(run) or any(any(line["turnover"]) for line in run.metrics):
         charts.append(figures.turnover(run))
@@ -115,14 +129,21 @@ def _tiles(run: Run) -> str:
     tiles.append((f"{connections:,}", f"connections of {possible:,}"))
     tiles.append((f"{connections / possible:.2%}", "density"))
     if run.metrics and run.metrics[-1]["validation_accuracy"] is not None:
-        tiles.append((f"{run.metrics[-1]['validation_accuracy']:.2%}", "validation accuracy, last epoch"))
+        tiles.append(
+            (f"{run.metrics[-1]['validation_accuracy']:.2%}", "validation accuracy, last epoch")
+        )
     if run.result is not None:
         tiles.append((_duration(run.result["seconds"]), f"for {run.result['steps']:,} steps"))
-    return _boxes(tiles) + (_boxes(comparison.tiles(run)) if run.before and run.after and run.inference else "")
+    return _boxes(tiles) + (
+        _boxes(comparison.tiles(run)) if run.before and run.after and run.inference else ""
+    )
 
 
 def _boxes(tiles: Sequence[tuple[str, str]]) -> str:
-    boxes = (f'<div class="tile"><b>{escape(a)}</b><span class="soft">{escape(b)}</span></div>' for a, b in tiles)
+    boxes = (
+        f'<div class="tile"><b>{escape(a)}</b><span class="soft">{escape(b)}</span></div>'
+        for a, b in tiles
+    )
     return f'<div class="tiles">{"".join(boxes)}</div>'
 
 
@@ -144,19 +165,32 @@ def _card(chart: Figure, drawn: dict[str, Figure], kind: str = "card") -> str:
     height = chart.layout.get("height")
     style = f' style="height:auto;min-height:{min(height, 360)}px"' if height else ""
     return (
-        f'<section class="{kind}"><h3>{escape(chart.title)}</h3><p class="soft">{escape(chart.note)}</p>'
+        f'<section class="{kind}"><h3>{escape(chart.title)}</h3><p '
+        f'class="soft">{escape(chart.note)}</p>'
         f'<div class="chart" id="{name}"{style}></div></section>'
     )
 
 
 def _layer_table(run: Run) -> str:
-    head = ["layer", "connections", "possible", "density", "mean fan-in", "inputs unused", "outputs unused"]
+    head = [
+        "layer",
+        "connections",
+        "possible",
+        "density",
+        "mean fan-in",
+        "inputs unused",
+        "outputs unused",
+    ]
     if all(layer.fan_in is None for layer in run.layers):
         head = head[:4]
     rows = []
     for i, layer in enumerate(run.layers, start=1):
         possible = layer.inputs * layer.outputs
-        numbers = [f"{layer.connections:,}", f"{possible:,}", f"{layer.connections / max(possible, 1):.2%}"]
+        numbers = [
+            f"{layer.connections:,}",
+            f"{possible:,}",
+            f"{layer.connections / max(possible, 1):.2%}",
+        ]
         if layer.fan_in is not None and layer.fan_out is not None:
             numbers += [
                 f"{layer.fan_in.mean:.1f}",
@@ -173,7 +207,8 @@ def _options(config: Mapping[str, Any]) -> dict[str, str]:
     """The options that were in force, as the command line calls them."""
     shown = {}
     for name, value in config.items():
-        if value is None or name in ("data_dir", "mirror"):  # where the data lay is nobody's business
+        # where the data lay is nobody's business
+        if value is None or name in ("data_dir", "mirror"):
             continue
         if isinstance(value, list):
             value = ", ".join(map(str, value))
@@ -184,5 +219,7 @@ def _options(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+    rows = "".join(
+        f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in values.items()
+    )
     return f'<div class="scroll"><table>{rows}</table></div>'

@@ -20,9 +20,19 @@ Counts = NDArray[np.int64]
 _ATTEMPTS = 5  # at a run that goes on while it is read
 
 _DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 class ReportError(Exception):
@@ -31,7 +41,8 @@ class ReportError(Exception):
 
 @dataclass(frozen=True)
 class Fan:
-    """How many connections each of ``size`` units has: ``counts`` of the ``units`` that have any, in ascending order.
+    """How many connections each of ``size`` units has: ``counts`` of the ``units`` that have any,
+    in ascending order.
 
     A layer may have more units than there is memory for: only those with connections are kept.
     """
@@ -69,7 +80,8 @@ class Fan:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as it is in the file: its size, how many connections, and how many each output and each input has.
+    """One layer as it is in the file: its size, how many connections, and how many each output and
+    each input has.
 
     Of a dense layer there is only the number of connections, which are its weights that are not 0.
     """
@@ -95,7 +107,9 @@ class Run:
 
     @property
     def before(self) -> dict[str, Any]:
-        """Size of the network that training began with, or of its dense twin; empty if the run has not compared."""
+        """Size of the network that training began with, or of its dense twin; empty if the run has
+        not compared.
+        """
         return self._compared("before")
 
     @property
@@ -140,7 +154,9 @@ class _Tensors:
         try:
             shaped: NDArray[Any] = flat.reshape(view["shape"])
         except ValueError as error:  # no numbers at all, and yet more rows than numpy can count
-            raise self.refuse(name, f"has the shape {reading.brief(view['shape'], 100)}: {error}") from None
+            raise self.refuse(
+                name, f"has the shape {reading.brief(view['shape'], 100)}: {error}"
+            ) from None
         return shaped
 
     def refuse(self, name: str, reason: str) -> ReportError:
@@ -148,16 +164,21 @@ class _Tensors:
         return ReportError(f"{self.path} is damaged: {name} {reason}")
 
 
-def _layers(info: Mapping[str, Any], tensors: _Tensors, prefix: str, last: Mapping[str, Any] | None) -> list[Layer]:
+def _layers(
+    info: Mapping[str, Any], tensors: _Tensors, prefix: str, last: Mapping[str, Any] | None
+) -> list[Layer]:
     """The layers in a safetensors file; ``last`` is the last epoch's line of a run that goes on."""
     layers: list[Layer] = []
     for number, entry in enumerate(info["layers"]):
         name = entry["name"]
-        rows, cols, shape = (tensors.get(f"{prefix}{name}.{part}") for part in ("rows", "cols", "shape"))
+        rows, cols, shape = (
+            tensors.get(f"{prefix}{name}.{part}") for part in ("rows", "cols", "shape")
+        )
         weight = tensors.get(prefix + name)
         if rows is not None and cols is not None:
             outputs, inputs = entry["outputs"], entry["inputs"]
-            if shape is not None:  # layers that were dense may have lost units before they became sparse
+            # layers that were dense may have lost units before they became sparse
+            if shape is not None:
                 if shape.shape != (2,) or shape.dtype.kind not in "iu" or int(shape.min()) < 1:
                     raise tensors.refuse(f"{name}.shape", "is no size of a matrix")
                 outputs, inputs = (int(n) for n in shape)
@@ -172,13 +193,18 @@ def _layers(info: Mapping[str, Any], tensors: _Tensors, prefix: str, last: Mappi
                 for index, size, part in ((rows, outputs, "rows"), (cols, inputs, "cols"))
             )
             layers.append(Layer(name, inputs, outputs, int(active.sum()), fan_in, fan_out))
-        elif prefix and info.get("starts_dense"):  # what takes part is for the method to say: gates, thresholds
+        # what takes part is for the method to say: gates, thresholds
+        elif prefix and info.get("starts_dense"):
             inputs = layers[-1].outputs if layers else entry["inputs"]
             units = (last or {}).get("units") or [layer["outputs"] for layer in info["layers"]]
-            connections = (last or {}).get("connections") or [layer["connections"] for layer in info["layers"]]
+            connections = (last or {}).get("connections") or [
+                layer["connections"] for layer in info["layers"]
+            ]
             layers.append(Layer(name, inputs, units[number], connections[number]))
         elif weight is not None and weight.ndim == 2:
-            layers.append(Layer(name, weight.shape[1], weight.shape[0], int(np.count_nonzero(weight))))
+            layers.append(
+                Layer(name, weight.shape[1], weight.shape[0], int(np.count_nonzero(weight)))
+            )
         else:
             missing = "cols" if rows is not None else "rows"
             raise ReportError(f"{tensors.path} has no tensor '{prefix}{name}.{missing}'")
@@ -195,7 +221,8 @@ def _fan(index: NDArray[Any], size: int, tensors: _Tensors, name: str) -> Fan:
 def read_run(folder: Path) -> Run:
     """Read a run directory; of an unfinished run the last checkpoint counts.
 
-    Everything is verified against the checksums first; raises ReportError. Memory: twice the size of the tensors.
+    Everything is verified against the checksums first; raises ReportError. Memory: twice the size
+    of the tensors.
     """
     if not (folder / CONFIG).exists():
         raise ReportError(f"there is no run in {folder}: it has no config.json")
@@ -236,7 +263,9 @@ def _read(folder: Path) -> Run:
             raise ReportError(f"the run in {folder} has neither a result nor a checkpoint yet")
         commit = run_files.read_commit(folder)
         if commit["config_sha256"] != config_sha256:
-            raise ReportError(f"{folder / CONFIG} was changed after the checkpoint was made, or is of another run")
+            raise ReportError(
+                f"{folder / CONFIG} was changed after the checkpoint was made, or is of another run"
+            )
         result, info, prefix, length = None, commit["info"], "state.model.", commit["metrics_bytes"]
         run_files.metrics_prefix(folder, Prefix(length, commit["metrics_sha256"]))
         tensors = _Tensors(folder / commit["file"], commit["sha256"])

@@ -1,4 +1,6 @@
-"""Batches without a DataLoader: samples are in memory, their order is a pure function of (seed, epoch)."""
+"""Batches without a DataLoader: samples are in memory, their order is a pure function of (seed,
+epoch).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Samples are gathered and turned feature-major this many numbers at a time: often enough that a step
-# costs no more than taking a view, and never a second copy of a large data set.
+# Samples are gathered and turned feature-major this many numbers at a time: often enough that a
+# step costs no more than taking a view, and never a second copy of a large data set.
 BLOCK_NUMBERS = 1 << 22
 
 
 def derive_seed(seed: int, purpose: str, number: int = 0) -> int:
-    """A seed of its own for each purpose, so that no two parts of a run share a stream of random numbers."""
+    """A seed of its own for each purpose, so that no two parts of a run share a stream of random
+    numbers.
+    """
     digest = hashlib.sha256(f"rewire/{seed}/{purpose}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -25,7 +29,9 @@ def make_generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, number))
 
 
-def split(x: Tensor, y: Tensor, share: float, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def split(
+    x: Tensor, y: Tensor, share: float, seed: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Hold out `share` of the samples, drawn by `seed`: (training part, validation part)."""
     held = round(share * len(y))
     order = torch.randperm(len(y), generator=make_generator(seed, "validation"))
@@ -52,7 +58,13 @@ class Batches:
             count = min(per_block, whole - first)
             chosen = order[first * size : (first + count) * size]
             # Strides (1, batch) in every batch: the layout sparse products work in.
-            x = self.x[chosen].view(count, size, features).transpose(1, 2).contiguous().transpose(1, 2)
+            x = (
+                self.x[chosen]
+                .view(count, size, features)
+                .transpose(1, 2)
+                .contiguous()
+                .transpose(1, 2)
+            )
             y = self.y[chosen].view(count, size)
             yield from zip(x.unbind(), y.unbind(), strict=True)
         if start <= whole and whole * size < len(self.y):

@@ -26,7 +26,9 @@ BLOCK = 0.001  # seconds of one measurement, long enough for the clock
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for a batch of so many samples; speedup is before / after within a round, with its quartiles."""
+    """Milliseconds for a batch of so many samples; speedup is before / after within a round, with
+    its quartiles.
+    """
 
     samples: int
     threads: int
@@ -45,17 +47,23 @@ def file_size(model: nn.Module) -> int:
 def size(model: nn.Module, x: Tensor, file_bytes: int) -> dict[str, Any]:
     """What the network costs for inputs like ``x``, as plain numbers, with the length of its file.
 
-    Besides the units that a layer has it says how many of them are active: with connections in and out.
+    Besides the units that a layer has it says how many of them are active: with connections in and
+    out.
     """
     found = cost(model, x[:2]).to_json()
     active = structure(model).units
     for layer in found["layers"]:
         layer["active_units"] = active[f"{layer['name']}.weight"]
-    return {"parameters": found["parameters"], "bytes": found["bytes"], "file_bytes": file_bytes} | found
+    return {
+        "parameters": found["parameters"],
+        "bytes": found["bytes"],
+        "file_bytes": file_bytes,
+    } | found
 
 
 def compare(before: nn.Module, after: nn.Module, x: Tensor, file_bytes: int) -> dict[str, Any]:
-    """Sizes of both networks and time of inference for (the first `ROWS` of) ``x``, for `result.json`.
+    """Sizes of both networks and time of inference for (the first `ROWS` of) ``x``, for
+    `result.json`.
 
     ``file_bytes`` is the length of the file that holds ``after``.
     """
@@ -68,11 +76,17 @@ def compare(before: nn.Module, after: nn.Module, x: Tensor, file_bytes: int) -> 
 
 
 def in_turns(
-    before: nn.Module, after: nn.Module, x: Tensor, *, clock: Callable[[], float] = time.perf_counter
+    before: nn.Module,
+    after: nn.Module,
+    x: Tensor,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
-    """Time inference of both with the threads that are set, in rounds in which the first to run changes.
+    """Time inference of both with the threads that are set, in rounds in which the first to run
+    changes.
 
-    A slow moment of the machine meets both alike, so the ratio within a round counts, and its median over rounds.
+    A slow moment of the machine meets both alike, so the ratio within a round counts, and its
+    median over rounds.
     """
     models = (before, after)
     calls, took = [], ([], [])  # type: tuple[list[int], tuple[list[float], list[float]]]

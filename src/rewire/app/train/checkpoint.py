@@ -1,8 +1,9 @@
-"""Checkpoints: tensors in a safetensors file, everything else in `checkpoint.json`, which names that file.
+"""Checkpoints: tensors in a safetensors file, everything else in `checkpoint.json`, which names
+that file.
 
-`checkpoint.json` is the commit point. It is replaced, in one step, only after the tensors it names are on the
-disk, and only then are older tensors removed: whenever a run is killed, the folder holds one whole
-checkpoint. Nothing is pickled.
+`checkpoint.json` is the commit point. It is replaced, in one step, only after the tensors it names
+are on the disk, and only then are older tensors removed: whenever a run is killed, the folder holds
+one whole checkpoint. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ TENSORS = "checkpoint-*.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment: `state` is nested dicts and lists of tensors, numbers, strings and None."""
+    """A run at one moment: `state` is nested dicts and lists of tensors, numbers, strings and
+    None.
+    """
 
     epoch: int
     step: int
@@ -38,7 +41,8 @@ class Checkpoint:
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
-    """Put every tensor of `value` into `tensors`, a reference in its place, and return what JSON can hold.
+    """Put every tensor of `value` into `tensors`, a reference in its place, and return what JSON
+    can hold.
 
     Dicts with keys that are no strings (optimizer state) and tuples come back as they were.
     """
@@ -48,7 +52,9 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: flatten(item, tensors, f"{path}.{key}") for key, item in value.items()}
-        return {"$dict": [[key, flatten(item, tensors, f"{path}.{key}")] for key, item in value.items()]}
+        return {
+            "$dict": [[key, flatten(item, tensors, f"{path}.{key}")] for key, item in value.items()]
+        }
     if isinstance(value, list | tuple):
         items = [flatten(item, tensors, f"{path}.{i}") for i, item in enumerate(value)]
         return {"$tuple": items} if isinstance(value, tuple) else items
@@ -135,12 +141,15 @@ def load(folder: Path) -> Checkpoint:
     found = files.sha256_bytes(packed)
     if found != commit["sha256"]:
         raise TrainError(
-            f"checkpoint {path} is damaged: sha256 {found} ({len(packed)} bytes), expected {commit['sha256']}; {ADVICE}"
+            f"checkpoint {path} is damaged: sha256 {found} ({len(packed)} bytes), expected "
+            f"{commit['sha256']}; {ADVICE}"
         )
     try:
         state = unflatten(commit["state"], tensor_file.parse(packed, str(path))[0])
     except (KeyError, TypeError, ValueError) as error:
-        raise TrainError(f"checkpoint {path} does not fit {folder / COMMIT} ({error}); {ADVICE}") from None
+        raise TrainError(
+            f"checkpoint {path} does not fit {folder / COMMIT} ({error}); {ADVICE}"
+        ) from None
     return Checkpoint(
         epoch=commit["epoch"],
         step=commit["step"],

@@ -37,7 +37,9 @@ def config_to_start(given: dict[str, Any], pairs: Sequence[str] | None) -> Train
     return make_config(given | {"method_options": options})
 
 
-def config_to_resume(place: RunDir, given: dict[str, Any], pairs: Sequence[str] | None) -> TrainConfig:
+def config_to_resume(
+    place: RunDir, given: dict[str, Any], pairs: Sequence[str] | None
+) -> TrainConfig:
     """The options of the run that is there; any that is given again must be the same."""
     config = place.read_config()
     line = difference(config, given)
@@ -45,7 +47,9 @@ def config_to_resume(place: RunDir, given: dict[str, Any], pairs: Sequence[str] 
         options = parse_method_options(config.method, pairs)
         line = difference(config, {"method_options": config.method_options | options})
     if line is not None:
-        raise TrainError(f"--resume: {line}; leave the option out, or start another run with another --run-dir")
+        raise TrainError(
+            f"--resume: {line}; leave the option out, or start another run with another --run-dir"
+        )
     changed = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
     return make_config(config.model_dump() | changed)
 
@@ -61,7 +65,13 @@ def fresh_folder(config: TrainConfig) -> Path:
 
 
 def execute(
-    config: TrainConfig, place: RunDir, signals: Signals, *, resume: bool, overwrite: bool, quiet: bool
+    config: TrainConfig,
+    place: RunDir,
+    signals: Signals,
+    *,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     """Load the data and train, watched by whatever the terminal can show."""
     if not resume:
@@ -74,10 +84,28 @@ def execute(
     with warnings.catch_warnings():
         warnings.showwarning = _in_one_line
         if quiet:
-            loop.run(config, dataset, place, resume=resume, overwrite=overwrite, observer=Silent(), stop=signals)
+            loop.run(
+                config,
+                dataset,
+                place,
+                resume=resume,
+                overwrite=overwrite,
+                observer=Silent(),
+                stop=signals,
+            )
             return
-        with contextlib.closing(LiveBar(console) if console.is_terminal else Lines(console)) as watcher:
-            loop.run(config, dataset, place, resume=resume, overwrite=overwrite, observer=watcher, stop=signals)
+        with contextlib.closing(
+            LiveBar(console) if console.is_terminal else Lines(console)
+        ) as watcher:
+            loop.run(
+                config,
+                dataset,
+                place,
+                resume=resume,
+                overwrite=overwrite,
+                observer=watcher,
+                stop=signals,
+            )
 
 
 def _in_one_line(message: Warning | str, *where: Any, **options: Any) -> None:

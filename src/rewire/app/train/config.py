@@ -19,12 +19,13 @@ from rewire.storage import reading
 RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.002}
 OPTIMIZERS = tuple(RATES)
 
-# What may differ when a run is resumed: where the data lie and how often to save decide no number. The number of
-# threads decides none either, but a run keeps it.
+# What may differ when a run is resumed: where the data lie and how often to save decide no number.
+# The number of threads decides none either, but a run keeps it.
 FREE_ON_RESUME = frozenset(run_files.FREE) - {"threads"}
 
 MethodOption = bool | int | float | str | list[int | float] | dict[str, int | float] | None
-Size = Annotated[int, Field(gt=0, lt=2**40)]  # beyond that torch cannot count the elements of a weight
+# beyond that torch cannot count the elements of a weight
+Size = Annotated[int, Field(gt=0, lt=2**40)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -87,7 +88,8 @@ def check_name(option: str, given: str, allowed: Iterable[str]) -> None:
     names = list(allowed)
     if given not in names:
         raise TrainError(
-            f"{option}: unknown name {given!r}{did_you_mean(given, names)}; allowed are {', '.join(names)}"
+            f"{option}: unknown name {given!r}{did_you_mean(given, names)}; allowed are "
+            f"{', '.join(names)}"
         )
 
 
@@ -96,7 +98,11 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else "config"
     if first["type"] == "extra_forbidden":
-        return f"unknown option {reading.brief(repr(field))}{did_you_mean(field, TrainConfig.model_fields)}"
+        return (
+            "unknown "
+            "option "
+            f"{reading.brief(repr(field))}{did_you_mean(field, TrainConfig.model_fields)}"
+        )
     context: Mapping[str, Any] = first.get("ctx", {})
     words = {"gt": "greater than", "ge": "at least", "le": "at most", "lt": "less than"}
     if field == "density":
@@ -111,7 +117,9 @@ def _explain(error: ValidationError) -> str:
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Check options and the way they fit together; names of methods and data sets are in their registries."""
+    """Check options and the way they fit together; names of methods and data sets are in their
+    registries.
+    """
     try:
         config = TrainConfig(**values)
     except ValidationError as error:
@@ -123,7 +131,9 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         return _with_rate(_dense_budget(config))
     densities = config.density
     if densities is not None and config.connections is not None:
-        raise TrainError("--density and --connections both say how many connections: give one of them")
+        raise TrainError(
+            "--density and --connections both say how many connections: give one of them"
+        )
     if densities is None and config.connections is None:
         config = config.model_copy(update={"density": (0.1,)})
     if densities is not None and len(densities) not in (1, layers):
@@ -144,7 +154,8 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def suited(config: TrainConfig, *, named: bool) -> TrainConfig:
-    """The optimizer, its rate and the hyper-parameters that suit the method, where the user ``named`` or gave none.
+    """The optimizer, its rate and the hyper-parameters that suit the method, where the user
+    ``named`` or gave none.
 
     Momentum names an optimizer as well: sgd, where no other is named.
     """
@@ -152,25 +163,34 @@ def suited(config: TrainConfig, *, named: bool) -> TrainConfig:
         return config
     cls = methods.info(config.method).cls
     optimizer = config.optimizer if named else "sgd" if config.momentum else cls.run_optimizer
-    options = cls.run_options(config.epochs, config.method_options, optimizer) | config.method_options
+    options = (
+        cls.run_options(config.epochs, config.method_options, optimizer) | config.method_options
+    )
     lr = cls.run_lr if config.lr is None and optimizer == cls.run_optimizer else config.lr
     return config.model_copy(update={"method_options": options, "optimizer": optimizer, "lr": lr})
 
 
 def starts_dense(method: str) -> bool:
-    """Whether the method begins with an ordinary dense network; unknown names are refused elsewhere."""
+    """Whether the method begins with an ordinary dense network; unknown names are refused
+    elsewhere.
+    """
     return method in methods.available() and methods.info(method).cls.starts_dense
 
 
 def _dense_budget(config: TrainConfig) -> TrainConfig:
-    """Methods that start dense find out how much is left, or have a parameter ``density``, which --density sets."""
+    """Methods that start dense find out how much is left, or have a parameter ``density``, which
+    --density sets.
+    """
     takes_density = "density" in methods.info(config.method).parameters()
     if takes_density and config.density is not None:
         if "density" in config.method_options:
-            raise TrainError("--density and --set density both say how many connections: give one of them")
+            raise TrainError(
+                "--density and --set density both say how many connections: give one of them"
+            )
         if len(config.density) > 1:
             raise TrainError(
-                f"--density: given {len(config.density)} numbers, allowed is one: {config.method} spreads its budget "
+                f"--density: given {len(config.density)} numbers, allowed is one: {config.method} "
+                "spreads its budget "
                 "over the layers by itself"
             )
     given = {
@@ -185,10 +205,16 @@ def _dense_budget(config: TrainConfig) -> TrainConfig:
     }
     for option, is_given in given.items():
         if is_given:
-            advice = "use --density" if takes_density and option == "--connections" else "leave it out"
-            raise TrainError(f"{option}: {config.method} starts from a dense network and has no such budget; {advice}")
+            advice = (
+                ("use --density") if takes_density and option == "--connections" else "leave it out"
+            )
+            raise TrainError(
+                f"{option}: {config.method} starts from a dense network and has no "
+                f"such budget; {advice}"
+            )
     if takes_density and config.density is None and "density" not in config.method_options:
-        config = config.model_copy(update={"density": (0.1,)})  # as for the other methods, so that they compare
+        # as for the other methods, so that they compare
+        config = config.model_copy(update={"density": (0.1,)})
     return config
 
 
@@ -218,7 +244,9 @@ def parse_config(text: str | bytes, where: str) -> TrainConfig:
 
 
 def difference(old: TrainConfig, given: Mapping[str, Any]) -> str | None:
-    """The first option of `given` that would change a run made with `old`, as one line; None if none would."""
+    """The first option of `given` that would change a run made with `old`, as one line; None if
+    none would.
+    """
     for field, value in given.items():
         if field in FREE_ON_RESUME:
             continue
@@ -249,7 +277,9 @@ def read_number(option: str, text: str | None, kind: type[int] | type[float]) ->
         raise TrainError(f"{option}: given {text!r}, allowed is {what}") from None
 
 
-def read_numbers(option: str, text: str | None, kind: type[int] | type[float], what: str) -> list[Any] | None:
+def read_numbers(
+    option: str, text: str | None, kind: type[int] | type[float], what: str
+) -> list[Any] | None:
     """Read "300,100"; the word none is an empty list of layers."""
     if text is None:
         return None

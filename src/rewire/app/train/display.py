@@ -16,14 +16,18 @@ from rewire.app.train.observer import Progress
 def heading(info: Mapping[str, Any]) -> str:
     """What is about to be trained, in one line."""
     layers, samples = info["layers"], info["samples"]
-    sizes = "-".join(str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)])
+    sizes = "-".join(
+        str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)]
+    )
     connections = sum(layer["connections"] for layer in layers)
     possible = sum(layer["inputs"] * layer["outputs"] for layer in layers)
     budget = sum(layer.get("budget", layer["connections"]) for layer in layers)
     end = f" to end with {budget:,}" if budget < connections else ""
     return (
-        f"{sizes}, {connections:,} of {possible:,} connections ({connections / possible:.2%}){end}; "
-        f"{samples['train']:,} training, {samples['validation']:,} validation, {samples['test']:,} test samples"
+        f"{sizes}, {connections:,} of {possible:,} connections "
+        f"({connections / possible:.2%}){end}; "
+        f"{samples['train']:,} training, {samples['validation']:,} validation, "
+        f"{samples['test']:,} test samples"
     )
 
 
@@ -39,7 +43,8 @@ def epoch_line(record: EpochRecord, epochs: int, *, dense: bool = False) -> str:
     else:
         change = f"turnover {sum(record.grown) / max(connections, 1):,.0%}"
     return (
-        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f}  {scores}  "
+        f"epoch {record.epoch:>{len(str(epochs))}}/{epochs}  train loss {record.train_loss:.4f}  "
+        f"{scores}  "
         f"connections {connections:,}  {change}  {record.seconds:.1f} s"
     )
 
@@ -49,7 +54,9 @@ def change_line(result: Mapping[str, Any]) -> str | None:
     if not {"before", "after", "inference"} <= result.keys():
         return None
     before, after, took = result["before"], result["after"], result["inference"]
-    units = ["-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)]
+    units = [
+        "-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)
+    ]
     return (
         f"{before['bytes']:,} -> {after['bytes']:,} bytes, {before['multiply_adds']:,} -> "
         f"{after['multiply_adds']:,} multiply-adds, units {units[0]} -> {units[1]}, "
@@ -117,12 +124,21 @@ class LiveBar(Lines):
         self.bar.update(self.task, description=text, completed=done)
 
     def epoch_ended(self, record: EpochRecord) -> None:
-        """Print the epoch's line and bring the bar there: an epoch may be over before it ever moved."""
+        """Print the epoch's line and bring the bar there: an epoch may be over before it ever
+        moved.
+        """
         super().epoch_ended(record)
         connections = sum(record.connections)
         turnover = sum(record.grown) / max(connections, 1)
         self.progress(
-            Progress(record.epoch, self.batches, record.train_loss, record.train_accuracy, connections, turnover)
+            Progress(
+                record.epoch,
+                self.batches,
+                record.train_loss,
+                record.train_accuracy,
+                connections,
+                turnover,
+            )
         )
 
     def close(self) -> None:

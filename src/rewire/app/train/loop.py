@@ -1,4 +1,6 @@
-"""The loop behind `rewire train`: a pure function of the options and the data, whatever interrupts it."""
+"""The loop behind `rewire train`: a pure function of the options and the data, whatever interrupts
+it.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,11 @@ from rewire.storage import files, reading
 from rewire.storage import tensors as tensor_file
 
 PROGRESS_SECONDS = 0.2
-RATE_STEPS = 1000  # a rate that falls along a curve does so in so many steps: a new rate costs methods some work
+# a rate that falls along a curve does so in so many steps: a new rate costs methods some work
+RATE_STEPS = 1000
 ROWS = 1000  # samples at a time, where a method looks at activations
-ONE_THREAD = 1_000_000  # products in a step: a millisecond of work, below which threads cost more than they bring
+# products in a step: a millisecond of work, below which threads cost more than they bring
+ONE_THREAD = 1_000_000
 
 
 class Trainer:
@@ -53,11 +57,16 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: Dataset, run_dir: RunDir) -> None:
         self.dataset, self.run_dir = dataset, run_dir
         torch.manual_seed(derive_seed(config.seed, "torch"))  # for whatever asks the global stream
-        (train_x, train_y), self.held_out = split(dataset.train_x, dataset.train_y, config.validation, config.seed)
+        (train_x, train_y), self.held_out = split(
+            dataset.train_x, dataset.train_y, config.validation, config.seed
+        )
         if not len(train_y):
             raise TrainError(f"--validation: {config.validation} leaves no sample to train on")
         if config.validation and not len(self.held_out[1]):
-            raise TrainError(f"--validation: {config.validation} of {len(train_y)} samples is none; 0 turns it off")
+            raise TrainError(
+                f"--validation: {config.validation} of {len(train_y)} samples is "
+                "none; 0 turns it off"
+            )
         self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
         shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
         check_name("--method", config.method, methods.available())
@@ -88,12 +97,20 @@ class Trainer:
                 self.optimizer,
                 seed=derive_seed(config.seed, "method"),
                 **config.method_options,
-                **({"density": config.density[0]} if self.dense and config.density is not None else {}),
+                **(
+                    {"density": config.density[0]}
+                    if self.dense and config.density is not None
+                    else {}
+                ),
                 **{name: value for name, value in provided.items() if name in entry.services},
                 **self._services(entry),
             )
         except (ValueError, TypeError) as error:
-            hint = "; leave out --weight-decay" if config.weight_decay and "weight decay" in str(error) else ""
+            hint = (
+                ("; leave out --weight-decay")
+                if config.weight_decay and "weight decay" in str(error)
+                else ""
+            )
             raise TrainError(f"--method {config.method}: {error}{hint}") from None
         except ImportError as error:  # removing units needs a package of its own
             raise TrainError(f"--method {config.method}: {error}") from None
@@ -104,8 +121,16 @@ class Trainer:
         self.info = {
             "starts_dense": self.dense,
             "layers": [
-                {"name": name, "outputs": shape[0], "inputs": shape[1], "connections": count, "budget": budget}
-                for name, shape, count, budget in zip(self.names, shapes, connections, budgets, strict=True)
+                {
+                    "name": name,
+                    "outputs": shape[0],
+                    "inputs": shape[1],
+                    "connections": count,
+                    "budget": budget,
+                }
+                for name, shape, count, budget in zip(
+                    self.names, shapes, connections, budgets, strict=True
+                )
             ],
             "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
             "classes": list(dataset.classes),
@@ -116,36 +141,49 @@ class Trainer:
             },
             "data_sha256": dict(dataset.sha256),
         }
-        self.epoch, self.batch, self.step = 0, 0, 0  # epochs completed, batches of this one, steps in all
+        # epochs completed, batches of this one, steps in all
+        self.epoch, self.batch, self.step = 0, 0, 0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.correct = torch.zeros((), dtype=torch.int64)
         self.before = self._counts()  # dropped and grown when this epoch began
         self.metrics = EMPTY
         self.seconds_before, self.clock = 0.0, time.perf_counter()
 
-    # --- state --------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def _start_model(self) -> nn.Module:
         """The network that training begins with."""
         config, generator = self.config, make_generator(self.config.seed, "model")
         if self.dense:
             return build_dense(self.shapes, config.bias, generator)
-        return build(self.shapes, self.starts_with, config.bias, generator, config.init, limits_of(config))
+        return build(
+            self.shapes, self.starts_with, config.bias, generator, config.init, limits_of(config)
+        )
 
     def _services(self, entry: methods.MethodInfo) -> dict[str, Any]:
         """The score on held-out data, for methods that ask for it between epochs."""
         if "evaluate" not in entry.services:
             return {}
         if not len(self.held_out[1]):
-            raise TrainError(f"--validation: {entry.name} decides by the validation accuracy, so it must not be 0")
+            raise TrainError(
+                f"--validation: {entry.name} decides by the validation accuracy, so "
+                "it must not be 0"
+            )
         return {"evaluate": lambda model: evaluate(model, *self.held_out)[1]}
 
     def _connections(self) -> dict[str, int]:
-        return structure(self.model, self.method).connections if self.dense else self.method.connections()
+        return (
+            structure(self.model, self.method).connections
+            if self.dense
+            else self.method.connections()
+        )
 
     def _counts(self) -> dict[str, dict[str, int]]:
         if self.dense:
-            gone = {n: m - k for (n, k), m in zip(self._connections().items(), self.possible, strict=True)}
+            gone = {
+                n: m - k
+                for (n, k), m in zip(self._connections().items(), self.possible, strict=True)
+            }
             return {"dropped": gone, "grown": dict.fromkeys(gone, 0)}
         stats = self.method.stats()
         return {"dropped": dict(stats["dropped"]), "grown": dict(stats["grown"])}
@@ -191,7 +229,8 @@ class Trainer:
         if not checkpoint.exists(folder):  # killed before the first one
             if (folder / METRICS).exists() and (folder / METRICS).stat().st_size:
                 raise TrainError(
-                    f"{folder / COMMIT} is missing, and {folder / METRICS} says that the run had begun; restore it, "
+                    f"{folder / COMMIT} is missing, and {folder / METRICS} says that the run had "
+                    "begun; restore it, "
                     "or start the run again with --overwrite"
                 )
             files.remove_unfinished(folder)
@@ -214,7 +253,9 @@ class Trainer:
             if memory.is_exhausted(error):
                 raise
             reason = reading.brief(error) or type(error).__name__
-            raise TrainError(f"the checkpoint in {folder} does not fit its options: {reason}") from None
+            raise TrainError(
+                f"the checkpoint in {folder} does not fit its options: {reason}"
+            ) from None
         # Everything fits: only now may anything be removed.
         files.remove_unfinished(folder)
         checkpoint.remove_orphans(folder, keep=checkpoint.committed_file(folder))
@@ -223,7 +264,7 @@ class Trainer:
         self.run_dir.cut_metrics(self.metrics)
         self.seconds_before, self.clock = saved.seconds, time.perf_counter()
 
-    # --- training -----------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------
 
     def train(self, observer: Observer, stop: Callable[[], int]) -> None:
         """Train to the end. `stop` gives the number of a signal that asks to stop, else 0."""
@@ -267,18 +308,28 @@ class Trainer:
 
     @property
     def _rate_interval(self) -> int:
-        """Steps for which the learning rate stays as it is: an epoch, or where it falls along a cosine a part of it."""
+        """Steps for which the learning rate stays as it is: an epoch, or where it falls along a
+        cosine a part of it.
+        """
         batches = len(self.batches)
-        return batches if self.config.lr_decay is not None else max(self.config.epochs * batches // RATE_STEPS, 1)
+        return (
+            batches
+            if self.config.lr_decay is not None
+            else max(self.config.epochs * batches // RATE_STEPS, 1)
+        )
 
     def _set_lr(self) -> None:
-        """The rate of this step: by default it falls to 0 along half a cosine, else by ``lr_decay`` an epoch."""
+        """The rate of this step: by default it falls to 0 along half a cosine, else by ``lr_decay``
+        an epoch.
+        """
         config = self.config
         assert config.lr is not None  # make_config filled it in
         if config.lr_decay is not None:
             lr = config.lr * config.lr_decay**self.epoch
         else:
-            lr = Cosine(config.lr, config.epochs * len(self.batches))(self.step - self.step % self._rate_interval)
+            lr = Cosine(config.lr, config.epochs * len(self.batches))(
+                self.step - self.step % self._rate_interval
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -322,8 +373,12 @@ class Trainer:
             scores = evaluate(self.model, held_x, held_y)
         if scores and not math.isfinite(scores[0]):
             raise TrainError(self._diverged(f"the loss on the validation samples is {scores[0]}"))
-        # A method that starts dense may go back to an earlier, larger network: nothing was dropped then.
-        change = {k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names] for k in counts}
+        # A method that starts dense may go back to an earlier, larger network: nothing was dropped
+        # then.
+        change = {
+            k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names]
+            for k in counts
+        }
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
             epoch=self.epoch,
@@ -336,7 +391,9 @@ class Trainer:
             connections=connections,
             dropped=change["dropped"],
             grown=change["grown"],
-            turnover=[grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)],
+            turnover=[
+                grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)
+            ],
             seconds=self.seconds,
             units=list(structure(self.model, self.method).units.values()),
         )
@@ -350,14 +407,17 @@ class Trainer:
     def _diverged(self, what: str) -> str:
         epoch = min(self.epoch + 1, self.config.epochs)
         return (
-            f"training diverged in epoch {epoch}: {what}; try a smaller --lr (it is {self.config.lr}); "
+            f"training diverged in epoch {epoch}: {what}; try a smaller --lr (it is "
+            f"{self.config.lr}); "
             f"the checkpoint of epoch {self.epoch} is whole"
         )
 
-    # --- the end ------------------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Score the test set, this once, and write model and result. The result is the last to be written."""
+        """Score the test set, this once, and write model and result. The result is the last to be
+        written.
+        """
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             model = self.method.finalize()
@@ -388,24 +448,29 @@ class Trainer:
         return result
 
     def _comparison(self, model: nn.Module, file_bytes: int) -> dict[str, Any]:
-        """Sizes and time of the network before and after; nothing for a method that keeps what it was given.
+        """Sizes and time of the network before and after; nothing for a method that keeps what it
+        was given.
 
-        Before is the dense network where the start was one, or was so nearly that a dense one is no larger: stored
-        with its positions, a connection takes three times the memory.
+        Before is the dense network where the start was one, or was so nearly that a dense one is no
+        larger: stored with its positions, a connection takes three times the memory.
         """
         left = list(layer_counts(model).values())
         if not self.dense and left == self.starts_with:
             return {}
         dense = self.dense or 3 * sum(self.starts_with) >= sum(self.possible)
         generator = make_generator(self.config.seed, "model")
-        before = build_dense(self.shapes, self.config.bias, generator) if dense else self._start_model()
+        before = (
+            build_dense(self.shapes, self.config.bias, generator) if dense else self._start_model()
+        )
         part = before_after.compare(before, model, self.dataset.test_x, file_bytes)
         part["before"]["network"] = "dense" if dense else "start"
         return part
 
 
 def _threads(products: int) -> int:
-    """Threads for steps of so many products (connections x batch): one where they would mostly wait."""
+    """Threads for steps of so many products (connections x batch): one where they would mostly
+    wait.
+    """
     return 1 if products < ONE_THREAD else torch.get_num_threads()
 
 
@@ -421,8 +486,8 @@ def run(
 ) -> dict[str, Any]:
     """Train from the start or from the last checkpoint; returns the result.
 
-    A folder that exists is locked from the first moment; a new one is made only after everything that can be refused
-    has been built. Nothing in it is written or removed without its lock.
+    A folder that exists is locked from the first moment; a new one is made only after everything
+    that can be refused has been built. Nothing in it is written or removed without its lock.
     """
     with run_dir.lock():
         if not resume:

@@ -21,7 +21,8 @@ EVALUATION_BATCH = 1000
 class EpochRecord:
     """One line of `metrics.jsonl`. Lists have one entry per layer; turnover is grown / connections.
 
-    units: outputs that take part, see `rewire.app.train.remaining`; runs of older versions have none.
+    units: outputs that take part, see `rewire.app.train.remaining`; runs of older versions have
+        none.
     """
 
     epoch: int

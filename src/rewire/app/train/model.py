@@ -25,12 +25,16 @@ def layer_shapes(inputs: int, hidden: Sequence[int], outputs: int) -> list[Shape
 
 
 def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]:
-    """Connections of each layer; every layer gets at least one and at most as many as it has room for."""
+    """Connections of each layer; every layer gets at least one and at most as many as it has room
+    for.
+    """
     possible = [rows * cols for rows, cols in shapes]
     densities = config.density
     if densities is not None and len(densities) > 1:
         counts = [round(d * m) for d, m in zip(densities, possible, strict=True)]
-        for number, (count, density, m) in enumerate(zip(counts, densities, possible, strict=True), start=1):
+        for number, (count, density, m) in enumerate(
+            zip(counts, densities, possible, strict=True), start=1
+        ):
             if not 1 <= count <= m:
                 raise TrainError(
                     f"--density: {density} gives layer {number} ({_shown(shapes[number - 1])}) "
@@ -44,9 +48,12 @@ def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]
     assert total is not None  # make_config leaves one of the two
     option = f"--connections {total}" if densities is None else f"--density {densities[0]}"
     if not len(shapes) <= total <= sum(possible):
-        layers = ", ".join(f"layer {i} ({_shown(shape)})" for i, shape in enumerate(shapes, start=1))
+        layers = ", ".join(
+            f"layer {i} ({_shown(shape)})" for i, shape in enumerate(shapes, start=1)
+        )
         raise TrainError(
-            f"{option}: {total} connections for {layers}; allowed are {len(shapes)} (one per layer) to {sum(possible)}"
+            f"{option}: {total} connections for {layers}; allowed are {len(shapes)} (one per "
+            f"layer) to {sum(possible)}"
         )
     try:
         counts = budget.distribute(config.distribution, shapes, total)
@@ -65,14 +72,16 @@ def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]
 def start_connections(
     config: TrainConfig, entry: methods.MethodInfo, shapes: Sequence[Shape], budgets: Sequence[int]
 ) -> list[int]:
-    """Connections that each layer begins with: its budget, or more for methods that come down to it.
+    """Connections that each layer begins with: its budget, or more for methods that come down to
+    it.
 
     A layer whose own budget is denser than the start begins with that.
     """
     if entry.start_density is None:
         if config.start_density is not None:
             raise TrainError(
-                f"--start-density: {entry.name} has its budget from the start; it is for methods that come down to it"
+                f"--start-density: {entry.name} has its budget from the start; it is for methods "
+                "that come down to it"
             )
         return list(budgets)
     density = entry.start_density if config.start_density is None else config.start_density
@@ -80,12 +89,19 @@ def start_connections(
         given, final = sum(round(density * rows * cols) for rows, cols in shapes), sum(budgets)
         if given < final:
             raise TrainError(
-                f"--start-density: {density} is {given} connections, and the network is to end with {final}; "
-                f"{entry.name} only comes down: begin with more, or choose a smaller --density or --connections"
+                f"--start-density: {density} is {given} connections, and the network is to end "
+                f"with {final}; "
+                f"{entry.name} only comes down: begin with more, or choose a smaller --density or "
+                "--connections"
             )
     limits = limits_of(config)
     return [
-        max(k, min(round(density * rows * cols), limits.maximum(rows, cols) if limits else rows * cols))
+        max(
+            k,
+            min(
+                round(density * rows * cols), limits.maximum(rows, cols) if limits else rows * cols
+            ),
+        )
         for k, (rows, cols) in zip(budgets, shapes, strict=True)
     ]
 
@@ -106,7 +122,8 @@ def check_limits(config: TrainConfig, shapes: Sequence[Shape], connections: Sequ
         most = limits.maximum(*shape)
         if count > most:
             raise TrainError(
-                f"--fan-in, --fan-out, --block: layer {number} ({_shown(shape)}) gets {count} connections, and at most "
+                f"--fan-in, --fan-out, --block: layer {number} ({_shown(shape)}) gets {count} "
+                "connections, and at most "
                 f"{most} fit within {limits}"
             )
 
@@ -132,14 +149,22 @@ def build(
         if modules:
             modules.append(nn.ReLU())
         layer = rewire.nn.SparseLinear(
-            inputs, outputs, bias=bias, connections=count, limits=limits, generator=generator, init=init
+            inputs,
+            outputs,
+            bias=bias,
+            connections=count,
+            limits=limits,
+            generator=generator,
+            init=init,
         )
         modules.append(layer)
     return nn.Sequential(*modules)
 
 
 def build_dense(shapes: Sequence[Shape], bias: bool, generator: torch.Generator) -> nn.Sequential:
-    """`nn.Linear` layers with ReLU between them, with the initial distribution of PyTorch; numbers from `generator`."""
+    """`nn.Linear` layers with ReLU between them, with the initial distribution of PyTorch; numbers
+    from `generator`.
+    """
     modules: list[nn.Module] = []
     for outputs, inputs in shapes:
         if modules:

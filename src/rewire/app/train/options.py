@@ -12,12 +12,20 @@ from rewire.app.train.config import MethodOption, did_you_mean
 from rewire.app.train.errors import TrainError
 
 WORDS: dict[str, bool | None] = {
-    "true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None
-}  # fmt: skip
+    "true": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "none": None,
+}
 
 
 def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, MethodOption]:
-    """Turn `["l1=1e-5", ...]` into typed values; an unknown name or a value of the wrong kind is refused."""
+    """Turn `["l1=1e-5", ...]` into typed values; an unknown name or a value of the wrong kind is
+    refused.
+    """
     parameters = methods.info(method).parameters()
     parsed: dict[str, MethodOption] = {}
     for pair in pairs:
@@ -30,7 +38,8 @@ def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, MethodO
         if name not in parameters:
             names = ", ".join(parameters) or "none"
             raise TrainError(
-                f"--set {name}: {method} has no such parameter{did_you_mean(name, parameters)}; allowed are {names}"
+                f"--set {name}: {method} has no such parameter{did_you_mean(name, parameters)}; "
+                f"allowed are {names}"
             )
         if name in parsed:
             raise TrainError(f"--set {name}: given twice")
@@ -65,12 +74,17 @@ def _convert(name: str, text: str, annotation: Any) -> MethodOption:
         return several
     if str in kinds or typing.Any in kinds:
         return text
-    typed = [kind for kind in kinds if get_origin(kind) is not Callable]  # a schedule cannot be typed
-    raise TrainError(f"--set {name}={text}: allowed is {' or '.join(dict.fromkeys(map(_shown, typed)))}")
+    # a schedule cannot be typed
+    typed = [kind for kind in kinds if get_origin(kind) is not Callable]
+    raise TrainError(
+        f"--set {name}={text}: allowed is {' or '.join(dict.fromkeys(map(_shown, typed)))}"
+    )
 
 
 def _several(text: str, kinds: set[Any]) -> list[int | float] | dict[str, int | float] | None:
-    """Numbers per layer: "1e-5,1e-6" where a sequence is taken, "conv*:1e-5,fc*:1e-6" where a mapping is."""
+    """Numbers per layer: "1e-5,1e-6" where a sequence is taken, "conv*:1e-5,fc*:1e-6" where a
+    mapping is.
+    """
     parts = [part.strip() for part in text.split(",")]
     try:
         if Sequence in kinds and len(parts) > 1 and ":" not in text:
@@ -95,7 +109,12 @@ def _shown(kind: Any) -> str:
         return "numbers, one per layer (1e-5,1e-6)"
     if get_origin(kind) is Mapping:
         return "numbers by pattern of names (conv*:1e-5,fc*:1e-6)"
-    names = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        types.NoneType: "none",
+    }
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     return names.get(kind, getattr(kind, "__name__", str(kind)))

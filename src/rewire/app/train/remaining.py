@@ -1,4 +1,6 @@
-"""What is left of a network while it trains: the connections and the units of each layer that take part."""
+"""What is left of a network while it trains: the connections and the units of each layer that take
+part.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _LAYERS = (nn.Linear, SparseLinear)
 
 @dataclass(frozen=True)
 class Structure:
-    """By name of the weight: connections, and units (outputs) with a connection in and, but in the last layer, out."""
+    """By name of the weight: connections, and units (outputs) with a connection in and, but in the
+    last layer, out.
+    """
 
     connections: dict[str, int]
     units: dict[str, int]
@@ -35,11 +39,14 @@ def structure(model: nn.Module, method: Method | None = None) -> Structure:
     layers = [(f"{n}.weight", m) for n, m in model.named_modules() if isinstance(m, _LAYERS)]
     connections: dict[str, int] = {}
     units: dict[str, int] = {}
-    before: tuple[str, Tensor] | None = None  # the layer below, and which of its outputs have a connection in
+    # the layer below, and which of its outputs have a connection in
+    before: tuple[str, Tensor] | None = None
     gate_below: Tensor | None = None
     for name, layer in layers:
         gate = _gate(layer)
-        connections[name], reached, read = _ends(name, layer, method, counts.get(name), gate, gate_below)
+        connections[name], reached, read = _ends(
+            name, layer, method, counts.get(name), gate, gate_below
+        )
         if before is not None:
             units[before[0]] = int((before[1] & read).sum())
         before, gate_below = (name, reached), gate
@@ -56,14 +63,16 @@ def _ends(
     gate: Tensor | None,
     gate_below: Tensor | None,
 ) -> tuple[int, Tensor, Tensor]:
-    """Connections of a layer, which outputs have one, which inputs have one; without those that a gate shuts off.
+    """Connections of a layer, which outputs have one, which inputs have one; without those that a
+    gate shuts off.
 
     ``count`` is how many the method says the weight has.
     """
     if isinstance(layer, SparseLinear):
         weight = layer.weight
         slots = weight.active()
-        if count is not None and count < weight.connections:  # L1, Top-KAST: what is small takes no part
+        # L1, Top-KAST: what is small takes no part
+        if count is not None and count < weight.connections:
             slots = slots[weight.values.detach()[slots].abs().topk(count).indices]
         return (
             slots.numel(),
@@ -72,7 +81,11 @@ def _ends(
         )
     assert isinstance(layer, nn.Linear)
     mask = layer.weight != 0  # parametrized ones are computed here
-    if count is not None and count < int(mask.sum()) and (masks := getattr(method, "masks", None)) is not None:
+    if (
+        count is not None
+        and count < int(mask.sum())
+        and (masks := getattr(method, "masks", None)) is not None
+    ):
         mask = masks()[name]  # quantized in the forward pass only
     if gate is not None:
         mask = mask & gate.unsqueeze(1)
@@ -95,9 +108,13 @@ def _marked(index: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def layer_counts(model: nn.Module) -> dict[str, int]:
-    """Connections of each linear layer by name of the weight: of sparse ones, and the nonzero entries of dense ones."""
+    """Connections of each linear layer by name of the weight: of sparse ones, and the nonzero
+    entries of dense ones.
+    """
     return {
-        f"{n}.weight": m.weight.connections if isinstance(m, SparseLinear) else int(torch.count_nonzero(m.weight))
+        f"{n}.weight": m.weight.connections
+        if isinstance(m, SparseLinear)
+        else int(torch.count_nonzero(m.weight))
         for n, m in model.named_modules()
         if isinstance(m, _LAYERS)
     }

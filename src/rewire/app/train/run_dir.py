@@ -1,4 +1,6 @@
-"""The folder of a run: its lock, and how its files are written (`rewire.app.run_files` says what they hold)."""
+"""The folder of a run: its lock, and how its files are written (`rewire.app.run_files` says what
+they hold).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from rewire.app import run_files
-from rewire.app.run_files import CHECKSUMS, COMMIT, CONFIG, METRICS, MODEL, REPORT, RESULT, Prefix, RunFileError
+from rewire.app.run_files import (
+    CHECKSUMS,
+    COMMIT,
+    CONFIG,
+    METRICS,
+    MODEL,
+    REPORT,
+    RESULT,
+    Prefix,
+    RunFileError,
+)
 from rewire.app.train import checkpoint
 from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig, parse_config
@@ -27,14 +39,17 @@ class RunDir:
         self.path = path
         self._locked = False
         self._until: contextlib.ExitStack | None = None  # lets go of the lock
-        self._metrics = hashlib.sha256()  # of all of the metrics, as this process wrote or verified them
+        # of all of the metrics, as this process wrote or verified them
+        self._metrics = hashlib.sha256()
 
     def has_run(self) -> bool:
         """Whether a run began here."""
         return any((self.path / name).exists() for name in (CONFIG, METRICS, RESULT, COMMIT))
 
     def is_finished(self) -> bool:
-        """Whether the run here came to its end: its result is the last thing that training writes."""
+        """Whether the run here came to its end: its result is the last thing that training
+        writes.
+        """
         return (self.path / RESULT).exists()
 
     def check_free(self, *, overwrite: bool) -> None:
@@ -50,13 +65,16 @@ class RunDir:
             strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(ours))
             if strangers:
                 raise TrainError(
-                    f"--run-dir {self.path} has other files and no run ({strangers[0]}); choose a new or empty folder"
+                    f"--run-dir {self.path} has other files and no run ({strangers[0]}); choose a "
+                    "new or empty folder"
                 )
         if self.has_run() and overwrite and (self.path / CONFIG).exists():
             self.read_config()  # refuses a config.json that is not a run's
 
     def start(self, config: TrainConfig, *, overwrite: bool) -> None:
-        """Make the folder, under its lock, ready for a new run; only files of a former run are ever removed."""
+        """Make the folder, under its lock, ready for a new run; only files of a former run are ever
+        removed.
+        """
         with self.lock(create=True):
             self.check_free(overwrite=overwrite)
             # The result goes first: a run that is half removed must never look finished.
@@ -73,15 +91,19 @@ class RunDir:
             text = reading.read_bytes(path, reading.MEBIBYTE)
         except FileNotFoundError:
             if self.has_run():
-                raise TrainError(f"--resume: {path} is missing; start the run again with --overwrite") from None
-            raise TrainError(f"--resume: there is no run in {self.path}; leave --resume out to start one") from None
+                raise TrainError(
+                    f"--resume: {path} is missing; start the run again with --overwrite"
+                ) from None
+            raise TrainError(
+                f"--resume: there is no run in {self.path}; leave --resume out to start one"
+            ) from None
         except OSError as error:
             raise TrainError(f"cannot read {path}: {error.strerror}") from None
         except reading.FileError as error:
             raise TrainError(str(error)) from None
         return parse_config(text, str(path))
 
-    # --- metrics ----------------------------------------------------------------------------------------------
+    # --- metrics ----------------------------------------------------------------------------------
 
     def append_metrics(self, line: str) -> Prefix:
         """Add a line, bring it to the disk, and return length and checksum of the file."""
@@ -103,7 +125,9 @@ class RunDir:
         try:
             run_files.metrics_prefix(self.path, prefix)
         except RunFileError as error:
-            raise TrainError(f"{error}; restore it, or start the run again with --overwrite") from None
+            raise TrainError(
+                f"{error}; restore it, or start the run again with --overwrite"
+            ) from None
 
     def cut_metrics(self, prefix: Prefix) -> None:
         """Take back the lines written after a checkpoint, whole or torn."""
@@ -129,7 +153,7 @@ class RunDir:
         self.check_metrics(saved.metrics)
         return saved
 
-    # --- the result -------------------------------------------------------------------------------------------
+    # --- the result -------------------------------------------------------------------------------
 
     def write_result(self, result: dict[str, Any], model_sha256: str) -> None:
         """Write the checksums of all that the run leaves, then `result.json`."""
@@ -148,14 +172,15 @@ class RunDir:
                 "which makes model and result anew from the last checkpoint"
             ) from None
 
-    # --- the lock ---------------------------------------------------------------------------------------------
+    # --- the lock ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self, *, create: bool = False) -> Iterator[None]:
-        """Keep other processes out of the folder; the system lets go when this one ends, however it ends.
+        """Keep other processes out of the folder; the system lets go when this one ends, however it
+        ends.
 
-        May be nested: what was locked inside stays so until the outermost ends. Without ``create`` a folder that does
-        not exist is left so, and there is nothing to lock yet.
+        May be nested: what was locked inside stays so until the outermost ends. Without ``create``
+        a folder that does not exist is left so, and there is nothing to lock yet.
         """
         if self._until is not None:
             self._take(create)

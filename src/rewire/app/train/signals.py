@@ -23,7 +23,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
+            # not in the main thread: whoever runs us handles signals
+            with contextlib.suppress(ValueError):
                 self.former.append((number, signal.signal(number, self._handle)))
         return self
 

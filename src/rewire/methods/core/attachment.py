@@ -1,4 +1,6 @@
-"""How a method holds on to what it works on: pools, optimizers, and the hooks that tie them together."""
+"""How a method holds on to what it works on: pools, optimizers, and the hooks that tie them
+together.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from rewire.nn.optimizers.wrappers import is_plain, listed, movers, trainers
 
 __all__ = ["Attachment", "Pool", "Purpose", "only"]
 
-#: The attachment of the method that last took a model, for models without pools (a pool keeps its own claim).
+#: The attachment of the method that last took a model, for models without pools (a pool keeps its
+#: own claim).
 _CLAIMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
@@ -30,7 +33,9 @@ _ONLY: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("o
 
 @contextlib.contextmanager
 def only(names: Iterable[str]) -> Iterator[None]:
-    """Within it, methods are made for the weights called ``names`` alone; the others are left to other methods."""
+    """Within it, methods are made for the weights called ``names`` alone; the others are left to
+    other methods.
+    """
     token = _ONLY.set(frozenset(names))
     try:
         yield
@@ -39,14 +44,17 @@ def only(names: Iterable[str]) -> Iterator[None]:
 
 
 class Purpose:
-    """What random numbers are for. Each (pool, purpose) has a stream of its own, so none are ever used twice."""
+    """What random numbers are for. Each (pool, purpose) has a stream of its own, so none are ever
+    used twice.
+    """
 
     CANDIDATES, NOISE, GROW, SIGN, REDRAW, VALUE, TIES, ALLOT = range(8)
     COUNT: ClassVar[int] = 8
 
 
 class Pool:
-    """A sparse weight as a method sees it: with its name, number in the model, optimizer and parameter group.
+    """A sparse weight as a method sees it: with its name, number in the model, optimizer and
+    parameter group.
 
     ``optimizer`` is the one that moves the values: of a wrapper, the innermost that has them.
     """
@@ -62,16 +70,19 @@ class Pool:
         index: int = 0,
     ) -> None:
         self.number = number
-        self._place = number if place is None else place  # among all pools of the model, other methods' too
+        # among all pools of the model, other methods' too
+        self._place = number if place is None else place
         self.name = name
         self.weight = weight
         self.optimizer = optimizer
         self._group_number, self._index = group_number, index
-        #: Learning rate that the last optimizer step used, even where a scheduler has changed it since.
+        #: Learning rate that the last optimizer step used, even where a scheduler has changed it
+        #: since.
         self.lr = float(self.group["lr"])
         #: Of the gradients of all positions in the next step, while a method asks for them.
         self.recorder: Recorder | None = None
-        #: Of the last step before an update, (capacity,), as the optimizer used it, where a drop criterion wants it.
+        #: Of the last step before an update, (capacity,), as the optimizer used it, where a drop
+        #: criterion wants it.
         self.gradient: Tensor | None = None
 
     def watch(self) -> None:
@@ -87,11 +98,15 @@ class Pool:
 
     @property
     def group(self) -> dict[str, Any]:
-        """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes new ones."""
+        """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes
+        new ones.
+        """
         return self.optimizer.param_groups[self._group_number]
 
     def at_home(self) -> bool:
-        """Whether the values are still where they were in the optimizer's groups, or else a new place was found."""
+        """Whether the values are still where they were in the optimizer's groups, or else a new
+        place was found.
+        """
         groups, values = self.optimizer.param_groups, self.weight._parameters["values"]
         if self._group_number < len(groups):
             members = groups[self._group_number]["params"]
@@ -109,25 +124,33 @@ class Pool:
         return (self._place + 1) * Purpose.COUNT + purpose
 
 
-def trained_weights(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> list[tuple[str, SparseWeight]]:
+def trained_weights(
+    model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]
+) -> list[tuple[str, SparseWeight]]:
     """The sparse weights that a method for these optimizers has to do with, by name.
 
     A frozen one that no optimizer has is none of them; a trainable one that was forgotten is.
     """
     known = {id(p) for o in listed(optimizers) for group in o.param_groups for p in group["params"]}
-    return [(name, w) for name, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
+    return [
+        (name, w)
+        for name, w in sparse_weights(model)
+        if w.values.requires_grad or id(w.values) in known
+    ]
 
 
 class Attachment:
-    """The tie between a method and the optimizers: checks, followers, counting real steps, learning rates.
+    """The tie between a method and the optimizers: checks, followers, counting real steps, learning
+    rates.
 
-    An optimizer may have others inside (`rewire.nn.optimizers.wrappers`): the state of all of them follows, and a step is one of
-    the innermost that has the pool.
+    An optimizer may have others inside (`rewire.nn.optimizers.wrappers`): the state of all of them
+    follows, and a step is one of the innermost that has the pool.
 
-    Raises ValueError at construction if a pool is in no optimizer or in two groups (the usual cause: `sparsify` after
-    the optimizer was made), or the optimizer cannot train pools (`rewire.nn.optimizers.followers.check_optimizer`) or keeps what
-    cannot follow (`rewire.nn.optimizers.wrappers.refuse_unknown`). ``dense`` is for methods that start from a dense model: then
-    there need not be any pools. ``moments``: see `rewire.nn.follow_optimizer`.
+    Raises ValueError at construction if a pool is in no optimizer or in two groups (the usual
+    cause: `sparsify` after the optimizer was made), or the optimizer cannot train pools
+    (`rewire.nn.optimizers.followers.check_optimizer`) or keeps what cannot follow
+    (`rewire.nn.optimizers.wrappers.refuse_unknown`). ``dense`` is for methods that start from a
+    dense model: then there need not be any pools. ``moments``: see `rewire.nn.follow_optimizer`.
     """
 
     def __init__(
@@ -148,18 +171,24 @@ class Attachment:
             weights = [(name, w) for name, w in weights if name in names]
         if not weights and not dense:
             raise ValueError(
-                "the model has no sparse weights: build it of rewire.nn layers or call rewire.sparsify first"
+                "the model has no sparse weights: build it of rewire.nn layers or call "
+                "rewire.sparsify first"
             )
-        self.pools = [self._pool(i, name, weight, numbers[name]) for i, (name, weight) in enumerate(weights)]
+        self.pools = [
+            self._pool(i, name, weight, numbers[name]) for i, (name, weight) in enumerate(weights)
+        ]
         self._handles: list[Any] = []
         self.attached = True
         for optimizer in self.optimizers:
-            self._handles += follow_optimizer(optimizer, (p.weight for p in self.pools), moments=moments)
+            self._handles += follow_optimizer(
+                optimizer, (p.weight for p in self.pools), moments=moments
+            )
         self._readers: list[Callable[[Optimizer], None]] = []
         self._skips: list[Callable[[], bool]] = []
         #: Gradients taken away for the time of a step, by optimizer (``id``) and parameter.
         self._hidden: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}
-        self._part: dict[int, set[int]] = {}  # pools that had a gradient before the step, by optimizer
+        # pools that had a gradient before the step, by optimizer
+        self._part: dict[int, set[int]] = {}
         self._void: set[int] = set()  # optimizers in a step that a GradScaler has it skip
         self._movers: dict[int, list[Pool]] = {}  # what the steps of an optimizer (``id``) move
         self._fresh: set[int] = set()
@@ -174,7 +203,8 @@ class Attachment:
             earlier = pool.weight.claim(self)
             if isinstance(earlier, Attachment):
                 earlier.detach()
-        # The hooks keep no strong reference to self: an abandoned method must not live as long as its optimizer.
+        # The hooks keep no strong reference to self: an abandoned method must not live as long as
+        # its optimizer.
         here = weakref.ref(self)
         self._watch = Watch(lambda: _watched(here))
         for pool in self.pools:
@@ -192,15 +222,19 @@ class Attachment:
         if len(homes) != 1:
             where = "in no optimizer" if not homes else f"in the optimizer {len(homes)} times"
             raise ValueError(
-                f"{name}.values is {where}, and must be there exactly once: make the optimizer after "
-                "rewire.sparsify or loading, from model.parameters(), and pass all optimizers to the method"
+                f"{name}.values is {where}, and must be there exactly once: make the optimizer "
+                "after "
+                "rewire.sparsify or loading, from model.parameters(), and pass all optimizers to "
+                "the method"
             )
         mover = movers(homes[0][0], weight.values)[0]
         _, group, index = _homes([mover], weight.values)[0]
         return Pool(number, name, weight, mover, group, place, index)
 
     def _hook(self) -> None:
-        """Put hooks on all optimizers whose steps move parameters; again later, for those made since."""
+        """Put hooks on all optimizers whose steps move parameters; again later, for those made
+        since.
+        """
         here = weakref.ref(self)
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -214,34 +248,45 @@ class Attachment:
 
         for optimizer in self.optimizers:
             for member in trainers(optimizer):
-                # A wrapper that does not call Optimizer.__init__ has no hooks; if it moves weights, the watch finds it.
+                # A wrapper that does not call Optimizer.__init__ has no hooks; if it moves weights,
+                # the watch finds it.
                 if id(member) not in self._movers and hasattr(member, "_optimizer_step_pre_hooks"):
                     self._handles.append(member.register_step_pre_hook(before))
                     self._handles.append(member.register_step_post_hook(stepped))
-                self._movers[id(member)] = [p for p in self.pools if member in movers(optimizer, p.weight.values)]
+                self._movers[id(member)] = [
+                    p for p in self.pools if member in movers(optimizer, p.weight.values)
+                ]
 
     def parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """What a method that acts on all parameters of ``optimizer`` may touch: of one in a group, its own pools."""
+        """What a method that acts on all parameters of ``optimizer`` may touch: of one in a group,
+        its own pools.
+        """
         own = {id(pool.weight.values) for pool in self.pools}
-        return [p for group in optimizer.param_groups for p in group["params"] if self._alone or id(p) in own]
+        return [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if self._alone or id(p) in own
+        ]
 
-    # --- before a step ----------------------------------------------------------------------------------------------
+    # --- before a step ----------------------------------------------------------------------------
 
     def before_step(self, hook: Callable[[Optimizer], None]) -> None:
-        """Call ``hook`` before each step with the optimizer that makes it, until `detach`; gradients are then what the
-        step will use, times `gradient_scale`.
+        """Call ``hook`` before each step with the optimizer that makes it, until `detach`;
+        gradients are then what the step will use, times `gradient_scale`.
 
-        That optimizer is ``pool.optimizer`` of the pools it moves (the innermost, where optimizers wrap others). With a
-        closure the hook is called after each time that the closure has been: of several calls before `Method.step`, the
-        last one counts. It is called under `torch.no_grad`, and not for a step that a GradScaler has a fused optimizer
-        skip. Let it hold its method weakly, as our own hook does.
+        That optimizer is ``pool.optimizer`` of the pools it moves (the innermost, where optimizers
+        wrap others). With a closure the hook is called after each time that the closure has been:
+        of several calls before `Method.step`, the last one counts. It is called under
+        `torch.no_grad`, and not for a step that a GradScaler has a fused optimizer skip. Let it
+        hold its method weakly, as our own hook does.
         """
         self._readers.append(hook)
 
     def skip_steps(self, when: Callable[[], bool]) -> None:
-        """Before an optimizer step with ``when()``, take the gradients away: it then moves neither values nor optimizer
-        state of any parameter (in a group of methods: of any pool of this one). They are back when the step is done,
-        and it counts as one.
+        """Before an optimizer step with ``when()``, take the gradients away: it then moves neither
+        values nor optimizer state of any parameter (in a group of methods: of any pool of this
+        one). They are back when the step is done, and it counts as one.
 
         ``when`` shall hold its method weakly. What `before_step` asked for is done before.
         """
@@ -249,11 +294,13 @@ class Attachment:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = id(optimizer)
-        # A step that calls its base class's is hooked twice, one within the other, as soon as somebody has made an
-        # optimizer of the base class: what the outer hook took away is looked at again.
+        # A step that calls its base class's is hooked twice, one within the other, as soon as
+        # somebody has made an optimizer of the base class: what the outer hook took away is looked
+        # at again.
         self._restore(key)
         self._void.discard(key)
-        inf = optimizer.__dict__.get("found_inf")  # a GradScaler leaves skipping to fused optimizers
+        # a GradScaler leaves skipping to fused optimizers
+        inf = optimizer.__dict__.get("found_inf")
         if inf is not None and float(inf) > 0:
             self._void.add(key)
             return None
@@ -291,11 +338,14 @@ class Attachment:
 
     def _restore(self, key: int) -> None:
         for parameter, gradient in self._hidden.pop(key, {}).values():
-            if parameter.grad is None:  # else the step has ended in an error, and this gradient is newer
+            # else the step has ended in an error, and this gradient is newer
+            if parameter.grad is None:
                 parameter.grad = gradient
 
     def _own(self, optimizer: Optimizer) -> list[Pool]:
-        """The pools that a step of ``optimizer`` moves. Where several have the same pools, it takes them over."""
+        """The pools that a step of ``optimizer`` moves. Where several have the same pools, it takes
+        them over.
+        """
         pools = self._movers.get(id(optimizer), [])
         for pool in pools:
             if pool.optimizer is not optimizer:
@@ -303,7 +353,7 @@ class Attachment:
                 pool.at_home()
         return pools
 
-    # --- after a step -----------------------------------------------------------------------------------------------
+    # --- after a step -----------------------------------------------------------------------------
 
     def _stepped(self, optimizer: Optimizer) -> None:
         key = id(optimizer)
@@ -316,7 +366,8 @@ class Attachment:
         self.seen = self._moved = True
         self._watch.stepped()
         for pool in self._own(optimizer):
-            # Frozen values, and those that got no gradient, have not been moved: they took no part in this step.
+            # Frozen values, and those that got no gradient, have not been moved: they took no part
+            # in this step.
             number = pool.number
             if number in part or _has_gradient(pool):
                 self._fresh.add(number)
@@ -327,7 +378,9 @@ class Attachment:
                     self._away = True
 
     def take(self) -> list[Pool]:
-        """The pools that optimizers have really moved since the last call (a GradScaler may skip a step)."""
+        """The pools that optimizers have really moved since the last call (a GradScaler may skip a
+        step).
+        """
         fresh, self._fresh = self._fresh, set()
         return [pool for pool in self.pools if pool.number in fresh]
 
@@ -336,10 +389,12 @@ class Attachment:
         moved, self._moved = self._moved, False
         return moved
 
-    # --- what must not happen silently ------------------------------------------------------------------------------
+    # --- what must not happen silently ------------------------------------------------------------
 
     def look(self) -> None:
-        """RuntimeError if a pool has left the optimizers, or one has come in that the method does not know."""
+        """RuntimeError if a pool has left the optimizers, or one has come in that the method does
+        not know.
+        """
         counts = self._counted()
         if counts == self._counts and not self._away:
             return
@@ -347,17 +402,23 @@ class Attachment:
         for pool in self.pools:
             if not pool.at_home():
                 raise RuntimeError(
-                    f"{pool.name}.values is in no parameter group of the method's optimizer any more, so nothing would "
-                    "train it: put it back, or freeze it with requires_grad_(False) instead of taking it out"
+                    f"{pool.name}.values is in no parameter group of the method's optimizer any "
+                    "more, so nothing would "
+                    "train it: put it back, or freeze it with requires_grad_(False) instead of "
+                    "taking it out"
                 )
-        self._refuse_strangers({id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]})
+        self._refuse_strangers(
+            {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        )
         self._counts = counts
 
     def _counted(self) -> list[int]:
         return [len(group["params"]) for o in self.optimizers for group in o.param_groups]
 
     def _refuse_strangers(self, trained: set[int]) -> None:
-        """RuntimeError if one of the parameters ``trained`` (by ``id``) is a pool of the model that no method has."""
+        """RuntimeError if one of the parameters ``trained`` (by ``id``) is a pool of the model that
+        no method has.
+        """
         model = self._model()
         if model is None:
             return
@@ -368,18 +429,24 @@ class Attachment:
             owner = weight.owner()
             if not isinstance(owner, Attachment) or not owner.attached:
                 raise RuntimeError(
-                    f"{name}.values is trained now, but the method was made when it was not, and does not know it: "
-                    "give the optimizer all parameters from the start and freeze layers with requires_grad_(False), or "
+                    f"{name}.values is trained now, but the method was made when it was not, and "
+                    "does not know it: "
+                    "give the optimizer all parameters from the start and freeze layers with "
+                    "requires_grad_(False), or "
                     "finalize() the method and make a new one after add_param_group()"
                 )
 
     def idle(self) -> None:
-        """`Method.step` was called without an optimizer's step before it: a skipped one, or one that is not seen."""
+        """`Method.step` was called without an optimizer's step before it: a skipped one, or one
+        that is not seen.
+        """
         self._hook()
         self._watch.nothing_stepped()
 
     def missed(self, fresh: list[Pool]) -> None:
-        """RuntimeError if pools that take no part in steps, all but ``fresh``, are trained nevertheless."""
+        """RuntimeError if pools that take no part in steps, all but ``fresh``, are trained
+        nevertheless.
+        """
         self._watch.missed({pool.number for pool in fresh})
 
     def acted(self) -> None:
@@ -416,7 +483,7 @@ class Attachment:
         """The method goes on where another has stopped: that its optimizer steps has been seen."""
         self._watch.loaded(resumed=True)
 
-    # ----------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def follow(self, pool: Pool, follower: Follower) -> None:
         """Tell ``follower`` of the pool's changes until `detach`."""
@@ -437,8 +504,9 @@ class Attachment:
 
 
 def gradient_scale(optimizer: Optimizer) -> float:
-    """What gradients are still multiplied by when ``optimizer`` steps: a GradScaler leaves it to fused optimizers to
-    divide by it. 1 elsewhere."""
+    """What gradients are still multiplied by when ``optimizer`` steps: a GradScaler leaves it to
+    fused optimizers to divide by it. 1 elsewhere.
+    """
     scale = optimizer.__dict__.get("grad_scale")
     return 1.0 if scale is None else float(scale)
 
@@ -470,7 +538,9 @@ def _watched(attachment: weakref.ref[Attachment]) -> list[tuple[str, Tensor, tup
     if here.pools:
         weights = [(pool.name, pool.weight) for pool in here.pools]
         return [(f"{name}.values", w.values, (id(w.rows), w.rows._version)) for name, w in weights]
-    return [(f"parameter {i} of shape {tuple(p.shape)}", p, ()) for i, p in enumerate(_parameters(here))]
+    return [
+        (f"parameter {i} of shape {tuple(p.shape)}", p, ()) for i, p in enumerate(_parameters(here))
+    ]
 
 
 def _loaded(attachment: weakref.ref[Attachment]) -> None:

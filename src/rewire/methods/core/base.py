@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.distributed import agree, refuse_unprepared
-from rewire.methods.core.attachment import Attachment, Pool, Purpose, gradient_scale, only, trained_weights
+from rewire.methods.core.attachment import (
+    Attachment,
+    Pool,
+    Purpose,
+    gradient_scale,
+    only,
+    trained_weights,
+)
 from rewire.nn import Moments
 from rewire.nn.weight.sharded import refuse_sharded
 
@@ -23,8 +30,9 @@ __all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpo
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
 
-#: Training data for methods that look at activations (parameter ``data`` of their constructors): an iterable that can
-#: be gone through again and again, of batches, each the input or a tuple or list that begins with it.
+#: Training data for methods that look at activations (parameter ``data`` of their constructors): an
+#: iterable that can be gone through again and again, of batches, each the input or a tuple or list
+#: that begins with it.
 Data = Iterable[Any]
 
 #: Weights that an error names; the others it counts.
@@ -32,7 +40,8 @@ _NAMED = 5
 
 
 _NO_COPY = (
-    "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, make a new method for "
+    "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, "
+    "make a new method for "
     "them and give it this one's state_dict()"
 )
 
@@ -40,12 +49,14 @@ _NO_COPY = (
 class Method(ABC):
     """A way of finding connections while training; the interface of all methods.
 
-    Call `penalty` in the loss, `step` after ``optimizer.step()`` (before a learning-rate scheduler's), `end_epoch`
-    after each epoch, and `finalize` at the end. A method is written by overriding `_after_step` and, where
-    needed, `_after_epoch`, `_wants_capture`, `_state` and `_load_state`; everything else is the same for all of them.
+    Call `penalty` in the loss, `step` after ``optimizer.step()`` (before a learning-rate
+    scheduler's), `end_epoch` after each epoch, and `finalize` at the end. A method is written by
+    overriding `_after_step` and, where needed, `_after_epoch`, `_wants_capture`, `_state` and
+    `_load_state`; everything else is the same for all of them.
 
-    A method that moves connections at a fixed budget (`needs_room`) raises ValueError where none of its weights has a
-    dormant position. A full one beside others, as ERK makes of small layers, is fine: it keeps its connections.
+    A method that moves connections at a fixed budget (`needs_room`) raises ValueError where none of
+    its weights has a dormant position. A full one beside others, as ERK makes of small layers, is
+    fine: it keeps its connections.
 
     Args of every method:
         model: with at least one sparse weight.
@@ -54,33 +65,41 @@ class Method(ABC):
             (`rewire.distributed.prepare`), else drawn from torch's default generator.
     """
 
-    #: Set where a paper forbids decay of sparse values; construction then refuses an optimizer that has it.
+    #: Set where a paper forbids decay of sparse values; construction then refuses an optimizer that
+    #: has it.
     forbids_weight_decay: ClassVar[bool] = False
-    #: Slots of a pool of at least this many connections are sorted again once as many have grown as there are. Before,
-    #: the whole pool lies in cache and their order costs nothing; sorted, a large layer's step is 5 to 15 % faster.
+    #: Slots of a pool of at least this many connections are sorted again once as many have grown as
+    #: there are. Before, the whole pool lies in cache and their order costs nothing; sorted, a
+    #: large layer's step is 5 to 15 % faster.
     sort_from: ClassVar[int] = 1 << 16
     #: Set by methods that start from an ordinary dense model and need no sparse weights in it.
     starts_dense: ClassVar[bool] = False
-    #: Set by methods that end with fewer connections than they start with (`rewire.methods.pruning.shrink`): the density to
-    #: build the pools with, 1 for all potential connections. None: the pools are built at their budget.
+    #: Set by methods that end with fewer connections than they start with
+    #: (`rewire.methods.pruning.shrink`): the density to build the pools with, 1 for all potential
+    #: connections. None: the pools are built at their budget.
     start_density: ClassVar[float | None] = None
     #: Whether ranks of DDP that train the same values come to the same decisions.
     acts_in_ranks: ClassVar[bool] = True
-    #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at construction.
+    #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at
+    #: construction.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
-    #: The optimizer of `rewire train` where the user names none, and its rate; None for the usual one of the optimizer.
+    #: The optimizer of `rewire train` where the user names none, and its rate; None for the usual
+    #: one of the optimizer.
     run_optimizer: ClassVar[str] = "adam"
     run_lr: ClassVar[float | None] = None
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """Hyper-parameters that `rewire train` sets in a run of ``epochs`` where the user, who gave ``given``, did not.
+        """Hyper-parameters that `rewire train` sets in a run of ``epochs`` where the user, who gave
+        ``given``, did not.
 
-        For what has no good value that is independent of the length of a run and of the ``optimizer``.
+        For what has no good value that is independent of the length of a run and of the
+        ``optimizer``.
         """
         return {}
 
-    #: Set by methods that move connections at a fixed budget: refused where no weight has a position to move one to.
+    #: Set by methods that move connections at a fixed budget: refused where no weight has a
+    #: position to move one to.
     needs_room: ClassVar[bool] = False
 
     def __init__(
@@ -93,7 +112,12 @@ class Method(ABC):
     ) -> None:
         self.model = model
         refuse_sharded(model)
-        refuse_unprepared(model, trained_weights(model, optimizer), type(self).__name__, in_ranks=self.acts_in_ranks)
+        refuse_unprepared(
+            model,
+            trained_weights(model, optimizer),
+            type(self).__name__,
+            in_ranks=self.acts_in_ranks,
+        )
         self.moments: str = moments
         self._attachment = Attachment(model, optimizer, dense=self.starts_dense, moments=moments)
         self.optimizers = self._attachment.optimizers
@@ -119,7 +143,7 @@ class Method(ABC):
             self._refuse_weight_decay()
         self._request_capture()
 
-    # --- what users call --------------------------------------------------------------------------------------------
+    # --- what users call --------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
         """The method's own term of the loss (a scalar); 0 for methods that act in `step`."""
@@ -128,7 +152,9 @@ class Method(ABC):
     @final
     @torch.no_grad()
     def step(self) -> None:
-        """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does nothing."""
+        """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does
+        nothing.
+        """
         self._check_attached()
         self._attachment.look()
         pools, moved = self._attachment.take(), self._attachment.moved()
@@ -153,15 +179,17 @@ class Method(ABC):
     def end_epoch(self, evaluate: Evaluate | None = None, *, last: bool = False) -> None:
         """Act on the end of an epoch.
 
-        ``evaluate`` (model -> score) is for methods that decide by it. ``last`` says that no training follows: methods
-        whose paper does not rewire after the last epoch then leave the topology alone.
+        ``evaluate`` (model -> score) is for methods that decide by it. ``last`` says that no
+        training follows: methods whose paper does not rewire after the last epoch then leave the
+        topology alone.
         """
         self._check_attached()
         self._attachment.look()
         skipped = self._attachment.end_epoch()
         if skipped:
             warnings.warn(
-                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was made (a GradScaler "
+                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was "
+                "made (a GradScaler "
                 "skips those with infinities), so nothing was trained or rewired",
                 stacklevel=2,
             )
@@ -173,7 +201,8 @@ class Method(ABC):
         self._attachment.begin_epoch()
 
     def finalize(self) -> nn.Module:
-        """Take the method's hooks and followers off and return the model, ready for use or further training.
+        """Take the method's hooks and followers off and return the model, ready for use or further
+        training.
 
         Warns if there was training, and the method's schedule allowed no single update in it.
         """
@@ -183,11 +212,15 @@ class Method(ABC):
         return self.model
 
     def connections(self) -> dict[str, int]:
-        """Connections of each weight, by name; of methods that store more, those that take part in the function."""
+        """Connections of each weight, by name; of methods that store more, those that take part in
+        the function.
+        """
         return {pool.name: pool.weight.connections for pool in self.pools}
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: real steps, updates of topology, connections dropped and grown per weight."""
+        """Counts since the start: real steps, updates of topology, connections dropped and grown
+        per weight.
+        """
         return {
             "steps": self.steps,
             "updates": self.updates,
@@ -197,7 +230,9 @@ class Method(ABC):
 
     @final
     def state_dict(self) -> dict[str, Any]:
-        """All the method needs to go on as if never stopped; tensors, numbers, strings, dicts and lists only."""
+        """All the method needs to go on as if never stopped; tensors, numbers, strings, dicts and
+        lists only.
+        """
         return {
             "method": type(self).__name__,
             "seed": self.seed,
@@ -215,10 +250,13 @@ class Method(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s result; the model must be restored as well, before or after.
 
-        Raises ValueError for the state of another method or of a model with other weights; nothing changes then.
+        Raises ValueError for the state of another method or of a model with other weights; nothing
+        changes then.
         """
         if state.get("method") != type(self).__name__:
-            raise ValueError(f"this is the state of {state.get('method')}, not of {type(self).__name__}")
+            raise ValueError(
+                f"this is the state of {state.get('method')}, not of {type(self).__name__}"
+            )
         if set(state["dropped"]) != set(self._dropped):
             raise ValueError(
                 f"this is the state of a model with weights {', '.join(state['dropped'])}, "
@@ -227,7 +265,10 @@ class Method(ABC):
         for name, mine in self._all_settings().items():
             theirs = state.get("settings", {}).get(name)
             if theirs != mine:
-                raise ValueError(f"this is the state of a method with {name}={theirs!r}, but this one has {mine!r}")
+                raise ValueError(
+                    f"this is the state of a method with {name}={theirs!r}, but this "
+                    f"one has {mine!r}"
+                )
         try:
             numbers = [int(state[name]) for name in ("seed", "steps", "epochs", "updates")]
             counts = [dict(state[name]) for name in ("dropped", "grown", "sorted")]
@@ -241,34 +282,43 @@ class Method(ABC):
         self._release(self.pools)
         self._request_capture()
 
-    # --- what methods override --------------------------------------------------------------------------------------
+    # --- what methods override --------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
-        """Act on the pools whose optimizer has just stepped; ``self.steps`` counts this step already."""
+        """Act on the pools whose optimizer has just stepped; ``self.steps`` counts this step
+        already.
+        """
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         """Act on the end of an epoch; ``self.epochs`` counts this epoch already."""
 
     def _schedule(self) -> str | None:
-        """The settings by which an update was to be made, in words ("every=100 steps"): named where none was made.
+        """The settings by which an update was to be made, in words ("every=100 steps"): named where
+        none was made.
 
         None where a run without an update is nothing to speak of.
         """
         return None
 
     def _wants_capture(self, step: int) -> bool:
-        """Whether optimizer step ``step`` (from 1) shall be captured for `_after_step`, as `_prepare` says how."""
+        """Whether optimizer step ``step`` (from 1) shall be captured for `_after_step`, as
+        `_prepare` says how.
+        """
         return False
 
     def _prepare(self, pool: Pool) -> None:
-        """Have recorded what `_after_step` needs of the next step (`Pool.recorder`): the layer's calls."""
+        """Have recorded what `_after_step` needs of the next step (`Pool.recorder`): the layer's
+        calls.
+        """
         pool.watch()
 
     def _all_settings(self) -> dict[str, Any]:
         return {"moments": self.moments} | self._settings()
 
     def _settings(self) -> dict[str, Any]:
-        """Hyper-parameters without which the saved state means something else; loading refuses other ones."""
+        """Hyper-parameters without which the saved state means something else; loading refuses
+        other ones.
+        """
         return {}
 
     def _state(self) -> dict[str, Any]:
@@ -284,13 +334,16 @@ class Method(ABC):
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError(_NO_COPY)
 
-    # --- services ---------------------------------------------------------------------------------------------------
+    # --- services ---------------------------------------------------------------------------------
 
-    def _exchange(self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0) -> Tensor:
-        """Drop ``slots`` and grow the connections (rows, cols) in their places; return the slots that grew.
+    def _exchange(
+        self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0
+    ) -> Tensor:
+        """Drop ``slots`` and grow the connections (rows, cols) in their places; return the slots
+        that grew.
 
-        With more grown than dropped, empty slots are taken (the pool is enlarged if there are too few); with fewer,
-        the last dropped slots are emptied.
+        With more grown than dropped, empty slots are taken (the pool is enlarged if there are too
+        few); with fewer, the last dropped slots are emptied.
         """
         weight, drops, grows = pool.weight, slots.numel(), rows.numel()
         if grows > drops:
@@ -311,7 +364,8 @@ class Method(ABC):
         return slots[:grows]
 
     def _tidy(self) -> None:
-        """Sort the slots of pools whose connections have all been replaced, on average: an event as any other.
+        """Sort the slots of pools whose connections have all been replaced, on average: an event as
+        any other.
 
         When depends on counts in `state_dict` alone, so a resumed run does it at the same step.
         """
@@ -329,7 +383,9 @@ class Method(ABC):
             self._give_back(pool, pool.weight.capacity - pool.weight.connections)
 
     def _give_back(self, pool: Pool, slots: int) -> None:
-        """Make the pool shorter by so many of its empty slots (under DDP, where that cannot be, they stay)."""
+        """Make the pool shorter by so many of its empty slots (under DDP, where that cannot be,
+        they stay).
+        """
         if pool.weight.shared_seed is None:
             pool.weight.resize(pool.weight.capacity - slots, [pool.optimizer])
 
@@ -339,23 +395,37 @@ class Method(ABC):
 
     def _warn_of_no_update(self) -> None:
         """For `finalize`, before anything that it does itself; says it once."""
-        if not self._attachment.attached or self.updates or not self._attachment.trained or self._warned:
+        if (
+            not self._attachment.attached
+            or self.updates
+            or not self._attachment.trained
+            or self._warned
+        ):
             return
         schedule = self._schedule()
         if schedule is not None:
             self._warned = True
-            calls = "" if self.epochs or "epoch" not in schedule else ", and call end_epoch() after every epoch"
+            calls = (
+                ""
+                if self.epochs or "epoch" not in schedule
+                else (", and call end_epoch() after every epoch")
+            )
             if self._attachment.take():  # of steps that nobody has asked about
                 calls += ", and call step() after every optimizer.step()"
             warnings.warn(
-                f"{type(self).__name__} made no update in its steps ({self.steps}) and epochs ({self.epochs}), because "
-                f"its schedule allowed none ({schedule}): choose a schedule that fits the run, or train longer{calls}",
+                f"{type(self).__name__} made no update in its steps ({self.steps}) and epochs "
+                f"({self.epochs}), because "
+                f"its schedule allowed none ({schedule}): choose a schedule that fits the run, or "
+                f"train longer{calls}",
                 stacklevel=3,
             )
 
     def _check_attached(self) -> None:
         if not self._attachment.attached:
-            raise RuntimeError("this method is finished: it was finalized, or another was made for the same weights")
+            raise RuntimeError(
+                "this method is finished: it was finalized, or another was made "
+                "for the same weights"
+            )
 
     def _request_capture(self) -> None:
         if self._wants_capture(self.steps + 1):
@@ -382,33 +452,44 @@ class Method(ABC):
             broken = [kind for kind in kinds if kind not in self._limits_kept()]
             if broken:
                 raise ValueError(
-                    f"{pool.name} is limited to {pool.weight.limits}, and {type(self).__name__} with these settings "
-                    f"does not keep a limit on {' and '.join(broken)}: `rewire methods NAME` says what a method keeps"
+                    f"{pool.name} is limited to {pool.weight.limits}, and {type(self).__name__} "
+                    "with these settings "
+                    f"does not keep a limit on {' and '.join(broken)}: `rewire methods NAME` says "
+                    "what a method keeps"
                 )
 
     def _refuse_full(self) -> None:
         if any(pool.weight.connections < pool.weight.size for pool in self.pools):
             return
-        shown = [f"{pool.name} (K = {pool.weight.connections} of M = {pool.weight.size})" for pool in self.pools]
+        shown = [
+            f"{pool.name} (K = {pool.weight.connections} of M = {pool.weight.size})"
+            for pool in self.pools
+        ]
         if len(shown) > _NAMED:
             shown[_NAMED:] = [f"{len(shown) - _NAMED} others"]
         raise ValueError(
-            f"{type(self).__name__} has nothing to rewire, because every weight has all of its connections: "
-            f"{', '.join(shown)}; give one of them fewer than M at least (density= or connections=), or use Static"
+            f"{type(self).__name__} has nothing to rewire, because every weight has all of its "
+            "connections: "
+            f"{', '.join(shown)}; give one of them fewer than M at least (density= or "
+            "connections=), or use Static"
         )
 
     def _refuse_weight_decay(self) -> None:
         for pool in self.pools:
             if float(pool.group.get("weight_decay", 0)) != 0:
                 raise ValueError(
-                    f"{type(self).__name__} must not be combined with weight decay on sparse values, and the "
+                    f"{type(self).__name__} must not be combined with weight decay on sparse "
+                    "values, and the "
                     f"optimizer decays {pool.name} by {pool.group['weight_decay']}: make it with "
-                    "rewire.param_groups(model, weight_decay, decay_sparse=False), or without weight decay"
+                    "rewire.param_groups(model, weight_decay, decay_sparse=False), or without "
+                    "weight decay"
                 )
 
 
 def _freeze(method: weakref.ref[Method], optimizer: Optimizer) -> None:
-    """The gradients are what ``optimizer`` will use: what was recorded of them is kept as it is now."""
+    """The gradients are what ``optimizer`` will use: what was recorded of them is kept as it is
+    now.
+    """
     here = method()
     if here is not None:
         for pool in here.pools:

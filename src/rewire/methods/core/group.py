@@ -27,12 +27,15 @@ class Group:
         Group(model, optimizer, {"conv*": partial(RigL, fraction=0.2), "fc*": DeepR})
 
     Args:
-        model, optimizer, seed: as of every method. The methods share the seed; no two draw the same numbers.
-        methods: glob patterns over names, of a weight ("conv1.weight") or the layer that has it ("conv1"), to classes
-            of methods, or functools.partial of one with hyper-parameters. Every trained sparse weight must match
-            exactly one. What a method does to all parameters (RigL's skipped step), it does to its own weights here.
+        model, optimizer, seed: as of every method. The methods share the seed; no two draw the same
+            numbers.
+        methods: glob patterns over names, of a weight ("conv1.weight") or the layer that has it
+            ("conv1"), to classes of methods, or functools.partial of one with hyper-parameters.
+            Every trained sparse weight must match exactly one. What a method does to all parameters
+            (RigL's skipped step), it does to its own weights here.
 
-    Raises ValueError naming the weights that match no pattern or several, and patterns that match nothing.
+    Raises ValueError naming the weights that match no pattern or several, and patterns that match
+    nothing.
     """
 
     def __init__(
@@ -45,8 +48,14 @@ class Group:
     ) -> None:
         self.model = model
         self.optimizers = listed(optimizer)
-        known = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        weights = [(n, w) for n, w in sparse_weights(model) if w.values.requires_grad or id(w.values) in known]
+        known = {
+            id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]
+        }
+        weights = [
+            (n, w)
+            for n, w in sparse_weights(model)
+            if w.values.requires_grad or id(w.values) in known
+        ]
         if seed is None:
             agreed = weights[0][1].shared_seed if weights else None
             seed = random.seed_from() if agreed is None else agreed
@@ -82,12 +91,18 @@ class Group:
 
     def connections(self) -> dict[str, int]:
         """Connections of each weight, by name."""
-        return {name: k for method in self.methods.values() for name, k in method.connections().items()}
+        return {
+            name: k for method in self.methods.values() for name, k in method.connections().items()
+        }
 
     def stats(self) -> dict[str, Any]:
-        """Counts of all methods together: the most steps and updates, dropped and grown of every weight."""
+        """Counts of all methods together: the most steps and updates, dropped and grown of every
+        weight.
+        """
         each = [method.stats() for method in self.methods.values()]
-        merged: dict[str, Any] = {name: max(stats[name] for stats in each) for name in ("steps", "updates")}
+        merged: dict[str, Any] = {
+            name: max(stats[name] for stats in each) for name in ("steps", "updates")
+        }
         for name in ("dropped", "grown"):
             merged[name] = {weight: n for stats in each for weight, n in stats[name].items()}
         return merged
@@ -97,9 +112,14 @@ class Group:
         return {pattern: method.state_dict() for pattern, method in self.methods.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result; ValueError for the state of a group with other patterns."""
+        """Restore `state_dict`'s result; ValueError for the state of a group with other
+        patterns.
+        """
         if set(state) != set(self.methods):
-            raise ValueError(f"this is the state of a group of {', '.join(state)}, not of {', '.join(self.methods)}")
+            raise ValueError(
+                f"this is the state of a group of {', '.join(state)}, not of "
+                f"{', '.join(self.methods)}"
+            )
         for pattern, method in self.methods.items():
             method.load_state_dict(state[pattern])
 
@@ -118,11 +138,18 @@ def _assign(names: list[str], patterns: list[str]) -> dict[str, list[str]]:
             none.append(name)
     if none:
         raise ValueError(
-            f"no pattern matches {', '.join(none)}: add one for them (methods.Static leaves a topology as it is)"
+            f"no pattern matches {', '.join(none)}: add one for them (methods.Static leaves a "
+            "topology as it is)"
         )
     if several:
-        raise ValueError(f"more than one pattern matches {', '.join(several)}: make the patterns exclude each other")
+        raise ValueError(
+            f"more than one pattern matches {', '.join(several)}: make the patterns "
+            "exclude each other"
+        )
     idle = [pattern for pattern, matched in chosen.items() if not matched]
     if idle:
-        raise ValueError(f"no trained sparse weight matches {', '.join(idle)}: there are {', '.join(names) or 'none'}")
+        raise ValueError(
+            f"no trained sparse weight matches {', '.join(idle)}: there are "
+            f"{', '.join(names) or 'none'}"
+        )
     return chosen

@@ -11,10 +11,12 @@ __all__ = ["LayerHook", "release"]
 
 
 class LayerHook:
-    """What a forward hook of a method belongs to: register its bound methods, as in ``register_forward_hook(h.after)``.
+    """What a forward hook of a method belongs to: register its bound methods, as in
+    ``register_forward_hook(h.after)``.
 
-    Copying a model copies its hooks. A plain function would go on acting for the method of the original; a bound method
-    of this class becomes one of `copied`, which knows no method. Pickles hold the same.
+    Copying a model copies its hooks. A plain function would go on acting for the method of the
+    original; a bound method of this class becomes one of `copied`, which knows no method. Pickles
+    hold the same.
     """
 
     def __init__(self, method: Any) -> None:

@@ -1,9 +1,10 @@
 """What backward passes tell about gradients, for as long as their results are in ``.grad``.
 
-A `Recorder` is on a weight while a method asks for the gradients of a step. It keeps the calls of the layer (pairs), or
-the gradient of the candidates' probe, of the backward passes that reached the weight's ``.grad``, and throws them away
-when that is thrown away. Just before the optimizer's step they become a `Record`, which nothing changes any more:
-``zero_grad`` and further backward passes may follow in any order.
+A `Recorder` is on a weight while a method asks for the gradients of a step. It keeps the calls of
+the layer (pairs), or the gradient of the candidates' probe, of the backward passes that reached the
+weight's ``.grad``, and throws them away when that is thrown away. Just before the optimizer's step
+they become a `Record`, which nothing changes any more: ``zero_grad`` and further backward passes
+may follow in any order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from rewire.nn import Candidates, SparseWeight
 
 __all__ = ["Record", "Recorder", "Status"]
 
-#: Gradients compared before and after the user's own steps (averaging, unscaling, clipping), at most, evenly spaced.
+#: Gradients compared before and after the user's own steps (averaging, unscaling, clipping), at
+#: most, evenly spaced.
 _SAMPLE = 1 << 16
 
 
@@ -32,7 +34,8 @@ class Status(IntEnum):
 
     #: The weight took no part in the step: its gradient is zero, at dormant positions too.
     NOTHING = 0
-    #: There is a gradient, and it is not known where from: of a compiled layer, or put there by hand.
+    #: There is a gradient, and it is not known where from: of a compiled layer, or put there by
+    #: hand.
     UNKNOWN = 1
     COMPLETE = 2
     #: Some backward passes whose results are in ``.grad`` ran before the method asked.
@@ -64,14 +67,20 @@ class Record:
         return self.status
 
     def scale(self) -> float:
-        """What to multiply sums over ranks of raw gradients by to get those that the optimizer uses.
+        """What to multiply sums over ranks of raw gradients by to get those that the optimizer
+        uses.
 
-        From the active connections, by least squares: exact where all gradients were multiplied by one number (a
-        GradScaler, DDP's average, clipping by norm), else the nearest one. 1 where nothing is known.
+        From the active connections, by least squares: exact where all gradients were multiplied by
+        one number (a GradScaler, DDP's average, clipping by norm), else the nearest one. 1 where
+        nothing is known.
         """
         if self._scale is None:
             final = self._final.double()
-            own = torch.zeros_like(final) if self._raw is None else self._raw.to(torch.float64, copy=True)
+            own = (
+                torch.zeros_like(final)
+                if self._raw is None
+                else self._raw.to(torch.float64, copy=True)
+            )
             raw = sum_over_ranks(self.weight, own)
             size = float(raw @ raw)
             scale = float(raw @ final) / size if size > 0 else 1.0
@@ -80,20 +89,24 @@ class Record:
 
 
 class Recorder:
-    """Records one weight until `close`, or until ``owner`` is no more; then the weight is as before.
+    """Records one weight until `close`, or until ``owner`` is no more; then the weight is as
+    before.
 
-    Where the weight has candidates, their gradients are recorded; else it becomes ``weight.capture``, which layers give
-    their calls to. Cost: what it keeps, and per backward pass two looks at the gradient, O(capacity).
+    Where the weight has candidates, their gradients are recorded; else it becomes
+    ``weight.capture``, which layers give their calls to. Cost: what it keeps, and per backward pass
+    two looks at the gradient, O(capacity).
     """
 
     def __init__(self, owner: Any, weight: SparseWeight) -> None:
         self._weight, self.candidates = weight, weight.candidates
         #: Of the last step; None before there was one.
         self.record: Record | None = None
-        #: By graph task (a backward pass; checkpointing nests them): what has not reached ``.grad`` yet.
+        #: By graph task (a backward pass; checkpointing nests them): what has not reached ``.grad``
+        #: yet.
         self._pending: dict[int, tuple[list[ops.Pair], list[Tensor]]] = {}
         self._reached: set[int] = set()  # graph tasks that have given .grad what they had for it
-        self._stepped: set[int] = set()  # and those in the middle of which the optimizer has stepped
+        # and those in the middle of which the optimizer has stepped
+        self._stepped: set[int] = set()
         self._pairs: list[ops.Pair] = []
         self._probes: list[Tensor] = []
         self._raw: Tensor | None = None
@@ -101,13 +114,17 @@ class Recorder:
         values, here = weight.values, weakref.ref(self)
         self._handles = [
             values.register_hook(lambda gradient: _told(here, Recorder._before)),
-            values.register_post_accumulate_grad_hook(lambda values: _told(here, Recorder._accumulated)),
+            values.register_post_accumulate_grad_hook(
+                lambda values: _told(here, Recorder._accumulated)
+            ),
         ]
         if self.candidates is None:
             weight.capture = self
         else:
             probe = self.candidates.probe
-            self._handles.append(probe.register_post_accumulate_grad_hook(lambda p: _told(here, Recorder._probed)))
+            self._handles.append(
+                probe.register_post_accumulate_grad_hook(lambda p: _told(here, Recorder._probed))
+            )
         self._end = weakref.finalize(owner, _close, weight, self._handles, self.candidates, here)
         self._end.atexit = False
 
@@ -123,7 +140,7 @@ class Recorder:
             return self._weight.capture is self and self._weight.candidates is None
         return self._weight.candidates is self.candidates
 
-    # --- during backward passes -------------------------------------------------------------------------------------
+    # --- during backward passes -------------------------------------------------------------------
 
     def append(self, pair: ops.Pair) -> None:
         """A call of the layer whose backward is under way."""
@@ -133,13 +150,15 @@ class Recorder:
         task: int = torch._C._current_graph_task_id()
         if task not in self._pending:
             self._pending[task] = [], []
-            # What has not reached .grad by the end of the pass never will: torch.autograd.grad, or inputs=.
+            # What has not reached .grad by the end of the pass never will: torch.autograd.grad, or
+            # inputs=.
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._ended(task))
         return self._pending[task]
 
     def _ended(self, task: int) -> None:
         pairs, probes = self._pending.pop(task, ((), ()))
-        if task in self._reached:  # a compiled graph may give the probe its gradient after the values theirs
+        # a compiled graph may give the probe its gradient after the values theirs
+        if task in self._reached:
             self._pairs.extend(pairs)
             self._probes.extend(probes)
         self._reached.discard(task)
@@ -168,7 +187,8 @@ class Recorder:
         gradient = self._weight.values.grad
         pairs, probes = self._open()
         nonzero = gradient is not None and bool(gradient.any())
-        if gradient is None or (task in self._stepped and not nonzero):  # another hook has made the step already
+        # another hook has made the step already
+        if gradient is None or (task in self._stepped and not nonzero):
             self._forget()
         else:
             self._reached.add(task)
@@ -185,16 +205,19 @@ class Recorder:
         self._pairs, self._probes, self._raw = [], [], None
         self._any = self._nonzero = self._foreign = False
 
-    # --- before the step --------------------------------------------------------------------------------------------
+    # --- before the step --------------------------------------------------------------------------
 
     def freeze(self, divisor: float) -> None:
-        """Make the record of the step that an optimizer is about to make with the gradients as they are.
+        """Make the record of the step that an optimizer is about to make with the gradients as they
+        are.
 
-        divisor: what the optimizer divides them by itself, see `rewire.methods.core.attachment.gradient_scale`.
+        divisor: what the optimizer divides them by itself, see
+            `rewire.methods.core.attachment.gradient_scale`.
         """
         weight, gradient = self._weight, self._weight.values.grad
         task = torch._C._current_graph_task_id()
-        if task < 0:  # no backward pass is under way, so what is left is of one that ended in an error
+        # no backward pass is under way, so what is left is of one that ended in an error
+        if task < 0:
             self._pending.clear()
             self._reached.clear()
             self._stepped.clear()
@@ -202,7 +225,8 @@ class Recorder:
         if gradient is None:
             return
         pairs, probes = self._pending.get(task, ((), ()))
-        if pairs or probes:  # the step is made in a hook of the backward pass, one that ran before ours
+        # the step is made in a hook of the backward pass, one that ran before ours
+        if pairs or probes:
             self._stepped.add(task)
             raw = None
         else:
@@ -232,7 +256,10 @@ def _told(recorder: weakref.ref[Recorder], what: Any) -> None:
 
 
 def _close(
-    weight: SparseWeight, handles: list[Any], candidates: Candidates | None, recorder: weakref.ref[Recorder]
+    weight: SparseWeight,
+    handles: list[Any],
+    candidates: Candidates | None,
+    recorder: weakref.ref[Recorder],
 ) -> None:
     for handle in handles:
         handle.remove()

@@ -1,4 +1,6 @@
-"""The registry: every method described as data beside its class. Command line, docs and tests are made from it."""
+"""The registry: every method described as data beside its class. Command line, docs and tests are
+made from it.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ Memory = Literal["O(K)", "O(M)"]
 _SERVICES = ("seed", "data", "evaluate", "steps", "epochs")
 #: What hyper-parameters mean that many methods take, where a class does not say it.
 _COMMON = {
-    "moments": 'what a grown connection starts from in Adam and its like: "aged" (bias correction of its own age), '
-    '"cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is known); see rewire.nn.follow_optimizer.'
+    "moments": 'what a grown connection starts from in Adam and its like: "aged" (bias correction '
+    "of its own age), "
+    '"cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is known); see '
+    "rewire.nn.follow_optimizer."
 }
 #: The final budget, likewise, of methods that come down to it (`rewire.methods.pruning.shrink`).
 _BUDGET = ("connections", "density", "distribution")
@@ -33,7 +37,9 @@ _BUDGET = ("connections", "density", "distribution")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One hyper-parameter of a method: its type annotation, default and one-line help (from the class docstring)."""
+    """One hyper-parameter of a method: its type annotation, default and one-line help (from the
+    class docstring).
+    """
 
     name: str
     annotation: Any
@@ -45,11 +51,11 @@ class Parameter:
 class MethodInfo:
     """What is known of a method.
 
-    keeps_budget: how K is kept: "every step" (exactly, after every step), "every update", "at most" (never more,
-        perhaps fewer), or "no".
+    keeps_budget: how K is kept: "every step" (exactly, after every step), "every update", "at most"
+        (never more, perhaps fewer), or "no".
     memory: "O(K)" (truly sparse) or "O(M)" (needs dense state).
-    needs: "" or what the method must be given ("gradients", "activations", a trained model, ...). "activations" means
-        that its constructor takes ``data=`` (`rewire.methods.core.base.Data`).
+    needs: "" or what the method must be given ("gradients", "activations", a trained model, ...).
+        "activations" means that its constructor takes ``data=`` (`rewire.methods.core.base.Data`).
     """
 
     name: str
@@ -62,11 +68,18 @@ class MethodInfo:
     needs: str = ""
 
     def parameters(self) -> dict[str, Parameter]:
-        """The method's own hyper-parameters by name: keyword-only, without seed, data, evaluate and final budget."""
+        """The method's own hyper-parameters by name: keyword-only, without seed, data, evaluate and
+        final budget.
+        """
         hints = get_type_hints(self.cls.__init__)
         text = inspect.getdoc(self.cls) or ""
         return {
-            p.name: Parameter(p.name, hints.get(p.name, Any), p.default, _help(text, p.name) or _COMMON.get(p.name, ""))
+            p.name: Parameter(
+                p.name,
+                hints.get(p.name, Any),
+                p.default,
+                _help(text, p.name) or _COMMON.get(p.name, ""),
+            )
             for p in inspect.signature(self.cls.__init__).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in self.services
         }
@@ -78,23 +91,33 @@ class MethodInfo:
 
     @property
     def services(self) -> tuple[str, ...]:
-        """Keyword arguments of the constructor that are no hyper-parameters ("seed", "data", "connections", ...)."""
+        """Keyword arguments of the constructor that are no hyper-parameters ("seed", "data",
+        "connections", ...).
+        """
         known = _SERVICES if self.start_density is None else (*_SERVICES, *_BUDGET)
-        return tuple(name for name in inspect.signature(self.cls.__init__).parameters if name in known)
+        return tuple(
+            name for name in inspect.signature(self.cls.__init__).parameters if name in known
+        )
 
     @property
     def start_density(self) -> float | None:
-        """The density that pools are to be built with, for methods that come down to their budget; None: at it."""
+        """The density that pools are to be built with, for methods that come down to their budget;
+        None: at it.
+        """
         return self.cls.start_density
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """The kinds of `rewire.budget.Limits` that the method keeps at every step: "fan-in", "fan-out", "block"."""
+        """The kinds of `rewire.budget.Limits` that the method keeps at every step: "fan-in",
+        "fan-out", "block".
+        """
         return self.cls.keeps_limits
 
     @property
     def takes_budget(self) -> bool:
-        """Whether the constructor takes the final budget (``connections=``; see `rewire.methods.pruning.shrink`)."""
+        """Whether the constructor takes the final budget (``connections=``; see
+        `rewire.methods.pruning.shrink`).
+        """
         return "connections" in self.services
 
 
@@ -118,24 +141,34 @@ def register(
     memory: Memory = "O(K)",
     needs: str = "",
 ) -> Callable[[_M], _M]:
-    """Class decorator that enters a method into the registry under ``name`` (what the command line calls it)."""
+    """Class decorator that enters a method into the registry under ``name`` (what the command line
+    calls it).
+    """
 
     def enter(cls: _M) -> _M:
         if name in _METHODS:
-            raise ValueError(f"a method called {name!r} is registered already ({_METHODS[name].cls.__qualname__})")
-        _METHODS[name] = MethodInfo(name, cls, paper, summary, keeps_budget, memory, tuple(guarantees), needs)
+            raise ValueError(
+                f"a method called {name!r} is registered already "
+                f"({_METHODS[name].cls.__qualname__})"
+            )
+        _METHODS[name] = MethodInfo(
+            name, cls, paper, summary, keeps_budget, memory, tuple(guarantees), needs
+        )
         return cls
 
     return enter
 
 
-#: Packages offer methods of their own in this group of entry points, by the name they are registered under.
+#: Packages offer methods of their own in this group of entry points, by the name they are
+#: registered under.
 ENTRY_POINTS = "rewire.methods"
 _LOADED: set[str] = set()
 
 
 def _load_entry_points() -> None:
-    """Import what other packages offer, once. One that fails is left out, with a warning that names it."""
+    """Import what other packages offer, once. One that fails is left out, with a warning that names
+    it.
+    """
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if entry.value in _LOADED:
             continue
@@ -143,11 +176,14 @@ def _load_entry_points() -> None:
         try:
             cls = entry.load()
             if entry.name not in _METHODS or _METHODS[entry.name].cls is not cls:
-                raise ValueError(f"it is not registered as {entry.name!r}: put @rewire.methods.register on it")
+                raise ValueError(
+                    f"it is not registered as {entry.name!r}: put @rewire.methods.register on it"
+                )
         except Exception as error:  # another package's code: it must not take ours down
             package = entry.dist.name if entry.dist else "a package"
             warnings.warn(
-                f"the method {entry.name!r} of {package} ({entry.value}) cannot be used: {error}", stacklevel=3
+                f"the method {entry.name!r} of {package} ({entry.value}) cannot be used: {error}",
+                stacklevel=3,
             )
 
 
@@ -158,7 +194,9 @@ def available() -> list[str]:
 
 
 def info(name: str) -> MethodInfo:
-    """The registry's entry for ``name``; ValueError with the names there are, and the nearest, otherwise."""
+    """The registry's entry for ``name``; ValueError with the names there are, and the nearest,
+    otherwise.
+    """
     if name not in _METHODS:
         _load_entry_points()
     if name in _METHODS:
@@ -168,8 +206,12 @@ def info(name: str) -> MethodInfo:
     raise ValueError(f"unknown method {name!r}: choose one of {', '.join(available())}{hint}")
 
 
-def create(name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], **parameters: Any) -> Method:
-    """Make the method called ``name`` with its hyper-parameters; ValueError names a parameter it does not have."""
+def create(
+    name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], **parameters: Any
+) -> Method:
+    """Make the method called ``name`` with its hyper-parameters; ValueError names a parameter it
+    does not have.
+    """
     entry = info(name)
     allowed = entry.parameters()
     for given in parameters:
@@ -179,7 +221,13 @@ def create(name: str, model: nn.Module, optimizer: Optimizer | Iterable[Optimize
             names = ", ".join(allowed) or "none"
             raise ValueError(f"{name} has no parameter {given!r}: it has {names}{hint}")
     for needed in inspect.signature(entry.cls.__init__).parameters.values():
-        is_required = needed.kind is inspect.Parameter.KEYWORD_ONLY and needed.default is inspect.Parameter.empty
+        is_required = (
+            needed.kind is inspect.Parameter.KEYWORD_ONLY
+            and needed.default is inspect.Parameter.empty
+        )
         if is_required and needed.name not in parameters:
-            raise ValueError(f"{name} needs {needed.name}=: {_help(inspect.getdoc(entry.cls) or '', needed.name)}")
+            raise ValueError(
+                f"{name} needs {needed.name}=: "
+                f"{_help(inspect.getdoc(entry.cls) or '', needed.name)}"
+            )
     return entry.cls(model, optimizer, **parameters)

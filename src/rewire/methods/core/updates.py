@@ -10,14 +10,17 @@ __all__ = ["LAST", "LEAST", "decay", "in_epochs", "in_steps", "length"]
 
 #: Updates that a training of known length has room for at least, however short it is.
 LEAST = 10
-#: Share of a training of known length after which the topology stays, so that what has grown is trained.
+#: Share of a training of known length after which the topology stays, so that what has grown is
+#: trained.
 LAST = 0.75
 
 
 def length(name: str, number: int | None) -> int | None:
     """``number`` if it is None or a whole number of at least 1, else ValueError."""
     if number is not None and (not isinstance(number, int) or number < 1):
-        raise ValueError(f"{name} must be the number of {name} of the whole training, at least 1, not {number!r}")
+        raise ValueError(
+            f"{name} must be the number of {name} of the whole training, at least 1, not {number!r}"
+        )
     return number
 
 
@@ -33,7 +36,8 @@ def in_steps(
     """``every`` and ``until``, in optimizer steps, with what was not given (None) filled in.
 
     until: share ``last`` of ``steps`` where the length of the training is known, else None: no end.
-    every: ``published``, or in a training of known length as many fewer as ``least`` (10) updates need.
+    every: ``published``, or in a training of known length as many fewer as ``least`` (10) updates
+        need.
     """
     steps = length("steps", steps)
     if until is None and steps is not None:
@@ -54,12 +58,15 @@ def in_epochs(
     scheduled: bool = False,
     least: int = LEAST,
 ) -> tuple[int | Literal["epoch"], int | None]:
-    """``every`` and ``until`` of a method that updates at the end of each epoch, with what was not given filled in.
+    """``every`` and ``until`` of a method that updates at the end of each epoch, with what was not
+    given filled in.
 
-    until: three quarters of ``epochs`` where the length of the training is known, else None: no end.
-    every: "epoch"; or, where a training of ``epochs`` epochs and ``steps`` optimizer steps has fewer than ``least``
-        (10) epochs until then, a number of steps at which there are as many updates, and ``until`` is a number of steps
-        as well. Not where something else, such as a schedule over epochs, is ``scheduled`` by epochs.
+    until: three quarters of ``epochs`` where the length of the training is known, else None: no
+        end.
+    every: "epoch"; or, where a training of ``epochs`` epochs and ``steps`` optimizer steps has
+        fewer than ``least`` (10) epochs until then, a number of steps at which there are as many
+        updates, and ``until`` is a number of steps as well. Not where something else, such as a
+        schedule over epochs, is ``scheduled`` by epochs.
     """
     steps, epochs = length("steps", steps), length("epochs", epochs)
     if every not in (None, "epoch"):
@@ -71,7 +78,9 @@ def in_epochs(
 
 
 def decay(fraction: float | Schedule, until: int | None) -> float | Schedule:
-    """RigL's schedule: a number decays to 0 at ``until`` along a cosine; without ``until``, or a schedule: as it is."""
+    """RigL's schedule: a number decays to 0 at ``until`` along a cosine; without ``until``, or a
+    schedule: as it is.
+    """
     if callable(fraction):
         return fraction
     within("fraction", fraction, 0.0, 1.0)

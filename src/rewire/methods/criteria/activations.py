@@ -1,18 +1,23 @@
-"""What the units of a model do over data: inputs and outputs of every sparse weight, recorded without a trace.
+"""What the units of a model do over data: inputs and outputs of every sparse weight, recorded
+without a trace.
 
-For a weight, the *source* is what its columns read and the *target* what its rows give, over all samples (and, in a
-convolution, all output positions; in a sequence, all steps). ``activations`` says which numbers these are:
+For a weight, the *source* is what its columns read and the *target* what its rows give, over all
+samples (and, in a convolution, all output positions; in a sequence, all steps). ``activations``
+says which numbers these are:
 
-"pre" (CosineSET, the output of Keras's Dense layers): the target is the layer's own output, before any activation
-    function. The source is, likewise, the output of the layer with a weight (sparse or dense, linear or convolution)
-    that ran just before, where that has the shape of this layer's input; else (the first layer, pooling or flattening
-    in between) the layer's input as it is.
-"post" (CTRE): the source is the layer's input as it is. The target is the input of the layer with a weight that ran
-    next, where that has the shape of this one's output; of the output layer the softmax (of a single number the
-    sigmoid); else the output rectified.
+"pre" (CosineSET, the output of Keras's Dense layers): the target is the layer's own output, before
+any activation
+    function. The source is, likewise, the output of the layer with a weight (sparse or dense,
+    linear or convolution) that ran just before, where that has the shape of this layer's input;
+    else (the first layer, pooling or flattening in between) the layer's input as it is.
+"post" (CTRE): the source is the layer's input as it is. The target is the input of the layer with a
+weight that ran
+    next, where that has the shape of this one's output; of the output layer the softmax (of a
+    single number the sigmoid); else the output rectified.
 
-The weights inside recurrent layers and of attention's queries, keys and values have one rule for both: the source is
-what the weight multiplies (inputs, hidden states), the target that product, without bias.
+The weights inside recurrent layers and of attention's queries, keys and values have one rule for
+both: the source is what the weight multiplies (inputs, hidden states), the target that product,
+without bias.
 """
 
 from __future__ import annotations
@@ -55,19 +60,22 @@ class Recorder:
     Args:
         model: whose weights they are.
         data: see `rewire.methods.core.base.Data`.
-        samples: rows of data (counted along the first dimension of the inputs) drawn anew, without replacement, for
-            each recording; None for all there are.
+        samples: rows of data (counted along the first dimension of the inputs) drawn anew, without
+            replacement, for each recording; None for all there are.
         mode: "eval", or "train" for dropout and batch statistics as in training.
         activations: "pre" or "post", see above.
-        centred: take what a layer reads of the model's data from its mean over the rows, as standardised inputs are.
+        centred: take what a layer reads of the model's data from its mean over the rows, as
+            standardised inputs are.
 
     Raises ValueError for data that can be gone through only once, or fewer samples than 1.
 
-    A recording is a function of the model, the data, seed and step: it draws its own random numbers and leaves the
-    model's modes, buffers and gradients and torch's random state as they were.
+    A recording is a function of the model, the data, seed and step: it draws its own random numbers
+    and leaves the model's modes, buffers and gradients and torch's random state as they were.
 
-    Cost: one forward pass over the rows (with recurrent or attention layers, also a backward one, for their inner
-    weights), O(rows x features of all layers) memory. With ``samples``, the data are read once more.
+    Cost: one forward pass over the rows (with recurrent or attention layers, also a backward one,
+    for their inner
+    weights), O(rows x features of all layers) memory. With ``samples``, the data are read once
+    more.
     """
 
     def __init__(
@@ -83,22 +91,33 @@ class Recorder:
         # Not iter(data): a DataLoader would draw a number for it.
         if not isinstance(data, Iterable) or isinstance(data, Iterator):
             raise ValueError(
-                "data must be batches that can be gone through again and again (a list or a DataLoader), "
+                "data must be batches that can be gone through again and again (a list or a "
+                "DataLoader), "
                 f"not {type(data).__name__}, which is used up after once"
             )
         if samples is not None and (not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"samples must be a number of rows of at least 1, or None for all, not {samples!r}")
+            raise ValueError(
+                f"samples must be a number of rows of at least 1, or None for all, not {samples!r}"
+            )
         choice("mode", mode, ("eval", "train"))
         choice("activations", activations, ("pre", "post"))
-        self.model, self.data, self.samples, self.mode, self.activations = model, data, samples, mode, activations
+        self.model, self.data, self.samples, self.mode, self.activations = (
+            model,
+            data,
+            samples,
+            mode,
+            activations,
+        )
         self.centred = centred
 
-    def record(self, pools: Sequence[Pool], seed: int, step: int) -> tuple[dict[int, list[Pair]], int | None]:
-        """``(pairs, output)``: of each pool, by number, its (source, target) pairs, one per call of its layer and batch
-        of one shape; and the number of the pool of the output layer.
+    def record(
+        self, pools: Sequence[Pool], seed: int, step: int
+    ) -> tuple[dict[int, list[Pair]], int | None]:
+        """``(pairs, output)``: of each pool, by number, its (source, target) pairs, one per call of
+        its layer and batch of one shape; and the number of the pool of the output layer.
 
-        The output layer is the last layer of one weight that ran, if it is not the model's only pool. A pool whose
-        layer did not run is missing.
+        The output layer is the last layer of one weight that ran, if it is not the model's only
+        pool. A pool whose layer did not run is missing.
         """
         run = _Run(self.model, pools, self.activations, self.centred)
         # Compiled code would be compiled anew for the hooks, twice an update.
@@ -131,13 +150,17 @@ def _inputs(batch: Any) -> Batch:
         batch = batch[0]
     if not isinstance(batch, Tensor | PackedSequence):
         kind = type(batch).__name__
-        raise ValueError(f"data must give inputs, or tuples that begin with them, as tensors, not {kind}")
+        raise ValueError(
+            f"data must give inputs, or tuples that begin with them, as tensors, not {kind}"
+        )
     return batch
 
 
 def _length(batch: Batch) -> int:
     if isinstance(batch, PackedSequence):
-        raise ValueError("samples= cannot pick rows of packed sequences: leave it None, or give fewer data")
+        raise ValueError(
+            "samples= cannot pick rows of packed sequences: leave it None, or give fewer data"
+        )
     return batch.shape[0]
 
 
@@ -178,7 +201,9 @@ class _Call:
 class _Run:
     """One recording: hooks that note the calls of a batch, and what is kept of them."""
 
-    def __init__(self, model: nn.Module, pools: Sequence[Pool], which: Which, centred: bool) -> None:
+    def __init__(
+        self, model: nn.Module, pools: Sequence[Pool], which: Which, centred: bool
+    ) -> None:
         self.model, self.which, self.centred = model, which, centred
         self.weights = {pool.number: pool.weight for pool in pools}
         #: Pools whose layers read what the model is given.
@@ -191,15 +216,20 @@ class _Run:
         self.outer = [
             m
             for m in model.modules()
-            if any(isinstance(c, SparseWeight) for c in m.children()) and not isinstance(m, SparseLayer)
+            if any(isinstance(c, SparseWeight) for c in m.children())
+            and not isinstance(m, SparseLayer)
         ]
         self.calls: list[_Call | None] = []
-        self.kept: dict[tuple[int, Any, tuple[int, ...], tuple[int, ...]], tuple[list[Tensor], list[Tensor]]] = {}
+        self.kept: dict[
+            tuple[int, Any, tuple[int, ...], tuple[int, ...]], tuple[list[Tensor], list[Tensor]]
+        ] = {}
         self.output: int | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = [layer.register_forward_hook(self._called, with_kwargs=True) for layer in self.layers]
+        handles = [
+            layer.register_forward_hook(self._called, with_kwargs=True) for layer in self.layers
+        ]
         # What runs inside or behind these does not follow what ran before, whatever the shapes.
         handles += [layer.register_forward_pre_hook(self._apart) for layer in self.outer]
         handles += [layer.register_forward_hook(self._apart) for layer in self.outer]
@@ -212,12 +242,15 @@ class _Run:
     def _apart(self, *_: Any) -> None:
         self.calls.append(None)
 
-    def _called(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _called(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         x, y = first_tensor(first_input(layer, args, kwargs)), first_tensor(output)
         if x is None or y is None:
             self.calls.append(None)
             return
-        # Copies, because an activation may be made in place, and so may a residual sum on the input.
+        # Copies, because an activation may be made in place, and so may a residual sum on the
+        # input.
         self.calls.append(_Call(layer, x.detach().clone(), y.detach().clone()))
 
     def batch(self, x: Batch) -> None:
@@ -232,19 +265,29 @@ class _Run:
         last = next((call for call in reversed(self.calls) if call is not None), None)
         if last is not None and len(self.numbers) > 1 and isinstance(last.layer, SparseLayer):
             self.output = self.numbers.get(id(last.layer.weight))
-        for before, call, after in zip([None, *self.calls], self.calls, [*self.calls[1:], None], strict=False):
-            if call is not None and isinstance(call.layer, SparseLayer) and id(call.layer.weight) in self.numbers:
+        for before, call, after in zip(
+            [None, *self.calls], self.calls, [*self.calls[1:], None], strict=False
+        ):
+            if (
+                call is not None
+                and isinstance(call.layer, SparseLayer)
+                and id(call.layer.weight) in self.numbers
+            ):
                 if call is self.calls[0]:
                     self.first.add(self.numbers[id(call.layer.weight)])
                 self._keep(call.layer, *self._sides(before, call, after, call is last))
         self.calls = []
 
-    def _sides(self, before: _Call | None, call: _Call, after: _Call | None, last: bool) -> tuple[Tensor, Tensor]:
+    def _sides(
+        self, before: _Call | None, call: _Call, after: _Call | None, last: bool
+    ) -> tuple[Tensor, Tensor]:
         x, y = call.x, call.y
         if self.which == "pre":
             return (before.y if before is not None and before.y.shape == x.shape else x), y
         if last and len(self.numbers) > 1:
-            channel = 1 if isinstance(call.layer, _SparseConv) and y.dim() > call.layer._rank + 1 else -1
+            channel = (
+                1 if isinstance(call.layer, _SparseConv) and y.dim() > call.layer._rank + 1 else -1
+            )
             return x, y.sigmoid() if y.shape[channel] == 1 else y.softmax(channel)
         return x, after.x if after is not None and after.x.shape == y.shape else F.relu(y)
 
@@ -261,16 +304,22 @@ class _Run:
         self._add(self.numbers[id(layer.weight)], x, y, geometry)
 
     def _add(self, number: int, x: Tensor, y: Tensor, geometry: Any = None) -> None:
-        lists = self.kept.setdefault((number, geometry, tuple(x.shape[1:]), tuple(y.shape[1:])), ([], []))
+        lists = self.kept.setdefault(
+            (number, geometry, tuple(x.shape[1:]), tuple(y.shape[1:])), ([], [])
+        )
         lists[0].append(x)
         lists[1].append(y)
 
     def _inside(self, result: Any) -> None:
-        """Inner weights tell their inputs to ``capture`` in a backward pass, whatever the gradient is."""
+        """Inner weights tell their inputs to ``capture`` in a backward pass, whatever the gradient
+        is.
+        """
         reached = [t for t in tensors_in(result) if t.requires_grad]
         values = [weight.values for weight in self.inner]
         if reached:
-            torch.autograd.grad(reached, values, [torch.ones_like(t) for t in reached], allow_unused=True)
+            torch.autograd.grad(
+                reached, values, [torch.ones_like(t) for t in reached], allow_unused=True
+            )
         for weight in self.inner:
             index = weight.index
             for pair in weight.capture if isinstance(weight.capture, list) else ():
@@ -285,7 +334,9 @@ class _Run:
         joined: dict[tuple[int, ...], Tensor] = {}
 
         def join(parts: list[Tensor]) -> Tensor:
-            return joined.setdefault(tuple(map(id, parts)), torch.cat(parts) if len(parts) > 1 else parts[0])
+            return joined.setdefault(
+                tuple(map(id, parts)), torch.cat(parts) if len(parts) > 1 else parts[0]
+            )
 
         found: dict[int, list[Pair]] = {}
         for (number, geometry, _, _), (xs, ys) in self.kept.items():

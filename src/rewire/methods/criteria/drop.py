@@ -1,7 +1,7 @@
 """Which connections to drop: small pure criteria, plugged into a `rewire.methods.Rewirer`.
 
-A criterion is a callable ``(pool, fraction) -> slots``: int64, distinct, active. It reads the pool in (row, col) order,
-so ties never depend on a slot's history.
+A criterion is a callable ``(pool, fraction) -> slots``: int64, distinct, active. It reads the pool
+in (row, col) order, so ties never depend on a slot's history.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Drop(Protocol):
 
 
 def smallest(slots: Tensor, score: Tensor, count: int) -> Tensor:
-    """The ``count`` slots of lowest score, in the order of ``slots``; among equals the first. O(slots) time."""
+    """The ``count`` slots of lowest score, in the order of ``slots``; among equals the first.
+    O(slots) time.
+    """
     return slots[extremes(score, min(max(count, 0), slots.numel()), largest=False)]
 
 
@@ -41,24 +43,35 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class MagnitudeBySign:
-    """SET's rule: ``floor(fraction * n)`` of the n smallest positive and of the n largest negative weights.
+    """SET's rule: ``floor(fraction * n)`` of the n smallest positive and of the n largest negative
+    weights.
 
-    source: if given, each weight counts times the similarity of the activations at its ends (CosineSET's removal).
+    source: if given, each weight counts times the similarity of the activations at its ends
+        (CosineSET's removal).
 
-    What is exactly 0 counts as the smallest of the positive ones. (The authors' codes drop all such, whatever the
-    fraction: connections that no gradient has moved yet and, with similarities, those of silent units.)
+    What is exactly 0 counts as the smallest of the positive ones. (The authors' codes drop all
+    such, whatever the fraction: connections that no gradient has moved yet and, with similarities,
+    those of silent units.)
     """
 
     source: Similarity | None = None
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
         similarity = self.source.active(pool) if self.source is not None else None
-        return weakest(pool.weight.values.detach(), pool.weight.listed(), fraction, by_sign=True, factors=similarity)
+        return weakest(
+            pool.weight.values.detach(),
+            pool.weight.listed(),
+            fraction,
+            by_sign=True,
+            factors=similarity,
+        )
 
 
 @dataclass(frozen=True)
 class MagnitudeAndGradient:
-    """The ``floor(fraction * K)`` connections of smallest ``|w| + weight |g|`` (MEST), g as the last step used it."""
+    """The ``floor(fraction * K)`` connections of smallest ``|w| + weight |g|`` (MEST), g as the
+    last step used it.
+    """
 
     weight: float = 1.0
 
@@ -73,7 +86,8 @@ class MagnitudeAndGradient:
         values, slots, gradient = pool.weight.values.detach(), pool.weight.active(), pool.gradient
         if gradient is None:
             raise RuntimeError(
-                f"{pool.name} took no part in a step since the last update, so the gradient that its connections are "
+                f"{pool.name} took no part in a step since the last update, so the gradient that "
+                "its connections are "
                 "scored by is not known"
             )
         score = values[slots].abs() + self.weight * gradient[slots].abs()

@@ -2,16 +2,18 @@
 
 Two ways, chosen by ``candidates``:
 
-- exact: the layer keeps its calls of the step (`rewire.ops.Pair`), and tiles of the dense gradient are computed of
-  them, with a running top-k: O(M samples) time, never O(M) memory. Not in compiled graphs, which cannot be captured.
-- sampled: so many uniformly random dormant positions take part in the step as connections of value 0
-  (`rewire.nn.Candidates`), and autograd gives their gradients: guided stochastic exploration (Heddes et al. 2024), O(K)
-  time and memory, also under `torch.compile`.
+- exact: the layer keeps its calls of the step (`rewire.ops.Pair`), and tiles of the dense gradient
+  are computed of them, with a running top-k: O(M samples) time, never O(M) memory. Not in compiled
+  graphs, which cannot be captured.
+- sampled: so many uniformly random dormant positions take part in the step as connections of value
+  0 (`rewire.nn.Candidates`), and autograd gives their gradients: guided stochastic exploration
+  (Heddes et al. 2024), O(K) time and memory, also under `torch.compile`.
 
-Both are of the backward passes whose results are in ``.grad`` when the optimizer steps (`rewire.methods.core.recording`):
-summed over micro-batches and the ranks of DDP, without what was thrown away by ``zero_grad``, of second order too
-under ``create_graph=True``. They are as backward gave them; where their scale matters (`Record.scale`), one factor
-brings them to that of the optimizer's gradients: averaged by DDP, unscaled by a GradScaler, clipped by norm.
+Both are of the backward passes whose results are in ``.grad`` when the optimizer steps
+(`rewire.methods.core.recording`): summed over micro-batches and the ranks of DDP, without what was
+thrown away by ``zero_grad``, of second order too under ``create_graph=True``. They are as backward
+gave them; where their scale matters (`Record.scale`), one factor brings them to that of the
+optimizer's gradients: averaged by DDP, unscaled by a GradScaler, clipped by norm.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ RANKED = 4
 
 #: "auto" is exact for weights of up to so many positions, whatever their density ...
 SMALL = 1 << 20
-#: ... and for those of up to so many positions per connection: one dense product then costs about as much as ten steps
-#: of a sparse layer, which is little once in a hundred.
+#: ... and for those of up to so many positions per connection: one dense product then costs about
+#: as much as ten steps of a sparse layer, which is little once in a hundred.
 POSITIONS_PER_CONNECTION = 128
 
 
@@ -59,7 +61,8 @@ def checked_candidates(candidates: CandidateCount) -> CandidateCount:
     if candidates is None or candidates == "auto" or (whole and int(candidates) >= 1):
         return candidates
     raise ValueError(
-        "candidates must be None (exact), 'auto' or a number of dormant positions to look at, at least 1, "
+        "candidates must be None (exact), 'auto' or a number of dormant positions to look at, at "
+        "least 1, "
         f"not {candidates!r}"
     )
 
@@ -67,8 +70,8 @@ def checked_candidates(candidates: CandidateCount) -> CandidateCount:
 def sampled(pool: Pool, candidates: CandidateCount) -> int | None:
     """How many candidates to draw; None for exact gradients of all positions.
 
-    "auto" is exact where the weight has at most 2**20 positions or 128 for each connection, and no compiled graph has
-    used it; else as many candidates as there are connections.
+    "auto" is exact where the weight has at most 2**20 positions or 128 for each connection, and no
+    compiled graph has used it; else as many candidates as there are connections.
     """
     weight = pool.weight
     if candidates is None:
@@ -82,7 +85,8 @@ def sampled(pool: Pool, candidates: CandidateCount) -> int | None:
 
 
 def request(pool: Pool, candidates: CandidateCount, seed: int, step: int) -> None:
-    """Prepare the pool for `best` after the next step; what an earlier request collected is discarded.
+    """Prepare the pool for `best` after the next step; what an earlier request collected is
+    discarded.
 
     Candidates are drawn by (seed, step), so that a resumed run asks for the same.
     """
@@ -108,14 +112,18 @@ def status(pool: Pool) -> Status:
 
 
 def waits(pool: Pool) -> bool:
-    """Whether the pool must do without gradients now: it took no part in the step, or has been compiled since the
-    request was made (a compiled graph cannot be captured; with "auto" the next request will be for candidates)."""
+    """Whether the pool must do without gradients now: it took no part in the step, or has been
+    compiled since the request was made (a compiled graph cannot be captured; with "auto" the next
+    request will be for candidates).
+    """
     found = status(pool)
     return found is Status.NOTHING or (found is Status.UNKNOWN and pool.weight.traced)
 
 
 def probed(pool: Pool) -> tuple[Tensor, Tensor]:
-    """Of the step: the gradients of the weight's slots, (capacity,), and of the candidates, (n,), over all ranks."""
+    """Of the step: the gradients of the weight's slots, (capacity,), and of the candidates, (n,),
+    over all ranks.
+    """
     weight, candidates = pool.weight, pool.weight.candidates
     assert candidates is not None
     own = recorded(pool).probed
@@ -125,10 +133,12 @@ def probed(pool: Pool) -> tuple[Tensor, Tensor]:
 
 
 def best(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """``count`` positions of the largest gradient magnitudes that are dormant once the slots ``dropped`` are gone.
+    """``count`` positions of the largest gradient magnitudes that are dormant once the slots
+    ``dropped`` are gone.
 
-    Among all positions, or among the candidates and what is dropped (uniformly random ones are added where these are
-    too few). int64, in (row, col) order; ties go to the lowest position. RuntimeError if nothing was requested.
+    Among all positions, or among the candidates and what is dropped (uniformly random ones are
+    added where these are too few). int64, in (row, col) order; ties go to the lowest position.
+    RuntimeError if nothing was requested.
     """
     weight = pool.weight
     if weight.candidates is None:
@@ -158,27 +168,42 @@ def best_candidates(
     )
     keys, order = torch.sort(keys)
     if weight.limits is not None:
-        best = torch.sort(torch.nan_to_num(scores[order].abs(), nan=0.0), descending=True, stable=True).indices
-        return fitting(pool, dropped, (keys[best] // n_cols, keys[best] % n_cols), count, seed, step)
+        best = torch.sort(
+            torch.nan_to_num(scores[order].abs(), nan=0.0), descending=True, stable=True
+        ).indices
+        return fitting(
+            pool, dropped, (keys[best] // n_cols, keys[best] % n_cols), count, seed, step
+        )
     chosen = strongest(keys, scores[order].abs(), count)
     return fill(pool, dropped, chosen, count, seed, step)
 
 
 def strongest(keys: Tensor, scores: Tensor, count: int) -> Tensor:
-    """The ``count`` keys (or all there are) with the largest scores; ``keys`` ascend, and so does the result."""
+    """The ``count`` keys (or all there are) with the largest scores; ``keys`` ascend, and so does
+    the result.
+    """
     collector = Best(count)
     collector.add(keys, torch.nan_to_num(scores, nan=0.0))
     return collector.result()[0].to(keys.device)
 
 
-def fill(pool: Pool, dropped: Tensor, keys: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """The positions of ``keys`` and, up to ``count``, uniformly random others; rows and cols in (row, col) order."""
+def fill(
+    pool: Pool, dropped: Tensor, keys: Tensor, count: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """The positions of ``keys`` and, up to ``count``, uniformly random others; rows and cols in
+    (row, col) order.
+    """
     n_cols = pool.weight.matrix_shape[1]
     if keys.numel() < count:
-        rows, cols = random_dormant(pool, dropped, count, seed, step)  # at most keys.numel() of them are known already
+        # at most keys.numel() of them are known already
+        rows, cols = random_dormant(pool, dropped, count, seed, step)
         others = rows * n_cols + cols
         others = others[~torch.isin(others, keys)]
         # They come sorted: an even spread over them, not the first rows only.
-        places = torch.arange(count - keys.numel(), device=keys.device) * others.numel() // (count - keys.numel())
+        places = (
+            torch.arange(count - keys.numel(), device=keys.device)
+            * others.numel()
+            // (count - keys.numel())
+        )
         keys = torch.sort(torch.cat([keys, others[places]])).values
     return keys // n_cols, keys % n_cols

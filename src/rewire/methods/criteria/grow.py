@@ -1,7 +1,9 @@
-"""Which connections to grow: small criteria, plugged into a `rewire.methods.Rewirer`, and the sampling they rest on.
+"""Which connections to grow: small criteria, plugged into a `rewire.methods.Rewirer`, and the
+sampling they rest on.
 
-A criterion is a callable ``(pool, dropped slots, count, seed, step) -> (rows, cols)``: int64, distinct, dormant once
-the dropped ones are gone. Just-dropped positions are candidates, so there is always room for as many as were dropped.
+A criterion is a callable ``(pool, dropped slots, count, seed, step) -> (rows, cols)``: int64,
+distinct, dormant once the dropped ones are gone. Just-dropped positions are candidates, so there is
+always room for as many as were dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +23,17 @@ from rewire.methods.criteria.similarity import Similarity
 from rewire.methods.criteria.topk import exponential, top
 from rewire.ops import Draw, uniforms
 
-__all__ = ["Cosine", "Gradient", "Grow", "Random", "Scope", "allot", "fitting", "random_dormant", "random_in_rows"]
+__all__ = [
+    "Cosine",
+    "Gradient",
+    "Grow",
+    "Random",
+    "Scope",
+    "allot",
+    "fitting",
+    "random_dormant",
+    "random_in_rows",
+]
 
 #: Over what the budget is kept.
 Scope: TypeAlias = Literal["layer", "network", "neuron"]
@@ -29,7 +41,8 @@ Scope: TypeAlias = Literal["layer", "network", "neuron"]
 
 #: Positions of a weight up to which all of them are scored.
 EXACT_POSITIONS = 1 << 28
-#: What similarity 0 counts as in a draw: less than any other, but drawn at random when nothing else is left.
+#: What similarity 0 counts as in a draw: less than any other, but drawn at random when nothing else
+#: is left.
 _LEAST = 1e-30
 #: Positions ranked per connection to grow where limits may refuse some.
 _RANKED = 4
@@ -38,19 +51,25 @@ _RANKED = 4
 class Grow(Protocol):
     """Chooses the connections that one pool grows."""
 
-    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         """``count`` positions (rows, cols) to grow while the slots ``dropped`` go."""
         ...
 
 
 @dataclass(frozen=True)
 class Random:
-    """Uniformly random dormant connections of the pool (SET, DEEP R); under limits, of those that fit."""
+    """Uniformly random dormant connections of the pool (SET, DEEP R); under limits, of those that
+    fit.
+    """
 
     #: Kinds of limits (`rewire.budget.Limits`) that the criterion keeps.
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
-    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         return random_dormant(pool, dropped, count, seed, step)
 
 
@@ -58,19 +77,23 @@ class Random:
 class Cosine:
     """Dormant connections by the absolute cosine similarity of the activations at their ends.
 
-    Where a pool has no similarities, uniformly random ones. Under limits (`rewire.budget.Limits`) the first that fit of
-    4 times as many, best first; should they not suffice, random ones that fit.
+    Where a pool has no similarities, uniformly random ones. Under limits (`rewire.budget.Limits`)
+    the first that fit of 4 times as many, best first; should they not suffice, random ones that
+    fit.
 
     Args:
         source: the similarities, see `rewire.methods.criteria.similarity.Similarity`.
-        draw: "top", the most similar ones (among equals the first in (row, col) order), or "proportional": drawn one
-            after the other without replacement with P proportional to similarity, those of similarity 0 last. For
-            this each position gets the key ``similarity / e`` with a standard exponential number e of its own, and the
-            largest keys win: the same law (Efraimidis & Spirakis 2006) in one pass.
-        candidates: look at so many uniformly random dormant positions per connection to grow instead of at all of them;
-            None for all, or for 4 where the weight has more than 2**28 positions.
+        draw: "top", the most similar ones (among equals the first in (row, col) order), or
+            "proportional": drawn one after the other without replacement with P proportional to
+            similarity, those of similarity 0 last. For this each position gets the key ``similarity
+            / e`` with a standard exponential number e of its own, and the largest keys win: the
+            same law (Efraimidis & Spirakis 2006) in one pass.
+        candidates: look at so many uniformly random dormant positions per connection to grow
+            instead of at all of them; None for all, or for 4 where the weight has more than 2**28
+            positions.
 
-    Cost: O(samples M) time, O(tile + count) memory; with candidates O(samples count candidates), O(rows + cols + count
+    Cost: O(samples M) time, O(tile + count) memory; with candidates O(samples count candidates),
+    O(rows + cols + count
     candidates).
     """
 
@@ -80,10 +103,16 @@ class Cosine:
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __post_init__(self) -> None:
-        if self.candidates is not None and (not isinstance(self.candidates, int) or self.candidates < 1):
-            raise ValueError(f"candidates must be a number of at least 1, or None, not {self.candidates!r}")
+        if self.candidates is not None and (
+            not isinstance(self.candidates, int) or self.candidates < 1
+        ):
+            raise ValueError(
+                f"candidates must be a number of at least 1, or None, not {self.candidates!r}"
+            )
 
-    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         cosine, weight = self.source.of(pool), pool.weight
         if cosine is None:
             return random_dormant(pool, dropped, count, seed, step)
@@ -91,7 +120,11 @@ class Cosine:
         cols, room = weight.matrix_shape[1], weight.size - weight.connections + dropped.numel()
         # Of those ranked best not all may fit.
         many = count if weight.limits is None else _RANKED * count
-        draw = Draw(seed, step, pool.stream(Purpose.TIES), _LEAST) if self.draw == "proportional" else None
+        draw = (
+            Draw(seed, step, pool.stream(Purpose.TIES), _LEAST)
+            if self.draw == "proportional"
+            else None
+        )
 
         def at(rows: Tensor, columns: Tensor) -> Tensor:
             index = topology.build_index(rows, columns, *weight.matrix_shape)
@@ -104,7 +137,9 @@ class Cosine:
         else:
             # Of a stream of their own under limits, where random ones may have to follow.
             purpose = Purpose.GROW if weight.limits is None else Purpose.REDRAW
-            rows, columns = uniform(pool, dropped, min(max(each * count, many), room), seed, step, purpose)
+            rows, columns = uniform(
+                pool, dropped, min(max(each * count, many), room), seed, step, purpose
+            )
             scores = at(rows, columns)
             if draw is not None:
                 scores = torch.nan_to_num(scores, nan=0.0).clamp_(min=_LEAST)
@@ -113,7 +148,9 @@ class Cosine:
             return rows, columns
         best = torch.sort(scores, descending=True, stable=True).indices[:many]
         ranked = rows[best], columns[best]
-        return ranked if weight.limits is None else fitting(pool, dropped, ranked, count, seed, step)
+        return (
+            ranked if weight.limits is None else fitting(pool, dropped, ranked, count, seed, step)
+        )
 
 
 @dataclass(frozen=True)
@@ -121,10 +158,12 @@ class Gradient:
     """Grow the dormant connections with the largest gradient magnitudes (RigL).
 
     Args:
-        candidates: None: of all positions, exactly. A number: of so many uniformly random ones, and of what is dropped.
-            "auto": exact where it is affordable, see `rewire.methods.criteria.gradients.sampled`.
+        candidates: None: of all positions, exactly. A number: of so many uniformly random ones, and
+            of what is dropped. "auto": exact where it is affordable, see
+            `rewire.methods.criteria.gradients.sampled`.
 
-    Under limits (`rewire.budget.Limits`) the first that fit of the largest few times as many, then random ones.
+    Under limits (`rewire.budget.Limits`) the first that fit of the largest few times as many, then
+    random ones.
     """
 
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
@@ -139,12 +178,18 @@ class Gradient:
         """Ask for the gradients of step ``step``, the next one."""
         gradients.request(pool, self.candidates, seed, step)
 
-    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         return gradients.best(pool, dropped, count, seed, step)
 
 
-def random_in_rows(pool: Pool, dropped: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One new connection in the row of each dropped one: (slots, rows, cols), slots reordered by row."""
+def random_in_rows(
+    pool: Pool, dropped: Tensor, seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One new connection in the row of each dropped one: (slots, rows, cols), slots reordered by
+    row.
+    """
     weight = pool.weight
     rows, order = torch.sort(weight.rows[dropped].long(), stable=True)
     slots = dropped[order]
@@ -161,16 +206,25 @@ def random_in_rows(pool: Pool, dropped: Tensor, seed: int, step: int) -> tuple[T
 
 
 def allot(
-    pools: Sequence[Pool], dropped: Sequence[Tensor], shares: Sequence[float] | None, seed: int, step: int
+    pools: Sequence[Pool],
+    dropped: Sequence[Tensor],
+    shares: Sequence[float] | None,
+    seed: int,
+    step: int,
 ) -> list[int]:
-    """How many of the connections dropped all over the network each pool grows; sums to the number dropped.
+    """How many of the connections dropped all over the network each pool grows; sums to the number
+    dropped.
 
-    ``shares`` None: as a uniform draw over all dormant connections of the network would have it (exactly: a uniformly
-    random subset of their union). Otherwise multinomial with probabilities proportional to ``shares``, as in
-    DEEP R's code; what a pool has no room for is drawn again among the others.
+    ``shares`` None: as a uniform draw over all dormant connections of the network would have it
+    (exactly: a uniformly random subset of their union). Otherwise multinomial with probabilities
+    proportional to ``shares``, as in DEEP R's code; what a pool has no room for is drawn again
+    among the others.
     """
     total = sum(d.numel() for d in dropped)
-    room = [p.weight.size - p.weight.connections + d.numel() for p, d in zip(pools, dropped, strict=True)]
+    room = [
+        p.weight.size - p.weight.connections + d.numel()
+        for p, d in zip(pools, dropped, strict=True)
+    ]
     stream = pools[0].stream(Purpose.ALLOT)
     if shares is None:
         ranks = random.distinct(total, sum(room), seed, step, stream)
@@ -180,10 +234,12 @@ def allot(
     counts, drawn, used = [0] * len(pools), 0, 0
     while drawn < total:
         open_share = torch.tensor(
-            [s if c < r else 0.0 for s, c, r in zip(shares, counts, room, strict=True)], dtype=torch.float64
+            [s if c < r else 0.0 for s, c, r in zip(shares, counts, room, strict=True)],
+            dtype=torch.float64,
         )
         edges = (open_share / open_share.sum()).cumsum(0)
-        # Counters run on over the rounds, so that a round never repeats the numbers of the one before.
+        # Counters run on over the rounds, so that a round never repeats the numbers of the one
+        # before.
         t = torch.arange(used, used + total - drawn, dtype=torch.int64)
         used += t.numel()
         uniform = random.bits(seed, step, stream, t).double() * 2.0**-63

@@ -14,18 +14,24 @@ __all__ = ["fitting", "random_dormant", "uniform"]
 def uniform(
     pool: Pool, dropped: Tensor, count: int, seed: int, step: int, purpose: int = Purpose.GROW
 ) -> tuple[Tensor, Tensor]:
-    """``count`` connections, uniform over those dormant once ``dropped`` are gone, whatever the limits."""
+    """``count`` connections, uniform over those dormant once ``dropped`` are gone, whatever the
+    limits.
+    """
     weight = pool.weight
     gone = weight.rows[dropped].long(), weight.cols[dropped].long()
-    return topology.sample_dormant(weight.index, *weight.matrix_shape, count, *gone, seed, step, pool.stream(purpose))
+    return topology.sample_dormant(
+        weight.index, *weight.matrix_shape, count, *gone, seed, step, pool.stream(purpose)
+    )
 
 
 def random_dormant(
     pool: Pool, dropped: Tensor, count: int, seed: int, step: int, purpose: int = Purpose.GROW
 ) -> tuple[Tensor, Tensor]:
-    """``count`` connections, uniform over those dormant once ``dropped`` are gone. O(count log) time.
+    """``count`` connections, uniform over those dormant once ``dropped`` are gone. O(count log)
+    time.
 
-    Under limits of the weight each is uniform over those that fit beside the ones before (`rewire.topology.limits.grow`), O(K).
+    Under limits of the weight each is uniform over those that fit beside the ones before
+    (`rewire.topology.limits.grow`), O(K).
     """
     if pool.weight.limits is not None:
         return fitting(pool, dropped, None, count, seed, step)
@@ -33,10 +39,16 @@ def random_dormant(
 
 
 def fitting(
-    pool: Pool, dropped: Tensor, ranked: tuple[Tensor, Tensor] | None, count: int, seed: int, step: int
+    pool: Pool,
+    dropped: Tensor,
+    ranked: tuple[Tensor, Tensor] | None,
+    count: int,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
-    """``count`` connections within the limits of a weight that has some: the first of ``ranked`` that fit, then random
-    ones. ``ranked`` has dormant or dropped positions, best first, more than ``count`` if they are to suffice. O(K).
+    """``count`` connections within the limits of a weight that has some: the first of ``ranked``
+    that fit, then random ones. ``ranked`` has dormant or dropped positions, best first, more than
+    ``count`` if they are to suffice. O(K).
     """
     weight = pool.weight
     assert weight.limits is not None

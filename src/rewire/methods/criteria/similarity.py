@@ -1,4 +1,6 @@
-"""Cosine similarity of the activations at the two ends of a connection, for connections there are and could be."""
+"""Cosine similarity of the activations at the two ends of a connection, for connections there are
+and could be.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,13 @@ __all__ = ["Cosine", "Similarity"]
 
 
 class Cosine:
-    """Absolute cosines of one weight: ``abs(sum of x[c] y[r]) / (norm of x[c] norm of y[r])``, not mean-centred.
+    """Absolute cosines of one weight: ``abs(sum of x[c] y[r]) / (norm of x[c] norm of y[r])``, not
+    mean-centred.
 
-    pairs: (source, target) of the calls of its layer; sums run over all of them, and over the ranks that share
-        ``weight``, each of which may have data of its own. The cosine with a column or row of zeros is 0, as in
-        scikit-learn. Of a convolution, x[c] is the column of the unfolded input.
+    pairs: (source, target) of the calls of its layer; sums run over all of them, and over the ranks
+        that share ``weight``, each of which may have data of its own. The cosine with a column or
+        row of zeros is 0, as in scikit-learn. Of a convolution, x[c] is the column of the unfolded
+        input.
 
     Cost: O(samples) per cosine, O(samples x features) memory once.
     """
@@ -38,7 +42,9 @@ class Cosine:
     @staticmethod
     def _scaled(pair: Pair, by_row: Tensor, by_col: Tensor) -> Pair:
         x = pair.x.to(by_row.dtype) * by_col[0] if pair.geometry is None else pair.x
-        return Pair(x, pair.g.to(by_row.dtype) * by_row.view(-1, *(1,) * (pair.g.dim() - 2)), pair.geometry)
+        return Pair(
+            x, pair.g.to(by_row.dtype) * by_row.view(-1, *(1,) * (pair.g.dim() - 2)), pair.geometry
+        )
 
     def block(self, start: int, stop: int) -> Tensor:
         """Of all columns of the rows from start to stop: (stop - start, cols)."""
@@ -52,7 +58,8 @@ class Cosine:
         return out
 
     def at(self, index: Index, capacity: int, rows: Tensor, cols: Tensor) -> Tensor:
-        """Of the positions that ``index`` lists: (capacity,), by slot; ``rows``, ``cols`` are the slots' positions.
+        """Of the positions that ``index`` lists: (capacity,), by slot; ``rows``, ``cols`` are the
+        slots' positions.
 
         0 in empty slots.
         """
@@ -79,12 +86,15 @@ def _inverse(squares: Tensor) -> Tensor:
 class Similarity:
     """The similarities that criteria ask for during one update, all of the model as it was before.
 
-    Give one object to both criteria of a `rewire.methods.Rewirer` (``drop.MagnitudeBySign(similarity)``,
-    ``grow.Cosine(similarity)``), which has it record at the start of an update and forget at its end.
+    Give one object to both criteria of a `rewire.methods.Rewirer`
+    (``drop.MagnitudeBySign(similarity)``, ``grow.Cosine(similarity)``), which has it record at the
+    start of an update and forget at its end.
 
     Args:
-        model, data, samples, mode, activations, centred: see `rewire.methods.criteria.activations.Recorder`.
-        output_layer: whether the output layer has similarities too; if not, criteria do as SET does there.
+        model, data, samples, mode, activations, centred: see
+            `rewire.methods.criteria.activations.Recorder`.
+        output_layer: whether the output layer has similarities too; if not, criteria do as SET does
+            there.
     """
 
     def __init__(
@@ -98,7 +108,9 @@ class Similarity:
         output_layer: bool = False,
         centred: bool = False,
     ) -> None:
-        self.recorder = Recorder(model, data, samples=samples, mode=mode, activations=activations, centred=centred)
+        self.recorder = Recorder(
+            model, data, samples=samples, mode=mode, activations=activations, centred=centred
+        )
         self.output_layer = output_layer
         self._cosines: dict[int, Cosine] = {}
 
@@ -115,7 +127,9 @@ class Similarity:
         self._cosines = {}
 
     def of(self, pool: Pool) -> Cosine | None:
-        """The cosines of a pool; None if it has none: an excluded output layer, or a layer that did not run."""
+        """The cosines of a pool; None if it has none: an excluded output layer, or a layer that did
+        not run.
+        """
         return self._cosines.get(pool.number)
 
     def active(self, pool: Pool) -> Tensor | None:

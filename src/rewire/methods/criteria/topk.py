@@ -1,4 +1,6 @@
-"""The best of all dormant connections, found in tiles of rows with a running top-k: never rows x cols."""
+"""The best of all dormant connections, found in tiles of rows with a running top-k: never rows x
+cols.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,19 @@ FIRST = 4
 #: Positions that tell beforehand about where the bar will be.
 SAMPLE = 1 << 15
 
-#: ``(start, stop) -> (stop - start, cols)``: scores of the matrix rows from start to stop; higher is better.
+#: ``(start, stop) -> (stop - start, cols)``: scores of the matrix rows from start to stop; higher
+#: is better.
 ScoreBlock = Callable[[int, int], Tensor]
 #: ``(rows, cols) -> (n,)``: scores of distinct positions (int64, (n,) each).
 ScoreAt = Callable[[Tensor, Tensor], Tensor]
 
 
 class Best:
-    """The ``count`` largest of a stream of scores whose keys ascend; among equals those that came first.
+    """The ``count`` largest of a stream of scores whose keys ascend; among equals those that came
+    first.
 
-    O(count + the longest piece) memory. A piece costs one comparison per score, and cutting costs O(count) for
-    each ``count`` scores that made it, so the order of the stream matters little.
+    O(count + the longest piece) memory. A piece costs one comparison per score, and cutting costs
+    O(count) for each ``count`` scores that made it, so the order of the stream matters little.
 
     Attributes:
         bar: only scores above it can still make it (at first as given: those below are left out).
@@ -67,12 +71,15 @@ class Best:
             keep = ops.extremes(scores, self.count, largest=True)
             keys, scores = keys[keep], scores[keep]
         if keys.numel() == self.count:
-            # Later scores have higher keys, so they must be above the lowest; at it they come too late.
+            # Later scores have higher keys, so they must be above the lowest; at it they come too
+            # late.
             self.bar = float(scores.min())
         self._keys, self._scores, self._held = [keys], [scores], keys.numel()
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Keys (int64, ascending) and their scores; fewer than ``count`` if there were not as many."""
+        """Keys (int64, ascending) and their scores; fewer than ``count`` if there were not as
+        many.
+        """
         if not self._held:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._cut()
@@ -90,20 +97,23 @@ def top(
     draw: ops.Draw | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` positions with the highest scores among those that are dormant once ``dropped`` are gone.
+    """The ``count`` positions with the highest scores among those that are dormant once ``dropped``
+    are gone.
 
     Args:
         score_block: scores of whole rows, see `ScoreBlock`; NaN counts as the lowest.
         dropped: slots, int64; their positions are candidates like any other.
-        at: scores of single positions, see `ScoreAt`: a sample of them tells beforehand about where the bar will be, so
-            that little has to be sorted out. It changes the result in nothing.
+        at: scores of single positions, see `ScoreAt`: a sample of them tells beforehand about where
+            the bar will be, so that little has to be sorted out. It changes the result in nothing.
         absolute: the magnitude of scores counts.
-        draw: the magnitude (``draw.least`` at least, also of NaN) over `exponential` of the position counts.
+        draw: the magnitude (``draw.least`` at least, also of NaN) over `exponential` of the
+            position counts.
         tile: elements of a tile, at least one row; 2**20 by default.
 
-    Returns rows, cols (int64, in (row, col) order) and what counted. Among equals the lowest position wins, so the
-    result depends neither on slots nor on tiles. Raises ValueError where fewer than ``count`` are dormant.
-    Cost: O(M) time beside ``score_block``'s, O(tile + count + capacity) memory.
+    Returns rows, cols (int64, in (row, col) order) and what counted. Among equals the lowest
+    position wins, so the result depends neither on slots nor on tiles. Raises ValueError where
+    fewer than ``count`` are dormant. Cost: O(M) time beside ``score_block``'s, O(tile + count +
+    capacity) memory.
     """
     weight = pool.weight
     n_rows, n_cols = weight.matrix_shape
@@ -117,7 +127,8 @@ def top(
     def search(bar: float) -> Best:
         """The best of all that are above ``bar``."""
         best = Best(count, bar)
-        # Where there is no bar nothing can be passed over at first, so begin with not much more than is wanted.
+        # Where there is no bar nothing can be passed over at first, so begin with not much more
+        # than is wanted.
         step = most if bar > -math.inf else min(most, max(1, FIRST * count // n_cols))
         start, stop = 0, 0 if count else n_rows
         while stop < n_rows:
@@ -125,9 +136,13 @@ def top(
             step = min(most, 2 * step)
             scores = score_block(start, stop)
             if draw is None:
-                best.extend(*ops.above(scores, start, weight.index, kept, best.bar, absolute=absolute))
+                best.extend(
+                    *ops.above(scores, start, weight.index, kept, best.bar, absolute=absolute)
+                )
             else:
-                keys, found, uniforms = ops.above_drawn(scores, start, weight.index, kept, best.bar, draw)
+                keys, found, uniforms = ops.above_drawn(
+                    scores, start, weight.index, kept, best.bar, draw
+                )
                 best.add(keys, found.div_(exponential(uniforms)))
         return best
 
@@ -141,7 +156,8 @@ def top(
 
 
 def _guess(at: ScoreAt, pool: Pool, share: float, absolute: bool, draw: ops.Draw | None) -> float:
-    """A number that nearly always somewhat more than ``share`` of the dormant positions score above, by a sample.
+    """A number that nearly always somewhat more than ``share`` of the dormant positions score
+    above, by a sample.
 
     -inf where a sample would not help. It is the same on all ranks.
     """
@@ -155,7 +171,9 @@ def _guess(at: ScoreAt, pool: Pool, share: float, absolute: bool, draw: ops.Draw
     each = dormant // SAMPLE
     offsets = torch.randint(0, each, (SAMPLE,), generator=torch.Generator().manual_seed(0))
     ranks = (torch.arange(SAMPLE) * each + offsets).to(weight.device)
-    rows, cols = topology.candidates(weight.index, *weight.matrix_shape, ranks, ranks[:0], ranks[:0])
+    rows, cols = topology.candidates(
+        weight.index, *weight.matrix_shape, ranks, ranks[:0], ranks[:0]
+    )
     scores = at(rows, cols)
     if draw is not None:
         scores = torch.nan_to_num(scores.abs(), nan=0.0).clamp_(min=draw.least)
@@ -164,17 +182,23 @@ def _guess(at: ScoreAt, pool: Pool, share: float, absolute: bool, draw: ops.Draw
         scores = scores.abs()
     bar = scores[ops.extremes(scores, hits, largest=True)].min()
     # Whatever equals it is still above what is returned.
-    return float(torch.nextafter(bar, torch.full_like(bar, -torch.inf))) if bool(bar.isfinite()) else -math.inf
+    return (
+        float(torch.nextafter(bar, torch.full_like(bar, -torch.inf)))
+        if bool(bar.isfinite())
+        else -math.inf
+    )
 
 
 def exponential(uniforms: Tensor) -> Tensor:
-    """Standard exponential numbers from uniform ones in (0, 1]: float32. Small ones decide, and keep all their bits."""
+    """Standard exponential numbers from uniform ones in (0, 1]: float32. Small ones decide, and
+    keep all their bits.
+    """
     return -torch.log1p(-uniforms)
 
 
 class Gradients:
-    """The gradients of a pool's positions, dormant ones included: summed over all recorded calls of the step, and over
-    ranks where the pool is shared. Raises RuntimeError where they are not known.
+    """The gradients of a pool's positions, dormant ones included: summed over all recorded calls of
+    the step, and over ranks where the pool is shared. Raises RuntimeError where they are not known.
 
     They are as backward gave them; `Record.scale` brings them to the optimizer's scale.
     """
@@ -185,7 +209,9 @@ class Gradients:
     def block(self, start: int, stop: int) -> Tensor:
         """Of whole rows: (stop - start, cols)."""
         return self._total(
-            [pair.block(start, stop) for pair in self._pairs], stop - start, self._weight.matrix_shape[1]
+            [pair.block(start, stop) for pair in self._pairs],
+            stop - start,
+            self._weight.matrix_shape[1],
         )
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -196,7 +222,9 @@ class Gradients:
     def _total(self, parts: Sequence[Tensor], *shape: int) -> Tensor:
         if not parts:  # the layer did not run, here or at all
             kind = torch.promote_types(self._weight.dtype, torch.float32)
-            return sum_over_ranks(self._weight, torch.zeros(shape, dtype=kind, device=self._weight.device))
+            return sum_over_ranks(
+                self._weight, torch.zeros(shape, dtype=kind, device=self._weight.device)
+            )
         total = parts[0]
         for part in parts[1:]:
             total += part
@@ -209,18 +237,24 @@ def gradient_block(pool: Pool) -> ScoreBlock:
 
 
 def recorded(pool: Pool) -> Record:
-    """What was recorded of the pool's step. Raises RuntimeError where that is not all of its gradient."""
+    """What was recorded of the pool's step. Raises RuntimeError where that is not all of its
+    gradient.
+    """
     record = pool.recorder.record if pool.recorder is not None else None
     status = Status.UNKNOWN if record is None else record.agree()
     if record is None or status is Status.UNKNOWN:
         raise RuntimeError(
-            f"the gradients of {pool.name}, which the method needs, were not captured: a compiled layer cannot be "
-            "captured, so give the method candidates=... (a number) there, which works in compiled models; gradients "
-            "put into .grad by hand, or computed before the method was made, are not known at dormant positions"
+            f"the gradients of {pool.name}, which the method needs, were not captured: a compiled "
+            "layer cannot be "
+            "captured, so give the method candidates=... (a number) there, which works in "
+            "compiled models; gradients "
+            "put into .grad by hand, or computed before the method was made, are not known at "
+            "dormant positions"
         )
     if status is Status.PARTIAL:
         raise RuntimeError(
-            f"the gradients of {pool.name} that the optimizer used are not all of backward passes since the method's "
+            f"the gradients of {pool.name} that the optimizer used are not all of backward passes "
+            "since the method's "
             "last step: call zero_grad() after each optimizer step"
         )
     return record

@@ -28,7 +28,8 @@ __all__ = ["DeepR"]
 @register(
     name="deep-r",
     paper="Bellec, Kappel, Maass, Legenstein, ICLR 2018 (arXiv 1711.05136)",
-    summary="a random walk over weights and connections: what crosses zero is replaced at once by a random connection",
+    summary="a random walk over weights and connections: what crosses zero is replaced at once by "
+    "a random connection",
     keeps_budget="every step",
     guarantees=(
         "K exact after every step, per layer, per network or per neuron",
@@ -39,40 +40,48 @@ __all__ = ["DeepR"]
 class DeepR(Method):
     """DEEP R (Algorithm 1 of the paper), after every optimizer step of rate eta.
 
-    A connection has w = s theta with a sign s and theta >= 0; the optimizer has moved w along its gradient already::
+    A connection has w = s theta with a sign s and theta >= 0; the optimizer has moved w along its
+    gradient already::
 
-        theta <- theta - eta l1 + sqrt(2 eta T) nu,   nu ~ N(0, 1)          on every active connection
-        theta < 0: the connection goes dormant, and one drawn uniformly from the dormant ones (that one included)
+        theta <- theta - eta l1 + sqrt(2 eta T) nu,   nu ~ N(0, 1)   on active connections
+        theta < 0: it goes dormant, and one drawn uniformly from the dormant ones (it included)
                    becomes active with theta = 0
 
-    L1 and noise are decoupled from the optimizer: not preconditioned, scaled or clipped; they use the rate that
-    the step used. With plain SGD this is the paper's update; with momentum or Adam the state of a new connection starts
-    afresh, as in RigL and SET. Weight decay on sparse values is refused.
+    L1 and noise are decoupled from the optimizer: not preconditioned, scaled or clipped; they use
+    the rate that the step used. With plain SGD this is the paper's update; with momentum or Adam
+    the state of a new connection starts afresh, as in RigL and SET. Weight decay on sparse values
+    is refused.
 
     Args:
-        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in the model's order, or
-            a dict from glob pattern (``"conv*"``) to them.
-        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 / 2. Default 1e-5.
-        temperature: T itself instead, as in the paper; a float or a schedule over steps. Or "tied", T = eta l1^2 / 18
-            as in the paper's experiments: it anneals with the rate, and the noise of a step is a third of its L1.
-        scope: over what the budget is kept: "layer", "network" (connections wander between layers) or "neuron" (every
-            row keeps its fan-in).
-        signs: which sign a grown connection gets: "fixed" (its position's, a hash of seed, row and column, as in the
-            authors' dense code), "redrawn" (a new one each time, as in their sparse code) or "neuron" (Dale's law, as
-            in their spiking networks: all connections that leave a neuron, so a column of the weight or an input
-            channel of a convolution, have one sign, a hash of its number). The connections there are at construction
-            start with the signs of their values, so a trained network keeps its function; but not with "neuron", where
-            the first step gives each value the sign of its neuron.
-        allotment: how scope "network" shares out new connections: "uniform" over all dormant ones of the network, or
-            "authors", by the layers' initial budgets as in their code (which adds a prior on layers).
-        every: optimizer steps between rewirings. The paper's 1 keeps the law; with more, connections that crossed zero
-            wait at 0, without effect, for the next rewiring.
-        moments: what momentum or Adam start from on a grown connection: "auto", "aged" or "cleared", see
-            `rewire.nn.follow_optimizer`, or "dense", what they would be had the optimizer seen the position's gradient
-            all along, as in LSNN's code. That takes O(M) memory and the dense gradient of every step (unscaled and
-            unclipped), for SGD, Adam and AdamW.
+        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in
+            the model's order, or a dict from glob pattern (``"conv*"``) to them.
+        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 /
+            2. Default 1e-5.
+        temperature: T itself instead, as in the paper; a float or a schedule over steps. Or "tied",
+            T = eta l1^2 / 18 as in the paper's experiments: it anneals with the rate, and the noise
+            of a step is a third of its L1.
+        scope: over what the budget is kept: "layer", "network" (connections wander between layers)
+            or "neuron" (every row keeps its fan-in).
+        signs: which sign a grown connection gets: "fixed" (its position's, a hash of seed, row and
+            column, as in the authors' dense code), "redrawn" (a new one each time, as in their
+            sparse code) or "neuron" (Dale's law, as in their spiking networks: all connections that
+            leave a neuron, so a column of the weight or an input channel of a convolution, have one
+            sign, a hash of its number). The connections there are at construction start with the
+            signs of their values, so a trained network keeps its function; but not with "neuron",
+            where the first step gives each value the sign of its neuron.
+        allotment: how scope "network" shares out new connections: "uniform" over all dormant ones
+            of the network, or "authors", by the layers' initial budgets as in their code (which
+            adds a prior on layers).
+        every: optimizer steps between rewirings. The paper's 1 keeps the law; with more,
+            connections that crossed zero wait at 0, without effect, for the next rewiring.
+        moments: what momentum or Adam start from on a grown connection: "auto", "aged" or
+            "cleared", see `rewire.nn.follow_optimizer`, or "dense", what they would be had the
+            optimizer seen the position's gradient all along, as in LSNN's code. That takes O(M)
+            memory and the dense gradient of every step (unscaled and unclipped), for SGD, Adam and
+            AdamW.
 
-    Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot (and see ``moments``).
+    Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot (and
+    see ``moments``).
     Guarantee: exactly K active slots after every step.
     """
 
@@ -80,8 +89,9 @@ class DeepR(Method):
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """A stronger prior where steps have one length, whatever the gradient.
 
-        Adam moves a connection by about the rate in each step while its gradients agree, and by little while they do
-        not. L1 takes off its share of the rate: connections whose gradients agree less than that die.
+        Adam moves a connection by about the rate in each step while its gradients agree, and by
+        little while they do not. L1 takes off its share of the rate: connections whose gradients
+        agree less than that die.
         """
         steps_of_one_length = optimizer in ("adam", "adamw", "rmsprop")
         return {"l1": 0.1} if steps_of_one_length and "l1" not in given else {}
@@ -116,8 +126,11 @@ class DeepR(Method):
         self._dense: list[DenseMoments] = []
         # By pool: learning rate, L1, heat, and what follows from them where they are no schedules.
         self._scales: dict[int, tuple[float, object, Heat, tuple[float, float]]] = {}
-        # Dense moments are those of a connection that was there all along: of the optimizer's own age.
-        super().__init__(model, optimizer, moments="cleared" if moments == "dense" else moments, seed=seed)
+        # Dense moments are those of a connection that was there all along: of the optimizer's own
+        # age.
+        super().__init__(
+            model, optimizer, moments="cleared" if moments == "dense" else moments, seed=seed
+        )
         self.moments = moments
         self.l1 = per_layer("l1", l1, self.pools, 0.0)
         if moments == "dense":
@@ -125,11 +138,13 @@ class DeepR(Method):
             self._request_capture()
         if scope == "network":
             self._refuse_fixed_pools()
-        self._own = False  # whether the event under way is `_regrow`'s, which sees to the signs itself
+        # whether the event under way is `_regrow`'s, which sees to the signs itself
+        self._own = False
         self._shares = [float(pool.weight.connections) for pool in self.pools]
         self._signs = SlotSigns(self.pools)
         self._begun = [signs != "neuron"] * len(self.pools)
-        # By pool: what its random numbers are drawn by, beside seed and step; asked for in every step.
+        # By pool: what its random numbers are drawn by, beside seed and step; asked for in every
+        # step.
         fixed = signs == "fixed"
         self._drawn: list[dict[str, Any]] = [
             {
@@ -150,16 +165,21 @@ class DeepR(Method):
     def _refuse_fixed_pools(self) -> None:
         for pool in self.pools:
             weight = pool.weight
-            if weight.shared_seed is not None and weight.connections == weight.capacity < weight.size:
+            if (
+                weight.shared_seed is not None
+                and weight.connections == weight.capacity < weight.size
+            ):
                 raise ValueError(
-                    f"{pool.name} has no empty slots, and under DDP it cannot get any: scope='network' moves "
+                    f"{pool.name} has no empty slots, and under DDP it cannot get any: "
+                    "scope='network' moves "
                     "connections between layers, so make the layers with a larger capacity="
                 )
 
-    # --- the step ---------------------------------------------------------------------------------------------------
+    # --- the step ---------------------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
-        # Where a pool keeps its own budget, and draws from all that is dormant, one native call does all of it.
+        # Where a pool keeps its own budget, and draws from all that is dormant, one native call
+        # does all of it.
         at_once = self.scope == "layer" and self.signs != "neuron" and self.every == 1
         left = 0
         for pool in pools:
@@ -185,7 +205,12 @@ class DeepR(Method):
         """What L1 takes off in this step, and the standard deviation of the noise."""
         coefficient = self.l1[pool.number]
         known = self._scales.get(pool.number)
-        if known is not None and known[0] == pool.lr and known[1] is coefficient and known[2] is self.heat:
+        if (
+            known is not None
+            and known[0] == pool.lr
+            and known[1] is coefficient
+            and known[2] is self.heat
+        ):
             return known[3]
         l1 = within("l1", at(coefficient, self.steps), 0.0)
         scale = pool.lr * l1, self.heat.std(pool.lr, l1, self.steps)
@@ -241,7 +266,8 @@ class DeepR(Method):
 
     def _rewire(self) -> None:
         self.updates += 1
-        if self.scope == "layer":  # pools that have nothing waiting, or were dealt with by `_walk`, need no more
+        # pools that have nothing waiting, or were dealt with by `_walk`, need no more
+        if self.scope == "layer":
             pools = [pool for pool in self._trained() if self._waiting[pool.number].numel()]
         else:
             pools = self._trained()
@@ -249,7 +275,11 @@ class DeepR(Method):
         for pool, slots in zip(pools, dropped, strict=True):
             self._waiting[pool.number] = slots[:0]
         if self.scope == "network" and pools:
-            shares = [self._shares[pool.number] for pool in pools] if self.allotment == "authors" else None
+            shares = (
+                [self._shares[pool.number] for pool in pools]
+                if self.allotment == "authors"
+                else None
+            )
             counts = allot(pools, dropped, shares, self.seed, self.steps)
         else:
             counts = [d.numel() for d in dropped]
@@ -271,8 +301,11 @@ class DeepR(Method):
             sign = neuron_signs(pool, cols, self.seed)
         else:
             counter = torch.arange(count, device=rows.device)
-            sign = 1 - 2 * (random.bits(self.seed, self.steps, pool.stream(Purpose.REDRAW), counter) & 1)
-        # The sign of a connection at zero is the sign bit of its zero, so that it is saved with the value.
+            sign = 1 - 2 * (
+                random.bits(self.seed, self.steps, pool.stream(Purpose.REDRAW), counter) & 1
+            )
+        # The sign of a connection at zero is the sign bit of its zero, so that it is saved with the
+        # value.
         value = signed(torch.zeros((), device=rows.device), sign).to(pool.weight.dtype)
         self._began(pool, self._exchange(pool, slots, rows, cols, value))
 
@@ -301,7 +334,7 @@ class DeepR(Method):
         if self._dense:
             self._dense[pool.number].give(slots)
 
-    # --- signs ------------------------------------------------------------------------------------------------------
+    # --- signs ------------------------------------------------------------------------------------
 
     def _changed(self, number: int, event: Event) -> None:
         if self._own:
@@ -316,7 +349,8 @@ class DeepR(Method):
             self._waiting[number] = waiting[~torch.isin(waiting, event.slots)]
 
     def _limits_kept(self) -> tuple[str, ...]:
-        # What grows within its row knows no other row, and what wanders between layers may find no room there.
+        # What grows within its row knows no other row, and what wanders between layers may find no
+        # room there.
         return {"layer": self.keeps_limits, "neuron": ("fan-in",), "network": ()}[self.scope]
 
     def _settings(self) -> dict[str, Any]:
@@ -339,7 +373,8 @@ class DeepR(Method):
         waiting = [state["waiting"][p.name].to(p.weight.device, copy=True) for p in self.pools]
         begun = [bool(b) for b in state["begun"]]
         kept = [
-            {k: state["moments"][d.name][k].to(v, copy=True).view_as(v) for k, v in d.kept.items()} for d in self._dense
+            {k: state["moments"][d.name][k].to(v, copy=True).view_as(v) for k, v in d.kept.items()}
+            for d in self._dense
         ]
         self._shares, self._waiting, self._begun = shares, waiting, begun
         for dense, theirs in zip(self._dense, kept, strict=True):

@@ -13,10 +13,12 @@ __all__ = ["Heat"]
 
 @dataclass(frozen=True)
 class Heat:
-    """Temperature T, from ``noise`` (its standard deviation over eta; T = eta noise^2 / 2) or ``temperature`` (T
-    itself, or "tied": T = eta l1^2 / 18, as in the paper's appendix, so that the noise of a step is a third of its L1).
+    """Temperature T, from ``noise`` (its standard deviation over eta; T = eta noise^2 / 2) or
+    ``temperature`` (T itself, or "tied": T = eta l1^2 / 18, as in the paper's appendix, so that the
+    noise of a step is a third of its L1).
 
-    Raises ValueError where both are given or a number (a schedule's first) is not finite or below 0.
+    Raises ValueError where both are given or a number (a schedule's first) is not finite or below
+    0.
     """
 
     noise: float | Schedule | None = None
@@ -28,7 +30,8 @@ class Heat:
         if isinstance(self.temperature, str):
             if self.temperature != "tied":
                 raise ValueError(
-                    f"temperature must be a number of at least 0, a schedule or 'tied', not {self.temperature!r}"
+                    "temperature must be a number of at least 0, a schedule or 'tied', not "
+                    f"{self.temperature!r}"
                 )
         elif self.temperature is not None:
             checked("temperature", self.temperature, 0.0)
@@ -41,7 +44,9 @@ class Heat:
         return not callable(self.noise) and not callable(self.temperature)
 
     def std(self, lr: float, l1: float, step: int) -> float:
-        """Standard deviation sqrt(2 eta T) of the noise of a step of rate ``lr`` with the L1 coefficient ``l1``."""
+        """Standard deviation sqrt(2 eta T) of the noise of a step of rate ``lr`` with the L1
+        coefficient ``l1``.
+        """
         if self.temperature == "tied":
             return lr * l1 / 3
         if self.temperature is None:

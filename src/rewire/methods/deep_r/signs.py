@@ -33,19 +33,24 @@ def neuron_signs(pool: Pool, cols: Tensor, seed: int) -> Tensor:
     A neuron is a column; of a convolution an input channel, whose kernel has many columns.
     """
     neuron = cols.long() // math.prod(pool.weight.shape[2:])
-    return topology.position_signs(torch.zeros_like(neuron), neuron, seed, pool.stream(Purpose.SIGN))
+    return topology.position_signs(
+        torch.zeros_like(neuron), neuron, seed, pool.stream(Purpose.SIGN)
+    )
 
 
 def signed(theta: Tensor, sign: Tensor) -> Tensor:
-    """``sign * theta`` for theta >= 0; a zero gets the sign bit, so that signs are saved with the values."""
+    """``sign * theta`` for theta >= 0; a zero gets the sign bit, so that signs are saved with the
+    values.
+    """
     return torch.copysign(theta, sign.to(theta.dtype))
 
 
 class SlotSigns:
     """The sign of every slot of every pool, int8, through rewirings, moves and loading.
 
-    Between the optimizer's step and the method's a value may lie across zero, so signs cannot be read off the values
-    then; they are read when a slot gets a new connection, and carried when slots move. One byte per slot.
+    Between the optimizer's step and the method's a value may lie across zero, so signs cannot be
+    read off the values then; they are read when a slot gets a new connection, and carried when
+    slots move. One byte per slot.
     """
 
     def __init__(self, pools: Sequence[Pool]) -> None:

@@ -1,4 +1,6 @@
-"""soft-DEEP R: every potential connection performs a random walk, and those above zero are active."""
+"""soft-DEEP R: every potential connection performs a random walk, and those above zero are
+active.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ _GRID = 1 << 24
 @register(
     name="soft-deep-r",
     paper="Bellec, Kappel, Maass, Legenstein, ICLR 2018 (arXiv 1711.05136)",
-    summary="DEEP R without a fixed budget: dormant connections keep a parameter that diffuses until it crosses zero",
+    summary="DEEP R without a fixed budget: dormant connections keep a parameter that diffuses "
+    "until it crosses zero",
     keeps_budget="no",
     memory="O(M)",
     guarantees=(
@@ -39,35 +42,40 @@ _GRID = 1 << 24
 class SoftDeepR(Method):
     """soft-DEEP R (Algorithm 2 of the paper), after every optimizer step of rate eta.
 
-    Every potential connection has a parameter theta and a sign s; it is active, with w = s theta, while theta >= 0::
+    Every potential connection has a parameter theta and a sign s; it is active, with w = s theta,
+    while theta >= 0::
 
         active:   theta <- theta - eta (dE/dtheta + l1) + sqrt(2 eta T) nu          nu ~ N(0, 1)
         dormant:  theta <- theta + sqrt(2 eta T) nu, kept at or above theta_min
 
-    How many are active follows from the loss: there is no budget, and what the pool is made with is only the start.
-    The pool holds the active connections, as ever, and is enlarged when more become active than it has slots; the
-    optimizer has stepped them along the gradient already. The dormant ones' theta lie in an array of M numbers that
-    the method keeps: products are truly sparse, the method's memory is not.
+    How many are active follows from the loss: there is no budget, and what the pool is made with is
+    only the start. The pool holds the active connections, as ever, and is enlarged when more become
+    active than it has slots; the optimizer has stepped them along the gradient already. The dormant
+    ones' theta lie in an array of M numbers that the method keeps: products are truly sparse, the
+    method's memory is not.
 
-    L1 and noise are decoupled from the optimizer and use the rate that its step used. A connection keeps its sign
-    while it lives; one that becomes active has its position's (a hash of seed, row and column). Weight decay on sparse
-    values is refused.
+    L1 and noise are decoupled from the optimizer and use the rate that its step used. A connection
+    keeps its sign while it lives; one that becomes active has its position's (a hash of seed, row
+    and column). Weight decay on sparse values is refused.
 
     Args:
-        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in the model's order, or
-            a dict from glob pattern to them.
-        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 / 2. Default 1e-5.
-        temperature: T itself instead, as in the paper; or "tied", T = eta l1^2 / 18 (the noise is then a third of the
-            L1 step, at every rate). A float or a schedule over steps.
-        p_min: share of the connections that is active where the loss has no gradient, in (0, 1): it sets
-            theta_min = -T (1 - p_min) / (l1 p_min) at every step. One number or one per layer, as for ``l1``.
+        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in
+            the model's order, or a dict from glob pattern to them.
+        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 /
+            2. Default 1e-5.
+        temperature: T itself instead, as in the paper; or "tied", T = eta l1^2 / 18 (the noise is
+            then a third of the L1 step, at every rate). A float or a schedule over steps.
+        p_min: share of the connections that is active where the loss has no gradient, in (0, 1): it
+            sets theta_min = -T (1 - p_min) / (l1 p_min) at every step. One number or one per layer,
+            as for ``l1``.
         theta_min: the lower bound itself instead, below 0. One number or one per layer.
-        boundary: what happens at theta_min: "clip" (the paper) or "reflect" (theta <- 2 theta_min - theta, without
-            which the law holds only up to sqrt(eta)).
-        start: which of the pool's connections are active at first: "all", with the signs of their values, or "authors":
-            those whose value has its position's sign, about half, because their code draws theta of both signs. The
-            others start at theta_min. This happens at the first step, so that making the method changes
-            nothing. All other dormant ones start at U(theta_min, 0).
+        boundary: what happens at theta_min: "clip" (the paper) or "reflect" (theta <- 2 theta_min -
+            theta, without which the law holds only up to sqrt(eta)).
+        start: which of the pool's connections are active at first: "all", with the signs of their
+            values, or "authors": those whose value has its position's sign, about half, because
+            their code draws theta of both signs. The others start at theta_min. This happens at the
+            first step, so that making the method changes nothing. All other dormant ones start at
+            U(theta_min, 0).
 
     Cost: O(M) per step. State: one number per potential connection, one byte per slot.
     """
@@ -92,15 +100,21 @@ class SoftDeepR(Method):
         choice("boundary", boundary, ("clip", "reflect"))
         choice("start", start, ("all", "authors"))
         if p_min is not None and theta_min is not None:
-            raise ValueError("give p_min= or theta_min=, not both: theta_min = -T (1 - p_min) / (l1 p_min)")
+            raise ValueError(
+                "give p_min= or theta_min=, not both: theta_min = -T (1 - p_min) / (l1 p_min)"
+            )
         self.heat = Heat(noise, temperature)
         self.boundary, self.start = boundary, start
         super().__init__(model, optimizer, moments=moments, seed=seed)
         pools = self.pools
         self.l1 = per_layer("l1", l1, pools, 0.0)
         share = 0.01 if p_min is None else p_min
-        self.p_min = None if theta_min is not None else per_layer("p_min", share, pools, _TINY, _BELOW_ONE)
-        self.theta_min = None if theta_min is None else per_layer("theta_min", theta_min, pools, -_HUGE, -_TINY)
+        self.p_min = (
+            None if theta_min is not None else per_layer("p_min", share, pools, _TINY, _BELOW_ONE)
+        )
+        self.theta_min = (
+            None if theta_min is None else per_layer("theta_min", theta_min, pools, -_HUGE, -_TINY)
+        )
         self._signs = SlotSigns(pools)
         self._dormant: list[Tensor] = []
         for pool in pools:
@@ -108,7 +122,8 @@ class SoftDeepR(Method):
             low = self._lowest(pool, 0)
             if low > -_TINY:
                 raise ValueError(
-                    f"p_min sets theta_min = -T (1 - p_min) / (l1 p_min), which is 0 for {pool.name}, because its "
+                    "p_min sets theta_min = -T (1 - p_min) / (l1 p_min), which is 0 for "
+                    f"{pool.name}, because its "
                     "temperature is: give noise= or temperature= above 0, or theta_min= itself"
                 )
             self._refuse_fixed(pool)
@@ -118,11 +133,12 @@ class SoftDeepR(Method):
     def _refuse_fixed(self, pool: Pool) -> None:
         if pool.weight.shared_seed is not None and pool.weight.capacity < pool.weight.size:
             raise ValueError(
-                f"{pool.name} has {pool.weight.capacity} slots, and under DDP it cannot get more: soft-DEEP R has no "
+                f"{pool.name} has {pool.weight.capacity} slots, and under DDP it cannot get more: "
+                "soft-DEEP R has no "
                 f"budget, so make the layer with capacity={pool.weight.size}"
             )
 
-    # --- the step ---------------------------------------------------------------------------------------------------
+    # --- the step ---------------------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
         for pool in pools:
@@ -130,9 +146,12 @@ class SoftDeepR(Method):
         self.updates += 1
 
     def _walk(self, pool: Pool) -> None:
-        """One step of every theta of the pool, then the connections that crossed zero change places."""
+        """One step of every theta of the pool, then the connections that crossed zero change
+        places.
+        """
         weight, dormant, number = pool.weight, self._dormant[pool.number], pool.number
-        low = min(self._lowest(pool, self.steps), -_TINY)  # at T = 0 a bound of 0 would make everything active
+        # at T = 0 a bound of 0 would make everything active
+        low = min(self._lowest(pool, self.steps), -_TINY)
         l1 = within("l1", at(self.l1[number], self.steps), 0.0)
         std = self.heat.std(pool.lr, l1, self.steps)
         if not self._begun[number]:
@@ -145,7 +164,8 @@ class SoftDeepR(Method):
             add_normal_(dormant, std, self.seed, self.steps, pool.stream(Purpose.GROW))
         self._bound(dormant, low)
         position = weight.rows.long() * weight.matrix_shape[1] + weight.cols.long()
-        # Entries of active connections mean nothing; theta_min is where one starts that is dropped from outside.
+        # Entries of active connections mean nothing; theta_min is where one starts that is dropped
+        # from outside.
         dormant[position[active]] = low
         grown = (dormant >= 0).nonzero().flatten()
         value = dormant[grown]
@@ -161,8 +181,10 @@ class SoftDeepR(Method):
             self._exchange(pool, crossed, rows, cols, signed(value, sign).to(weight.dtype))
 
     def _bound(self, theta: Tensor, low: float) -> Tensor:
-        """Keep ``theta`` at or above ``low``, in place. What reflection would carry up into activity stays at ``low``:
-        it overshot the whole dormant range, by a gradient step or because ``low`` has just moved."""
+        """Keep ``theta`` at or above ``low``, in place. What reflection would carry up into
+        activity stays at ``low``: it overshot the whole dormant range, by a gradient step or
+        because ``low`` has just moved.
+        """
         if self.boundary == "reflect":
             mirrored = 2 * low - theta
             theta.copy_(torch.where(theta < low, torch.where(mirrored < 0, mirrored, low), theta))
@@ -178,7 +200,8 @@ class SoftDeepR(Method):
         l1 = within("l1", at(self.l1[pool.number], step), 0.0)
         if not l1:
             raise ValueError(
-                f"p_min sets theta_min = -T (1 - p_min) / (l1 p_min), and l1 of {pool.name} is 0 (step {step}): keep "
+                f"p_min sets theta_min = -T (1 - p_min) / (l1 p_min), and l1 of {pool.name} is 0 "
+                f"(step {step}): keep "
                 "l1 above 0, or give theta_min="
             )
         return -self.heat.at(pool.lr, l1, step) * (1 - share) / (l1 * share)
@@ -191,10 +214,12 @@ class SoftDeepR(Method):
         uniform = 1 + random.bits(self.seed, 0, pool.stream(Purpose.GROW), index) % _GRID
         theta = (low * (uniform.double() / _GRID)).to(kind)
         active = weight.rows >= 0
-        theta[weight.rows[active].long() * weight.matrix_shape[1] + weight.cols[active].long()] = low
+        theta[weight.rows[active].long() * weight.matrix_shape[1] + weight.cols[active].long()] = (
+            low
+        )
         return theta
 
-    # --- saving -----------------------------------------------------------------------------------------------------
+    # --- saving -----------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
         return {"boundary": self.boundary, "start": self.start}
@@ -211,7 +236,8 @@ class SoftDeepR(Method):
             theirs = state["dormant"][pool.name]
             if theirs.shape != mine.shape:
                 raise ValueError(
-                    f"this is the state of a model where {pool.name} has {theirs.numel()} potential connections, "
+                    f"this is the state of a model where {pool.name} has {theirs.numel()} "
+                    "potential connections, "
                     f"not {mine.numel()}"
                 )
             loaded.append(theirs.to(mine, copy=True))

@@ -1,4 +1,6 @@
-"""What methods that start from dense layers share: the weights they act on, and the cut that ends them."""
+"""What methods that start from dense layers share: the weights they act on, and the cut that ends
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ from rewire.nn.optimizers.wrappers import movers
 
 __all__ = ["DenseWeight", "Patterns", "in_scope", "largest", "refuse_patterns"]
 
-#: Glob patterns over names of layers (``"encoder.*"``) or weights (``"lstm.weight_hh_l0"``), one or several.
+#: Glob patterns over names of layers (``"encoder.*"``) or weights (``"lstm.weight_hh_l0"``), one or
+#: several.
 Patterns = str | Sequence[str]
 
 
 class DenseWeight:
     """A dense weight that a method acts on: its layer, its optimizer and parameter group."""
 
-    def __init__(self, name: str, layer_name: str, layer: nn.Module, homes: list[tuple[Optimizer, int]]) -> None:
+    def __init__(
+        self, name: str, layer_name: str, layer: nn.Module, homes: list[tuple[Optimizer, int]]
+    ) -> None:
         self.name = name
         self.layer_name = layer_name
         self.layer = layer
@@ -35,7 +40,9 @@ class DenseWeight:
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as it is now: the parameter, or the differentiable view of it where attention stacks several."""
+        """The weight as it is now: the parameter, or the differentiable view of it where attention
+        stacks several.
+        """
         kind = kind_of(self.layer)
         assert kind is not None
         return kind.weights(self.layer)[self.path]
@@ -52,18 +59,24 @@ class DenseWeight:
 
     @property
     def group(self) -> dict[str, Any]:
-        """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes new ones."""
+        """The optimizer's parameter group; looked up, because ``optimizer.load_state_dict`` makes
+        new ones.
+        """
         return self.optimizer.param_groups[self._group_number]
 
 
 def in_scope(
-    model: nn.Module, optimizers: Sequence[Optimizer], only: Patterns | None, exclude: Patterns | None
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    only: Patterns | None,
+    exclude: Patterns | None,
 ) -> list[DenseWeight]:
     """The trainable dense weights whose name or whose layer's name fits, in module order.
 
-    Layers that `rewire.to_sparse` can cut. Raises ValueError if there are none, if one shares a parameter with another
-    layer (a cut would untie them), if one is in no optimizer or in several groups, and for what the cut would refuse: a
-    prune mask, a parametrization, a hook on the gradient, a forward that was assigned.
+    Layers that `rewire.to_sparse` can cut. Raises ValueError if there are none, if one shares a
+    parameter with another layer (a cut would untie them), if one is in no optimizer or in several
+    groups, and for what the cut would refuse: a prune mask, a parametrization, a hook on the
+    gradient, a forward that was assigned.
     """
     for name, module in model.named_modules():
         what = attached.disguised(module)
@@ -75,33 +88,47 @@ def in_scope(
     found = []
     for name, layer_name, layer, weight in dense_weights(model):
         both = (name, layer_name)
-        fits = (only is None or _any(both, only)) and not (exclude is not None and _any(both, exclude))
+        fits = (only is None or _any(both, only)) and not (
+            exclude is not None and _any(both, exclude)
+        )
         if fits and weight.requires_grad:
             found.append((name, layer_name, layer, weight))
     if not found:
         raise ValueError(
-            "there is no dense weight to act on: the method needs trainable layers of torch.nn (Linear, convolutions, "
+            "there is no dense weight to act on: the method needs trainable layers of torch.nn "
+            "(Linear, convolutions, "
             "RNN, GRU, LSTM, MultiheadAttention), and only= and exclude= must leave some of them"
         )
     layers = {layer_name: layer for _, layer_name, layer, _ in found}
     refuse_shared(model, layers)
-    for layer_name, layer in layers.items():  # the cut that ends the method would refuse them, after all the training
+    # the cut that ends the method would refuse them, after all the training
+    for layer_name, layer in layers.items():
         kind = kind_of(layer)
         assert kind is not None
         attached.check_dense(layer_name, layer, kind)
         for path in attached.prune_masks(layer, kind):
             raise ValueError(
-                f"{join(layer_name, path)} has a prune mask, and the method decides itself what stays: call "
+                f"{join(layer_name, path)} has a prune mask, and the method decides itself what "
+                "stays: call "
                 "torch.nn.utils.prune.remove(layer, name) first, or exclude the layer"
             )
-    return [DenseWeight(name, at, layer, list(_homes(name, w, optimizers))) for name, at, layer, w in found]
+    return [
+        DenseWeight(name, at, layer, list(_homes(name, w, optimizers)))
+        for name, at, layer, w in found
+    ]
 
 
 def _any(names: tuple[str, ...], patterns: Patterns) -> bool:
-    return any(fnmatchcase(n, p) for n in names for p in ([patterns] if isinstance(patterns, str) else patterns))
+    return any(
+        fnmatchcase(n, p)
+        for n in names
+        for p in ([patterns] if isinstance(patterns, str) else patterns)
+    )
 
 
-def _homes(name: str, weight: Tensor, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Optimizer, int]]:
+def _homes(
+    name: str, weight: Tensor, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[Optimizer, int]]:
     owner = weight if isinstance(weight, nn.Parameter) else weight._base
     places = [
         (optimizer, i)
@@ -113,7 +140,8 @@ def _homes(name: str, weight: Tensor, optimizers: Sequence[Optimizer]) -> Iterat
     if len(places) != 1:
         where = "in no optimizer" if not places else f"in {len(places)} parameter groups"
         raise ValueError(
-            f"{name} is {where}, and must be in exactly one: make the optimizer from model.parameters() and pass all "
+            f"{name} is {where}, and must be in exactly one: make the optimizer from "
+            "model.parameters() and pass all "
             "optimizers to the method, freeze the weight, or exclude it"
         )
     yield places[0]
@@ -124,12 +152,15 @@ def refuse_patterns(**patterns: Patterns | None) -> None:
     for name, given in patterns.items():
         several = isinstance(given, Sequence) and all(isinstance(p, str) for p in given)
         if given is not None and not several:
-            raise ValueError(f"{name} must be a glob pattern over names, or several of them, not {given!r}")
+            raise ValueError(
+                f"{name} must be a glob pattern over names, or several of them, not {given!r}"
+            )
 
 
 @torch.no_grad()
 def largest(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """Masks of the share ``density`` of all entries together that is largest in magnitude (ties: the first).
+    """Masks of the share ``density`` of all entries together that is largest in magnitude (ties:
+    the first).
 
     Cost: O(M log M) for M entries. At least one entry stays, but a single weight may end up empty.
     """
@@ -138,4 +169,6 @@ def largest(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
     count = budget.connections_of(density, flat.numel())
     keep[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
     parts = keep.split([w.numel() for w in weights.values()])
-    return {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+    return {
+        name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)
+    }

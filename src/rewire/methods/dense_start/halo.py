@@ -29,13 +29,16 @@ FLOOR = 1e-3
 def penalty_of(
     variant: Variant, weights: Iterable[tuple[Tensor, Tensor | None]], xi: float, psi: float
 ) -> tuple[Tensor, Tensor]:
-    """The two terms, (of the weights, of lambda), for pairs of a weight and its lambda (None: fixed at 1).
+    """The two terms, (of the weights, of lambda), for pairs of a weight and its lambda (None: fixed
+    at 1).
 
-    Lambdas have the weight's shape, or none (one number for all of it); one that several weights share counts once.
-    Differentiable in both. See `Halo`.
+    Lambdas have the weight's shape, or none (one number for all of it); one that several weights
+    share counts once. Differentiable in both. See `Halo`.
     """
     pairs = list(weights)
-    first = torch.stack([(w.abs() if a is None else w.abs() / a.square()).sum() for w, a in pairs]).sum()
+    first = torch.stack(
+        [(w.abs() if a is None else w.abs() / a.square()).sum() for w, a in pairs]
+    ).sum()
     lambdas = {id(a): a for _, a in pairs if a is not None}.values()
     sizes = [(a.square() if variant == "sws" else a.abs()).sum() for a in lambdas]
     second = torch.stack(sizes).sum() if sizes else first.new_zeros(())
@@ -45,7 +48,8 @@ def penalty_of(
 @register(
     name="halo",
     paper="Seto, Wells, Zhang, SDM 2021 (arXiv 2008.10183)",
-    summary="dense training with a learned lasso penalty for every weight, then one global magnitude cut",
+    summary="dense training with a learned lasso penalty for every weight, then one global "
+    "magnitude cut",
     keeps_budget="no",
     memory="O(M)",
     guarantees=("after finalize() exactly the given share of the weights in scope exists",),
@@ -53,25 +57,27 @@ def penalty_of(
 class Halo(Method):
     """Train dense with the loss plus `penalty`, and cut once::
 
-        halo     xi sum |w| / lambda^2 + psi sum |lambda|        one trainable lambda per weight entry
+        halo     xi sum |w| / lambda^2 + psi sum |lambda|   one trainable lambda per weight entry
         squared  xi sum |w| / lambda^2 + psi (sum |lambda|)^2
-        sws      xi sum |w| / lambda^2 + psi lambda^2            one lambda for many entries (``shared``)
+        sws      xi sum |w| / lambda^2 + psi lambda^2       one lambda for many entries (``shared``)
         l1       xi sum |w|                                      lambda fixed at 1
 
-    At lambda's minimum, lambda* = (2 xi |w| / psi)^(1/3), "halo" is 3 / 2^(2/3) (xi psi^2)^(1/3) |w|^(1/3): large
-    weights are shrunk little, small ones much. Lambda moves by SGD of its own, with the learning rate, momentum and
-    weight decay that the weight's optimizer has at that moment, as in the authors' code; a schedule of the model's rate
-    therefore acts on lambda once (their `adjust_learning_rate` multiplied it a second time). Lambda stays at 1e-3 or
-    more. Both sums are over all entries, unnormalised: the authors' xi = psi = 1e-8 is for millions of convolution
-    weights. Where the optimizer decays weights, lambda is decayed too, and that soon outweighs a small psi: the penalty
-    is then 2 sqrt(xi decay / 2) |w|^(1/2) at its minimum. Lambda's own slopes are as small as xi and psi, so at the
-    weights' rate (``lambda_lr=1``, the authors') it hardly moves in a short training: the default is what a perceptron
-    on MNIST needs within a few epochs (docs/halo_ternary.md).
+    At lambda's minimum, lambda* = (2 xi |w| / psi)^(1/3), "halo" is 3 / 2^(2/3) (xi psi^2)^(1/3)
+    |w|^(1/3): large weights are shrunk little, small ones much. Lambda moves by SGD of its own,
+    with the learning rate, momentum and weight decay that the weight's optimizer has at that
+    moment, as in the authors' code; a schedule of the model's rate therefore acts on lambda once
+    (their `adjust_learning_rate` multiplied it a second time). Lambda stays at 1e-3 or more. Both
+    sums are over all entries, unnormalised: the authors' xi = psi = 1e-8 is for millions of
+    convolution weights. Where the optimizer decays weights, lambda is decayed too, and that soon
+    outweighs a small psi: the penalty is then 2 sqrt(xi decay / 2) |w|^(1/2) at its minimum.
+    Lambda's own slopes are as small as xi and psi, so at the weights' rate (``lambda_lr=1``, the
+    authors') it hardly moves in a short training: the default is what a perceptron on MNIST needs
+    within a few epochs (docs/halo_ternary.md).
 
-    The cut keeps the ``density`` of the entries in scope that is largest in magnitude, over all weights together; a
-    weight may be left with nothing. It is `finalize` that cuts (the authors' way), or the end of epoch ``cut``: what is
-    left then trains on, without a penalty. `finalize` makes sparse layers of it (`rewire.to_sparse`; the optimizers
-    follow).
+    The cut keeps the ``density`` of the entries in scope that is largest in magnitude, over all
+    weights together; a weight may be left with nothing. It is `finalize` that cuts (the authors'
+    way), or the end of epoch ``cut``: what is left then trains on, without a penalty. `finalize`
+    makes sparse layers of it (`rewire.to_sparse`; the optimizers follow).
 
     Args:
         xi: of the weights' term; a float or a schedule over epochs.
@@ -79,24 +85,27 @@ class Halo(Method):
         variant: "halo", "squared", "sws" or "l1".
         shared: "sws" has one lambda for the whole "model" or one for each "weight".
         density: share of the entries in scope that stays after the cut.
-        cut: after this many epochs; none leaves it to `finalize`. `rewire train` cuts after three quarters of the run.
-        only: glob patterns over names of layers or weights to act on. The authors take all convolutions on CIFAR-10,
-            everything on MNIST.
+        cut: after this many epochs; none leaves it to `finalize`. `rewire train` cuts after three
+            quarters of the run.
+        only: glob patterns over names of layers or weights to act on. The authors take all
+            convolutions on CIFAR-10, everything on MNIST.
         exclude: glob patterns of those to leave alone.
         initial: what lambda starts at.
         lambda_lr: learning rate of lambda, in multiples of its weight's.
         momentum: of lambda's SGD; None is the optimizer's own (0 where it has none).
         decay: weight decay of lambda; None is the optimizer's own.
 
-    Call `penalty` in the loss of every step; with gradient accumulation, in that of one of the micro-batches, or divide
-    it as the loss is divided: it is of the weights only, so the same in all of them. It is differentiable in the
-    weights; lambda's gradient is kept inside, where no loss scaling reaches it.
+    Call `penalty` in the loss of every step; with gradient accumulation, in that of one of the
+    micro-batches, or divide it as the loss is divided: it is of the weights only, so the same in
+    all of them. It is differentiable in the weights; lambda's gradient is kept inside, where no
+    loss scaling reaches it.
 
     Cost: O(M) time per step and, besides the dense weights, O(M) memory (lambda, and its momentum).
     """
 
     starts_dense = True
-    run_optimizer = "sgd"  # lambda moves by SGD of the weights' rate, so that rate must be one of SGD
+    # lambda moves by SGD of the weights' rate, so that rate must be one of SGD
+    run_optimizer = "sgd"
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
@@ -133,7 +142,9 @@ class Halo(Method):
         self.initial = within("initial", initial, FLOOR)
         self.lambda_lr = within("lambda_lr", lambda_lr, 0.0)
         if momentum is not None and not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and less than 1, or None, not {momentum}")
+            raise ValueError(
+                f"momentum must be at least 0 and less than 1, or None, not {momentum}"
+            )
         self.momentum = momentum
         self.decay = None if decay is None else within("decay", decay, 0.0)
         refuse_patterns(only=only, exclude=exclude)
@@ -154,25 +165,40 @@ class Halo(Method):
             return []
         if self.variant == "sws":
             like = [t.new_empty(()) for t in (like if self.shared == "weight" else like[:1])]
-        return [torch.full_like(t, self.initial, memory_format=torch.contiguous_format) for t in like]
+        return [
+            torch.full_like(t, self.initial, memory_format=torch.contiguous_format) for t in like
+        ]
 
     def _of(self, number: int) -> int:
         """Which lambda the weight has."""
         return number if len(self._lambda) > 1 else 0
 
     def lambdas(self) -> dict[str, Tensor]:
-        """Lambda of every weight, by its name: a copy of the weight's shape, or a scalar ("sws"); none for "l1"."""
-        return {w.name: self._lambda[self._of(i)].clone() for i, w in enumerate(self.weights) if self._lambda}
+        """Lambda of every weight, by its name: a copy of the weight's shape, or a scalar ("sws");
+        none for "l1".
+        """
+        return {
+            w.name: self._lambda[self._of(i)].clone()
+            for i, w in enumerate(self.weights)
+            if self._lambda
+        }
 
-    # --- training ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """The penalty at this moment, a scalar that is differentiable in the weights; 0 after the cut. Cost: O(M)."""
+        """The penalty at this moment, a scalar that is differentiable in the weights; 0 after the
+        cut. Cost: O(M).
+        """
         if self._kept is not None:
             return super().penalty()
-        xi, psi = within("xi", at(self.xi, self.epochs), 0.0), within("psi", at(self.psi, self.epochs), 0.0)
+        xi, psi = (
+            within("xi", at(self.xi, self.epochs), 0.0),
+            within("psi", at(self.psi, self.epochs), 0.0),
+        )
         tensors = [w.tensor for w in self.weights]
-        pairs = [(t, self._lambda[self._of(i)] if self._lambda else None) for i, t in enumerate(tensors)]
+        pairs = [
+            (t, self._lambda[self._of(i)] if self._lambda else None) for i, t in enumerate(tensors)
+        ]
         with torch.no_grad():
             self._gradients = self._derivatives([t.detach() for t in tensors], xi, psi)
         first, second = penalty_of(self.variant, pairs, xi, psi)
@@ -180,7 +206,9 @@ class Halo(Method):
 
     def _derivatives(self, tensors: list[Tensor], xi: float, psi: float) -> list[Tensor]:
         """Of the penalty, by each lambda."""
-        total = sum(float(a.abs().sum()) for a in self._lambda) if self.variant == "squared" else 0.0
+        total = (
+            sum(float(a.abs().sum()) for a in self._lambda) if self.variant == "squared" else 0.0
+        )
         found = []
         for i, a in enumerate(self._lambda):
             mine = [t for k, t in enumerate(tensors) if self._of(k) == i]
@@ -195,17 +223,23 @@ class Halo(Method):
             self._silence(self._kept)
             return
         if self._gradients is None:
-            raise RuntimeError("the loss of this step had no penalty: add method.penalty() to the loss of every step")
+            raise RuntimeError(
+                "the loss of this step had no penalty: add method.penalty() to the "
+                "loss of every step"
+            )
         gradients, self._gradients = self._gradients, None
-        for i, (a, buffer, gradient) in enumerate(zip(self._lambda, self._buffers, gradients, strict=True)):
+        for i, (a, buffer, gradient) in enumerate(
+            zip(self._lambda, self._buffers, gradients, strict=True)
+        ):
             group = self.weights[i].group
             decay = float(group.get("weight_decay", 0.0)) if self.decay is None else self.decay
             momentum = float(group.get("momentum", 0.0)) if self.momentum is None else self.momentum
             buffer.mul_(momentum).add_(gradient).add_(a, alpha=decay)
-            # The penalty is even in lambda, so positive ones are all there is; a step across the pole ends before it.
+            # The penalty is even in lambda, so positive ones are all there is; a step across the
+            # pole ends before it.
             a.sub_(buffer, alpha=float(group["lr"]) * self.lambda_lr).clamp_(min=FLOOR)
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self._kept is None and self.cut is not None and self.epochs >= self.cut:
@@ -222,10 +256,14 @@ class Halo(Method):
             weight.tensor.mul_(masks[weight.name])
 
     def masks(self, density: float | None = None) -> dict[str, Tensor]:
-        """What the cut keeps, or would keep now (at ``density``; the method's own by default), by the weight's name."""
+        """What the cut keeps, or would keep now (at ``density``; the method's own by default), by
+        the weight's name.
+        """
         if self._kept is not None and density is None:
             return dict(self._kept)
-        return largest({w.name: w.tensor for w in self.weights}, self.density if density is None else density)
+        return largest(
+            {w.name: w.tensor for w in self.weights}, self.density if density is None else density
+        )
 
     def connections(self) -> dict[str, int]:
         """Entries of each weight in scope, by name: all of them until the cut."""
@@ -234,7 +272,9 @@ class Halo(Method):
         return {w.name: w.tensor.numel() for w in self.weights}
 
     def finalize(self) -> nn.Module:
-        """Cut, replace the layers in scope by sparse ones, let the optimizers follow, and return the model."""
+        """Cut, replace the layers in scope by sparse ones, let the optimizers follow, and return
+        the model.
+        """
         if not self._attachment.attached:
             return self.model
         self._warn_of_no_update()
@@ -243,14 +283,25 @@ class Halo(Method):
         self.model = to_sparse(self.model, masks, self.optimizers)
         return self.model
 
-    # --- saving -----------------------------------------------------------------------------------------------------
+    # --- saving -----------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        return {"variant": self.variant, "shared": self.shared, "weights": [w.name for w in self.weights]}
+        return {
+            "variant": self.variant,
+            "shared": self.shared,
+            "weights": [w.name for w in self.weights],
+        }
 
     def _state(self) -> dict[str, Any]:
-        kept = None if self._kept is None else {name: mask.clone() for name, mask in self._kept.items()}
-        numbers = {"lambda": [a.clone() for a in self._lambda], "momentum": [b.clone() for b in self._buffers]}
+        kept = (
+            None
+            if self._kept is None
+            else {name: mask.clone() for name, mask in self._kept.items()}
+        )
+        numbers = {
+            "lambda": [a.clone() for a in self._lambda],
+            "momentum": [b.clone() for b in self._buffers],
+        }
         return numbers | {"kept": kept}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
@@ -264,4 +315,8 @@ class Halo(Method):
             raise ValueError(f"this is the state of weights of other shapes: {shapes}")
         for target, source in zip(mine, given, strict=True):
             target.copy_(source)
-        self._kept = None if kept is None else {w.name: kept[w.name].to(w.tensor.device).clone() for w in self.weights}
+        self._kept = (
+            None
+            if kept is None
+            else {w.name: kept[w.name].to(w.tensor.device).clone() for w in self.weights}
+        )

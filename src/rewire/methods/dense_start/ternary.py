@@ -1,4 +1,6 @@
-"""Sparse ternary networks: learned quantization thresholds, a frozen mask, and survivors of plus or minus one scale."""
+"""Sparse ternary networks: learned quantization thresholds, a frozen mask, and survivors of plus or
+minus one scale.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ from rewire.schedules import Schedule, at, checked, within
 
 __all__ = ["Ternary", "quantize", "threshold_slope"]
 
-#: A threshold is at most this share of the largest magnitude, so that something always stays above it.
+#: A threshold is at most this share of the largest magnitude, so that something always stays above
+#: it.
 HIGHEST = 0.999
 
 
 class _Quantize(torch.autograd.Function):
-    """Plus or minus ``scale`` where ``keep``, else 0; the gradient goes straight through where ``passes``."""
+    """Plus or minus ``scale`` where ``keep``, else 0; the gradient goes straight through where
+    ``passes``.
+    """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, keep: Tensor, scale: Tensor, passes: Tensor) -> Tensor:
@@ -45,11 +50,14 @@ class _Quantize(torch.autograd.Function):
 
 
 def quantize(w: Tensor, keep: Tensor, *, scaled: bool, clip: float, frozen: bool) -> Tensor:
-    """``scale * sign(w)`` where ``keep``, else 0, in the shape of ``w``; differentiable by straight-through.
+    """``scale * sign(w)`` where ``keep``, else 0, in the shape of ``w``; differentiable by
+    straight-through.
 
-    scale: the mean of |w| over ``keep`` if ``scaled`` (Li and Liu 2016, ternary weight networks), else 1. The gradient
-    passes unchanged where |w| <= ``clip`` (Courbariaux et al. 2016) and, if the mask is ``frozen``, only where
-    ``keep``. The sign of a zero is its sign bit, so that every survivor has one. Cost: O(M).
+    scale: the mean of |w| over ``keep`` if ``scaled`` (Li and Liu 2016, ternary weight networks),
+        else 1. The gradient
+    passes unchanged where |w| <= ``clip`` (Courbariaux et al. 2016) and, if the mask is ``frozen``,
+    only where ``keep``. The sign of a zero is its sign bit, so that every survivor has one. Cost:
+    O(M).
     """
     size = w.detach().abs()
     scale = (size * keep).sum() / keep.sum().clamp(min=1) if scaled else size.new_ones(())
@@ -58,12 +66,15 @@ def quantize(w: Tensor, keep: Tensor, *, scaled: bool, clip: float, frozen: bool
     return found
 
 
-def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bool) -> tuple[float, int]:
-    """An estimate of the loss's derivative by the threshold (in units of w), and the number of survivors.
+def threshold_slope(
+    w: Tensor, gradient: Tensor, threshold: float, *, scaled: bool
+) -> tuple[float, int]:
+    """An estimate of the loss's derivative by the threshold (in units of w), and the number of
+    survivors.
 
-    ``gradient`` is that by the quantized weight, Q. Q jumps at the threshold, so its derivative is taken of Q smoothed
-    over a box of half the threshold to each side: ``-scale sign(w) / (2 h)`` where ``| |w| - threshold | < h =
-    threshold / 2``, else 0. Ours, see `Ternary`. Cost: O(M).
+    ``gradient`` is that by the quantized weight, Q. Q jumps at the threshold, so its derivative is
+    taken of Q smoothed over a box of half the threshold to each side: ``-scale sign(w) / (2 h)``
+    where ``| |w| - threshold | < h = threshold / 2``, else 0. Ours, see `Ternary`. Cost: O(M).
     """
     size = w.abs()
     keep = size > threshold
@@ -78,7 +89,9 @@ def threshold_slope(w: Tensor, gradient: Tensor, threshold: float, *, scaled: bo
 
 @dataclass(frozen=True)
 class _Rule:
-    """How one weight is quantized: by its frozen mask, or else by the threshold, a share of its largest magnitude."""
+    """How one weight is quantized: by its frozen mask, or else by the threshold, a share of its
+    largest magnitude.
+    """
 
     mask: Tensor | None
     threshold: float
@@ -105,7 +118,8 @@ class _Rule:
 @register(
     name="ternary",
     paper="Faraone et al., ICONIP 2017 (arXiv 1709.06262), reconstructed from its abstract",
-    summary="learned quantization thresholds make weights 0 or plus or minus one scale; then the mask is frozen",
+    summary="learned quantization thresholds make weights 0 or plus or minus one scale; then the "
+    "mask is frozen",
     keeps_budget="no",
     memory="O(M)",
     guarantees=(
@@ -115,43 +129,48 @@ class _Rule:
     ),
 )
 class Ternary(Method):
-    """Sparse ternary weights in three stages. The paper's body could not be had: this is a RECONSTRUCTION of what its
-    abstract says (L2 and a regularizer on quantization thresholds; quantization pruning; retraining)::
+    """Sparse ternary weights in three stages. The paper's body could not be had: this is a
+    RECONSTRUCTION of what its abstract says (L2 and a regularizer on quantization thresholds;
+    quantization pruning; retraining)::
 
-        1  min loss(Q(W)) + l2 sum ||W||^2 - push sum_l t_l      Q = scale sign(w) where |w| > t_l max |W_l|, else 0
-        2  the mask Q != 0 is frozen (if more than ``density`` is left, the smallest |w| / (t_l max |W_l|) go as well)
+        1  min loss(Q(W)) + l2 sum ||W||^2 - push sum_l t_l
+           Q = scale sign(w) where |w| > t_l max |W_l|, else 0
+        2  the mask Q != 0 is frozen (beyond ``density``, the smallest |w| / (t_l max |W_l|) go too)
         3  the survivors are trained on, plus or minus scale; no regularizers
 
-    Forward passes use Q, the optimizer moves the dense weights, and gradients go straight through (`quantize`). The
-    threshold t_l is a share of the largest magnitude of its weight. What is ours: the threshold's gradient
-    (`threshold_slope`, divided by the square root of the number of survivors, as in LSQ, Esser et al. 2020), its plain
-    SGD at the weight's learning rate, and that the push stops where the whole scope has come down to ``density``. The
-    gradient by Q is read from ``weight.grad`` just before the optimizer's step, so no loss scaling reaches it.
+    Forward passes use Q, the optimizer moves the dense weights, and gradients go straight through
+    (`quantize`). The threshold t_l is a share of the largest magnitude of its weight. What is ours:
+    the threshold's gradient (`threshold_slope`, divided by the square root of the number of
+    survivors, as in LSQ, Esser et al. 2020), its plain SGD at the weight's learning rate, and that
+    the push stops where the whole scope has come down to ``density``. The gradient by Q is read
+    from ``weight.grad`` just before the optimizer's step, so no loss scaling reaches it.
 
-    `finalize` leaves sparse layers with values of exactly plus or minus scale (`rewire.to_sparse`; the optimizers
-    follow); `rewire.export.save_ternary` packs them to a sign bit and an index each.
+    `finalize` leaves sparse layers with values of exactly plus or minus scale (`rewire.to_sparse`;
+    the optimizers follow); `rewire.export.save_ternary` packs them to a sign bit and an index each.
 
     Args:
         threshold: t of every weight at the start, a share of its largest magnitude.
         trainable: whether thresholds are trained; otherwise they stay.
         push: strength of the regularizer that raises thresholds; a float or a schedule over epochs.
         l2: strength of the L2 term of stage 1; a float or a schedule over epochs.
-        density: what the push aims at, and the most that stage 2 leaves, a share of the entries in scope. Not for
-            thresholds that are not trained.
-        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in which the share of
-            survivors has first come down to ``density`` (it hovers there from then on); at the last epoch's end anyway.
+        density: what the push aims at, and the most that stage 2 leaves, a share of the entries in
+            scope. Not for thresholds that are not trained.
+        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in
+            which the share of survivors has first come down to ``density`` (it hovers there from
+            then on); at the last epoch's end anyway.
         scale: "mean", the mean magnitude of a weight's survivors, or "one".
         clip: no gradient goes to dense weights of a larger magnitude.
         threshold_lr: learning rate of the thresholds, in multiples of their weight's.
         only: glob patterns over names of layers or weights to quantize.
         exclude: glob patterns of those to leave alone.
 
-    Layers are quantized by hooks on their forward pass: names, state_dict and optimizer see the dense weights until
-    `finalize`. Cost: O(M) time per forward pass and step, O(M) memory.
+    Layers are quantized by hooks on their forward pass: names, state_dict and optimizer see the
+    dense weights until `finalize`. Cost: O(M) time per forward pass and step, O(M) memory.
     """
 
     starts_dense = True
-    run_optimizer = "sgd"  # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
+    # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
+    run_optimizer = "sgd"
 
     def __init__(
         self,
@@ -176,15 +195,25 @@ class Ternary(Method):
         if not (isinstance(density, (int, float)) and 0 < density <= 1):
             raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
         if prune != "auto" and (not isinstance(prune, int) or isinstance(prune, bool) or prune < 1):
-            raise ValueError(f"prune must be 'auto' or a number of epochs of at least 1, not {prune!r}")
+            raise ValueError(
+                f"prune must be 'auto' or a number of epochs of at least 1, not {prune!r}"
+            )
         if prune == "auto" and not trainable:
-            raise ValueError("prune='auto' waits for thresholds to rise: give a number of epochs, or trainable=True")
+            raise ValueError(
+                "prune='auto' waits for thresholds to rise: give a number of epochs, "
+                "or trainable=True"
+            )
         choice("scale", scale, ("mean", "one"))
         if not (isinstance(clip, (int, float)) and clip > 0):
             raise ValueError(f"clip must be a number above 0 (float('inf') is none), not {clip}")
         self.clip, self.threshold_lr = float(clip), within("threshold_lr", threshold_lr, 0.0)
         refuse_patterns(only=only, exclude=exclude)
-        self.trainable, self.density, self.prune, self.scale = bool(trainable), density, prune, scale
+        self.trainable, self.density, self.prune, self.scale = (
+            bool(trainable),
+            density,
+            prune,
+            scale,
+        )
         optimizers = listed(optimizer)
         self.weights = in_scope(model, optimizers, only, exclude)
         budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
@@ -200,7 +229,7 @@ class Ternary(Method):
         for layer in dict.fromkeys(w.layer for w in self.weights):
             self._attachment.hold(*_hooks(self, layer))
 
-    # --- what it does to the weights --------------------------------------------------------------------------------
+    # --- what it does to the weights --------------------------------------------------------------
 
     def masks(self) -> dict[str, Tensor]:
         """Which entries are not zero now, by name of the weight."""
@@ -219,10 +248,12 @@ class Ternary(Method):
         mask = self._masks[number] if self.stage == 3 else None
         return _Rule(mask, self._thresholds[number], self.scale == "mean", self.clip)
 
-    # --- training ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in `step`."""
+        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in
+        `step`.
+        """
         strength = within("l2", at(self.l2, self.epochs), 0.0)
         if self.stage == 3 or not strength:
             return super().penalty()
@@ -241,7 +272,9 @@ class Ternary(Method):
                 largest = float(w.abs().max())
                 gradient = gradient / gradient_scale(optimizer)
                 by_q = gradient - 2 * l2 * w if l2 else gradient
-                slope, count = threshold_slope(w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean")
+                slope, count = threshold_slope(
+                    w, by_q, self._thresholds[i] * largest, scaled=self.scale == "mean"
+                )
                 self._slopes[i] = slope * largest / max(count, 1) ** 0.5, count
 
     def _after_step(self, pools: list[Pool]) -> None:
@@ -251,14 +284,18 @@ class Ternary(Method):
             return
         push = within("push", at(self.push, self.epochs), 0.0)
         if len(slopes) == len(self.weights):  # counted already, just before the step
-            share = sum(count for _, count in slopes.values()) / sum(w.tensor.numel() for w in self.weights)
+            share = sum(count for _, count in slopes.values()) / sum(
+                w.tensor.numel() for w in self.weights
+            )
         else:
             share = self.survivors()
         if share <= self.density:
             self._reached, push = True, 0.0
         for i, (slope, _) in slopes.items():
             rate = float(self.weights[i].group["lr"]) * self.threshold_lr
-            self._thresholds[i] = min(max(self._thresholds[i] - rate * (slope - push), 0.0), HIGHEST)
+            self._thresholds[i] = min(
+                max(self._thresholds[i] - rate * (slope - push), 0.0), HIGHEST
+            )
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.stage == 1:
@@ -268,12 +305,17 @@ class Ternary(Method):
 
     def _schedule(self) -> str | None:
         if self.prune == "auto":
-            return f"prune='auto' waits until at most density={self.density} is left, and {self.survivors():.3g} is"
+            return (
+                f"prune='auto' waits until at most density={self.density} is "
+                "left, and "
+                f"{self.survivors():.3g} is"
+            )
         return f"prune={self.prune} epochs"
 
     @torch.no_grad()
     def freeze(self, *, cut: bool = True) -> None:
-        """Stage 2: freeze the masks, cut to ``density`` or as they are; stage 3 begins. `end_epoch` does it by itself.
+        """Stage 2: freeze the masks, cut to ``density`` or as they are; stage 3 begins. `end_epoch`
+        does it by itself.
 
         Cost: O(M log M) if it cuts.
         """
@@ -281,24 +323,30 @@ class Ternary(Method):
             return
         masks = self.masks()
         if cut and self.trainable and self.survivors() > self.density:
-            # As if all thresholds were raised by one factor: what stays is largest in multiples of its threshold.
+            # As if all thresholds were raised by one factor: what stays is largest in multiples of
+            # its threshold.
             floor = torch.finfo(torch.float32).tiny
             tops = [
-                max(float(w.tensor.abs().max()) * t, floor) for w, t in zip(self.weights, self._thresholds, strict=True)
+                max(float(w.tensor.abs().max()) * t, floor)
+                for w, t in zip(self.weights, self._thresholds, strict=True)
             ]
             ratios = {w.name: w.tensor / top for w, top in zip(self.weights, tops, strict=True)}
-            masks = {name: masks[name] & mask for name, mask in largest(ratios, self.density).items()}
+            masks = {
+                name: masks[name] & mask for name, mask in largest(ratios, self.density).items()
+            }
         self._masks = list(masks.values())
         self.stage = 3
         self.updates += 1
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
-        """Make the layers in scope sparse ones of plus or minus scale, let the optimizers follow, return the model.
+        """Make the layers in scope sparse ones of plus or minus scale, let the optimizers follow,
+        return the model.
 
-        No output changes. Where stage 2 has not been reached, what is above the thresholds stays, however much it is.
+        No output changes. Where stage 2 has not been reached, what is above the thresholds stays,
+        however much it is.
         """
         if not self._attachment.attached:
             return self.model
@@ -308,11 +356,15 @@ class Ternary(Method):
         owners: dict[Tensor, list[tuple[int, int]]] = {}
         for i, weight in enumerate(self.weights):
             w = weight.tensor
-            owner = w if w._base is None else w._base  # attention stacks three weights in one parameter
-            owners.setdefault(owner, []).append((i, int(w.storage_offset() - owner.storage_offset())))
+            # attention stacks three weights in one parameter
+            owner = w if w._base is None else w._base
+            owners.setdefault(owner, []).append(
+                (i, int(w.storage_offset() - owner.storage_offset()))
+            )
         for owner, places in owners.items():
             take = partial(
-                _quantize_parts, parts=[(self._rule(i), first, self.weights[i].tensor) for i, first in places]
+                _quantize_parts,
+                parts=[(self._rule(i), first, self.weights[i].tensor) for i, first in places],
             )
             owner.copy_(take(owner))
             announce(owner, [Part(owner, take)])
@@ -327,20 +379,37 @@ class Ternary(Method):
         """Counts as every method's, the stage and the thresholds."""
         return super().stats() | {"stage": self.stage, "thresholds": self.thresholds()}
 
-    # --- saving -----------------------------------------------------------------------------------------------------
+    # --- saving -----------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
         names = [w.name for w in self.weights]
-        return {"trainable": self.trainable, "prune": self.prune, "scale": self.scale, "weights": names}
+        return {
+            "trainable": self.trainable,
+            "prune": self.prune,
+            "scale": self.scale,
+            "weights": names,
+        }
 
     def _state(self) -> dict[str, Any]:
         masks = [m.clone() for m in self._masks]
         thresholds = list(self._thresholds)
-        return {"stage": self.stage, "reached": self._reached, "thresholds": thresholds, "masks": masks}
+        return {
+            "stage": self.stage,
+            "reached": self._reached,
+            "thresholds": thresholds,
+            "masks": masks,
+        }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        stage, reached, thresholds = int(state["stage"]), bool(state["reached"]), [*map(float, state["thresholds"])]
-        masks = [m.to(w.tensor.device, torch.bool) for m, w in zip(state["masks"], self.weights, strict=stage == 3)]
+        stage, reached, thresholds = (
+            int(state["stage"]),
+            bool(state["reached"]),
+            [*map(float, state["thresholds"])],
+        )
+        masks = [
+            m.to(w.tensor.device, torch.bool)
+            for m, w in zip(state["masks"], self.weights, strict=stage == 3)
+        ]
         if stage not in (1, 3) or len(thresholds) != len(self.weights):
             raise ValueError(f"this state is damaged: stage {stage}, {len(thresholds)} thresholds")
         if any(m.shape != w.tensor.shape for m, w in zip(masks, self.weights, strict=False)):
@@ -351,7 +420,9 @@ class Ternary(Method):
 
 @torch.no_grad()
 def _quantize_parts(stacked: Tensor, parts: list[tuple[_Rule, int, Tensor]]) -> Tensor:
-    """A parameter with its weights quantized, each of which begins at a place of its own and has the shape given."""
+    """A parameter with its weights quantized, each of which begins at a place of its own and has
+    the shape given.
+    """
     flat = stacked.detach().clone(memory_format=torch.contiguous_format).view(-1)
     for rule, first, like in parts:
         part = flat[first : first + like.numel()].view(like.shape)
@@ -374,7 +445,8 @@ class _Quantizer(LayerHook):
 
     def __init__(self, method: Ternary, layer: nn.Module) -> None:
         super().__init__(method)
-        self._parts: dict[str, list[tuple[int, int | None]]] = {}  # parameter -> (number, which third; None: all)
+        # parameter -> (number, which third; None: all)
+        self._parts: dict[str, list[tuple[int, int | None]]] = {}
         for number, weight in enumerate(method.weights):
             if weight.layer is layer:
                 name, third = _place(layer, weight.path)
@@ -420,7 +492,8 @@ class _Quantizer(LayerHook):
         for owner, leaf, parameter in self._replaced.pop(id(module), []):
             owner._parameters[leaf] = parameter
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()  # its list of weights, where the quantized ones must not stay
+            # its list of weights, where the quantized ones must not stay
+            module._init_flat_weights()
 
 
 def _hooks(method: Ternary, layer: nn.Module) -> list[Any]:
@@ -435,7 +508,9 @@ _STACKED = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _place(layer: nn.Module, path: str) -> tuple[str, int | None]:
-    """The parameter that holds the weight at ``path``, and which third of it the weight is (None: all of it)."""
+    """The parameter that holds the weight at ``path``, and which third of it the weight is (None:
+    all of it).
+    """
     if isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim and path in _STACKED:
         return "in_proj_weight", _STACKED.index(path)
     return path, None

@@ -1,4 +1,6 @@
-"""Differentiable sparsification: gates and thresholds trained with the network switch components off exactly."""
+"""Differentiable sparsification: gates and thresholds trained with the network switch components
+off exactly.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ Patterns = str | Sequence[str] | None
 @register(
     name="differentiable",
     paper="Lee, 2019 (arXiv 1910.03201); formulas partly from memory, see docs/differentiable.md",
-    summary="gates or thresholds, trained with the weights, make units, heads, branches or weights exactly zero",
+    summary="gates or thresholds, trained with the weights, make units, heads, branches or "
+    "weights exactly zero",
     keeps_budget="no",
     memory="O(M)",
     guarantees=(
@@ -50,39 +53,49 @@ Patterns = str | Sequence[str] | None
     ),
 )
 class Differentiable(Method):
-    """Minimise ``loss + strength R(a)`` over weights, gates and thresholds, all by the model's own optimizer::
+    """Minimise ``loss + strength R(a)`` over weights, gates and thresholds, all by the model's own
+    optimizer::
 
         a_i = sign(alpha_i) (|alpha_i| - sigma(beta) ||alpha||_1)_+      gate="non-competitive"
         a = softmax with a threshold, sums to 1                           gate="competitive"
-        a_g = (||w_g|| - sigma(beta) sum_h ||w_h||)_+ / ||w_g||           gate="group": no alpha, the rows decide
+        a_g = (||w_g|| - sigma(beta) sum_h ||w_h||)_+ / ||w_g||   gate="group": no alpha
         R(a) = (sum |a_i|^p)^(1/p)
 
-    A component's output is multiplied by its a_i; `rewire.methods.differentiable.gates` has the formulas. `penalty` is the second term.
-    `finalize` multiplies the gates into the weights and takes out what is zero: units physically (with the optimizer's
-    state, by `rewire.nn.surgery`), branches by `rewire.nn.Absent`, weights and heads by sparse layers (`to_sparse`).
+    A component's output is multiplied by its a_i; `rewire.methods.differentiable.gates` has the
+    formulas. `penalty` is the second term. `finalize` multiplies the gates into the weights and
+    takes out what is zero: units physically (with the optimizer's state, by `rewire.nn.surgery`),
+    branches by `rewire.nn.Absent`, weights and heads by sparse layers (`to_sparse`).
 
     Args:
-        units: glob patterns over names of Linear, Conv and BatchNorm layers, whose outputs (neurons, channels) get
-            gates; not the output layer. With BatchNorm the gate belongs behind it, because BatchNorm undoes a scaling
-            before it. Default, if no target is given: all Linear layers but the last.
-        weights: glob patterns over layers whose single weights get thresholds; they end as sparse layers.
+        units: glob patterns over names of Linear, Conv and BatchNorm layers, whose outputs
+            (neurons, channels) get gates; not the output layer. With BatchNorm the gate belongs
+            behind it, because BatchNorm undoes a scaling before it. Default, if no target is given:
+            all Linear layers but the last.
+        weights: glob patterns over layers whose single weights get thresholds; they end as sparse
+            layers.
         heads: glob patterns over `torch.nn.MultiheadAttention` layers, whose heads get gates.
-        branches: glob patterns over modules, each one component (a residual branch, an edge, a layer): its output gets
-            one gate of a common vector. A module that is switched off ends as `rewire.nn.Absent`, which returns 0.
+        branches: glob patterns over modules, each one component (a residual branch, an edge, a
+            layer): its output gets one gate of a common vector. A module that is switched off ends
+            as `rewire.nn.Absent`, which returns 0.
         gate: parameterisation of units ("group" is for these alone), heads and branches.
-        weight_gate: "non-competitive" (one threshold per layer) or "exclusive" (one per output, no row dies).
+        weight_gate: "non-competitive" (one threshold per layer) or "exclusive" (one per output, no
+            row dies).
         strength: lambda; a float or a schedule over steps.
         p: exponent of R, above 0; below 1 if gate="competitive", where ||a||_1 is 1.
-        normalise: R of a / ||a||_1, so that shrinking all gates while growing weights does not pay; needs p < 1.
-        initial: c in (0, 1), thresholds start at beta = logit(c / n): everything is on, the function unchanged.
+        normalise: R of a / ||a||_1, so that shrinking all gates while growing weights does not pay;
+            needs p < 1.
+        initial: c in (0, 1), thresholds start at beta = logit(c / n): everything is on, the
+            function unchanged.
         recover: what is off learns by the derivative of ELU ("elu") or not at all ("none").
-        data: batches; the first two rows of the first are the example that the network is traced with. Layers whose
-            units cannot be cut are then left alone (``stats()["refused"]``); named without wildcards they are an error.
-            By default the example is of the first forward pass, and `finalize` finds out what can be cut.
+        data: batches; the first two rows of the first are the example that the network is traced
+            with. Layers whose units cannot be cut are then left alone (``stats()["refused"]``);
+            named without wildcards they are an error. By default the example is of the first
+            forward pass, and `finalize` finds out what can be cut.
 
-    Raises ValueError for patterns that match nothing or layers of other types, and where the optimizer has weight
-    decay in all its parameter groups: decay would pull beta to 0, where everything is cut.
-    Cost: one more multiplication per gated output, O(weights) for thresholds of single weights.
+    Raises ValueError for patterns that match nothing or layers of other types, and where the
+    optimizer has weight decay in all its parameter groups: decay would pull beta to 0, where
+    everything is cut. Cost: one more multiplication per gated output, O(weights) for thresholds of
+    single weights.
     """
 
     acts_in_ranks = False
@@ -114,22 +127,41 @@ class Differentiable(Method):
         if not 0 < p <= 2:
             raise ValueError(f"p must be above 0 and at most 2, not {p}")
         if p >= 1 and (gate == "competitive" or normalise):
-            raise ValueError(f"p must be below 1 where gates sum to 1 (competitive or normalise), not {p}")
+            raise ValueError(
+                f"p must be below 1 where gates sum to 1 (competitive or normalise), not {p}"
+            )
         if not 0 < initial < 1:
             raise ValueError(f"initial must be between 0 and 1, not {initial}")
         if gate == "group" and (heads or branches):
-            raise ValueError("gate='group' is for units: choose 'non-competitive' or 'competitive' for heads, branches")
+            raise ValueError(
+                "gate='group' is for units: choose 'non-competitive' or "
+                "'competitive' for heads, branches"
+            )
         self.strength = checked("strength", strength, 0.0)
         self.p, self.normalise = p, normalise
-        names: dict[str, Patterns] = {"units": units, "weights": weights, "heads": heads, "branches": branches}
-        self._names = {kind: None if n is None else [n] if isinstance(n, str) else list(n) for kind, n in names.items()}
-        self._gates = {"gate": gate, "weight_gate": weight_gate, "recover": recover, "initial": initial}
+        names: dict[str, Patterns] = {
+            "units": units,
+            "weights": weights,
+            "heads": heads,
+            "branches": branches,
+        }
+        self._names = {
+            kind: None if n is None else [n] if isinstance(n, str) else list(n)
+            for kind, n in names.items()
+        }
+        self._gates = {
+            "gate": gate,
+            "weight_gate": weight_gate,
+            "recover": recover,
+            "initial": initial,
+        }
         found = chosen(model, self._names, gate)
         example = None if data is None else head(_first(data), 2)
         self._refused: dict[str, str] = {}
         if found["units"]:
             torch_pruning()  # that it is missing is better said now than after training
-            copied = any(name.split(".")[-1] == GATE for name, _ in model.named_modules())  # it has gates already
+            # it has gates already
+            copied = any(name.split(".")[-1] == GATE for name, _ in model.named_modules())
             if example is not None and not copied:
                 self._refused = _refuse(model, example, found, self._names["units"] or ["*"])
         self._group = _home(optimizer, model)
@@ -140,7 +172,9 @@ class Differentiable(Method):
         self.targets += [Heads(model, name, gate, options) for name in found["heads"]]
         if found["branches"]:
             self.targets.append(Branches(model, found["branches"], gate, options))
-        self._parameters = [parameter for target in self.targets for parameter in target.parameters()]
+        self._parameters = [
+            parameter for target in self.targets for parameter in target.parameters()
+        ]
         self._take_in()
         self._example: Any = example
         self._handle: Any = None
@@ -149,7 +183,9 @@ class Differentiable(Method):
             self._attachment.hold(self._handle)
 
     def _take_in(self) -> None:
-        """Let the gates be trained in their group, and nowhere else (the optimizer of a copied model has them)."""
+        """Let the gates be trained in their group, and nowhere else (the optimizer of a copied
+        model has them).
+        """
         ours = {id(parameter) for parameter in self._parameters}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -165,8 +201,9 @@ class Differentiable(Method):
             self._handle.remove()
 
     def penalty(self) -> Tensor:
-        """``strength * sum over targets of R(a)``, a scalar with gradients to gates, thresholds and, for groups and
-        single weights, the weights themselves."""
+        """``strength * sum over targets of R(a)``, a scalar with gradients to gates, thresholds
+        and, for groups and single weights, the weights themselves.
+        """
         total = super().penalty()
         for target in self.targets:
             a = target.values()
@@ -177,24 +214,30 @@ class Differentiable(Method):
         return within("strength", at(self.strength, self.steps), 0.0) * total
 
     def stats(self) -> dict[str, Any]:
-        """As of every method; "components": how many of each target's are on, name -> (on, all); "refused": layers
-        whose units cannot be cut -> why (known from the start where ``data`` was given, else after `finalize`)."""
+        """As of every method; "components": how many of each target's are on, name -> (on, all);
+        "refused": layers whose units cannot be cut -> why (known from the start where ``data`` was
+        given, else after `finalize`).
+        """
         with torch.no_grad():
             on = {t.name: (int((t.values() != 0).sum()), t.count) for t in self.targets}
         return super().stats() | {"components": on, "refused": dict(self._refused)}
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
-        """The network without gates and without what is off; the optimizer goes on with what is left.
+        """The network without gates and without what is off; the optimizer goes on with what is
+        left.
 
-        Raises RuntimeError if no forward pass was seen and no ``data`` given. Units that cannot be removed without a
-        change of the output (a constant behind zero padding, say) stay, with weights of 0; so do those of a layer that
-        cannot be cut at all (``stats()["refused"]`` says why).
+        Raises RuntimeError if no forward pass was seen and no ``data`` given. Units that cannot be
+        removed without a change of the output (a constant behind zero padding, say) stay, with
+        weights of 0; so do those of a layer that cannot be cut at all (``stats()["refused"]`` says
+        why).
         """
         if not self._attachment.attached:
             return self.model
         if self._example is None and any(isinstance(t, Units) for t in self.targets):
-            raise RuntimeError("finalize needs an example input: run the model once, or give data= at construction")
+            raise RuntimeError(
+                "finalize needs an example input: run the model once, or give data= at construction"
+            )
         if self._handle is not None:
             self._handle.remove()
         self._forget_gates()
@@ -225,15 +268,23 @@ class _Look(LayerHook):
             self.method._look(args, kwargs)
 
 
-def _refuse(model: nn.Module, example: Any, found: dict[str, list[str]], patterns: Sequence[str]) -> dict[str, str]:
-    """Take layers whose units cannot be cut off ``found``, and say why; named without wildcards they are an error."""
+def _refuse(
+    model: nn.Module, example: Any, found: dict[str, list[str]], patterns: Sequence[str]
+) -> dict[str, str]:
+    """Take layers whose units cannot be cut off ``found``, and say why; named without wildcards
+    they are an error.
+    """
     graph = UnitGraph(model, example)
-    refused = {name: reason for name in found["units"] if isinstance(reason := group_of(graph, name), str)}
+    refused = {
+        name: reason for name in found["units"] if isinstance(reason := group_of(graph, name), str)
+    }
     for name, reason in refused.items():
         if name in patterns:
             raise ValueError(f"units: {reason}")
     if len(refused) == len(found["units"]):
-        raise ValueError(f"units: no layer has units that can be cut: {'; '.join(refused.values())}")
+        raise ValueError(
+            f"units: no layer has units that can be cut: {'; '.join(refused.values())}"
+        )
     found["units"] = [name for name in found["units"] if name not in refused]
     return refused
 
@@ -246,12 +297,18 @@ def _home(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module) -> dict
             if not group.get("weight_decay", 0) and any(id(p) in mine for p in group["params"]):
                 return group
     raise ValueError(
-        "every parameter group that trains the model has weight decay, which would pull the thresholds to where "
-        "everything is cut: make the optimizer without, or with rewire.param_groups(model, weight_decay)"
+        "every parameter group that trains the model has weight decay, which would pull the "
+        "thresholds to where "
+        "everything is cut: make the optimizer without, or with rewire.param_groups(model, "
+        "weight_decay)"
     )
 
 
 def _first(data: Data) -> Any:
     """The input of the first batch."""
     batch = next(iter(data))
-    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) else batch
+    return (
+        batch[0]
+        if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
+        else batch
+    )

@@ -1,7 +1,10 @@
-"""Gates that learn to be exactly zero: the parameterisations of differentiable sparsification, and the modules of them.
+"""Gates that learn to be exactly zero: the parameterisations of differentiable sparsification, and
+the modules of them.
 
-Source: Lee, Differentiable Sparsification for Deep Neural Networks (arXiv 1910.03201). Its body could not be read; the
-formulas are those known from its abstract and from memory, the properties below are derived from them and tested.
+Source: Lee, Differentiable Sparsification for Deep Neural Networks (arXiv 1910.03201). Its body
+could not be read; the
+formulas are those known from its abstract and from memory, the properties below are derived from
+them and tested.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ Recover = Literal["none", "elu"]
 #: What keeps the last component alive: its threshold stays this far below the largest.
 MARGIN = 1e-3
 
-#: Entries below this share of the largest count linearly in `p_norm`, so that its slope stays bounded.
+#: Entries below this share of the largest count linearly in `p_norm`, so that its slope stays
+#: bounded.
 FLOOR = 1e-2
 
 
 class _Rectify(torch.autograd.Function):
-    """relu forward; backward the derivative of ELU (1 above 0, exp(z) below), so that what is zero still learns."""
+    """relu forward; backward the derivative of ELU (1 above 0, exp(z) below), so that what is zero
+    still learns.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -54,7 +60,9 @@ def _rectify(z: Tensor, recover: Recover) -> Tensor:
 
 
 def _threshold(size: Tensor, beta: Tensor, dim: int | None, keep_one: bool) -> Tensor:
-    """sigma(beta) times the sum of ``size`` (over ``dim``, or all); with ``keep_one`` below the largest entry."""
+    """sigma(beta) times the sum of ``size`` (over ``dim``, or all); with ``keep_one`` below the
+    largest entry.
+    """
     total = size.sum() if dim is None else size.sum(dim, keepdim=True)
     t = torch.sigmoid(beta) * total
     if keep_one:
@@ -66,7 +74,7 @@ def _threshold(size: Tensor, beta: Tensor, dim: int | None, keep_one: bool) -> T
 def competitive(alpha: Tensor, beta: Tensor, recover: Recover = "elu") -> Tensor:
     """A sparse stand-in for softmax, (n) -> (n), non-negative and summing to 1::
 
-        gamma_i = exp(alpha_i);   g_i = (gamma_i - sigma(beta) sum_j gamma_j)_+;   a_i = g_i / sum_j g_j
+        gamma_i = exp(alpha_i); g_i = (gamma_i - sigma(beta) sum_j gamma_j)_+; a_i = g_i / sum_j g_j
 
     The largest component always survives (otherwise the sum would be 0).
     """
@@ -75,17 +83,24 @@ def competitive(alpha: Tensor, beta: Tensor, recover: Recover = "elu") -> Tensor
     return kept / kept.sum()
 
 
-def non_competitive(alpha: Tensor, beta: Tensor, recover: Recover = "elu", keep_one: bool = False) -> Tensor:
-    """``a_i = sign(alpha_i) (|alpha_i| - sigma(beta) ||alpha||_1)_+``, any shape; the sign counts as constant.
+def non_competitive(
+    alpha: Tensor, beta: Tensor, recover: Recover = "elu", keep_one: bool = False
+) -> Tensor:
+    """``a_i = sign(alpha_i) (|alpha_i| - sigma(beta) ||alpha||_1)_+``, any shape; the sign counts
+    as constant.
 
-    Which entries are zero does not change when alpha is scaled, and fewer than 1 / sigma(beta) are not.
+    Which entries are zero does not change when alpha is scaled, and fewer than 1 / sigma(beta) are
+    not.
     """
     size = alpha.abs()
-    return torch.sign(alpha.detach()) * _rectify(size - _threshold(size, beta, None, keep_one), recover)
+    return torch.sign(alpha.detach()) * _rectify(
+        size - _threshold(size, beta, None, keep_one), recover
+    )
 
 
 def group(weight: Tensor, beta: Tensor, recover: Recover = "elu", keep_one: bool = False) -> Tensor:
-    """Factors (n) of the n groups (rows of ``weight``, all dimensions but the first) of a differentiable l_{2,1}::
+    """Factors (n) of the n groups (rows of ``weight``, all dimensions but the first) of a
+    differentiable l_{2,1}::
 
     a_g = (||w_g||_2 - sigma(beta) sum_h ||w_h||_2)_+ / ||w_g||_2,   0 for a row of zeros
     """
@@ -95,9 +110,11 @@ def group(weight: Tensor, beta: Tensor, recover: Recover = "elu", keep_one: bool
 
 
 def exclusive(weight: Tensor, beta: Tensor, recover: Recover = "elu") -> Tensor:
-    """Differentiable l_{1,2}: within each row g, ``sign(w_gi) (|w_gi| - sigma(beta_g) ||w_g||_1)_+``.
+    """Differentiable l_{1,2}: within each row g, ``sign(w_gi) (|w_gi| - sigma(beta_g)
+    ||w_g||_1)_+``.
 
-    weight: (n, ...), beta: (n); the entries of a row compete with one another, and no row dies (its largest survives).
+    weight: (n, ...), beta: (n); the entries of a row compete with one another, and no row dies (its
+        largest survives).
     """
     flat = weight.flatten(1)
     size = flat.abs()
@@ -106,11 +123,12 @@ def exclusive(weight: Tensor, beta: Tensor, recover: Recover = "elu") -> Tensor:
 
 
 def p_norm(a: Tensor, p: float, root: bool = True) -> Tensor:
-    """``sum |a_i|^p``, to the power 1/p if ``root``; a scalar, with gradient from the non-zero entries only.
+    """``sum |a_i|^p``, to the power 1/p if ``root``; a scalar, with gradient from the non-zero
+    entries only.
 
-    Where p < 1 the slope grows without bound towards 0, and one step of gradient descent would throw a small entry far
-    beyond it: below `FLOOR` of the largest entry a straight line to 0 takes the power's place. 0, with zero gradient,
-    if every entry is 0.
+    Where p < 1 the slope grows without bound towards 0, and one step of gradient descent would
+    throw a small entry far beyond it: below `FLOOR` of the largest entry a straight line to 0 takes
+    the power's place. 0, with zero gradient, if every entry is 0.
     """
     size = a.abs()
     alive = a != 0
@@ -139,8 +157,9 @@ class Gate(nn.Module):
 
     Args:
         count: n, at least 1.
-        initial: share c; beta starts at logit(c / n), so that all components are on (c < 1) and ``alpha`` where the
-            function is unchanged: all factors 1 ("non-competitive") or 1 / n ("competitive").
+        initial: share c; beta starts at logit(c / n), so that all components are on (c < 1) and
+            ``alpha`` where the function is unchanged: all factors 1 ("non-competitive") or 1 / n
+            ("competitive").
         keep_one: the largest component cannot be switched off.
     """
 
@@ -157,7 +176,8 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self.count, self.kind, self.recover, self.keep_one = count, kind, recover, keep_one
-        start = initial / max(count, 2)  # sigma(beta) = c / n; a single component is not its own competitor
+        # sigma(beta) = c / n; a single component is not its own competitor
+        start = initial / max(count, 2)
         self.beta = nn.Parameter(torch.tensor(logit(start), device=device, dtype=dtype))
         if kind == "group":
             self.register_parameter("alpha", None)
@@ -179,19 +199,28 @@ class Gate(nn.Module):
 
 
 class Elementwise(nn.Module):
-    """A parametrization (`torch.nn.utils.parametrize`) under which single weights become exactly zero.
+    """A parametrization (`torch.nn.utils.parametrize`) under which single weights become exactly
+    zero.
 
-    kind "non-competitive": all entries share one threshold; "exclusive": the entries of each row have their own.
+    kind "non-competitive": all entries share one threshold; "exclusive": the entries of each row
+    have their own.
     """
 
     def __init__(
-        self, weight: Tensor, kind: Literal["non-competitive", "exclusive"], *, initial: float, recover: Recover
+        self,
+        weight: Tensor,
+        kind: Literal["non-competitive", "exclusive"],
+        *,
+        initial: float,
+        recover: Recover,
     ) -> None:
         super().__init__()
         self.kind, self.recover = kind, recover
         rows = weight.shape[0]
         group_size = weight.numel() if kind == "non-competitive" else weight.numel() // rows
-        beta = torch.full(() if kind == "non-competitive" else (rows,), logit(initial / max(group_size, 2)))
+        beta = torch.full(
+            () if kind == "non-competitive" else (rows,), logit(initial / max(group_size, 2))
+        )
         self.beta = nn.Parameter(beta.to(weight))
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""What differentiable sparsification can switch off: units, single weights, attention heads, branches.
+"""What differentiable sparsification can switch off: units, single weights, attention heads,
+branches.
 
-A target puts its gate into the model (a submodule, so that ``state_dict`` has it), says which components are on, bakes
-the gate into the weights at the end, and takes out what is zero.
+A target puts its gate into the model (a submodule, so that ``state_dict`` has it), says which
+components are on, bakes the gate into the weights at the end, and takes out what is zero.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ CONSTANT = 1e-6
 
 
 class Cutting:
-    """What targets share when they are cut: the units of the network, found when the first asks; what was refused."""
+    """What targets share when they are cut: the units of the network, found when the first asks;
+    what was refused.
+    """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model, self.example = model, example
@@ -48,7 +51,9 @@ class Cutting:
         self._graph: UnitGraph | str | None = None
 
     def graph(self, name: str) -> UnitGraph | None:
-        """The units of the network as it is now; None, noted for layer ``name``, where they cannot be found."""
+        """The units of the network as it is now; None, noted for layer ``name``, where they cannot
+        be found.
+        """
         if self._graph is None:
             try:
                 self._graph = UnitGraph(self.model, self.example)
@@ -66,7 +71,8 @@ class Target(ABC):
     Attributes:
         name: of the layer, or "branches".
         count: number of components.
-        order: targets are cut in ascending order: whole branches first, so that nothing is done to what is gone.
+        order: targets are cut in ascending order: whole branches first, so that nothing is done to
+            what is gone.
     """
 
     name: str
@@ -79,7 +85,9 @@ class Target(ABC):
 
     @abstractmethod
     def values(self) -> Tensor:
-        """The a_i that the penalty is taken of; 0 exactly where a component is off. With gradient."""
+        """The a_i that the penalty is taken of; 0 exactly where a component is off. With
+        gradient.
+        """
 
     @abstractmethod
     def bake(self) -> None:
@@ -94,7 +102,9 @@ _G = TypeVar("_G", bound=nn.Module)
 
 
 def _gate(owner: nn.Module, name: str, count: int, kind: Any, options: Mapping[str, Any]) -> Gate:
-    """The gate of ``owner``: a new one, or what a copied model has there from the method of its original."""
+    """The gate of ``owner``: a new one, or what a copied model has there from the method of its
+    original.
+    """
     there = owner._modules.get(GATE)
     if isinstance(there, Gate):
         return _fitting(there, name, (kind, count), (there.kind, there.count))
@@ -106,7 +116,8 @@ def _gate(owner: nn.Module, name: str, count: int, kind: Any, options: Mapping[s
 def _fitting(gate: _G, name: str, wanted: object, has: object) -> _G:
     if wanted != has:
         raise ValueError(
-            f"{name} has a gate of {has} from another Differentiable, and this one wants {wanted}: give the same "
+            f"{name} has a gate of {has} from another Differentiable, and this one wants "
+            f"{wanted}: give the same "
             "settings, or copy the model before the other method is made"
         )
     return gate
@@ -122,7 +133,8 @@ def _parametrization(module: nn.Module) -> nn.Module | None:
 
 def _bake(module: nn.Module) -> None:
     """Leave the weight that is computed now as an ordinary parameter."""
-    # Copies share the class that torch has made for the parametrized module, and it is about to lose its weight.
+    # Copies share the class that torch has made for the parametrized module, and it is about to
+    # lose its weight.
     kind = type(module)
     members = {k: v for k, v in kind.__dict__.items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, members)
@@ -130,11 +142,14 @@ def _bake(module: nn.Module) -> None:
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     weight = module._parameters["weight"]
     assert weight is not None
-    announce(weight, [Part(weight, gates[0])])  # an average of the weight goes through the same gate
+    # an average of the weight goes through the same gate
+    announce(weight, [Part(weight, gates[0])])
 
 
 def _take_off(module: nn.Module, function: Any) -> None:
-    """Remove the hook that applied a gate for another method (also in copies, which have it too)."""
+    """Remove the hook that applied a gate for another method (also in copies, which have it
+    too).
+    """
     for number, hook in list(module._forward_hooks.items()):
         if isinstance(hook, partial) and hook.func is function:
             del module._forward_hooks[number]
@@ -152,7 +167,9 @@ class Units(Target):
         assert isinstance(weight, Tensor)
         self.count = weight.shape[0]
         like = {"device": weight.device, "dtype": weight.dtype}
-        self.gate = _gate(self.module, name, self.count, kind, {**options, **like, "keep_one": True})
+        self.gate = _gate(
+            self.module, name, self.count, kind, {**options, **like, "keep_one": True}
+        )
         _take_off(self.module, _gate_output)
         dim = -1 if isinstance(self.module, nn.Linear) else 1
         self._handle = self.module.register_forward_hook(partial(_gate_output, self.gate, dim))
@@ -176,7 +193,9 @@ class Units(Target):
         _scale(self.module, a)
 
     def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
-        """Units that are 0 on every way to their consumers go; the constants that their successors see are folded."""
+        """Units that are 0 on every way to their consumers go; the constants that their successors
+        see are folded.
+        """
         if not self.dead.numel() or self.module not in list(self.model.modules()):
             return
         graph = cutting.graph(self.name)
@@ -186,9 +205,17 @@ class Units(Target):
         if isinstance(group, str):
             cutting.refused[self.name] = group
             return
-        silent = [u for u in group.alive.tolist() if all(_silent(graph, site, u) for site in group.producers)]
+        silent = [
+            u
+            for u in group.alive.tolist()
+            if all(_silent(graph, site, u) for site in group.producers)
+        ]
         constants = _constants(self.model, cutting.example, graph, group, silent)
-        gone = [u for u in silent if u in constants and (not constants[u] or takes_constants(graph, group))]
+        gone = [
+            u
+            for u in silent
+            if u in constants and (not constants[u] or takes_constants(graph, group))
+        ]
         gone = gone[: group.alive.numel() - 1]
         for u in gone:
             for site in group.consumers:
@@ -213,7 +240,9 @@ def _scale(module: nn.Module, a: Tensor) -> None:
 
 
 def group_of(graph: UnitGraph, name: str) -> Group | str:
-    """The group whose producers or followers include layer ``name``; the reason where its units cannot be cut."""
+    """The group whose producers or followers include layer ``name``; the reason where its units
+    cannot be cut.
+    """
     if holds_units(graph.model.get_submodule(name)):
         reason = graph.refusal(name)
         return graph.group(name) if reason is None else reason
@@ -226,7 +255,11 @@ def group_of(graph: UnitGraph, name: str) -> Group | str:
         group = graph.group(producer)
         if any(site.name == name for site in (*group.producers, *group.followers)):
             return group
-    return f"no layer whose units can be cut goes through {name}: {'; '.join(refused) or 'it was not called'}"
+    return (
+        "no layer whose units can be cut goes through "
+        f"{name}: "
+        f"{'; '.join(refused) or 'it was not called'}"
+    )
 
 
 def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
@@ -248,7 +281,9 @@ def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
 def _constants(
     model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Sequence[int]
 ) -> dict[int, float]:
-    """What each unit gives its consumers, for those units that give all of them the same constant."""
+    """What each unit gives its consumers, for those units that give all of them the same
+    constant.
+    """
     if not units:
         return {}
     seen: dict[str, list[Tensor]] = {site.name: [] for site in group.consumers}
@@ -259,7 +294,8 @@ def _constants(
             seen[name].append(x)
 
     handles = [
-        site.module.register_forward_pre_hook(partial(note, site.name), with_kwargs=True) for site in group.consumers
+        site.module.register_forward_pre_hook(partial(note, site.name), with_kwargs=True)
+        for site in group.consumers
     ]
     try:
         with evaluating(model):
@@ -273,13 +309,22 @@ def _constants(
     given = []
     for site in group.consumers:
         for x in seen[site.name]:
-            dim = x.dim() - len(site.module.kernel_size) - 1 if isinstance(site.module, _ConvNd) else x.dim() - 1
-            places = graph.positions(site, torch.tensor(units, dtype=torch.int64)).to(x.device)  # (units, places)
+            dim = (
+                x.dim() - len(site.module.kernel_size) - 1
+                if isinstance(site.module, _ConvNd)
+                else x.dim() - 1
+            )
+            # (units, places)
+            places = graph.positions(site, torch.tensor(units, dtype=torch.int64)).to(x.device)
             given.append(x.movedim(dim, 0)[places].reshape(len(units), -1))
     values = torch.cat(given, 1) if given else torch.zeros(len(units), 1)
     first = values[:, :1]
     same = ((values - first).abs() <= CONSTANT * first.abs().clamp(min=1)).all(1).tolist()
-    return {unit: value for unit, value, is_same in zip(units, first.flatten().tolist(), same, strict=True) if is_same}
+    return {
+        unit: value
+        for unit, value, is_same in zip(units, first.flatten().tolist(), same, strict=True)
+        if is_same
+    }
 
 
 class Weights(Target):
@@ -312,7 +357,9 @@ class Weights(Target):
         _bake(self.module)
 
     def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
-        there = next((name for name, module in self.model.named_modules() if module is self.module), None)
+        there = next(
+            (name for name, module in self.model.named_modules() if module is self.module), None
+        )
         if there is not None:  # not in a branch that is gone
             weight = self.module.weight
             assert isinstance(weight, Tensor)
@@ -320,7 +367,9 @@ class Weights(Target):
 
 
 class _Columns(nn.Module):
-    """Parametrization of an attention's output projection: one factor for the columns of each head."""
+    """Parametrization of an attention's output projection: one factor for the columns of each
+    head.
+    """
 
     def __init__(self, gate: Gate, width: int) -> None:
         super().__init__()
@@ -346,8 +395,12 @@ class Heads(Target):
         if isinstance(there, _Columns):
             self.gate = _fitting(there.gate, name, kind, there.gate.kind)
         else:
-            self.gate = Gate(self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options)
-            parametrize.register_parametrization(module.out_proj, "weight", _Columns(self.gate, module.head_dim))
+            self.gate = Gate(
+                self.count, kind, keep_one=True, device=weight.device, dtype=weight.dtype, **options
+            )
+            parametrize.register_parametrization(
+                module.out_proj, "weight", _Columns(self.gate, module.head_dim)
+            )
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.gate.parameters())
@@ -361,11 +414,16 @@ class Heads(Target):
         _bake(self.module.out_proj)
 
     def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
-        there = next((name for name, module in self.model.named_modules() if module is self.module), None)
+        there = next(
+            (name for name, module in self.model.named_modules() if module is self.module), None
+        )
         if there is None or bool(self.alive.all()):
             return
         rows = self.alive.repeat_interleave(self.module.head_dim)
-        embed, dims = self.module.embed_dim, (self.module.embed_dim, self.module.kdim, self.module.vdim)
+        embed, dims = (
+            self.module.embed_dim,
+            (self.module.embed_dim, self.module.kdim, self.module.vdim),
+        )
         masks = {
             f"{there}.{letter}_proj_weight": rows.unsqueeze(1).expand(embed, int(width or embed))
             for letter, width in zip("qkv", dims, strict=True)
@@ -380,7 +438,9 @@ class Branches(Target):
     name = "branches"
     order = 1
 
-    def __init__(self, model: nn.Module, names: Sequence[str], kind: Any, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], kind: Any, options: Mapping[str, Any]
+    ) -> None:
         self.model, self.names, self.count = model, list(names), len(names)
         self.modules = [model.get_submodule(name) for name in names]
         like = next(self.modules[0].parameters())
@@ -389,7 +449,8 @@ class Branches(Target):
         for module in self.modules:
             _take_off(module, _gate_branch)
         self._handles = [
-            module.register_forward_hook(partial(_gate_branch, self.gate, i)) for i, module in enumerate(self.modules)
+            module.register_forward_hook(partial(_gate_branch, self.gate, i))
+            for i, module in enumerate(self.modules)
         ]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -428,7 +489,7 @@ def _gate_branch(gate: Gate, number: int, module: nn.Module, args: Any, output: 
     return output * a[number]
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 _KINDS = (nn.Linear, _ConvNd, _BatchNorm)
 
@@ -441,8 +502,12 @@ def _last_affine(module: nn.Module) -> nn.Module | None:
     return module if fits and module._parameters.get("weight") is not None else None
 
 
-def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: str) -> dict[str, list[str]]:
-    """The layers that the patterns of each target choose, checked; ValueError says which do not fit."""
+def chosen(
+    model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: str
+) -> dict[str, list[str]]:
+    """The layers that the patterns of each target choose, checked; ValueError says which do not
+    fit.
+    """
     modules = dict(model.named_modules())
     tied = ties(model)
 
@@ -455,7 +520,8 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
         if not units:
             looked = ", ".join(f"{n} {unfit('units', n)}" for n in linear) or "there is none"
             raise ValueError(
-                f"the model has no Linear layer but the last whose units could be gated ({looked}): say what to gate, "
+                "the model has no Linear layer but the last whose units could be gated "
+                f"({looked}): say what to gate, "
                 "with units=, weights=, heads= or branches="
             )
         return {"units": units, "weights": [], "heads": [], "branches": []}
@@ -465,7 +531,11 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
         for pattern in patterns or ():
             matches = [name for name in modules if name and fnmatchcase(name, pattern)]
             if kind == "branches":  # "bodies.*" means the bodies, not also the layers in them
-                matches = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
+                matches = [
+                    name
+                    for name in matches
+                    if not any(name.startswith(f"{other}.") for other in matches)
+                ]
             else:
                 fitting = [name for name in matches if unfit(kind, name) is None]
                 if matches and not fitting:
@@ -479,15 +549,21 @@ def chosen(model: nn.Module, names: Mapping[str, Sequence[str] | None], gate: st
                 raise ValueError(f"{kind}: {name} {reason}")
     twice = set(found["units"]) & set(found["weights"])
     if twice:
-        raise ValueError(f"{', '.join(sorted(twice))} would have gates on units and on weights: choose one")
+        raise ValueError(
+            f"{', '.join(sorted(twice))} would have gates on units and on weights: choose one"
+        )
     nested = [(a, b) for a in found["branches"] for b in found["branches"] if b.startswith(a + ".")]
     if nested:
         raise ValueError(f"branches: {nested[0][1]} lies within {nested[0][0]}: choose one of them")
     return found
 
 
-def _fits(kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str, str]]) -> str | None:
-    """Why the module cannot be such a target; None if it can. ``tied``: see `rewire.nn.convert.sparsify.ties`."""
+def _fits(
+    kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str, str]]
+) -> str | None:
+    """Why the module cannot be such a target; None if it can. ``tied``: see
+    `rewire.nn.convert.sparsify.ties`.
+    """
     if parametrize.is_parametrized(module) and not (kind == "weights" and _parametrization(module)):
         return "is parametrized already"
     own = type(module) if not parametrize.is_parametrized(module) else type(module).__bases__[0]
@@ -497,11 +573,19 @@ def _fits(kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str,
             return f"shares its {tied[id(part)][1]}: untie them first, or leave it out"
     what = own.__name__
     if kind == "heads":
-        return None if type(module) is nn.MultiheadAttention else f"is a {what}, and only MultiheadAttention has heads"
+        return (
+            None
+            if type(module) is nn.MultiheadAttention
+            else (f"is a {what}, and only MultiheadAttention has heads")
+        )
     if kind == "branches":
         if _last_affine(module) is not None:
             return None
-        return f"({what}) does not end in a Linear, Conv or BatchNorm layer with weights, which could take its factor"
+        return (
+            f"({what}) does not end in a Linear, Conv or BatchNorm layer with weights, "
+            "which "
+            "could take its factor"
+        )
     allowed = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if kind == "units" and gate != "group" and isinstance(module, _BatchNorm):
         return None if module.affine else "has no affine parameters to take the gate (affine=False)"

@@ -1,4 +1,5 @@
-"""CosineSET: SET guided by the cosine similarity of the activations at the two ends of a connection.
+"""CosineSET: SET guided by the cosine similarity of the activations at the two ends of a
+connection.
 
 Five methods, of three removals and three additions; SET itself is the sixth.
 """
@@ -59,7 +60,13 @@ class _CosineSET(Rewirer):
             raise needs_data(self)
         every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction))
         source = Similarity(
-            model, data, samples=samples, mode=mode, activations=activations, output_layer=output_layer, centred=centred
+            model,
+            data,
+            samples=samples,
+            mode=mode,
+            activations=activations,
+            output_layer=output_layer,
+            centred=centred,
         )
         super().__init__(
             model,
@@ -77,36 +84,41 @@ class _CosineSET(Rewirer):
 
 _SHARED = """
     Sim(r, c) = abs(cosine) of what input c and output r of a layer do over the data, both taken
-    before activation functions (`rewire.methods.criteria.activations`). At the end of every epoch but the last, in each layer
-    but the output layer (which does as SET does)::
+    before activation functions (`rewire.methods.criteria.activations`). At the end of every epoch
+    but the last, in each layer but the output layer (which does as SET does)::
 
         drop  {drop}
         grow  {grow}
 
-    New connections start at 0, just-dropped positions are candidates, other connections keep their values.
+    New connections start at 0, just-dropped positions are candidates, other connections keep their
+    values.
 
     Args:
-        data: the training data (of several ranks, each its own part), see `rewire.methods.core.base.Data`.
+        data: the training data (of several ranks, each its own part), see
+            `rewire.methods.core.base.Data`.
         fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
-        samples: rows of data to look at, drawn anew for each update; None for all of them, as the authors do.
+        samples: rows of data to look at, drawn anew for each update; None for all of them, as the
+            authors do.
         mode: "eval", or "train" for dropout on while looking, as in the authors' code.
         activations: "pre" (outputs of layers before activation functions) or "post".
-        centred: in the first layer, take the inputs from their means over the data. The authors standardise their
-            data, which does the same; of other inputs, such as pixels between 0 and 1, the cosine says how bright they
-            are on average, and not whether they vary with the unit (see docs/defaults.md).
+        centred: in the first layer, take the inputs from their means over the data. The authors
+            standardise their data, which does the same; of other inputs, such as pixels between 0
+            and 1, the cosine says how bright they are on average, and not whether they vary with
+            the unit (see docs/defaults.md).
         output_layer: use similarities in the output layer too (the authors' is dense).
-        candidates: random dormant positions per new connection to choose from; None for all there are, or for 4
-            in layers of more than 2^28 positions.
-        momentum: of survivors, "keep" it or "reset" all optimizer state of the model at every update, as the authors'
-            Keras code does.
-        every: "epoch", or a number of optimizer steps; by default "epoch", or in a training of known length as often as
-            10 updates need.
-        until: no update after this many epochs (or steps); by default three quarters of a training of known length,
-            else never stopping.
+        candidates: random dormant positions per new connection to choose from; None for all there
+            are, or for 4 in layers of more than 2^28 positions.
+        momentum: of survivors, "keep" it or "reset" all optimizer state of the model at every
+            update, as the authors' Keras code does.
+        every: "epoch", or a number of optimizer steps; by default "epoch", or in a training of
+            known length as often as 10 updates need.
+        until: no update after this many epochs (or steps); by default three quarters of a training
+            of known length, else never stopping.
         steps, epochs: of the whole training; `rewire train` gives them.
 
-    Cost per update: a forward pass over the rows and O(rows M) time for each layer (without addition by similarity, or
-    with ``candidates``, O(rows K)); O(rows x features + K) memory, in tiles, never M.
+    Cost per update: a forward pass over the rows and O(rows M) time for each layer (without
+    addition by similarity, or with ``candidates``, O(rows K)); O(rows x features + K) memory, in
+    tiles, never M.
 """
 _MAGNITUDE = "SET's: floor(zeta n) weakest of the n weights of each sign"
 _WEIGHTED = "the same rule on w Sim: floor(zeta n) weakest of the n of each sign"
@@ -128,14 +140,17 @@ def _describe(first: str, drop: str, grow: str) -> str:
     needs="activations",
 )
 class CoDASET(_CosineSET):
-    __doc__ = _describe("CosineSET with deterministic addition; its topology may freeze.", _MAGNITUDE, _TOP)
+    __doc__ = _describe(
+        "CosineSET with deterministic addition; its topology may freeze.", _MAGNITUDE, _TOP
+    )
     removal, addition = False, "top"
 
 
 @register(
     name="copaset",
     paper=_PAPER,
-    summary="SET that draws new connections in proportion to the similarity of the units at their ends",
+    summary="SET that draws new connections in proportion to the similarity of the units at "
+    "their ends",
     keeps_budget="every step",
     guarantees=_GUARANTEES,
     needs="activations",
@@ -168,7 +183,9 @@ class CoRSET(_CosineSET):
 )
 class CoDACoRSET(_CosineSET):
     __doc__ = _describe(
-        "CosineSET with deterministic addition, and removal by weight times similarity.", _WEIGHTED, _TOP
+        "CosineSET with deterministic addition, and removal by weight times similarity.",
+        _WEIGHTED,
+        _TOP,
     )
     removal, addition = True, "top"
 
@@ -176,13 +193,16 @@ class CoDACoRSET(_CosineSET):
 @register(
     name="copacorset",
     paper=_PAPER,
-    summary="drops the weakest weights times similarity, draws new connections in proportion to similarity",
+    summary="drops the weakest weights times similarity, draws new connections in proportion to "
+    "similarity",
     keeps_budget="every step",
     guarantees=_GUARANTEES,
     needs="activations",
 )
 class CoPACoRSET(_CosineSET):
     __doc__ = _describe(
-        "CosineSET with probabilistic addition, and removal by weight times similarity.", _WEIGHTED, _DRAWN
+        "CosineSET with probabilistic addition, and removal by weight times similarity.",
+        _WEIGHTED,
+        _DRAWN,
     )
     removal, addition = True, "proportional"

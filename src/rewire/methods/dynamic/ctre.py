@@ -27,14 +27,22 @@ __all__ = ["CTRE"]
 
 @dataclass(frozen=True)
 class _CosineElsewhere(Cosine):
-    """The most similar positions; those among them that were just dropped are replaced by random ones."""
+    """The most similar positions; those among them that were just dropped are replaced by random
+    ones.
+    """
 
-    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         rows, cols = super().__call__(pool, dropped, count, seed, step)
-        new = ~torch.isin(_keys(pool, rows, cols), _keys(pool, pool.weight.rows[dropped], pool.weight.cols[dropped]))
+        new = ~torch.isin(
+            _keys(pool, rows, cols),
+            _keys(pool, pool.weight.rows[dropped], pool.weight.cols[dropped]),
+        )
         rows, cols, lacking = rows[new], cols[new], count - int(new.sum())
         room = pool.weight.size - pool.weight.connections + dropped.numel()
-        # A random set that has enough others even if it has all of the picks; of the others, a random subset.
+        # A random set that has enough others even if it has all of the picks; of the others, a
+        # random subset.
         more = random_dormant(pool, dropped, min(room, count), seed, step)
         keys = _keys(pool, *more)
         other = (~torch.isin(keys, _keys(pool, rows, cols))).nonzero().flatten()
@@ -58,8 +66,10 @@ def _uniform_values(pool: Pool, count: int, seed: int, step: int) -> Tensor:
 
 @register(
     name="ctre",
-    paper="Atashgahi, Pieterse, Liu, Mocanu, Veldhuis, Pechenizkiy, Machine Learning 2022 (arXiv 1903.07138v3)",
-    summary="drops the smallest weights, grows between the most similar units, and at random where that stands still",
+    paper="Atashgahi, Pieterse, Liu, Mocanu, Veldhuis, Pechenizkiy, Machine Learning 2022 (arXiv "
+    "1903.07138v3)",
+    summary="drops the smallest weights, grows between the most similar units, and at random "
+    "where that stands still",
     keeps_budget="every step",
     guarantees=("K exact in every layer at every moment",),
     needs="activations",
@@ -68,29 +78,32 @@ class CTRE(Rewirer):
     """At the end of every epoch but the last, in each layer, the output layer included::
 
         drop  floor(zeta K) connections of smallest magnitude, of both signs together
-        grow  as many, the dormant positions of highest abs(cosine) of the activations (behind activation functions)
+        grow  as many, the dormant positions of highest abs(cosine) of the activations
 
-    ``variant="sim"``: positions among these that were just dropped are replaced by uniformly random ones (uniform over
-    what is neither kept nor picked; the authors' code may pick a position twice). ``variant="seq"``: by similarity
-    until the validation score has not risen for ``patience`` epochs, then at random for good; it needs `end_epoch` to
-    be given ``evaluate`` (in `rewire train`, a validation split).
+    ``variant="sim"``: positions among these that were just dropped are replaced by uniformly random
+    ones (uniform over what is neither kept nor picked; the authors' code may pick a position
+    twice). ``variant="seq"``: by similarity until the validation score has not risen for
+    ``patience`` epochs, then at random for good; it needs `end_epoch` to be given ``evaluate`` (in
+    `rewire train`, a validation split).
 
     A connection that is dropped and grown at once stays as it was, its optimizer state too.
 
     Args:
-        data: the training data (of several ranks, each its own part), see `rewire.methods.core.base.Data`.
+        data: the training data (of several ranks, each its own part), see
+            `rewire.methods.core.base.Data`.
         variant: "sim" (CTRE_sim) or "seq" (CTRE_seq).
         fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
         patience: epochs without a better score after which "seq" turns to random growth.
-        samples: rows of data to look at, drawn anew for each update; None for all of them, as the authors do.
+        samples: rows of data to look at, drawn anew for each update; None for all of them, as the
+            authors do.
         mode: "eval", or "train" for dropout on while looking.
         activations: "post", or "pre" for what CosineSET looks at.
-        candidates: as in CosineSET: random dormant positions per new connection to choose from; None for all there are,
-            or for 4 in layers of more than 2^28 positions.
-        new_values: "uniform", U(-m, m) with m the mean magnitude of the layer's connections, as the authors run it, or
-            "zero".
-        steps, epochs: of the whole training; `rewire train` gives them. Updates then stop after three quarters of it,
-            and "sim" has as many as 10 where epochs are fewer.
+        candidates: as in CosineSET: random dormant positions per new connection to choose from;
+            None for all there are, or for 4 in layers of more than 2^28 positions.
+        new_values: "uniform", U(-m, m) with m the mean magnitude of the layer's connections, as the
+            authors run it, or "zero".
+        steps, epochs: of the whole training; `rewire train` gives them. Updates then stop after
+            three quarters of it, and "sim" has as many as 10 where epochs are fewer.
 
     Cost per update: as CosineSET's.
     """
@@ -121,8 +134,12 @@ class CTRE(Rewirer):
         if data is None:
             raise needs_data(self)
         # "seq" decides by scores, which there are at the end of epochs only.
-        every, until = in_epochs(None, None, steps, epochs, scheduled=variant == "seq" or callable(fraction))
-        source = Similarity(model, data, samples=samples, mode=mode, activations=activations, output_layer=True)
+        every, until = in_epochs(
+            None, None, steps, epochs, scheduled=variant == "seq" or callable(fraction)
+        )
+        source = Similarity(
+            model, data, samples=samples, mode=mode, activations=activations, output_layer=True
+        )
         self._cosine = (_CosineElsewhere if variant == "sim" else Cosine)(source, "top", candidates)
         super().__init__(
             model,
@@ -151,7 +168,8 @@ class CTRE(Rewirer):
         if self.variant == "seq" and self._since < self.patience:
             if evaluate is None:
                 raise ValueError(
-                    "CTRE's variant 'seq' turns by the validation score: call end_epoch(evaluate), a function of the "
+                    "CTRE's variant 'seq' turns by the validation score: call "
+                    "end_epoch(evaluate), a function of the "
                     "model, or choose variant='sim'"
                 )
             score = float(evaluate(self.model))

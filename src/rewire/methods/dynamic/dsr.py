@@ -22,10 +22,12 @@ __all__ = ["DSR", "Threshold"]
 
 @dataclass
 class Threshold:
-    """Everything below one magnitude all over the network; the magnitude is adapted so that it hits a share.
+    """Everything below one magnitude all over the network; the magnitude is adapted so that it hits
+    a share.
 
-    After each use: doubled where fewer than ``(1 - tolerance)`` of the wanted number were below it, halved where more
-    than ``(1 + tolerance)`` were. At least one connection stays in each layer: the largest (ties: the last).
+    After each use: doubled where fewer than ``(1 - tolerance)`` of the wanted number were below it,
+    halved where more than ``(1 + tolerance)`` were. At least one connection stays in each layer:
+    the largest (ties: the last).
     """
 
     magnitude: float
@@ -56,25 +58,29 @@ class Threshold:
 @register(
     name="dsr",
     paper="Mostafa and Wang, ICML 2019 (arXiv 1902.05967)",
-    summary="one adaptive magnitude threshold for all layers; random regrowth in proportion to what survives in each",
+    summary="one adaptive magnitude threshold for all layers; random regrowth in proportion to "
+    "what survives in each",
     keeps_budget="every step",
     guarantees=("K exact in total at every moment", "layers grow in proportion to their survivors"),
 )
 class DSR(Rewirer):
     """Every ``every`` steps, over all layers together::
 
-        drop  |w| < H;  H doubles where fewer than (1 - tolerance) fraction K went, halves where more than 1 + tolerance
+        drop  |w| < H;  H doubles where fewer than (1 - tolerance) fraction K went,
+                       halves where more than (1 + tolerance) fraction K went
         grow  as many at random, in layer l in proportion to the connections it has left
 
     The budget is kept in total and moves between layers: pools are enlarged as needed.
 
     Args:
-        fraction: share of all connections to replace at an update, the target of H; a float or a schedule over steps.
+        fraction: share of all connections to replace at an update, the target of H; a float or a
+            schedule over steps.
         threshold: H at the start.
         tolerance: relative distance from the target up to which H stays.
-        every: steps between updates; by default 500, or in a training of known length as often as 10 updates need.
-        until: no update after this many steps; by default three quarters of a training of known length, else never
-            stopping.
+        every: steps between updates; by default 500, or in a training of known length as often as
+            10 updates need.
+        until: no update after this many steps; by default three quarters of a training of known
+            length, else never stopping.
         steps: of the whole training; `rewire train` gives it.
 
     Recalled from the paper, not read from its code. Cost: O(K log K) per update.

@@ -25,9 +25,13 @@ __all__ = ["ITOP"]
 @register(
     name="itop",
     paper="Liu et al., ICML 2021 (arXiv 2102.02887)",
-    summary="SET or RigL with rare updates and constant exploration, so that most positions are active at some time",
+    summary="SET or RigL with rare updates and constant exploration, so that most positions are "
+    "active at some time",
     keeps_budget="every step",
-    guarantees=("K exact in every layer at every moment", "the share of positions ever active is exact"),
+    guarantees=(
+        "K exact in every layer at every moment",
+        "the share of positions ever active is exact",
+    ),
     memory="O(M)",
     needs="gradients",
 )
@@ -37,18 +41,20 @@ class ITOP(Rewirer):
         drop  the floor(fraction K) smallest |w|
         grow  as many at random (SET) or where |dL/dw| is largest (RigL)
 
-    ``explored()`` (also in `stats`) is R_s, the share of all positions that have ever been active, overall.
+    ``explored()`` (also in `stats`) is R_s, the share of all positions that have ever been active,
+    overall.
 
     Args:
         grow: "gradient" (RigL-ITOP) or "random" (SET-ITOP).
         fraction: share to replace; a float or a schedule over steps.
-        every: steps between updates; by default the authors' 4000 (gradient) or 1500 (random), long, so that new
-            connections have time to become useful; or in a training of known length as often as 10 updates need.
-        until: no update after this many steps; by default three quarters of a training of known length, else, as in
-            the paper, never stopping.
+        every: steps between updates; by default the authors' 4000 (gradient) or 1500 (random),
+            long, so that new connections have time to become useful; or in a training of known
+            length as often as 10 updates need.
+        until: no update after this many steps; by default three quarters of a training of known
+            length, else, as in the paper, never stopping.
         candidates: see `rewire.methods.criteria.grow.Gradient`.
-        track: count R_s. It keeps the positions ever active, 8 bytes each: K at the start, M in the end at most, whence
-            O(M); without it memory is O(K).
+        track: count R_s. It keeps the positions ever active, 8 bytes each: K at the start, M in the
+            end at most, whence O(M); without it memory is O(K).
         steps: of the whole training; `rewire train` gives it.
 
     Cost per update: O(M samples) (gradient, exact) or O(K log K), and O(positions ever active).
@@ -85,7 +91,8 @@ class ITOP(Rewirer):
             seed=seed,
         )
         self.track = track
-        self._ever: dict[str, Tensor] = {}  # sorted keys; begun at the first step, when the model is surely loaded
+        # sorted keys; begun at the first step, when the model is surely loaded
+        self._ever: dict[str, Tensor] = {}
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self.track:
@@ -94,7 +101,9 @@ class ITOP(Rewirer):
                     self._ever[pool.name] = _keys(pool, pool.weight.active())
         super()._after_step(pools)
 
-    def _exchange(self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0) -> Tensor:
+    def _exchange(
+        self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0
+    ) -> Tensor:
         grown = super()._exchange(pool, slots, rows, cols, values)
         if self.track:
             self._ever[pool.name] = torch.cat([self._ever[pool.name], _keys(pool, grown)]).unique()
@@ -103,7 +112,10 @@ class ITOP(Rewirer):
     def explored(self) -> float:
         """R_s: positions that have ever been active, over all positions."""
         total = sum(pool.weight.size for pool in self.pools)
-        ever = [self._ever[p.name].numel() if p.name in self._ever else p.weight.connections for p in self.pools]
+        ever = [
+            self._ever[p.name].numel() if p.name in self._ever else p.weight.connections
+            for p in self.pools
+        ]
         return sum(ever) / total
 
     def stats(self) -> dict[str, Any]:

@@ -23,7 +23,9 @@ __all__ = ["MEST", "Margin"]
 
 @dataclass(frozen=True)
 class Margin:
-    """``start`` until ``milestones[0]`` (epochs), half of it until ``milestones[1]``, 0 from there on."""
+    """``start`` until ``milestones[0]`` (epochs), half of it until ``milestones[1]``, 0 from there
+    on.
+    """
 
     start: float
     milestones: tuple[int, int] = (90, 120)
@@ -31,7 +33,9 @@ class Margin:
     def __post_init__(self) -> None:
         given = tuple(self.milestones) if isinstance(self.milestones, Sequence) else ()
         if len(given) != 2 or not all(isinstance(m, int) and m >= 0 for m in given):
-            raise ValueError(f"milestones must be two epochs of at least 0, not {self.milestones!r}")
+            raise ValueError(
+                f"milestones must be two epochs of at least 0, not {self.milestones!r}"
+            )
 
     def __call__(self, epoch: int) -> float:
         passed = sum(epoch >= m for m in self.milestones)
@@ -41,25 +45,32 @@ class Margin:
 @register(
     name="mest",
     paper="Yuan et al., NeurIPS 2021 (arXiv 2110.14032)",
-    summary="every 5 epochs, drop by magnitude plus gradient and grow at random (EM), or with a soft bound (EM&S)",
+    summary="every 5 epochs, drop by magnitude plus gradient and grow at random (EM), or with a "
+    "soft bound (EM&S)",
     keeps_budget="every step",
-    guarantees=("K exact in every layer at every moment (EM)", "never above K (1 + margin), and K at the end (EM&S)"),
+    guarantees=(
+        "K exact in every layer at every moment (EM)",
+        "never above K (1 + margin), and K at the end (EM&S)",
+    ),
 )
 class MEST(Rewirer):
     """Every ``every`` epochs, in each layer, by the score |w| + weight |g| of the last step::
 
         EM     drop the floor(margin K) connections of lowest score, grow as many at random
-        EM&S   drop all but the K of highest score, grow floor(margin K) at random: between updates K (1 + margin) exist
+        EM&S   drop all but the K of highest score, grow floor(margin K) at random:
+               between updates K (1 + margin) exist
 
     New values are 0. Where the margin is 0, EM rests and EM&S returns to K for good.
 
     Args:
-        margin: a schedule over epochs, or a number that is halved and then 0 as the authors' (`Margin`).
-        milestones: epochs of these two changes, used with a number; by default the authors' 90 and 120 of 160 epochs,
-            in a training of known length the same shares of it.
+        margin: a schedule over epochs, or a number that is halved and then 0 as the authors'
+            (`Margin`).
+        milestones: epochs of these two changes, used with a number; by default the authors' 90 and
+            120 of 160 epochs, in a training of known length the same shares of it.
         weight: lambda, of the gradient's magnitude in the score; 0 is the authors' code.
         soft: EM&S, the soft memory bound. K is what the layers have when the method is made.
-        every: epochs between updates; by default 5, or in a training of known length as often as 10 updates need.
+        every: epochs between updates; by default 5, or in a training of known length as often as 10
+            updates need.
         until: no update after this many epochs; EM&S then returns to K in finalize.
         steps, epochs: of the whole training; `rewire train` gives them.
 
@@ -94,7 +105,9 @@ class MEST(Rewirer):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of epochs of at least 1, not {every!r}")
         if not callable(margin):
-            margin = Margin(within("margin", margin, 0.0, 1.0), (90, 120) if milestones is None else milestones)
+            margin = Margin(
+                within("margin", margin, 0.0, 1.0), (90, 120) if milestones is None else milestones
+            )
         self.weight, self.soft, self.epochs_between = weight, soft, every
         super().__init__(
             model,
@@ -145,7 +158,11 @@ class MEST(Rewirer):
         return super().finalize()
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"epochs": self.epochs_between, "soft": self.soft, "weight": self.weight}
+        return super()._settings() | {
+            "epochs": self.epochs_between,
+            "soft": self.soft,
+            "weight": self.weight,
+        }
 
     def _state(self) -> dict[str, Any]:
         return super()._state() | {"budgets": dict(self._budgets)}

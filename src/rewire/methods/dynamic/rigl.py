@@ -24,9 +24,13 @@ __all__ = ["RigL"]
 @register(
     name="rigl",
     paper="Evci et al., ICML 2020 (arXiv 1911.11134)",
-    summary="every 100 steps, replace the weakest weights by the dormant connections with the largest gradients",
+    summary="every 100 steps, replace the weakest weights by the dormant connections with the "
+    "largest gradients",
     keeps_budget="every step",
-    guarantees=("K exact in every layer at every moment", "exact growth equals a brute-force dense computation"),
+    guarantees=(
+        "K exact in every layer at every moment",
+        "exact growth equals a brute-force dense computation",
+    ),
     needs="gradients",
 )
 class RigL(Rewirer):
@@ -39,20 +43,22 @@ class RigL(Rewirer):
     New values are 0, their optimizer state starts afresh.
 
     Args:
-        fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it is.
-        every: steps between updates (Delta T); by default 100, or in a training of known length as often as 10 updates
-            need.
-        until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are known, else there is
-            no end and the fraction stays.
+        fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it
+            is.
+        every: steps between updates (Delta T); by default 100, or in a training of known length as
+            often as 10 updates need.
+        until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are
+            known, else there is no end and the fraction stays.
         candidates: "auto", None (exact) or a number of random dormant positions to look at, see
             `rewire.methods.criteria.grow.Gradient`.
-        regrown: what is dropped and grows again starts at 0 ("new", the paper) or has never gone ("keep": value and
-            momentum stay, the authors' code).
-        skip_step: as in the paper's algorithm and code, a step that updates the topology moves no parameter of the
-            optimizer. False: it does both.
+        regrown: what is dropped and grows again starts at 0 ("new", the paper) or has never gone
+            ("keep": value and momentum stay, the authors' code).
+        skip_step: as in the paper's algorithm and code, a step that updates the topology moves no
+            parameter of the optimizer. False: it does both.
         steps: of the whole training; `rewire train` gives it.
 
-    Cost: exact O(M samples) time per update and O(K) memory besides the step's activations; sampled O(K samples).
+    Cost: exact O(M samples) time per update and O(K) memory besides the step's activations; sampled
+    O(K samples).
     """
 
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")

@@ -27,30 +27,33 @@ _LEAST = 60
 @register(
     name="set",
     paper="Mocanu et al., Nature Communications 2018 (doi 10.1038/s41467-018-04316-3)",
-    summary="after every epoch, replace the weakest positive and negative weights by random connections",
+    summary="after every epoch, replace the weakest positive and negative weights by random "
+    "connections",
     keeps_budget="every step",
     guarantees=("K exact in every layer at every moment", "the same share of each sign is dropped"),
 )
 class SET(Rewirer):
     """At the end of every epoch but the last, in each layer::
 
-        drop  floor(zeta n+) smallest of the n+ positive and floor(zeta n-) largest of the n- negative weights
+        drop  floor(zeta n+) smallest of the n+ positive weights
+              and floor(zeta n-) largest of the n- negative weights
         grow  as many, uniformly over the dormant positions (just-dropped ones included)
 
-    Optimizer state of new connections starts afresh. The authors' Keras code is ``new_values="zero",
-    momentum="reset"`` (and rewires after the last epoch too: leave ``last`` out in `end_epoch`), their SciPy code
-    ``new_values="normal", momentum="keep"``.
+    Optimizer state of new connections starts afresh. The authors' Keras code is
+    ``new_values="zero", momentum="reset"`` (and rewires after the last epoch too: leave ``last``
+    out in `end_epoch`), their SciPy code ``new_values="normal", momentum="keep"``.
 
     Args:
-        fraction: zeta, the share to replace at an update; a float or a schedule over epochs. (`rewire train` takes 0.15
-            where updates come more often than epochs.)
+        fraction: zeta, the share to replace at an update; a float or a schedule over epochs.
+            (`rewire train` takes 0.15 where updates come more often than epochs.)
         new_values: "zero", or "normal" for N(0, 0.1^2).
-        momentum: what becomes of the optimizer state of survivors: "keep", or "reset", which clears all state of all
-            parameters at every update, as a new optimizer would.
-        every: "epoch", or a number of optimizer steps; by default "epoch", or in a training of known length as often as
-            60 updates need: on the digits at 2 % in 20 epochs 94.6 %, with 15 updates of twice the share 93.4 %.
-        until: no update after this many epochs (or steps); by default three quarters of a training of known length,
-            else never stopping.
+        momentum: what becomes of the optimizer state of survivors: "keep", or "reset", which clears
+            all state of all parameters at every update, as a new optimizer would.
+        every: "epoch", or a number of optimizer steps; by default "epoch", or in a training of
+            known length as often as 60 updates need: on the digits at 2 % in 20 epochs 94.6 %, with
+            15 updates of twice the share 93.4 %.
+        until: no update after this many epochs (or steps); by default three quarters of a training
+            of known length, else never stopping.
         steps, epochs: of the whole training; `rewire train` gives them.
 
     Cost: O(K log K) per update.
@@ -80,7 +83,9 @@ class SET(Rewirer):
         seed: int | None = None,
     ) -> None:
         choice("new_values", new_values, ("zero", "normal"))
-        every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction), least=_LEAST)
+        every, until = in_epochs(
+            every, until, steps, epochs, scheduled=callable(fraction), least=_LEAST
+        )
         super().__init__(
             model,
             optimizer,

@@ -30,8 +30,9 @@ WINDOW = 10
 
 
 class Momentum:
-    """Exponential averages of gradients, and growth where they are largest. Kept by position (exact) or, for active
-    connections and candidates, by slot for as long as the candidates stay."""
+    """Exponential averages of gradients, and growth where they are largest. Kept by position
+    (exact) or, for active connections and candidates, by slot for as long as the candidates stay.
+    """
 
     needs: ClassVar[str] = "gradients"
 
@@ -58,7 +59,9 @@ class Momentum:
             tile = max(1, TILE_ELEMENTS // cols)
             for start in range(0, rows, tile):
                 stop = min(start + tile, rows)
-                mean[start:stop].mul_(self.beta).add_(block(start, stop), alpha=(1 - self.beta) * scale)
+                mean[start:stop].mul_(self.beta).add_(
+                    block(start, stop), alpha=(1 - self.beta) * scale
+                )
         elif weight.candidates is not None:
             new = torch.cat(gradients.probed(pool))
             mean = self.averages.setdefault(pool.name, torch.zeros_like(new))
@@ -69,14 +72,25 @@ class Momentum:
         mean, slots = self.averages.get(pool.name), pool.weight.active()
         if mean is None or not slots.numel():
             return 0.0
-        at = (pool.weight.rows[slots].long(), pool.weight.cols[slots].long()) if self.exact else slots
+        at = (
+            (pool.weight.rows[slots].long(), pool.weight.cols[slots].long())
+            if self.exact
+            else slots
+        )
         return float(mean[at].abs().double().mean())
 
-    def __call__(self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         mean, capacity = self.averages[pool.name], pool.weight.capacity
         if self.exact:
             rows, cols, _ = top(
-                lambda start, stop: mean[start:stop], pool, dropped, count, at=lambda r, c: mean[r, c], absolute=True
+                lambda start, stop: mean[start:stop],
+                pool,
+                dropped,
+                count,
+                at=lambda r, c: mean[r, c],
+                absolute=True,
             )
             return rows, cols
         scores = torch.cat([mean[:capacity][dropped], mean[capacity:]])
@@ -86,37 +100,46 @@ class Momentum:
 @register(
     name="snfs",
     paper="Dettmers and Zettlemoyer 2019 (arXiv 1907.04840)",
-    summary="sparse momentum: every epoch, grow where the momentum is largest, more in layers where it is large",
+    summary="sparse momentum: every epoch, grow where the momentum is largest, more in layers "
+    "where it is large",
     keeps_budget="every step",
-    guarantees=("K exact in total at every moment", "layers grow in proportion to the mean momentum of their weights"),
+    guarantees=(
+        "K exact in total at every moment",
+        "layers grow in proportion to the mean momentum of their weights",
+    ),
     needs="gradients",
 )
 class SNFS(Rewirer):
-    """At the end of every epoch, with m an exponential average of the gradients (1 - beta per step)::
+    """At the end of every epoch, with m an exponential average of the gradients (1 - beta per
+    step)::
 
         drop   in each layer, the floor(fraction K) smallest |w|
-        share  what was dropped in total, over layers in proportion to the mean |m| of their connections
+        share  all that was dropped, over layers in proportion to the mean |m| of their connections
         grow   in each layer, the dormant positions with the largest |m|
 
-    The paper keeps m for all positions. Here only ``exact`` does. Otherwise random dormant positions take part as
-    candidates for the last ``window`` steps before an update, and m covers these steps, of candidates and connections
-    alike; an update due at the end of an epoch is then made ``window`` steps later, and
-    epochs that end in between have none of their own.
+    The paper keeps m for all positions. Here only ``exact`` does. Otherwise random dormant
+    positions take part as candidates for the last ``window`` steps before an update, and m covers
+    these steps, of candidates and connections alike; an update due at the end of an epoch is then
+    made ``window`` steps later, and epochs that end in between have none of their own.
 
     Args:
-        fraction: share to replace; a number anneals along a cosine to 0.005 at ``until`` where that is known, a
-            schedule (over epochs or steps) is taken as it is.
+        fraction: share to replace; a number anneals along a cosine to 0.005 at ``until`` where that
+            is known, a schedule (over epochs or steps) is taken as it is.
         beta: of the average, the paper's momentum.
-        exact: keep m for all positions, updated at every step: O(M) memory, a dense gradient per step.
-        candidates: how many random dormant positions per layer; "auto" for as many as it has connections.
-        window: steps that m covers when it is not exact; by default 10, or ``every`` where that is fewer.
-        every: "epoch", or a number of optimizer steps, at least ``window``; by default "epoch", or in a training of
-            known length as often as 10 updates need.
-        until: no update after this many epochs (or steps); by default three quarters of a training of known length,
-            else never stopping.
+        exact: keep m for all positions, updated at every step: O(M) memory, a dense gradient per
+            step.
+        candidates: how many random dormant positions per layer; "auto" for as many as it has
+            connections.
+        window: steps that m covers when it is not exact; by default 10, or ``every`` where that is
+            fewer.
+        every: "epoch", or a number of optimizer steps, at least ``window``; by default "epoch", or
+            in a training of known length as often as 10 updates need.
+        until: no update after this many epochs (or steps); by default three quarters of a training
+            of known length, else never stopping.
         steps, epochs: of the whole training; `rewire train` gives them.
 
-    Pools are enlarged as budget moves to them. Cost: O(K samples) per step of the window; exact O(M samples) per step.
+    Pools are enlarged as budget moves to them. Cost: O(K samples) per step of the window; exact O(M
+    samples) per step.
     """
 
     def __init__(
@@ -138,17 +161,25 @@ class SNFS(Rewirer):
     ) -> None:
         within("beta", beta, 0.0, 1.0)
         if gradients.checked_candidates(candidates) is None:
-            raise ValueError("candidates must be 'auto' or a number of at least 1; all positions are exact=True")
+            raise ValueError(
+                "candidates must be 'auto' or a number of at least 1; all positions are exact=True"
+            )
         every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction))
         longest = every if isinstance(every, int) and every >= 1 and not exact else None
         if window is None:
             window = WINDOW if longest is None else min(WINDOW, longest)
         if not isinstance(window, int) or window < 1 or (longest is not None and window > longest):
             most = "" if longest is None else f" and at most every={every}"
-            raise ValueError(f"window must be a number of steps of at least 1{most}, not {window!r}")
+            raise ValueError(
+                f"window must be a number of steps of at least 1{most}, not {window!r}"
+            )
         if not callable(fraction) and until:
             fraction = Cosine(within("fraction", fraction, 0.0, 1.0), until, min(FLOOR, fraction))
-        self.averaging, self.window, self._left = Momentum(beta, exact, candidates), 1 if exact else window, 0
+        self.averaging, self.window, self._left = (
+            Momentum(beta, exact, candidates),
+            1 if exact else window,
+            0,
+        )
         super().__init__(
             model,
             optimizer,
@@ -166,10 +197,14 @@ class SNFS(Rewirer):
         m = self.averaging
         return super()._settings() | {"beta": m.beta, "exact": m.exact, "window": self.window}
 
-    # --- when: the window of an update ends with it -----------------------------------------------------------------
+    # --- when: the window of an update ends with it -----------------------------------------------
 
     def _updates_at(self, step: int) -> bool:
-        return (self._due > 0 and self._left == 1) if self.every == "epoch" else super()._updates_at(step)
+        return (
+            (self._due > 0 and self._left == 1)
+            if self.every == "epoch"
+            else super()._updates_at(step)
+        )
 
     def _wants_capture(self, step: int) -> bool:
         if self.averaging.exact:
@@ -186,7 +221,8 @@ class SNFS(Rewirer):
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self.every == "epoch" and not self.averaging.exact and self._partial(pools):
-            return  # gradients from before the window are in its first step: it begins with the next
+            # gradients from before the window are in its first step: it begins with the next
+            return
         if self._wants_capture(self.steps):
             for pool in pools:
                 if pool.recorder is not None:  # else it was frozen when the step was asked for
@@ -218,7 +254,8 @@ class SNFS(Rewirer):
         def changed(event: Event, name: str) -> None:
             method = here()
             if method is not None and not method.averaging.exact and not event.loaded:
-                method.averaging.averages.pop(name, None)  # of other connections, or of other candidates
+                # of other connections, or of other candidates
+                method.averaging.averages.pop(name, None)
 
         for pool in self.pools:
             self._attachment.follow(pool, lambda event, name=pool.name: changed(event, name))
@@ -231,6 +268,8 @@ class SNFS(Rewirer):
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         devices, left = {pool.name: pool.weight.device for pool in self.pools}, int(state["left"])
-        averages = {name: mean.to(devices[name], copy=True) for name, mean in state["averages"].items()}
+        averages = {
+            name: mean.to(devices[name], copy=True) for name, mean in state["averages"].items()
+        }
         super()._load_state(state)
         self._left, self.averaging.averages = left, averages

@@ -26,9 +26,13 @@ __all__ = ["SRigL"]
 @register(
     name="srigl",
     paper="Lasby et al., ICLR 2024 (arXiv 2305.02299)",
-    summary="RigL with the same fan-in for every neuron, and neurons without salient weights taken out",
+    summary="RigL with the same fan-in for every neuron, and neurons without salient weights "
+    "taken out",
     keeps_budget="at most",
-    guarantees=("every live neuron of a layer has the same fan-in at every moment", "never more than K in a layer"),
+    guarantees=(
+        "every live neuron of a layer has the same fan-in at every moment",
+        "never more than K in a layer",
+    ),
     needs="gradients",
 )
 class SRigL(Rewirer):
@@ -41,25 +45,30 @@ class SRigL(Rewirer):
         drop     what is not salient, and the smallest |w| of neurons that have more than k left
         grow     in each neuron the largest |dL/dw| until it has k
 
-    A neuron is a row of the weight (an output, an output channel, a gate's unit). An ablated one has no connections and
-    may come back when enough of its gradients are among the n largest. Making the method evens out the layers: neurons
-    with more than floor(K / neurons) connections lose the smallest, the others get random ones with the values of those
-    lost. At most neurons - 1 connections of K stay unused, from rounding.
+    A neuron is a row of the weight (an output, an output channel, a gate's unit). An ablated one
+    has no connections and may come back when enough of its gradients are among the n largest.
+    Making the method evens out the layers: neurons with more than floor(K / neurons) connections
+    lose the smallest, the others get random ones with the values of those lost. At most neurons - 1
+    connections of K stay unused, from rounding.
 
     Args:
-        fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it is.
-        gamma: share of the fan-in that must be salient; 0 turns ablation off (but for neurons with nothing salient).
-        every: steps between updates (Delta T); by default 100, or in a training of known length as often as 10 updates
-            need.
-        until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are known.
+        fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it
+            is.
+        gamma: share of the fan-in that must be salient; 0 turns ablation off (but for neurons with
+            nothing salient).
+        every: steps between updates (Delta T); by default 100, or in a training of known length as
+            often as 10 updates need.
+        until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are
+            known.
         candidates: "auto", None (exact) or a number of random dormant positions to look at, see
-            `rewire.methods.criteria.grow.Gradient`. Besides them what is dropped is looked at; a neuron that has too few of them
-            grows uniformly random connections for the rest. Where they are fewer than n, random positions count among
-            the n largest, so fewer neurons are ablated.
+            `rewire.methods.criteria.grow.Gradient`. Besides them what is dropped is looked at; a
+            neuron that has too few of them grows uniformly random connections for the rest. Where
+            they are fewer than n, random positions count among the n largest, so fewer neurons are
+            ablated.
         steps: of the whole training; `rewire train` gives it.
 
-    That ablated neurons may return is recalled, not read. Cost: exact O(M samples) time per update and O(K) memory
-    besides the step's activations; sampled O(K samples), and O(K log K) to rank.
+    That ablated neurons may return is recalled, not read. Cost: exact O(M samples) time per update
+    and O(K) memory besides the step's activations; sampled O(K samples), and O(K log K) to rank.
     """
 
     def __init__(
@@ -107,7 +116,13 @@ class SRigL(Rewirer):
         gone = slots[~largest_in_rows(active, magnitudes, quota)]
         need = (quota - fan_in).clamp(min=0)
         rows, cols = topology.sample_in_rows(
-            active, weight.cols[slots].long(), *weight.matrix_shape, need, self.seed, 0, pool.stream(Purpose.GROW)
+            active,
+            weight.cols[slots].long(),
+            *weight.matrix_shape,
+            need,
+            self.seed,
+            0,
+            pool.stream(Purpose.GROW),
         )
         values = weight.values[gone][: rows.numel()].clone()
         self._exchange(pool, gone, rows, cols, values)
@@ -115,7 +130,8 @@ class SRigL(Rewirer):
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         for pool in pools:
-            if pool.weight.connections < pool.weight.size:  # a full pool could only grow what it dropped
+            # a full pool could only grow what it dropped
+            if pool.weight.connections < pool.weight.size:
                 self._restructure(pool, fraction, time)
 
     def _restructure(self, pool: Pool, fraction: float, time: int) -> None:
@@ -126,7 +142,11 @@ class SRigL(Rewirer):
         growth = _Exact(pool) if weight.candidates is None else _Sampled(pool, self.seed, time)
         grown = growth.strongest(dropped)
         lost = weight.rows[dropped].long()
-        salient = fan_in - torch.bincount(lost, minlength=n_rows) + torch.bincount(grown, minlength=n_rows)
+        salient = (
+            fan_in
+            - torch.bincount(lost, minlength=n_rows)
+            + torch.bincount(grown, minlength=n_rows)
+        )
         bar = max(1.0, self.gamma * float(fan_in.max().item()))
         live = salient >= bar
         if not live.any():
@@ -146,7 +166,9 @@ class SRigL(Rewirer):
         self._exchange(pool, gone, *growth.in_rows(kept, gone, need))
 
     def finalize(self) -> nn.Module:
-        """As `Method.finalize`; what rounding left unused of the budget gives its storage back (not under DDP)."""
+        """As `Method.finalize`; what rounding left unused of the budget gives its storage back (not
+        under DDP).
+        """
         if self._attachment.attached:
             for pool in self.pools:
                 self._give_back(pool, self._budgets[pool.name] - pool.weight.connections)
@@ -171,11 +193,22 @@ class _Exact:
         self._pool, self._scores = pool, Gradients(pool)
 
     def strongest(self, dropped: Tensor) -> Tensor:
-        """The rows of as many positions as are dropped, those of largest gradient magnitude that are not kept."""
-        return top(self._scores.block, self._pool, dropped, dropped.numel(), at=self._scores.at, absolute=True)[0]
+        """The rows of as many positions as are dropped, those of largest gradient magnitude that
+        are not kept.
+        """
+        return top(
+            self._scores.block,
+            self._pool,
+            dropped,
+            dropped.numel(),
+            at=self._scores.at,
+            absolute=True,
+        )[0]
 
     def in_rows(self, kept: Tensor, gone: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
-        """The ``need[r]`` positions of largest gradient magnitude in each row r that are not ``kept`` (slots)."""
+        """The ``need[r]`` positions of largest gradient magnitude in each row r that are not
+        ``kept`` (slots).
+        """
         weight, block = self._pool.weight, self._scores.block
         n_rows, n_cols = weight.matrix_shape
         row, col = weight.rows[kept].long(), weight.cols[kept].long()
@@ -185,7 +218,8 @@ class _Exact:
             stop = min(start + tile, n_rows)
             wanted = need[start:stop]
             most = int(wanted.max().item())
-            scores = torch.nan_to_num(block(start, stop).abs_(), nan=0.0)  # a collective under DDP: for every tile
+            # a collective under DDP: for every tile
+            scores = torch.nan_to_num(block(start, stop).abs_(), nan=0.0)
             if not most:
                 continue
             inside = (row >= start) & (row < stop)
@@ -198,7 +232,9 @@ class _Exact:
 
 
 class _Sampled:
-    """Growth by the gradients of candidates and of what is dropped, of all of which there are O(K)."""
+    """Growth by the gradients of candidates and of what is dropped, of all of which there are
+    O(K).
+    """
 
     def __init__(self, pool: Pool, seed: int, step: int) -> None:
         assert pool.weight.candidates is not None
@@ -208,10 +244,14 @@ class _Sampled:
     def strongest(self, dropped: Tensor) -> Tensor:
         """As `_Exact.strongest`."""
         scores = torch.cat([self._own[dropped], self._new])
-        return best_candidates(self._pool, dropped, scores, dropped.numel(), self._seed, self._step)[0]
+        return best_candidates(
+            self._pool, dropped, scores, dropped.numel(), self._seed, self._step
+        )[0]
 
     def in_rows(self, kept: Tensor, gone: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_Exact.in_rows`; random ones where a row has too few candidates. ``gone``: the slots not kept."""
+        """As `_Exact.in_rows`; random ones where a row has too few candidates. ``gone``: the slots
+        not kept.
+        """
         weight, drawn = self._pool.weight, self._pool.weight.candidates
         assert drawn is not None
         rows = torch.cat([weight.rows[gone].long(), drawn.rows])
@@ -220,14 +260,19 @@ class _Sampled:
         rows, cols = rows[chosen], cols[chosen]
         n_rows, n_cols = weight.matrix_shape
         rest = need - torch.bincount(rows, minlength=n_rows)
-        taken = torch.cat([weight.rows[kept].long(), rows]), torch.cat([weight.cols[kept].long(), cols])
+        taken = (
+            torch.cat([weight.rows[kept].long(), rows]),
+            torch.cat([weight.cols[kept].long(), cols]),
+        )
         stream = self._pool.stream(Purpose.REDRAW)  # `strongest` may have drawn from GROW
         more = topology.sample_in_rows(*taken, n_rows, n_cols, rest, self._seed, self._step, stream)
         return torch.cat([rows, more[0]]), torch.cat([cols, more[1]])
 
 
 def largest_in_rows(rows: Tensor, scores: Tensor, quota: Tensor) -> Tensor:
-    """Which entries are among the ``quota[row]`` largest of their row (ties: the first); never one of score below 0."""
+    """Which entries are among the ``quota[row]`` largest of their row (ties: the first); never one
+    of score below 0.
+    """
     scores = torch.nan_to_num(scores, nan=0.0)
     order = torch.sort(-scores, stable=True).indices
     order = order[torch.sort(rows[order], stable=True).indices]

@@ -13,12 +13,14 @@ __all__ = ["Static"]
 @register(
     name="static",
     paper="baseline of Bellec et al., ICLR 2018 (arXiv 1711.05136)",
-    summary="fixed random connectivity: the topology drawn at the start is trained and never changed",
+    summary="fixed random connectivity: the topology drawn at the start is trained and never "
+    "changed",
     keeps_budget="every step",
     guarantees=("K exact in every layer at every moment", "topology never changes"),
 )
 class Static(Method):
-    """Train the connections there are, the paper's baseline: same K, plain optimizer, no signs, no noise, no L1.
+    """Train the connections there are, the paper's baseline: same K, plain optimizer, no signs, no
+    noise, no L1.
 
     Cost: nothing.
     """

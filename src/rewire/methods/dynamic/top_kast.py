@@ -1,4 +1,6 @@
-"""Top-KAST: always sparse, with a larger set of connections that learn than of those that take part."""
+"""Top-KAST: always sparse, with a larger set of connections that learn than of those that take
+part.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ __all__ = ["TopKAST"]
 @register(
     name="top-kast",
     paper="Jayakumar, Pascanu, Rae, Osindero, Elsen, NeurIPS 2020 (arXiv 2106.03517)",
-    summary="the K largest weights take part, the next largest learn as well, without effect until they are among them",
+    summary="the K largest weights take part, the next largest learn as well, without effect "
+    "until they are among them",
     keeps_budget="every step",
     guarantees=(
         "K exact in every layer at every moment, forward and backward",
@@ -35,34 +38,39 @@ __all__ = ["TopKAST"]
     needs="gradients",
 )
 class TopKAST(Method):
-    """Of a dense theta, kept by the method, two sets are chosen in each layer every ``every`` steps::
+    """Of a dense theta, kept by the method, two sets are chosen in each layer every ``every``
+    steps::
 
         A = the K largest |theta|               the pool: forward, and the gradients of activations
         B = the K (1 + explore) largest |theta| contains A: these theta are trained
 
-    Connections of A are the pool's, trained by your optimizer. Those of B \\ A are trained by one of the same kind and
-    settings that the method keeps, with the loss gradient at their positions, computed from what the layer captured
-    (nothing of them is in the forward pass, so its cost is that of A). Everything else rests. The exploration penalty
-    shrinks what is trained, B \\ A more (D = K / M)::
+    Connections of A are the pool's, trained by your optimizer. Those of B \\ A are trained by one
+    of the same kind and settings that the method keeps, with the loss gradient at their positions,
+    computed from what the layer captured (nothing of them is in the forward pass, so its cost is
+    that of A). Everything else rests. The exploration penalty shrinks what is trained, B \\ A more
+    (D = K / M)::
 
         theta <- theta - eta l2 theta   on A,        theta <- theta - eta (l2 / D) theta   on B \\ A
 
-    It is decoupled from the optimizer (in plain SGD the same as in the loss). Gradients of B \\ A are brought to the
-    scale of the optimizer's, whatever a GradScaler, clipping or DDP's average made of those.
+    It is decoupled from the optimizer (in plain SGD the same as in the loss). Gradients of B \\ A
+    are brought to the scale of the optimizer's, whatever a GradScaler, clipping or DDP's average
+    made of those.
 
-    The model cannot be compiled while it trains (captured gradients need eager mode). theta outside of the first
-    topology starts as random numbers of the scale of the values there are; the first choice is made after one step.
+    The model cannot be compiled while it trains (captured gradients need eager mode). theta outside
+    of the first topology starts as random numbers of the scale of the values there are; the first
+    choice is made after one step.
 
     Args:
         explore: size of B \\ A as a multiple of K; 1 is the paper's usual B = 2 A.
         l2: coefficient of the exploration penalty; eta l2 / D must stay below 1 to be sensible.
-        every: optimizer steps between choices of the sets; by default 100, or in a training of known length as often as
-            10 choices need.
-        until: no other choice after this many steps (the topology then stays, and exploring ends); by default three
-            quarters of a training of known length, else never.
+        every: optimizer steps between choices of the sets; by default 100, or in a training of
+            known length as often as 10 choices need.
+        until: no other choice after this many steps (the topology then stays, and exploring ends);
+            by default three quarters of a training of known length, else never.
         steps: of the whole training; `rewire train` gives it.
 
-    Cost: a step costs what the layer does, and one more value gradient for B \\ A; a choice sorts M numbers. Memory:
+    Cost: a step costs what the layer does, and one more value gradient for B \\ A; a choice sorts M
+    numbers. Memory:
     M values per layer, and optimizer state for B.
     """
 
@@ -86,21 +94,25 @@ class TopKAST(Method):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a number of steps of at least 1, not {every!r}")
         if until is not None and (not isinstance(until, int) or until < 0):
-            raise ValueError(f"until must be a number of steps of at least 0, or None, not {until!r}")
+            raise ValueError(
+                f"until must be a number of steps of at least 0, or None, not {until!r}"
+            )
         self.every, self.until = every, until
         super().__init__(model, optimizer, moments=moments, seed=seed)
         self._theta = [self._initial(pool) for pool in self.pools]
         self._exploring = [_Exploring(pool) for pool in self.pools]
 
     def _initial(self, pool: Pool) -> Tensor:
-        """theta of all M positions: random at the scale of the values there are (theirs are in the pool)."""
+        """theta of all M positions: random at the scale of the values there are (theirs are in the
+        pool).
+        """
         weight = pool.weight
         values = weight.values.detach()[weight.active()]
         scale = float(values.square().mean().sqrt()) or weight.matrix_shape[1] ** -0.5
         drawn = random.normal(self.seed, 0, pool.stream(Purpose.VALUE), weight.size, weight.device)
         return (scale * drawn).to(weight.dtype)
 
-    # --- the step ---------------------------------------------------------------------------------------------------
+    # --- the step ---------------------------------------------------------------------------------
 
     def _wants_capture(self, step: int) -> bool:
         return self._is_exploring(step)
@@ -124,7 +136,11 @@ class TopKAST(Method):
 
     def _choose(self, pool: Pool) -> None:
         """Take the largest theta into the pool, the next largest into the exploring set."""
-        weight, theta, exploring = pool.weight, self._theta[pool.number], self._exploring[pool.number]
+        weight, theta, exploring = (
+            pool.weight,
+            self._theta[pool.number],
+            self._exploring[pool.number],
+        )
         k, cols = weight.connections, weight.matrix_shape[1]
         slots = weight.active()
         mine = weight.rows[slots].long() * cols + weight.cols[slots].long()
@@ -132,19 +148,27 @@ class TopKAST(Method):
         theta[exploring.at] = exploring.values.detach()
         order = torch.sort(theta.abs(), descending=True, stable=True).indices
         chosen = order[:k]
-        leaving, entering = ~torch.isin(mine, chosen), torch.sort(chosen[~torch.isin(chosen, mine)]).values
+        leaving, entering = (
+            ~torch.isin(mine, chosen),
+            torch.sort(chosen[~torch.isin(chosen, mine)]).values,
+        )
         self._exchange(pool, slots[leaving], entering // cols, entering % cols, theta[entering])
         exploring.begin(torch.sort(order[k : k + round(self.explore * k)]).values, theta)
 
-    # --- state ------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
         return {"explore": self.explore, "l2": self.l2, "every": self.every, "until": self.until}
 
     def _state(self) -> dict[str, Any]:
         return {
-            "theta": {pool.name: theta.clone() for pool, theta in zip(self.pools, self._theta, strict=True)},
-            "exploring": {pool.name: e.state() for pool, e in zip(self.pools, self._exploring, strict=True)},
+            "theta": {
+                pool.name: theta.clone()
+                for pool, theta in zip(self.pools, self._theta, strict=True)
+            },
+            "exploring": {
+                pool.name: e.state() for pool, e in zip(self.pools, self._exploring, strict=True)
+            },
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
@@ -156,12 +180,16 @@ class TopKAST(Method):
 
 
 class _Exploring:
-    """Positions of one pool that learn without taking part: their values and an optimizer like the pool's."""
+    """Positions of one pool that learn without taking part: their values and an optimizer like the
+    pool's.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.at = torch.empty(0, dtype=torch.int64, device=pool.weight.device)
-        self.values = nn.Parameter(torch.empty(0, dtype=pool.weight.dtype, device=pool.weight.device))
+        self.values = nn.Parameter(
+            torch.empty(0, dtype=pool.weight.dtype, device=pool.weight.device)
+        )
         self.optimizer = self._like(pool.optimizer)
         self._index: Index | None = None  # of `at`, in slots 0, 1, ...
 
@@ -169,15 +197,20 @@ class _Exploring:
         kind = type(optimizer)
         accepted = inspect.signature(kind.__init__).parameters
         try:
-            return kind([self.values], **{k: v for k, v in optimizer.defaults.items() if k in accepted})
+            return kind(
+                [self.values], **{k: v for k, v in optimizer.defaults.items() if k in accepted}
+            )
         except TypeError as error:
             raise ValueError(
-                f"top-kast needs a second optimizer like yours, and {kind.__name__} cannot be made from its defaults "
+                f"top-kast needs a second optimizer like yours, and {kind.__name__} cannot be "
+                "made from its defaults "
                 f"({error}): use one of torch.optim"
             ) from None
 
     def begin(self, at: Tensor, theta: Tensor) -> None:
-        """Explore the positions ``at`` (ascending), from their ``theta``; optimizer state starts afresh."""
+        """Explore the positions ``at`` (ascending), from their ``theta``; optimizer state starts
+        afresh.
+        """
         self.at, self._index = at, None
         self.values = nn.Parameter(theta[at].clone())
         self.optimizer = self._like(self.pool.optimizer)
@@ -189,7 +222,9 @@ class _Exploring:
         weight, record = self.pool.weight, recorded(self.pool)
         if self._index is None:
             cols = weight.matrix_shape[1]
-            self._index = topology.build_index(self.at // cols, self.at % cols, *weight.matrix_shape)
+            self._index = topology.build_index(
+                self.at // cols, self.at % cols, *weight.matrix_shape
+            )
         parts = [pair.at(self._index, self.at.numel()) for pair in record.pairs]
         own = torch.stack(parts).sum(0) if parts else torch.zeros_like(self.values)
         self.values.grad = (sum_over_ranks(weight, own) * record.scale()).to(weight.dtype)

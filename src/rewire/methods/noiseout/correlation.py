@@ -1,7 +1,9 @@
-"""How units of a network depend on each other: moments of their outputs, the best pair, and the merge of two into one.
+"""How units of a network depend on each other: moments of their outputs, the best pair, and the
+merge of two into one.
 
-NoiseOut's step (Babaeizadeh, Smaragdis, Campbell, arXiv 1611.06211): a unit u that is an affine function of another,
-h_u = alpha h_v + beta, can be removed if its readers take alpha times its columns to v's and beta to their biases.
+NoiseOut's step (Babaeizadeh, Smaragdis, Campbell, arXiv 1611.06211): a unit u that is an affine
+function of another, h_u = alpha h_v + beta, can be removed if its readers take alpha times its
+columns to v's and beta to their biases.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _CONSTANT = 1e-10  # variance beside the mean square, below which a unit counts 
 
 
 class _Moments:
-    """Sums over all positions seen by one reader: first and second moments around the first tile's mean, in float64."""
+    """Sums over all positions seen by one reader: first and second moments around the first tile's
+    mean, in float64.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -59,10 +63,12 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Merge:
-    """Remove ``unit`` of layer ``name``: into unit ``into``, or into the biases where that is None (a constant unit).
+    """Remove ``unit`` of layer ``name``: into unit ``into``, or into the biases where that is None
+    (a constant unit).
 
-    Units are numbered as traced. correlation: the smallest |rho| over the readers. damage: the mean square error it
-    brings to the readers' pre-activations, sum over readers of |w_u|^2 Var(h_u) (1 - rho^2).
+    Units are numbered as traced. correlation: the smallest |rho| over the readers. damage: the mean
+    square error it brings to the readers' pre-activations, sum over readers of |w_u|^2 Var(h_u) (1
+    - rho^2).
     """
 
     name: str
@@ -73,10 +79,12 @@ class Merge:
 
 
 class UnitMoments:
-    """Moments of one group's units as each reader sees them; rows and columns of removed units are deleted.
+    """Moments of one group's units as each reader sees them; rows and columns of removed units are
+    deleted.
 
-    Where constants cannot be folded (`rewire.nn.surgery.why_no_constants`) dependence is through the origin: beta = 0
-    and second moments take the place of covariances; a merge is then exact for units that are proportional.
+    Where constants cannot be folded (`rewire.nn.surgery.why_no_constants`) dependence is through
+    the origin: beta = 0 and second moments take the place of covariances; a merge is then exact for
+    units that are proportional.
     """
 
     def __init__(self, graph: UnitGraph, group: Group) -> None:
@@ -88,7 +96,9 @@ class UnitMoments:
         self._sums = [_Moments() for _ in self.readers]
 
     def hooks(self) -> list[Any]:
-        """Hooks that add what the readers see that have seen nothing yet, until they are removed."""
+        """Hooks that add what the readers see that have seen nothing yet, until they are
+        removed.
+        """
         handles = []
         for site, sums in zip(self.readers, self._sums, strict=True):
             if not sums.count:
@@ -98,7 +108,9 @@ class UnitMoments:
 
     def unseen(self) -> list[str]:
         """The readers that were not called."""
-        return [site.name for site, sums in zip(self.readers, self._sums, strict=True) if not sums.count]
+        return [
+            site.name for site, sums in zip(self.readers, self._sums, strict=True) if not sums.count
+        ]
 
     def finish(self) -> None:
         """All data were seen: compute means, moments and correlations."""
@@ -109,7 +121,9 @@ class UnitMoments:
         self._correlation = self._correlations()
 
     def _correlations(self) -> Tensor:
-        """The smallest |rho| over readers, (units, units); -1 on the diagonal and where a unit is constant."""
+        """The smallest |rho| over readers, (units, units); -1 on the diagonal and where a unit is
+        constant.
+        """
         least = torch.ones(())
         for matrix in self._second:
             scale = matrix.diagonal().clamp(min=0).sqrt()
@@ -137,11 +151,15 @@ class UnitMoments:
         for matrix, norms in zip(self._second, self._norms(), strict=True):
             own = matrix.diagonal().clamp(min=0)
             left = own[:, None] - matrix.square() / own[None, :]
-            total += norms[:, None] * torch.nan_to_num(left, nan=torch.inf, posinf=torch.inf).clamp(min=0)
+            total += norms[:, None] * torch.nan_to_num(left, nan=torch.inf, posinf=torch.inf).clamp(
+                min=0
+            )
         return total
 
     def best(self, criterion: str) -> Merge | None:
-        """The next merge: constant units first, then the pair with the largest |rho| (or the least damage)."""
+        """The next merge: constant units first, then the pair with the largest |rho| (or the least
+        damage).
+        """
         if len(self.units) < 2:
             return None
         if bool(self.constant.any()):
@@ -162,7 +180,9 @@ class UnitMoments:
         return Merge(self.group.name, int(self.units[u]), int(self.units[v]), rho, damage)
 
     def coefficients(self, merge: Merge) -> list[tuple[float, float]]:
-        """(alpha, beta) for each reader: the least-squares fit of the unit by the one it merges into."""
+        """(alpha, beta) for each reader: the least-squares fit of the unit by the one it merges
+        into.
+        """
         u = int(torch.searchsorted(self.units, merge.unit))
         if merge.into is None:
             return [(0.0, float(mean[u])) for mean in self._means]
@@ -193,7 +213,9 @@ def _columns(site: Site, *, own: bool) -> tuple[Tensor, int]:
     module = site.module
     if isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
         return module.get_parameter("weight_hh_l0" if own else "weight_ih_l0"), 1
-    return module.get_parameter("weight"), 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+    return module.get_parameter("weight"), 0 if isinstance(
+        module, nn.modules.conv._ConvTransposeNd
+    ) else 1
 
 
 def _watch(site: Site, table: Tensor, add: Callable[[Tensor], None], *, own: bool) -> Any:
@@ -204,7 +226,8 @@ def _watch(site: Site, table: Tensor, add: Callable[[Tensor], None], *, own: boo
         if isinstance(site.module, _ConvNd):
             channels = data.dim() - len(site.module.kernel_size) - 1
             data = data.movedim(channels, -1)
-        picked = data.reshape(-1, data.shape[-1]).T[table.to(data.device)]  # (units, places of each, positions)
+        # (units, places of each, positions)
+        picked = data.reshape(-1, data.shape[-1]).T[table.to(data.device)]
         add(picked.reshape(len(table), -1))
 
     if own:
@@ -214,13 +237,16 @@ def _watch(site: Site, table: Tensor, add: Callable[[Tensor], None], *, own: boo
     )
 
 
-def measure(graph: UnitGraph, names: Iterable[str], batches: Iterable[Any]) -> dict[str, UnitMoments]:
-    """Moments of the units of the named layers over ``batches`` of inputs, in eval mode; of layers with readers that
-    only training calls (an auxiliary head), what these read in training mode, with random factors at their expectation.
+def measure(
+    graph: UnitGraph, names: Iterable[str], batches: Iterable[Any]
+) -> dict[str, UnitMoments]:
+    """Moments of the units of the named layers over ``batches`` of inputs, in eval mode; of layers
+    with readers that only training calls (an auxiliary head), what these read in training mode,
+    with random factors at their expectation.
 
-    Layers of which some reader is never called with these batches are left out. ``batches`` is gone through twice where
-    a reader was not called in eval mode.
-    Cost: a forward pass over the data, and O(units^2) for each position; memory O(units^2).
+    Layers of which some reader is never called with these batches are left out. ``batches`` is gone
+    through twice where a reader was not called in eval mode. Cost: a forward pass over the data,
+    and O(units^2) for each position; memory O(units^2).
     """
     found = {name: UnitMoments(graph, graph.group(name)) for name in names}
     with evaluating(graph.model):

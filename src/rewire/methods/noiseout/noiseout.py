@@ -28,7 +28,8 @@ __all__ = ["NoiseOut"]
 @register(
     name="noiseout",
     paper="Babaeizadeh, Smaragdis, Campbell, 2016 (arXiv 1611.06211)",
-    summary="merge correlated neurons, channels or states of a dense network, helped by outputs that predict noise",
+    summary="merge correlated neurons, channels or states of a dense network, helped by outputs "
+    "that predict noise",
     keeps_budget="no",
     guarantees=(
         "units that are affinely dependent merge without a trace",
@@ -42,57 +43,73 @@ class NoiseOut(Method):
     """At every check, while the task's score meets the threshold::
 
         remove  units that are constant: their outputs go into the biases of what reads them
-        merge   the pair of one layer with the largest |rho|: w_v += alpha w_u, b += beta w_u, unit u removed
+        merge   the pair of one layer with the largest |rho|: w_v += alpha w_u, b += beta w_u,
+                unit u removed
         score   the network again, and remember it if it meets the threshold
 
-    A merge that breaks the threshold stays, unless ``overshoot`` says otherwise: training has to bring the score back
-    before the next one. `finalize` returns the last network that met it, whatever became of later ones. rho is the
-    correlation of post-activation outputs where they are read (behind BatchNorm, activation and pooling), alpha and
-    beta the least-squares fit, and u the member of the pair whose loss hurts less, |w_u|^2 Var(h_u). In between,
-    `penalty` trains noise outputs, extra outputs of the last layer with random targets: where these can only be met by
-    a constant, units become dependent.
+    A merge that breaks the threshold stays, unless ``overshoot`` says otherwise: training has to
+    bring the score back before the next one. `finalize` returns the last network that met it,
+    whatever became of later ones. rho is the correlation of post-activation outputs where they are
+    read (behind BatchNorm, activation and pooling), alpha and beta the least-squares fit, and u the
+    member of the pair whose loss hurts less, |w_u|^2 Var(h_u). In between, `penalty` trains noise
+    outputs, extra outputs of the last layer with random targets: where these can only be met by a
+    constant, units become dependent.
 
-    Layers: nn.Linear, convolutions, and nn.LSTM, nn.GRU, nn.RNN of one layer and direction. A convolution that pads
-    with zeros, a layer without bias (or BatchNorm behind it) and a recurrent layer's first state take no constant, so
-    there the fit is through the origin and exact for proportional units. Layers that cannot be cut are left alone
-    (``stats()["refused"]`` says why); named without wildcards they are an error.
+    Layers: nn.Linear, convolutions, and nn.LSTM, nn.GRU, nn.RNN of one layer and direction. A
+    convolution that pads
+    with zeros, a layer without bias (or BatchNorm behind it) and a recurrent layer's first state
+    take no constant, so there the fit is through the origin and exact for proportional units.
+    Layers that cannot be cut are left alone (``stats()["refused"]`` says why); named without
+    wildcards they are an error.
 
     Args:
-        noise: targets of the noise outputs: "gaussian", "binomial", "constant" or "none" (no noise outputs).
-        outputs: number of noise outputs. One is too weak: on a toy of two hidden units mean |rho| is 0.8 with one, as
-            with none, and 1.00 with eight, each of which asks for another direction to be constant.
+        noise: targets of the noise outputs: "gaussian", "binomial", "constant" or "none" (no noise
+            outputs).
+        outputs: number of noise outputs. One is too weak: on a toy of two hidden units mean |rho|
+            is 0.8 with one, as with none, and 1.00 with eight, each of which asks for another
+            direction to be constant.
         strength: factor of the noise loss (summed over outputs, mean over the batch).
         mean: of the targets: of the normal distribution, probability of a one, or the constant.
         deviation: standard deviation of the gaussian targets.
-        threshold: score that a network must meet; none takes the score at the first check, less ``slack``.
+        threshold: score that a network must meet; none takes the score at the first check, less
+            ``slack``.
         slack: how much worse than at the first check the score may be; only without ``threshold``.
         mode: "max" if a larger score is better (accuracy), "min" for a cost.
-        layers: comma-separated names (with wildcards) of the layers to merge units of; none takes all that can be.
-        criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers least in mean
-            square, |w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with the unit.
-        every: "epoch" checks at the end of each epoch; a number, after so many steps (needs ``evaluate=``).
-        warmup: checks (epochs, or ``every`` steps) that only train; `rewire train` takes half of its epochs where
-            neither this nor ``threshold`` or ``every`` is given.
-        pace: share of the remaining units that is merged between two scores; 0 scores after every merge.
+        layers: comma-separated names (with wildcards) of the layers to merge units of; none takes
+            all that can be.
+        criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers
+            least in mean square, |w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with
+            the unit.
+        every: "epoch" checks at the end of each epoch; a number, after so many steps (needs
+            ``evaluate=``).
+        warmup: checks (epochs, or ``every`` steps) that only train; `rewire train` takes half of
+            its epochs where neither this nor ``threshold`` or ``every`` is given.
+        pace: share of the remaining units that is merged between two scores; 0 scores after every
+            merge.
         at_once: merges per check at most; none is as many as the threshold allows.
-        overshoot: what becomes of merges that break the threshold. "train": they stay, and training brings the score
-            back or not; the way to few units, each of which is missed at first. "undo": they are taken back at once,
-            half as many are tried for the rest of the check, and at last pairs of the other layers, until each layer's
-            next merge would break the threshold (or ``at_once`` are done). Training after a check may still lose the
+        overshoot: what becomes of merges that break the threshold. "train": they stay, and training
+            brings the score back or not; the way to few units, each of which is missed at first.
+            "undo": they are taken back at once, half as many are tried for the rest of the check,
+            and at last pairs of the other layers, until each layer's next merge would break the
+            threshold (or ``at_once`` are done). Training after a check may still lose the
             threshold: then nothing is merged before it is met again.
-        samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none is all of them.
+        samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none
+            is all of them.
 
-    ``data`` is what correlations are taken over; it must give the same batches each time. ``evaluate`` (model -> score)
-    is asked at checks between epochs, and at the end of epochs where `end_epoch` is not given one.
+    ``data`` is what correlations are taken over; it must give the same batches each time.
+    ``evaluate`` (model -> score) is asked at checks between epochs, and at the end of epochs where
+    `end_epoch` is not given one.
 
-    Cost: a check passes over the samples once, O(units^2) per position, and one evaluation and a copy of the model
-    and its optimizer state per merge; for each that is undone, at every check anew, another evaluation and pass.
-    Between checks nothing costs beyond the noise outputs.
+    Cost: a check passes over the samples once, O(units^2) per position, and one evaluation and a
+    copy of the model
+    and its optimizer state per merge; for each that is undone, at every check anew, another
+    evaluation and pass. Between checks nothing costs beyond the noise outputs.
     """
 
     acts_in_ranks = False
     starts_dense: ClassVar[bool] = True
-    run_lr: ClassVar[float | None] = 0.002  # the noise outputs' loss makes training at a large rate diverge
+    # the noise outputs' loss makes training at a large rate diverge
+    run_lr: ClassVar[float | None] = 0.002
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
@@ -135,7 +152,9 @@ class NoiseOut(Method):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
         if every != "epoch" and (not isinstance(every, int) or every < 1):
-            raise ValueError(f"every must be 'epoch' or a number of steps of at least 1, not {every!r}")
+            raise ValueError(
+                f"every must be 'epoch' or a number of steps of at least 1, not {every!r}"
+            )
         if not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup must be a number of checks of at least 0, not {warmup!r}")
         for name, number in [("strength", strength), ("deviation", deviation), ("slack", slack)]:
@@ -145,7 +164,10 @@ class NoiseOut(Method):
         if data is None:
             raise needs_data(self)
         if every != "epoch" and evaluate is None:
-            raise ValueError(f"every={every} checks between epochs: give evaluate=, a function from model to score")
+            raise ValueError(
+                f"every={every} checks between epochs: give evaluate=, a function "
+                "from model to score"
+            )
         self._data, self._samples, self._evaluate = data, samples, evaluate
         self._kept = _first(data, samples) if samples is not None else None
         example = next(iter(self._batches()), None)
@@ -174,28 +196,46 @@ class NoiseOut(Method):
         last = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
         if not isinstance(last, nn.Linear):
             raise ValueError(
-                f"noise outputs stand beside the outputs of a last nn.Linear, and this network ends with "
+                "noise outputs stand beside the outputs of a last nn.Linear, and this network "
+                "ends with "
                 f"{self._graph.last} ({type(last).__name__}): use noise='none'"
             )
         trains = next(
-            (o for o in self.optimizers for g in o.param_groups for p in g["params"] if p is last.weight),
+            (
+                o
+                for o in self.optimizers
+                for g in o.param_groups
+                for p in g["params"]
+                if p is last.weight
+            ),
             self.optimizers[0],
         )
         return NoiseOutputs(
-            self.model, last, trains, kind=self.noise, outputs=outputs, mean=mean, deviation=deviation,
-            seed=self.seed, stream=Purpose.NOISE,
-        )  # fmt: skip
+            self.model,
+            last,
+            trains,
+            kind=self.noise,
+            outputs=outputs,
+            mean=mean,
+            deviation=deviation,
+            seed=self.seed,
+            stream=Purpose.NOISE,
+        )
 
-    # --- the protocol -----------------------------------------------------------------------------------------------
+    # --- the protocol -----------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """The noise outputs' loss times ``strength``, for the forward passes since the last call."""
+        """The noise outputs' loss times ``strength``, for the forward passes since the last
+        call.
+        """
         if self._outputs is None:
             return super().penalty()
         return self.strength * self._outputs.loss(self.seed, self.steps + 1)
 
     def _release(self, pools: Iterable[Pool]) -> None:
-        """A step is over, made or skipped: what was seen of its forward passes is of no use to the next."""
+        """A step is over, made or skipped: what was seen of its forward passes is of no use to the
+        next.
+        """
         super()._release(pools)
         if self._outputs is not None:
             self._outputs.forget()
@@ -214,13 +254,17 @@ class NoiseOut(Method):
             self._go_back()
 
     def finalize(self) -> nn.Module:
-        """Go back to the last network that met the threshold, if one did, take the noise outputs off, return it."""
+        """Go back to the last network that met the threshold, if one did, take the noise outputs
+        off, return it.
+        """
         if self._attachment.attached and self._best is not None:
             self._go_back()
         return super().finalize()
 
     def stats(self) -> dict[str, Any]:
-        """Also: units left and merged per layer, parameters, last score, the threshold, layers refused and why."""
+        """Also: units left and merged per layer, parameters, last score, the threshold, layers
+        refused and why.
+        """
         best = None if self._best is None else self._best.parameters
         return super().stats() | {
             "units": {name: self._graph.count(name) for name in self._names},
@@ -238,7 +282,7 @@ class NoiseOut(Method):
         when = "epoch" if self.every == "epoch" else f"{self.every} steps"
         return f"a check every {when}, the first warmup={self.warmup} of which only train"
 
-    # --- checks and merges ------------------------------------------------------------------------------------------
+    # --- checks and merges ------------------------------------------------------------------------
 
     def _meets(self, score: float) -> bool:
         assert self.threshold is not None
@@ -253,7 +297,8 @@ class NoiseOut(Method):
         """Algorithm 1's inner loop: while the score meets the threshold, merge."""
         if evaluate is None:
             raise RuntimeError(
-                "NoiseOut decides by the task's score: give end_epoch(evaluate) a function from model to score "
+                "NoiseOut decides by the task's score: give end_epoch(evaluate) a function from "
+                "model to score "
                 "(rewire train needs --validation for it)"
             )
         if self._outputs is not None:
@@ -271,7 +316,9 @@ class NoiseOut(Method):
         left = sum(len(m.units) for m in moments.values()) if self.at_once is None else self.at_once
         limit = left
         while left > 0:
-            wanted = min(left, limit, max(1, int(self.pace * sum(len(m.units) for m in moments.values()))))
+            wanted = min(
+                left, limit, max(1, int(self.pace * sum(len(m.units) for m in moments.values())))
+            )
             done: list[str] = []
             while len(done) < wanted and (name := self._merge(moments)):
                 done.append(name)
@@ -292,16 +339,24 @@ class NoiseOut(Method):
                 moments = self._measure(names)
 
     def _keep(self, score: float) -> None:
-        """Remember the network, which meets the threshold, its noise outputs, and what is counted of it."""
+        """Remember the network, which meets the threshold, its noise outputs, and what is counted
+        of it.
+        """
         self._best = Snapshot.of(self.model, self.optimizers)
         outputs = None if self._outputs is None else self._outputs.state()
-        self._beside = {"score": score, "merged": dict(self._merged), "updates": self.updates, "outputs": outputs}
+        self._beside = {
+            "score": score,
+            "merged": dict(self._merged),
+            "updates": self.updates,
+            "outputs": outputs,
+        }
 
     def _go_back(self) -> None:
         """Take the last network that met the threshold."""
         assert self._best is not None
         self._best.restore(self.model, self.optimizers)
-        if self._outputs is not None:  # first, because what they hold of forward passes cannot be copied with the model
+        # first, because what they hold of forward passes cannot be copied with the model
+        if self._outputs is not None:
             self._outputs.load(self._beside["outputs"])
         self._graph = UnitGraph(self.model, self._example, self._graph.tried)
         self._score, self.updates = self._beside["score"], self._beside["updates"]
@@ -312,7 +367,9 @@ class NoiseOut(Method):
         found = measure(self._graph, wanted, self._batches())
         for name in wanted:
             if name not in found:
-                self._refused[name] = f"the units of {name} are not merged: a layer that reads them was not called"
+                self._refused[name] = (
+                    f"the units of {name} are not merged: a layer that reads them was not called"
+                )
         return found
 
     def _merge(self, moments: Mapping[str, UnitMoments]) -> str | None:
@@ -322,7 +379,10 @@ class NoiseOut(Method):
         if not found:
             return None
         if self.criterion == "damage":
-            best = min(found, key=lambda merge: merge.damage / self._graph.parameters(moments[merge.name].group))
+            best = min(
+                found,
+                key=lambda merge: merge.damage / self._graph.parameters(moments[merge.name].group),
+            )
         else:
             best = max(found, key=lambda merge: merge.correlation)
         self._carry_out(moments[best.name], best)
@@ -332,12 +392,20 @@ class NoiseOut(Method):
         graph, group = self._graph, moments.group
         moments.fold(merge)
         if self._outputs is not None:
-            for site, (alpha, beta) in zip(moments.readers, moments.coefficients(merge), strict=True):
+            for site, (alpha, beta) in zip(
+                moments.readers, moments.coefficients(merge), strict=True
+            ):
                 if site.module is self._outputs.head:
                     at = graph.positions(site, torch.tensor([merge.unit]))[0]
-                    into = None if merge.into is None else graph.positions(site, torch.tensor([merge.into]))[0]
+                    into = (
+                        None
+                        if merge.into is None
+                        else graph.positions(site, torch.tensor([merge.into]))[0]
+                    )
                     self._outputs.merge(at, into, alpha, beta)
-        graph.remove({merge.name: [int(torch.searchsorted(group.alive, merge.unit))]}, self.optimizers)
+        graph.remove(
+            {merge.name: [int(torch.searchsorted(group.alive, merge.unit))]}, self.optimizers
+        )
         moments.forget(merge.unit)
         self._merged[merge.name] += 1
         self.updates += 1
@@ -345,18 +413,30 @@ class NoiseOut(Method):
     def _batches(self) -> Iterable[Any]:
         return self._kept if self._kept is not None else _Inputs(self._data)
 
-    # --- saving -----------------------------------------------------------------------------------------------------
+    # --- saving -----------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "noise": self.noise, "strength": self.strength, **self._shape_options, "mode": self.mode,
-            "slack": self.slack, "layers": self._layers, "criterion": self.criterion, "every": self.every,
-            "warmup": self.warmup, "pace": self.pace, "at_once": self.at_once, "overshoot": self.overshoot,
+            "noise": self.noise,
+            "strength": self.strength,
+            **self._shape_options,
+            "mode": self.mode,
+            "slack": self.slack,
+            "layers": self._layers,
+            "criterion": self.criterion,
+            "every": self.every,
+            "warmup": self.warmup,
+            "pace": self.pace,
+            "at_once": self.at_once,
+            "overshoot": self.overshoot,
             "samples": self._samples,
-        }  # fmt: skip
+        }
 
     def _state(self) -> dict[str, Any]:
-        tensors: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors: dict[str, Tensor] = {
+            **dict(self.model.named_parameters()),
+            **dict(self.model.named_buffers()),
+        }
         return {
             "shapes": {name: list(t.shape) for name, t in tensors.items()},
             "outputs": None if self._outputs is None else self._outputs.state(),
@@ -369,14 +449,19 @@ class NoiseOut(Method):
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore `_state`'s result; a model that was not cut gets the shapes, for its own state to be loaded."""
+        """Restore `_state`'s result; a model that was not cut gets the shapes, for its own state to
+        be loaded.
+        """
         shapes, merged, checks = dict(state["shapes"]), dict(state["merged"]), int(state["checks"])
         score, threshold, outputs = state["score"], state["threshold"], state["outputs"]
         beside = dict(state["beside"])
         best = None if state["best"] is None else Snapshot.from_state(state["best"])
         for parameter in fit_shapes(self.model, shapes):
             for optimizer in self.optimizers:
-                if any(t.dim() and t.shape != parameter.shape for t in _tensors(optimizer.state.get(parameter, {}))):
+                if any(
+                    t.dim() and t.shape != parameter.shape
+                    for t in _tensors(optimizer.state.get(parameter, {}))
+                ):
                     del optimizer.state[parameter]
         self._graph = UnitGraph(self.model, self._example, self._graph.tried)
         if self._outputs is not None:
@@ -401,7 +486,11 @@ def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
 
 def _input(batch: Any) -> Any:
     """A batch is the input, or a tuple or list that begins with it."""
-    return batch[0] if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) else batch
+    return (
+        batch[0]
+        if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
+        else batch
+    )
 
 
 def _first(data: Data, samples: int) -> list[Any]:
@@ -438,9 +527,14 @@ def _choose(graph: UnitGraph, layers: str | None) -> tuple[list[str], dict[str, 
                 chosen.append(name)
                 coupled |= {site.name for site in group.producers}
     if not chosen:
-        kinds = ", ".join(sorted({type(m).__name__ for m in graph.model.modules() if not list(m.children())}))
+        kinds = ", ".join(
+            sorted({type(m).__name__ for m in graph.model.modules() if not list(m.children())})
+        )
         raise ValueError(
             "no layer has units that can be merged: "
-            + ("; ".join(refused.values()) or f"none of {kinds or 'no layer'} has units of its own (Linear, Conv, ...)")
+            + (
+                "; ".join(refused.values())
+                or f"none of {kinds or 'no layer'} has units of its own (Linear, Conv, ...)"
+            )
         )
     return chosen, refused

@@ -1,4 +1,6 @@
-"""A network and its optimizers' state at one moment, to go back to, whatever shapes it has by then."""
+"""A network and its optimizers' state at one moment, to go back to, whatever shapes it has by
+then.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def _copy(value: Any) -> Any:
 
 
 class Snapshot:
-    """Values of a model's state_dict and, optimizer state by parameter name; the groups' options are not part of it."""
+    """Values of a model's state_dict and, optimizer state by parameter name; the groups' options
+    are not part of it.
+    """
 
     def __init__(self, model: dict[str, Any], optimizer: dict[str, Any], parameters: int) -> None:
         self._model, self._optimizer = model, optimizer
@@ -36,14 +40,19 @@ class Snapshot:
             for name, parameter in model.named_parameters():
                 if optimizer.state.get(parameter):
                     state[name] = _copy(dict(optimizer.state[parameter]))
-        return cls(_copy(dict(model.state_dict())), state, sum(p.numel() for p in model.parameters()))
+        return cls(
+            _copy(dict(model.state_dict())), state, sum(p.numel() for p in model.parameters())
+        )
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        """Put model and optimizer state back; parameters stay the same objects and gradients of other shapes go."""
+        """Put model and optimizer state back; parameters stay the same objects and gradients of
+        other shapes go.
+        """
         load_resized(model, self._model)
         for parameter in model.parameters():
-            announce(parameter, [Part(parameter)])  # an average of what came later is none of this network
+            # an average of what came later is none of this network
+            announce(parameter, [Part(parameter)])
         for optimizer in optimizers:
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in model.named_parameters():
@@ -56,9 +65,15 @@ class Snapshot:
 
     def state(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts, for a method's state_dict."""
-        return {"model": _copy(self._model), "optimizer": _copy(self._optimizer), "parameters": self.parameters}
+        return {
+            "model": _copy(self._model),
+            "optimizer": _copy(self._optimizer),
+            "parameters": self.parameters,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
         """The inverse of `state`."""
-        return cls(_copy(dict(state["model"])), _copy(dict(state["optimizer"])), int(state["parameters"]))
+        return cls(
+            _copy(dict(state["model"])), _copy(dict(state["optimizer"])), int(state["parameters"])
+        )

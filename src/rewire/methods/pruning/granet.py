@@ -28,7 +28,8 @@ __all__ = ["GraNet"]
 @register(
     name="granet",
     paper="Liu et al., NeurIPS 2021 (arXiv 2106.10404)",
-    summary="gradual magnitude pruning over the whole network; each cut also replaces weak weights by gradient",
+    summary="gradual magnitude pruning over the whole network; each cut also replaces weak "
+    "weights by gradient",
     keeps_budget="every update",
     guarantees=("the schedule's K exact after every cut", "K at the end"),
     memory="O(M)",
@@ -38,21 +39,24 @@ class GraNet(Gradual):
     """Every ``every`` steps from ``begin`` to ``until``::
 
         cut         the smallest |w| of the whole network, down to GMP's cubic schedule
-        regenerate  in each layer, drop the floor(r K_l) smallest |w| of the K_l that are left, and grow as many
-                    dormant positions with the largest |dL/dw|; r as a cosine to 0 at the last update
+        regenerate  in each layer, drop the floor(r K_l) smallest |w| of the K_l that are left, and
+                    grow as many dormant positions with the largest |dL/dw|; r as a cosine to 0 at
+                    the last update
 
     Args:
         fraction: r at the start; a schedule (over steps) is taken as it is.
-        every: steps between updates; by default 1000, or in a training of known length as often as 10 updates need.
+        every: steps between updates; by default 1000, or in a training of known length as often as
+            10 updates need.
         begin: step of the first one.
         until: step of the last one; by default half of ``steps`` where those are known.
         scope: of the cut: the "network" (the paper) or each "layer".
         candidates: of regrowth, see `rewire.methods.criteria.grow.Gradient`.
-        connections, density, distribution: the final budget, see `rewire.methods.pruning.shrink.final_budgets`.
+        connections, density, distribution: the final budget, see
+            `rewire.methods.pruning.shrink.final_budgets`.
         steps: of the whole training; `rewire train` gives it.
 
-    The authors start at half of all connections (`rewire train` does), or at all. Cost: that of the connections there
-    are, and O(M samples) per update.
+    The authors start at half of all connections (`rewire train` does), or at all. Cost: that of the
+    connections there are, and O(M samples) per update.
     """
 
     start_density: ClassVar[float | None] = 0.5
@@ -81,9 +85,18 @@ class GraNet(Gradual):
         self.fraction = decay(fraction, until)
         self._grow = Gradient(candidates)
         super().__init__(
-            model, optimizer, every=every, begin=begin, until=until, connections=connections, density=density,
-            distribution=distribution, scope=scope, moments=moments, seed=seed,
-        )  # fmt: skip
+            model,
+            optimizer,
+            every=every,
+            begin=begin,
+            until=until,
+            connections=connections,
+            density=density,
+            distribution=distribution,
+            scope=scope,
+            moments=moments,
+            seed=seed,
+        )
         here = weakref.ref(self)
 
         def changed(event: Event) -> None:
@@ -105,16 +118,22 @@ class GraNet(Gradual):
         if self._cuts_at(self.steps):
             self._updating = True
             try:
-                self._prune_and_regenerate(pools, within("fraction", at(self.fraction, self.steps), 0.0, 1.0))
+                self._prune_and_regenerate(
+                    pools, within("fraction", at(self.fraction, self.steps), 0.0, 1.0)
+                )
             finally:
                 self._updating = False
 
     def _prune_and_regenerate(self, pools: list[Pool], fraction: float) -> None:
-        """One exchange per pool: what was asked of the step (calls, candidates) belongs to the pool as it is."""
+        """One exchange per pool: what was asked of the step (calls, candidates) belongs to the pool
+        as it is.
+        """
         targets = self.targets(self.steps)
         groups = [pools] if self.scope == "network" else [[pool] for pool in pools]
         for group in groups:
-            places = weakest([self._scores(pool) for pool in group], sum(targets[pool.number] for pool in group))
+            places = weakest(
+                [self._scores(pool) for pool in group], sum(targets[pool.number] for pool in group)
+            )
             for pool, gone in zip(group, places, strict=True):
                 weight, slots = pool.weight, pool.weight.active()
                 left = torch.ones_like(slots, dtype=torch.bool)

@@ -21,28 +21,33 @@ __all__ = ["L1"]
 @register(
     name="l1",
     paper="baseline of Bellec et al., ICLR 2018 (arXiv 1711.05136); ISTA: Daubechies et al. 2004",
-    summary="train all connections with an L1 penalty, by proximal steps, and drop what ends at zero",
+    summary="train all connections with an L1 penalty, by proximal steps, and drop what ends "
+    "at zero",
     keeps_budget="no",
-    guarantees=("weights are exactly zero, not just small", "the final budget is never exceeded by finalize's model"),
+    guarantees=(
+        "weights are exactly zero, not just small",
+        "the final budget is never exceeded by finalize's model",
+    ),
     memory="O(M)",
 )
 class L1(Shrinking):
-    """Iterated soft thresholding (ISTA): after each optimizer step of rate eta, on every connection::
+    """Iterated soft thresholding (ISTA): after each optimizer step of rate eta, on every
+    connection::
 
         w <- sign(w) max(|w| - eta l1, 0)
 
-    It is decoupled from the optimizer: not preconditioned, scaled or clipped. With plain SGD it minimises
-    loss + l1 |w|_1, and a weight stays at zero while |dL/dw| <= l1. Weights at zero remain candidates, so the pool
-    keeps its slots until the end (``drop="end"``): finalize drops those with |w| <= threshold, and, if there is a
-    budget, the smallest beyond it. How many connections result is up to ``l1``: sweep it. `connections` says how many
-    there are now.
+    It is decoupled from the optimizer: not preconditioned, scaled or clipped. With plain SGD it
+    minimises loss + l1 |w|_1, and a weight stays at zero while |dL/dw| <= l1. Weights at zero
+    remain candidates, so the pool keeps its slots until the end (``drop="end"``): finalize drops
+    those with |w| <= threshold, and, if there is a budget, the smallest beyond it. How many
+    connections result is up to ``l1``: sweep it. `connections` says how many there are now.
 
     Args:
         l1: the coefficient; a float or a schedule over steps.
-        threshold: magnitude up to which finalize counts a weight as zero. At 0 (the default) it changes no
-            prediction, because the proximal step makes exact zeros.
-        drop: "end", or "epoch": what is at most ``threshold`` is dropped for good after every epoch, which frees
-            memory and time, but never comes back.
+        threshold: magnitude up to which finalize counts a weight as zero. At 0 (the default) it
+            changes no prediction, because the proximal step makes exact zeros.
+        drop: "end", or "epoch": what is at most ``threshold`` is dropped for good after every
+            epoch, which frees memory and time, but never comes back.
         connections, density, distribution: optional; the most that finalize leaves, see
             `rewire.methods.pruning.shrink.final_budgets`.
 
@@ -51,8 +56,12 @@ class L1(Shrinking):
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """A share of the rate where steps have about its length, whatever the gradient (as for DEEP R)."""
-        return {"l1": 0.1} if optimizer in ("adam", "adamw", "rmsprop") and "l1" not in given else {}
+        """A share of the rate where steps have about its length, whatever the gradient (as for DEEP
+        R).
+        """
+        return (
+            {"l1": 0.1} if optimizer in ("adam", "adamw", "rmsprop") and "l1" not in given else {}
+        )
 
     def __init__(
         self,
@@ -81,7 +90,9 @@ class L1(Shrinking):
         )
 
     def _check_start(self, final: Any) -> None:
-        """Nothing: the budget is a bound, and shrinking may have gone below it before this was made."""
+        """Nothing: the budget is a bound, and shrinking may have gone below it before this was
+        made.
+        """
 
     def _after_step(self, pools: list[Pool]) -> None:
         for pool in pools:
@@ -106,12 +117,18 @@ class L1(Shrinking):
         self.updates += 1
 
     def connections(self) -> dict[str, int]:
-        """Connections above the threshold, by weight: what finalize would leave (before a budget)."""
-        values = {pool.name: pool.weight.values.detach()[pool.weight.active()] for pool in self.pools}
+        """Connections above the threshold, by weight: what finalize would leave (before a
+        budget).
+        """
+        values = {
+            pool.name: pool.weight.values.detach()[pool.weight.active()] for pool in self.pools
+        }
         return {name: int((v.abs() > self.threshold).sum()) for name, v in values.items()}
 
     def finalize(self) -> nn.Module:
-        """Drop what is at most the threshold, then what is above the budget, and return the model."""
+        """Drop what is at most the threshold, then what is above the budget, and return the
+        model.
+        """
         self._warn_of_no_update()
         if self._attachment.attached:
             with torch.no_grad():

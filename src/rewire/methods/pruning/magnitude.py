@@ -20,7 +20,8 @@ __all__ = ["Magnitude"]
 @register(
     name="magnitude",
     paper="Han, Pool, Tran, Dally, NeurIPS 2015 (arXiv 1506.02626)",
-    summary="train, drop the smallest weights of each layer, retrain the others from their values, and again",
+    summary="train, drop the smallest weights of each layer, retrain the others from their "
+    "values, and again",
     keeps_budget="every update",
     guarantees=(
         "K of every cycle exact (percentile mode), and in the model that finalize returns",
@@ -30,25 +31,28 @@ __all__ = ["Magnitude"]
     memory="O(M)",
 )
 class Magnitude(Shrinking):
-    """Prune-retrain cycles: after every ``every`` epochs, ``cycles`` times, drop the smallest weights.
+    """Prune-retrain cycles: after every ``every`` epochs, ``cycles`` times, drop the smallest
+    weights.
 
-    Percentile (the default): cut i of n leaves K_i = K_0 (K / K_0)^(i / n) connections of a layer that began with
-    K_0, an exponential schedule that ends exactly at its budget K. Quality (the paper's): drop
-    |w| < q std(w) in each layer, std over the connections it has.
+    Percentile (the default): cut i of n leaves K_i = K_0 (K / K_0)^(i / n) connections of a layer
+    that began with K_0, an exponential schedule that ends exactly at its budget K. Quality (the
+    paper's): drop |w| < q std(w) in each layer, std over the connections it has.
 
-    Survivors keep values and optimizer state and are retrained. The paper retrains with a tenth of the learning rate:
-    let your scheduler do it at the first cut (at ``every`` epochs); nothing here changes learning rates.
+    Survivors keep values and optimizer state and are retrained. The paper retrains with a tenth of
+    the learning rate: let your scheduler do it at the first cut (at ``every`` epochs); nothing here
+    changes learning rates.
 
     Args:
         cycles: number of cuts.
         every: epochs of training before each cut.
-        quality: q, the threshold over the standard deviation; None for percentiles. With a final budget as well, no
-            cut goes below it, and the last one ends there.
+        quality: q, the threshold over the standard deviation; None for percentiles. With a final
+            budget as well, no cut goes below it, and the last one ends there.
         scope: of the percentile: each layer, or magnitudes of the whole "network" together.
-        connections, density, distribution: the final budget, see `rewire.methods.pruning.shrink.final_budgets`; optional
-            with ``quality``.
+        connections, density, distribution: the final budget, see
+            `rewire.methods.pruning.shrink.final_budgets`; optional with ``quality``.
 
-    Cuts that the training had no time for are made by finalize. Cost: that of the connections there are.
+    Cuts that the training had no time for are made by finalize. Cost: that of the connections there
+    are.
     """
 
     @classmethod
@@ -58,7 +62,10 @@ class Magnitude(Shrinking):
         each, many = given.get("every", 1), given.get("cycles", 5)
         if not all(isinstance(n, int) and n > 0 for n in (each, many)):
             return {}  # to be refused with what is allowed
-        options = {"cycles": max(1, min(5, first // each)), "every": max(1, first // min(many, first))}
+        options = {
+            "cycles": max(1, min(5, first // each)),
+            "every": max(1, first // min(many, first)),
+        }
         return {name: value for name, value in options.items() if name not in given}
 
     def __init__(
@@ -81,7 +88,9 @@ class Magnitude(Shrinking):
         if quality is not None:
             within("quality", quality, 0.0)
             if scope == "network":
-                raise ValueError("quality= prunes each layer by its own standard deviation: use scope='layer'")
+                raise ValueError(
+                    "quality= prunes each layer by its own standard deviation: use scope='layer'"
+                )
         self.cycles, self.every, self.quality = cycles, every, quality
         super().__init__(
             model,
@@ -127,7 +136,11 @@ class Magnitude(Shrinking):
         return counts
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"cycles": self.cycles, "every": self.every, "quality": self.quality}
+        return super()._settings() | {
+            "cycles": self.cycles,
+            "every": self.every,
+            "quality": self.quality,
+        }
 
     def _state(self) -> dict[str, Any]:
         return {"first": list(self._first), "cuts": self.cuts}

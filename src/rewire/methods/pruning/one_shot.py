@@ -21,20 +21,27 @@ __all__ = ["OneShot"]
     paper="baseline: Han et al., NeurIPS 2015 (arXiv 1506.02626), with a single cut",
     summary="train with all connections, drop the smallest weights once, train the rest",
     keeps_budget="every update",
-    guarantees=("K exact from the cut on, and in the model that finalize returns", "survivors keep their values"),
+    guarantees=(
+        "K exact from the cut on, and in the model that finalize returns",
+        "survivors keep their values",
+    ),
     memory="O(M)",
 )
 class OneShot(Shrinking):
-    """Train the connections there are; once, drop all but the K of largest magnitude; train those on.
+    """Train the connections there are; once, drop all but the K of largest magnitude; train those
+    on.
 
-    Survivors keep values and optimizer state. Han et al. train them with a tenth of the learning rate.
+    Survivors keep values and optimizer state. Han et al. train them with a tenth of the learning
+    rate.
 
     Args:
         after: training before the cut, in ``unit``; at least 1.
-        unit: "epoch" or "step" (an optimizer step). Where training ends before that (``end_epoch(last=True)`` or
-            finalize), the cut is made there.
-        scope: "layer" cuts each layer to its own budget, "network" compares magnitudes over all layers.
-        connections, density, distribution: the final budget, see `rewire.methods.pruning.shrink.final_budgets`.
+        unit: "epoch" or "step" (an optimizer step). Where training ends before that
+            (``end_epoch(last=True)`` or finalize), the cut is made there.
+        scope: "layer" cuts each layer to its own budget, "network" compares magnitudes over all
+            layers.
+        connections, density, distribution: the final budget, see
+            `rewire.methods.pruning.shrink.final_budgets`.
 
     Cost: that of the connections there are: O(M) before the cut if all are, O(K) afterwards.
     """
@@ -42,7 +49,11 @@ class OneShot(Shrinking):
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """The cut in the middle of the run, so that what is left trains on."""
-        return {} if "after" in given or given.get("unit", "epoch") != "epoch" else {"after": max(1, epochs // 2)}
+        return (
+            {}
+            if "after" in given or given.get("unit", "epoch") != "epoch"
+            else {"after": max(1, epochs // 2)}
+        )
 
     def __init__(
         self,

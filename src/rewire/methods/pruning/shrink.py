@@ -1,9 +1,11 @@
-"""Methods that start with more connections than they may end with: final budgets, and cuts down to them.
+"""Methods that start with more connections than they may end with: final budgets, and cuts down to
+them.
 
-Such a method takes its final budget at construction (``connections=`` or ``density=``, see `final_budgets`), acts on
-ordinary pools that were built with more connections (up to all of them, then memory is O(M)), and gives storage back as
-it goes: dropped slots are emptied and the pool is resized, so time and memory follow the connections that are left.
-Under DDP, whose buckets have a fixed size, the slots stay, empty.
+Such a method takes its final budget at construction (``connections=`` or ``density=``, see
+`final_budgets`), acts on ordinary pools that were built with more connections (up to all of them,
+then memory is O(M)), and gives storage back as it goes: dropped slots are emptied and the pool is
+resized, so time and memory follow the connections that are left. Under DDP, whose buckets have a
+fixed size, the slots stay, empty.
 """
 
 from __future__ import annotations
@@ -27,18 +29,26 @@ Density: TypeAlias = float | Sequence[float] | Mapping[str, float]
 
 
 def final_budgets(
-    pools: Sequence[Pool], connections: Connections | None, density: Density | None, distribution: str = "erk"
+    pools: Sequence[Pool],
+    connections: Connections | None,
+    density: Density | None,
+    distribution: str = "erk",
 ) -> list[int]:
-    """Connections that each pool may have at the end; one of ``connections`` and ``density`` must be given.
+    """Connections that each pool may have at the end; one of ``connections`` and ``density`` must
+    be given.
 
-    A number is for all pools together and spread by ``distribution`` (see `rewire.budget`). A list has one entry per
-    pool. A dict has names or glob patterns of pools (``"0.weight"``) or their layers (``"0"``, ``"fc*"``); the first
-    match counts, and every pool needs one. Densities are shares of M, the potential connections.
+    A number is for all pools together and spread by ``distribution`` (see `rewire.budget`). A list
+    has one entry per pool. A dict has names or glob patterns of pools (``"0.weight"``) or their
+    layers (``"0"``, ``"fc*"``); the first match counts, and every pool needs one. Densities are
+    shares of M, the potential connections.
 
-    Raises ValueError for a budget that cannot be, a list of the wrong length, a pattern that matches nothing.
+    Raises ValueError for a budget that cannot be, a list of the wrong length, a pattern that
+    matches nothing.
     """
     if (connections is None) == (density is None):
-        raise ValueError("give exactly one of connections= and density=: what is to be left at the end")
+        raise ValueError(
+            "give exactly one of connections= and density=: what is to be left at the end"
+        )
     given: Any = connections if density is None else density
     sizes = [pool.weight.size for pool in pools]
     if isinstance(given, Mapping):
@@ -56,10 +66,11 @@ def final_budgets(
 
 
 def weakest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tensor]:
-    """What to drop so that ``keep`` of all scores are left, the highest, and ``at_least`` of each tensor.
+    """What to drop so that ``keep`` of all scores are left, the highest, and ``at_least`` of each
+    tensor.
 
-    Returns places in each tensor (int64, ascending). Among equals the first is kept. Where ``keep`` is below what
-    ``at_least`` asks for, ``at_least`` wins. O(n log n) for n scores.
+    Returns places in each tensor (int64, ascending). Among equals the first is kept. Where ``keep``
+    is below what ``at_least`` asks for, ``at_least`` wins. O(n log n) for n scores.
     """
     order = [torch.sort(s, descending=True, stable=True).indices for s in scores]
     floor = [min(at_least, s.numel()) for s in scores]
@@ -77,12 +88,14 @@ class Shrinking(Method):
     """What methods share that end with fewer connections than they start with.
 
     Args:
-        connections, density: the final budget, see `final_budgets`. ``required`` says whether one must be given.
+        connections, density: the final budget, see `final_budgets`. ``required`` says whether one
+            must be given.
         distribution: how one number is spread over the pools.
         scope: "layer", or "network" where only the sum over the (trained) pools counts.
 
-    `finalize` cuts by `_scores` what is still above the final budget, so the model it returns is always within it.
-    Raises ValueError if the pools have fewer connections than they are to end with.
+    `finalize` cuts by `_scores` what is still above the final budget, so the model it returns is
+    always within it. Raises ValueError if the pools have fewer connections than they are to end
+    with.
     """
 
     #: The density that `rewire train` builds the pools with.
@@ -117,24 +130,30 @@ class Shrinking(Method):
         if self.scope == "network":
             if sum(final) > sum(has):
                 raise ValueError(
-                    f"the network has {sum(has)} connections and is to end with {sum(final)}: build it with more "
+                    f"the network has {sum(has)} connections and is to end with {sum(final)}: "
+                    "build it with more "
                     "(density=1 on its layers), or choose a smaller budget"
                 )
             return
         for pool, k, f in zip(self.pools, has, final, strict=True):
             if f > k:
                 raise ValueError(
-                    f"{pool.name} has {k} connections and is to end with {f}: build it with more (density=1), or "
+                    f"{pool.name} has {k} connections and is to end with {f}: build it with more "
+                    "(density=1), or "
                     "choose a smaller budget, another distribution or one number per layer"
                 )
 
     def _scores(self, pool: Pool) -> Tensor:
-        """Which connections are worth keeping, in the order of ``pool.weight.active()``: magnitude, here."""
+        """Which connections are worth keeping, in the order of ``pool.weight.active()``: magnitude,
+        here.
+        """
         return pool.weight.values.detach()[pool.weight.active()].abs()
 
     def _cut(self, counts: Sequence[int], at_least: int = 1) -> None:
-        """Drop the lowest `_scores` until each trained pool has ``counts[pool.number]`` connections, or, with scope
-        "network", all of them together; ``at_least`` stay in each. Pools with fewer are left as they are."""
+        """Drop the lowest `_scores` until each trained pool has ``counts[pool.number]``
+        connections, or, with scope "network", all of them together; ``at_least`` stay in each.
+        Pools with fewer are left as they are.
+        """
         pools = self._trained()
         groups = [pools] if self.scope == "network" and pools else [[pool] for pool in pools]
         for group in groups:

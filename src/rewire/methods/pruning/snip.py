@@ -1,4 +1,6 @@
-"""SNIP: choose the connections before training, by what the loss says about them at initialisation."""
+"""SNIP: choose the connections before training, by what the loss says about them at
+initialisation.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +25,32 @@ __all__ = ["SNIP"]
     paper="Lee, Ajanthan, Torr, ICLR 2019 (arXiv 1810.02340)",
     summary="before training, keep the connections with the largest |w dL/dw| on the first batches",
     keeps_budget="every update",
-    guarantees=("K exact from the first trained step on", "no layer is emptied", "initial values are not touched"),
+    guarantees=(
+        "K exact from the first trained step on",
+        "no layer is emptied",
+        "initial values are not touched",
+    ),
     memory="O(M)",
     needs="gradients",
 )
 class SNIP(Shrinking):
     """Single-shot pruning by connection sensitivity, at initialisation::
 
-        s_k = | w_k  dL/dw_k |      keep the K largest over all layers, and train those from their initial values
+        s_k = | w_k  dL/dw_k |   keep the K largest over all layers, train from their initial values
 
-    The first ``batches`` calls of ``optimizer.step()`` only measure: they take the gradients of all connections and
-    change nothing (they clear the gradients, so neither weights nor optimizer state move, nor do other parameters of
-    the same optimizer). The last of them makes the cut. Gradients of the batches are summed before the magnitude is
-    taken: n batches measure what one of n times the size would.
+    The first ``batches`` calls of ``optimizer.step()`` only measure: they take the gradients of all
+    connections and change nothing (they clear the gradients, so neither weights nor optimizer state
+    move, nor do other parameters of the same optimizer). The last of them makes the cut. Gradients
+    of the batches are summed before the magnitude is taken: n batches measure what one of n times
+    the size would.
 
     Args:
-        batches: optimizer steps that measure; each may itself be of several accumulated micro-batches.
+        batches: optimizer steps that measure; each may itself be of several accumulated
+            micro-batches.
         scope: "network" ranks all layers together, as in the paper; "layer" within each layer.
         at_least: connections that every layer keeps, whatever its scores.
-        connections, density, distribution: the final budget, see `rewire.methods.pruning.shrink.final_budgets`. With scope
-            "network" its sum counts.
+        connections, density, distribution: the final budget, see
+            `rewire.methods.pruning.shrink.final_budgets`. With scope "network" its sum counts.
 
     Cost: ``batches`` passes over the connections there are (all M, normally), O(K) from then on.
     """
@@ -78,10 +86,13 @@ class SNIP(Shrinking):
         for pool, k in zip(self.pools, self.final, strict=True):
             most = pool.weight.connections if scope == "network" else k
             if at_least > most:
-                raise ValueError(f"at_least must be at most {most}, what {pool.name} may have, not {at_least}")
+                raise ValueError(
+                    f"at_least must be at most {most}, what {pool.name} may have, not {at_least}"
+                )
         if at_least * len(self.pools) > sum(self.final):
             raise ValueError(
-                f"at_least={at_least} in each of {len(self.pools)} weights is more than the budget of {sum(self.final)}"
+                f"at_least={at_least} in each of {len(self.pools)} weights is more than the "
+                f"budget of {sum(self.final)}"
             )
         self.done = False
         #: Of each pool: sum of gradients in slot order, and how many steps are in it.
@@ -132,13 +143,19 @@ class SNIP(Shrinking):
         return super()._settings() | {"batches": self.batches, "at_least": self.at_least}
 
     def _state(self) -> dict[str, Any]:
-        gradients = {pool.name: g.clone() for pool, g in zip(self.pools, self._gradients, strict=True) if g is not None}
+        gradients = {
+            pool.name: g.clone()
+            for pool, g in zip(self.pools, self._gradients, strict=True)
+            if g is not None
+        }
         return {"done": self.done, "measured": list(self._measured), "gradients": gradients}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         done, measured = bool(state["done"]), [int(n) for n in state["measured"]]
         gradients = [
-            state["gradients"][pool.name].to(pool.weight.device, copy=True) if pool.name in state["gradients"] else None
+            state["gradients"][pool.name].to(pool.weight.device, copy=True)
+            if pool.name in state["gradients"]
+            else None
             for pool in self.pools
         ]
         self.done, self._measured, self._gradients = done, measured, gradients

@@ -1,4 +1,6 @@
-"""What PyTorch and its users attach to a layer besides its weights: moved to the layer's twin, or refused in words."""
+"""What PyTorch and its users attach to a layer besides its weights: moved to the layer's twin, or
+refused in words.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,38 @@ from torch.nn.utils.weight_norm import WeightNorm
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
 from rewire.nn.weight.pool import SparseWeight
 
-__all__ = ["check_dense", "check_sparse", "disguised", "move", "parameter", "prune_masks", "settle", "source_of"]
+__all__ = [
+    "check_dense",
+    "check_sparse",
+    "disguised",
+    "move",
+    "parameter",
+    "prune_masks",
+    "settle",
+    "source_of",
+]
 
-#: What a module's hooks are kept in; handed on as the objects they are, so that the handles users hold stay valid.
+#: What a module's hooks are kept in; handed on as the objects they are, so that the handles users
+#: hold stay valid.
 _HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *(
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+    ),
+    *(
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_is_full_backward_hook",
+    ),
+    *(
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    ),
 )
 
 #: Ways of old to compute a weight before each forward pass, and what takes them off again.
@@ -33,20 +60,36 @@ _NORMS: tuple[tuple[type, str], ...] = (
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-# --- what cannot be converted -----------------------------------------------------------------------------------------
+# --- what cannot be converted ---------------------------------------------------------------------
 
 
 def disguised(module: nn.Module) -> str | None:
-    """Why a module is none of `KINDS` although it is made of one: in words, or None if it is something else."""
+    """Why a module is none of `KINDS` although it is made of one: in words, or None if it is
+    something else.
+    """
     bases = {kind.dense for kind in KINDS} | {kind.sparse for kind in KINDS}
     if parametrize.is_parametrized(module) and type(module).__bases__[0] in bases:
         return _parametrized(module)
     if type(module) is nn.MultiheadAttention and kind_of(module) is None:
-        return f"has a {type(module.out_proj).__name__} for its out_proj: put a plain layer there, or exclude the layer"
+        return (
+            f"has a {type(module.out_proj).__name__} for its out_proj: put a plain "
+            "layer "
+            "there, or exclude the layer"
+        )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become in bases:
-        return f"is a {type(module).__name__}, which has no weight yet: run the model once on a batch first"
-    if type(module).__module__.startswith("torch.ao.nn") and any(k.dense.__name__ in _names(module) for k in KINDS):
-        return f"is a quantized {type(module).__name__}: make the model sparse before it is quantized, or exclude it"
+        return (
+            f"is a {type(module).__name__}, which has no weight yet: run the model "
+            "once on a "
+            "batch first"
+        )
+    if type(module).__module__.startswith("torch.ao.nn") and any(
+        k.dense.__name__ in _names(module) for k in KINDS
+    ):
+        return (
+            f"is a quantized {type(module).__name__}: make the model sparse before "
+            "it is "
+            "quantized, or exclude it"
+        )
     return None
 
 
@@ -59,13 +102,16 @@ def _parametrized(module: nn.Module) -> str:
     name, chain = next(iter(parametrizations.items()))
     kinds = " and ".join(type(p).__name__ for p in chain)
     return (
-        f"has a parametrization of {name} ({kinds}), which would be lost: call torch.nn.utils.parametrize."
+        f"has a parametrization of {name} ({kinds}), which would be lost: call "
+        "torch.nn.utils.parametrize."
         f"remove_parametrizations(layer, {name!r}) first, or exclude the layer"
     )
 
 
 def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
-    """Raise ValueError if the dense layer ``name`` has something that its sparse twin could not have."""
+    """Raise ValueError if the dense layer ``name`` has something that its sparse twin could not
+    have.
+    """
     plain = kind.plain()
     for path, _ in plain.named_modules():
         own = layer.get_submodule(path)
@@ -74,29 +120,40 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
             for norm, remove in _NORMS:
                 if isinstance(hook, norm):
                     raise ValueError(
-                        f"{_title(join(name, path))} computes its {hook.name} by {norm.__name__}, which would be "  # type: ignore[attr-defined]
-                        f"lost: call {remove}(layer) first, or exclude the layer"
+                        f"{_title(join(name, path))} computes its {hook.name} "  # type: ignore[attr-defined]
+                        f"by {norm.__name__}, which would be lost: call {remove}(layer) first, or "
+                        "exclude the layer"
                     )
     for path, (module, attribute) in kind.places(layer).items():
         where = join(name, path)
         parameter = source_of(module, attribute)
         if parameter is None:
             raise ValueError(
-                f"{where} is no parameter but computed from others: remove what computes it first, or exclude the layer"
+                f"{where} is no parameter but computed from others: remove what computes it "
+                "first, or exclude the layer"
             )
         _check_parameter(where, f"{where}.values", parameter)
         if parameter.dtype not in _FLOATS:
-            raise ValueError(f"{where} is {parameter.dtype}, and sparse weights are real: float32, float64 or 16 bits")
+            raise ValueError(
+                f"{where} is {parameter.dtype}, and sparse weights are real: "
+                "float32, float64 or 16 bits"
+            )
         if not parameter.numel():
             raise ValueError(
-                f"{where} has the shape {tuple(parameter.shape)}, so there is nothing to connect: exclude the layer"
+                f"{where} has the shape {tuple(parameter.shape)}, so there is nothing to connect: "
+                "exclude the layer"
             )
         if parameter.device.type == "meta" and module._buffers.get(f"{attribute}_mask") is not None:
-            raise ValueError(f"{where} is on the meta device, where its prune mask has no values: load the model first")
+            raise ValueError(
+                f"{where} is on the meta device, where its prune mask has no values: "
+                "load the model first"
+            )
 
 
 def check_sparse(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the sparse layer ``name`` has something that its dense twin could not have."""
+    """Raise ValueError if the sparse layer ``name`` has something that its dense twin could not
+    have.
+    """
     for path, own in layer.named_modules():
         where = join(name, path)
         if parametrize.is_parametrized(own):
@@ -106,13 +163,16 @@ def check_sparse(name: str, layer: nn.Module) -> None:
             continue
         if not isinstance(own._parameters.get("values"), nn.Parameter):
             raise ValueError(
-                f"{where}.values is no parameter but computed from others (torch.nn.utils.prune?), which would be "
+                f"{where}.values is no parameter but computed from others "
+                "(torch.nn.utils.prune?), which would be "
                 f"lost: call torch.nn.utils.prune.remove(pool, 'values') first"
             )
         _check_parameter(f"{where}.values", where, own.values)
         hooks = [kind for kind in _HOOKS if getattr(own, kind) and kind != "_is_full_backward_hook"]
         if hooks:
-            raise ValueError(f"the pool {where} itself has hooks, which would be lost: remove them first")
+            raise ValueError(
+                f"the pool {where} itself has hooks, which would be lost: remove them first"
+            )
 
 
 def _title(name: str) -> str:
@@ -122,40 +182,54 @@ def _title(name: str) -> str:
 def _check_module(name: str, module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise ValueError(
-            f"{_title(name)} has a forward of its own (one that was assigned), which belongs to the layer it was made "
+            f"{_title(name)} has a forward of its own (one that was assigned), which belongs to "
+            "the layer it was made "
             "for: take it off first, or exclude the layer"
         )
     if module.__dict__.get("_compiled_call_impl") is not None:
-        raise ValueError(f"{_title(name)} was compiled by its compile(): convert the model first and compile it then")
+        raise ValueError(
+            f"{_title(name)} was compiled by its compile(): convert the model first "
+            "and compile it then"
+        )
 
 
 def _check_parameter(name: str, new: str, parameter: Tensor) -> None:
     if type(parameter.data) is not Tensor:
         raise ValueError(
-            f"{name} is a {type(parameter.data).__name__} (sharded, quantized or the like), not an ordinary tensor: "
+            f"{name} is a {type(parameter.data).__name__} (sharded, quantized or the like), not "
+            "an ordinary tensor: "
             "convert the model before whatever wraps its weights"
         )
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         raise ValueError(
-            f"{name} has a hook on its gradient, and the gradient of {new} has another shape: remove the hook, convert "
+            f"{name} has a hook on its gradient, and the gradient of {new} has another shape: "
+            "remove the hook, convert "
             f"the model and register it on {new}"
         )
 
 
-# --- prune masks ------------------------------------------------------------------------------------------------------
+# --- prune masks ----------------------------------------------------------------------------------
 
 
 def parameter(layer: nn.Module, kind: Kind, path: str) -> nn.Parameter:
-    """The parameter behind a weight of a dense layer that `check_dense` passed, by the pool's name."""
+    """The parameter behind a weight of a dense layer that `check_dense` passed, by the pool's
+    name.
+    """
     found = source_of(*kind.places(layer)[path])
     assert found is not None
     return found
 
 
 def source_of(module: nn.Module, attribute: str) -> nn.Parameter | None:
-    """The parameter behind a weight: itself or what a prune mask is over; None where something else computes it."""
+    """The parameter behind a weight: itself or what a prune mask is over; None where something else
+    computes it.
+    """
     own = module._parameters.get(attribute)
-    return module._parameters.get(f"{attribute}_orig") if own is None and _pruning(module, attribute) else own
+    return (
+        module._parameters.get(f"{attribute}_orig")
+        if own is None and _pruning(module, attribute)
+        else own
+    )
 
 
 def _pruning(module: nn.Module, attribute: str) -> list[int]:
@@ -168,7 +242,8 @@ def _pruning(module: nn.Module, attribute: str) -> list[int]:
 
 
 def prune_masks(layer: nn.Module, kind: Kind) -> dict[str, Tensor]:
-    """The prune masks of a dense layer's weights, boolean and of the weights' shapes, by the pools' names.
+    """The prune masks of a dense layer's weights, boolean and of the weights' shapes, by the pools'
+    names.
 
     Raises ValueError for a mask with other entries than 0 and 1.
     """
@@ -178,20 +253,26 @@ def prune_masks(layer: nn.Module, kind: Kind) -> dict[str, Tensor]:
         if mask is None:
             continue
         if mask.device.type != "meta" and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"the prune mask of {path} has other entries than 0 and 1: it is no topology")
+            raise ValueError(
+                f"the prune mask of {path} has other entries than 0 and 1: it is no topology"
+            )
         found[path] = kind.part(layer, path, mask) != 0
     return found
 
 
-# --- moving -----------------------------------------------------------------------------------------------------------
+# --- moving ---------------------------------------------------------------------------------------
 
 
-def move(made: nn.Module, layer: nn.Module, plain: nn.Module, replaced: set[tuple[nn.Module, str]]) -> None:
-    """Give ``made`` what ``layer`` has besides its weights: biases, hooks, mode, and whatever was set on it.
+def move(
+    made: nn.Module, layer: nn.Module, plain: nn.Module, replaced: set[tuple[nn.Module, str]]
+) -> None:
+    """Give ``made`` what ``layer`` has besides its weights: biases, hooks, mode, and whatever was
+    set on it.
 
-    All are handed on as the objects they are. ``plain`` is a fresh layer of the type of ``layer``: what it has as well
-    is no addition. replaced: the parameters of ``layer`` that became weights of ``made``, as (module, name). Raises
-    ValueError where an addition has a name that the twin needs. ``layer`` stays as it is; see `settle`.
+    All are handed on as the objects they are. ``plain`` is a fresh layer of the type of ``layer``:
+    what it has as well is no addition. replaced: the parameters of ``layer`` that became weights of
+    ``made``, as (module, name). Raises ValueError where an addition has a name that the twin needs.
+    ``layer`` stays as it is; see `settle`.
     """
     fresh = dict(plain.named_modules())
     made.train(layer.training)  # pools too
@@ -200,22 +281,31 @@ def move(made: nn.Module, layer: nn.Module, plain: nn.Module, replaced: set[tupl
     for own, target in list(_pairs(layer, made)):
         path = next(path for path, module in layer.named_modules() if module is own)
         if path in fresh and not isinstance(target, SparseWeight):
-            _move_part(target, own, fresh[path], {attribute for module, attribute in replaced if module is own})
+            _move_part(
+                target,
+                own,
+                fresh[path],
+                {attribute for module, attribute in replaced if module is own},
+            )
 
 
 def _move_part(made: nn.Module, layer: nn.Module, plain: nn.Module, gone: set[str]) -> None:
     hidden = {f"{name}{end}" for name in gone for end in ("", "_orig", "_mask")}
     for name in [n for n in made._parameters if isinstance(layer.__dict__.get(n), Tensor)]:
-        del made._parameters[name]  # a pruned bias: a parameter of another name, and its mask, are below
+        # a pruned bias: a parameter of another name, and its mask, are below
+        del made._parameters[name]
     for name, parameter in layer._parameters.items():
         if name not in hidden and parameter is not None:
             if name not in made._parameters:
                 _check_name(made, layer, name)
-            setattr(made, name, parameter)  # not by register_parameter: recurrent layers of torch.nn keep a list too
+            # not by register_parameter: recurrent layers of torch.nn keep a list too
+            setattr(made, name, parameter)
     for name, buffer in layer._buffers.items():
         if name not in hidden:
             _check_name(made, layer, name)
-            made.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
+            made.register_buffer(
+                name, buffer, persistent=name not in layer._non_persistent_buffers_set
+            )
     for name, module in layer._modules.items():
         if name not in plain._modules and not isinstance(module, SparseWeight):
             _check_name(made, layer, name)
@@ -225,7 +315,8 @@ def _move_part(made: nn.Module, layer: nn.Module, plain: nn.Module, gone: set[st
             _check_name(made, layer, name)
             if isinstance(value, Tensor):
                 setattr(made, name, value)
-            else:  # a module there is no part of the layer (its parent, say), so it must not become one
+            # a module there is no part of the layer (its parent, say), so it must not become one
+            else:
                 made.__dict__[name] = value
     for hooks in _HOOKS:
         setattr(made, hooks, getattr(layer, hooks))
@@ -234,13 +325,16 @@ def _move_part(made: nn.Module, layer: nn.Module, plain: nn.Module, gone: set[st
 def _check_name(made: nn.Module, layer: nn.Module, name: str) -> None:
     if hasattr(made, name):
         raise ValueError(
-            f"a {type(layer).__name__} was given {name!r}, a name that {type(made).__name__} uses for itself: "
+            f"a {type(layer).__name__} was given {name!r}, a name that {type(made).__name__} uses "
+            "for itself: "
             "rename or delete it, or exclude the layer"
         )
 
 
 def settle(made: nn.Module, layer: nn.Module, replaced: set[tuple[nn.Module, str]]) -> None:
-    """What `move` leaves until nothing can go wrong any more: ``made`` has taken the place of ``layer``."""
+    """What `move` leaves until nothing can go wrong any more: ``made`` has taken the place of
+    ``layer``.
+    """
     for module, attribute in replaced:
         for number in _pruning(module, attribute):
             del module._forward_pre_hooks[number]

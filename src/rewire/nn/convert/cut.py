@@ -28,7 +28,8 @@ __all__ = ["dense_weights", "to_sparse"]
 class _Cut:
     """A weight to be cut: the parameter it is (a part of) and the connections that stay.
 
-    first: place of the weight's first entry in the flattened parameter (attention stacks three weights in one).
+    first: place of the weight's first entry in the flattened parameter (attention stacks three
+        weights in one).
     kept: int64, ascending positions in the flattened weight.
     """
 
@@ -40,30 +41,37 @@ class _Cut:
 
 
 def to_sparse(
-    model: nn.Module, masks: Mapping[str, Tensor] | None = None, optimizers: Optimizer | Iterable[Optimizer] = ()
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None = None,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> nn.Module:
-    """Replace dense layers by sparse ones that hold exactly the connections of ``masks``, in place; returns the model.
+    """Replace dense layers by sparse ones that hold exactly the connections of ``masks``, in place;
+    returns the model.
 
     Args:
-        model: any model; a model that is itself such a layer is not replaced in place, so use what is returned.
+        model: any model; a model that is itself such a layer is not replaced in place, so use what
+            is returned.
         masks: boolean tensor of the weight's shape by the name of the weight (``"fc1.weight"``,
-            ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for layers of one weight, of the layer
-            (``"fc1"``). True stays, also where the value is 0. The other weights of a chosen layer (a layer is sparse
-            as a whole) stay complete. A weight that `torch.nn.utils.prune` masks has its prune mask, which a mask given
-            for it must equal; None (the default) takes the layers that have prune masks.
-        optimizers: those that train the model. The pool's values take the place of the dense parameter in its
-            parameter group, with the state and the gradient of the entries that stay, so training goes on as that of
-            the masked dense model would. Every elementwise optimizer of `torch.optim` can; Adafactor's factored
-            second moment is multiplied out.
+            ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for layers of one weight, of
+            the layer (``"fc1"``). True stays, also where the value is 0. The other weights of a
+            chosen layer (a layer is sparse as a whole) stay complete. A weight that
+            `torch.nn.utils.prune` masks has its prune mask, which a mask given for it must equal;
+            None (the default) takes the layers that have prune masks.
+        optimizers: those that train the model. The pool's values take the place of the dense
+            parameter in its parameter group, with the state and the gradient of the entries that
+            stay, so training goes on as that of the masked dense model would. Every elementwise
+            optimizer of `torch.optim` can; Adafactor's factored second moment is multiplied out.
 
-    Values, gradients and state are exact copies, in (row, column) order of the slots; biases and all other parameters
-    stay the objects they are, and so do a layer's hooks and whatever else was set on it. A weight of which nothing
-    stays keeps a pool of one empty slot: its layer then gives its bias alone.
+    Values, gradients and state are exact copies, in (row, column) order of the slots; biases and
+    all other parameters stay the objects they are, and so do a layer's hooks and whatever else was
+    set on it. A weight of which nothing stays keeps a pool of one empty slot: its layer then gives
+    its bias alone.
 
-    Layers that can be cut are those `sparsify` converts. Raises ValueError for a name or shape that does not fit, a
-    layer of another type (also one with a parametrization), a weight that something else computes or whose gradient has
-    a hook, a parameter that layers share, an optimizer that cannot train pools or keeps state of another shape; the
-    model and the optimizers are then unchanged. Cost: O(M) time, as for reading the masks.
+    Layers that can be cut are those `sparsify` converts. Raises ValueError for a name or shape that
+    does not fit, a layer of another type (also one with a parametrization), a weight that something
+    else computes or whose gradient has a hook, a parameter that layers share, an optimizer that
+    cannot train pools or keeps state of another shape; the model and the optimizers are then
+    unchanged. Cost: O(M) time, as for reading the masks.
     """
     optimizers = listed(optimizers)
     chosen = _chosen(model, masks)
@@ -84,10 +92,18 @@ def to_sparse(
         attached.move(made, layer, kind.plain(), places[name])
         return made
 
-    model = swap(model, chosen, sparse, lambda name, made: attached.settle(made, chosen[name][0], places[name]))
+    model = swap(
+        model,
+        chosen,
+        sparse,
+        lambda name, made: attached.settle(made, chosen[name][0], places[name]),
+    )
     for module in model.modules():
-        # An encoder asks its first layer alone whether nested tensors will do, and they do for dense layers only.
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, SparseWeight) for m in module.modules()):
+        # An encoder asks its first layer alone whether nested tensors will do, and they do for
+        # dense layers only.
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, SparseWeight) for m in module.modules()
+        ):
             module.use_nested_tensor = False
     for move in moves:
         move.to(values[id(move.parameter)])
@@ -99,17 +115,23 @@ def to_sparse(
 
 
 def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
-    """What could be cut: (name of the weight, of its layer, the layer, the weight) for every dense layer of `KINDS`.
+    """What could be cut: (name of the weight, of its layer, the layer, the weight) for every dense
+    layer of `KINDS`.
 
-    The tensor is the parameter, or the view of a parameter that attention stacks (`torch.nn.MultiheadAttention`).
+    The tensor is the parameter, or the view of a parameter that attention stacks
+    (`torch.nn.MultiheadAttention`).
     """
     for name, layer, kind in layers_of(model, kind_of):
         for path, weight in kind.weights(layer).items():
             yield join(name, path), name, layer, weight
 
 
-def _chosen(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
-    """The layers that masks are for, with what stays of each of their weights; everything about names and shapes."""
+def _chosen(
+    model: nn.Module, masks: Mapping[str, Tensor] | None
+) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
+    """The layers that masks are for, with what stays of each of their weights; everything about
+    names and shapes.
+    """
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, kind_of)}
     pruned = {
         (name, path): mask
@@ -125,7 +147,8 @@ def _chosen(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, t
     for key in given:
         if key in pruned and not torch.equal(given[key].to(pruned[key].device), pruned[key]):
             raise ValueError(
-                f"the mask of {join(*key)} is not the prune mask that it has: leave masks= out to take that one, or "
+                f"the mask of {join(*key)} is not the prune mask that it has: leave masks= out to "
+                "take that one, or "
                 "call torch.nn.utils.prune.remove(layer, name) first"
             )
     chosen: dict[str, tuple[nn.Module, Kind, list[_Cut]]] = {}
@@ -144,7 +167,11 @@ def _given(
     model: nn.Module, masks: Mapping[str, Tensor], found: Mapping[str, tuple[nn.Module, Kind]]
 ) -> dict[tuple[str, str], Tensor]:
     """The masks by layer and weight."""
-    weights = {(name, path): w for name, (layer, kind) in found.items() for path, w in kind.weights(layer).items()}
+    weights = {
+        (name, path): w
+        for name, (layer, kind) in found.items()
+        for path, w in kind.weights(layer).items()
+    }
     names = {join(*key): key for key in weights}
     for name in found:
         own = [key for key in weights if key[0] == name]
@@ -158,16 +185,24 @@ def _given(
             if what is not None:
                 raise ValueError(f"{layer or 'the model'} {what}")
             raise ValueError(
-                f"{name!r} is no weight that can be cut: there are {', '.join(map(repr, names)) or 'none'} (layers "
-                f"{', '.join(kind.dense.__name__ for kind in KINDS)} of torch.nn themselves, without parametrization)"
+                f"{name!r} is no weight that can be cut: there are "
+                f"{', '.join(map(repr, names)) or 'none'} (layers "
+                f"{', '.join(kind.dense.__name__ for kind in KINDS)} of torch.nn themselves, "
+                "without parametrization)"
             )
         key = names[name]
         if key in given:
             raise ValueError(f"two masks are for {join(*key)}: give one")
         shape = tuple(weights[key].shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"the mask of {name} must be a boolean tensor of shape {shape}, not {got}")
+            got = (
+                (f"{mask.dtype} {tuple(mask.shape)}")
+                if isinstance(mask, Tensor)
+                else type(mask).__name__
+            )
+            raise ValueError(
+                f"the mask of {name} must be a boolean tensor of shape {shape}, not {got}"
+            )
         given[key] = mask
     return given
 
@@ -189,7 +224,9 @@ def _pool(cut: _Cut) -> SparseWeight:
     flat = cut.parameter.detach().reshape(-1)
     rows, cols = cut.kept // columns, cut.kept % columns
     capacity = max(cut.kept.numel(), 1)
-    pool = SparseWeight.from_coo(cut.shape, rows, cols, flat[cut.first + cut.kept], capacity=capacity)
+    pool = SparseWeight.from_coo(
+        cut.shape, rows, cols, flat[cut.first + cut.kept], capacity=capacity
+    )
     if cut.parameter.grad is not None:
         pool.values.grad = _gather(cut, cut.parameter.grad)
     pool.values.requires_grad_(cut.parameter.requires_grad)
@@ -208,9 +245,12 @@ def _taken(cut: _Cut, dense: Tensor) -> Tensor:
 
 
 def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
-    """The sparse layer with its settings and biases; its pools, of one connection each, are to be replaced."""
+    """The sparse layer with its settings and biases; its pools, of one connection each, are to be
+    replaced.
+    """
     device = next(layer.parameters()).device
-    with contextlib.ExitStack() as stack:  # what is drawn is thrown away, and nobody's random numbers may depend on it
+    # what is drawn is thrown away, and nobody's random numbers may depend on it
+    with contextlib.ExitStack() as stack:
         if device.type != "meta":
             devices = [] if device.type == "cpu" else [device]
             kinds = {} if device.type == "cpu" else {"device_type": device.type}
@@ -218,12 +258,14 @@ def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
         return kind.to_sparse(layer, dict.fromkeys(kind.weights(layer), 1), None)
 
 
-# --- optimizers -------------------------------------------------------------------------------------------------------
+# --- optimizers -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Move:
-    """One place where an optimizer has a dense parameter, and what it keeps for it (of the parameter's shape)."""
+    """One place where an optimizer has a dense parameter, and what it keeps for it (of the
+    parameter's shape).
+    """
 
     optimizer: Optimizer
     group: dict[str, Any]
@@ -239,7 +281,8 @@ class _Move:
         if "param_names" in self.group:
             names: list[str] = self.group["param_names"]
             layer, _, leaf = names[at].rpartition(".")
-            own = join(layer, leaf.removesuffix("_orig"))  # the name that torch.nn.utils.prune gave it
+            # the name that torch.nn.utils.prune gave it
+            own = join(layer, leaf.removesuffix("_orig"))
             new = [join(layer, cut.path) for cut, _ in parts] if len(parts) > 1 else [own]
             names[at : at + 1] = [f"{name}.values" for name in new]
         if self.parameter not in self.optimizer.state:
@@ -247,11 +290,14 @@ class _Move:
         del self.optimizer.state[self.parameter]
         for cut, values in parts:
             state: dict[str, Any] = {k: _gather(cut, v) for k, v in self.dense.items()}
-            # Step counters and the like: one of its own for each, because optimizers count in place.
+            # Step counters and the like: one of its own for each, because optimizers count in
+            # place.
             state |= {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rest.items()}
             self.optimizer.state[values] = state
             if not cut.kept.numel():
-                reset_optimizer_state(self.optimizer, values, torch.zeros(1, dtype=torch.int64, device=values.device))
+                reset_optimizer_state(
+                    self.optimizer, values, torch.zeros(1, dtype=torch.int64, device=values.device)
+                )
 
 
 def _moves(optimizer: Optimizer, parameters: set[int]) -> list[_Move]:
@@ -271,7 +317,8 @@ def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) 
     state = dict(optimizer.state.get(parameter, {}))
     dense: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
-    if {"row_var", "col_var"} <= state.keys():  # Adafactor: its estimate, as it would use it for this matrix
+    # Adafactor: its estimate, as it would use it for this matrix
+    if {"row_var", "col_var"} <= state.keys():
         row, col = state.pop("row_var"), state.pop("col_var")
         least = group["eps"][0] or torch.finfo(row.dtype).eps
         dense["variance"] = row @ col / row.mean(-2, keepdim=True).clamp_(min=least)
@@ -280,8 +327,10 @@ def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) 
             dense[key] = value
         elif isinstance(value, Tensor) and value.dim():
             raise ValueError(
-                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a weight of shape "
-                f"{tuple(parameter.shape)}, which cannot be cut along with it: use SGD or Adam, or make a new "
+                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a "
+                "weight of shape "
+                f"{tuple(parameter.shape)}, which cannot be cut along with it: use SGD or Adam, "
+                "or make a new "
                 "optimizer after the cut"
             )
         else:

@@ -1,4 +1,6 @@
-"""The way back from pools to dense parameters, with the optimizers following: the mirror image of `rewire.nn.convert.cut`."""
+"""The way back from pools to dense parameters, with the optimizers following: the mirror image of
+`rewire.nn.convert.cut`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ __all__ = ["Target", "moves_to_dense", "refuse_followed"]
 
 @dataclass(frozen=True)
 class Target:
-    """Where a pool goes: the dense parameter, its name, and the place of the pool's first entry in it (attention stacks
-    three weights in one)."""
+    """Where a pool goes: the dense parameter, its name, and the place of the pool's first entry in
+    it (attention stacks three weights in one).
+    """
 
     name: str
     pool: SparseWeight
@@ -38,7 +41,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Move:
-    """One place where an optimizer has pools that become one dense parameter, and what it keeps for them."""
+    """One place where an optimizer has pools that become one dense parameter, and what it keeps for
+    them.
+    """
 
     optimizer: Optimizer
     group: dict[str, Any]
@@ -78,7 +83,10 @@ class Move:
             made[key] = dense
         if _factored(self.optimizer) and "variance" in made and parameter.dim() > 1:
             variance = made.pop("variance")
-            made["row_var"], made["col_var"] = variance.mean(-1, keepdim=True), variance.mean(-2, keepdim=True)
+            made["row_var"], made["col_var"] = (
+                variance.mean(-1, keepdim=True),
+                variance.mean(-2, keepdim=True),
+            )
         for target in self.targets:
             state.pop(target.pool.values, None)
         state[parameter] = made
@@ -91,8 +99,8 @@ def _factored(optimizer: Optimizer) -> bool:
 def moves_to_dense(optimizers: Iterable[Optimizer], targets: Mapping[int, Target]) -> list[Move]:
     """All that has to be done to the optimizers; ``targets`` by the ``id`` of a pool's values.
 
-    Raises ValueError where it cannot be: a weight whose parts are in several groups, or what an optimizer keeps that
-    has not one number for each connection.
+    Raises ValueError where it cannot be: a weight whose parts are in several groups, or what an
+    optimizer keeps that has not one number for each connection.
     """
     found = []
     for optimizer in optimizers:
@@ -106,8 +114,10 @@ def moves_to_dense(optimizers: Iterable[Optimizer], targets: Mapping[int, Target
                     whole = [t for t in targets.values() if t.parameter is parts[0].parameter]
                     if len(parts) != len(whole):
                         raise ValueError(
-                            f"{parts[0].name} is made of {len(whole)} pools, and {type(optimizer).__name__} has "
-                            f"{len(parts)} of them in one parameter group: put them into the same group, or make a new "
+                            f"{parts[0].name} is made of {len(whole)} pools, and "
+                            f"{type(optimizer).__name__} has "
+                            f"{len(parts)} of them in one parameter group: put them into the same "
+                            "group, or make a new "
                             "optimizer after densify()"
                         )
                     found.append(_move(member, group, parts))
@@ -121,8 +131,10 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
     for kept in kept_beside(optimizer):
         if kept.parameter is not None and id(kept.parameter) in values:
             raise ValueError(
-                f"{title} keeps {kept.name} of {targets[0].name} beside optimizer.state, where it cannot be made "
-                "dense: make a new optimizer after densify(), or keep it in optimizer.state[parameter]"
+                f"{title} keeps {kept.name} of {targets[0].name} beside optimizer.state, where it "
+                "cannot be made "
+                "dense: make a new optimizer after densify(), or keep it in "
+                "optimizer.state[parameter]"
             )
     states = [dict(optimizer.state.get(target.pool.values, {})) for target in targets]
     for state in states:
@@ -130,7 +142,9 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
     per_slot: dict[str, list[Tensor]] = {}
     rest: dict[str, Any] = {}
     if len({frozenset(state) for state in states}) > 1:
-        raise ValueError(f"{title} has trained only some of the pools that {targets[0].name} is made of")
+        raise ValueError(
+            f"{title} has trained only some of the pools that {targets[0].name} is made of"
+        )
     for key, value in states[0].items():
         parts = [state[key] for state in states]
         if all(
@@ -140,7 +154,8 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
             per_slot[key] = parts
         elif isinstance(value, Tensor) and value.dim():
             raise ValueError(
-                f"{title} keeps {key} of shape {tuple(value.shape)} for {targets[0].pool.capacity} slots, which cannot "
+                f"{title} keeps {key} of shape {tuple(value.shape)} for "
+                f"{targets[0].pool.capacity} slots, which cannot "
                 f"be made dense along with {targets[0].name}: make a new optimizer after densify()"
             )
         else:
@@ -149,18 +164,23 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
 
 
 def refuse_followed(pools: Mapping[str, SparseWeight], optimizers: Iterable[Optimizer]) -> None:
-    """Raise ValueError if a method or an optimizer that is not among ``optimizers`` still works on one of the pools."""
+    """Raise ValueError if a method or an optimizer that is not among ``optimizers`` still works on
+    one of the pools.
+    """
     given = {id(member) for optimizer in optimizers for member in inner_optimizers(optimizer)}
     for name, pool in pools.items():
         owner = pool.owner()
         if owner is not None and getattr(owner, "attached", False):
             raise ValueError(
-                f"a method still rewires {name}: call its finalize() before densify(), or densify a copy.deepcopy of "
+                f"a method still rewires {name}: call its finalize() before densify(), or densify "
+                "a copy.deepcopy of "
                 "the model"
             )
         for optimizer in following(pool):
             if id(optimizer) not in given:
                 raise ValueError(
-                    f"{type(optimizer).__name__} trains {name} and would train nothing afterwards: give it to "
-                    "densify(model, optimizers), which carries its state over, or densify a copy.deepcopy of the model"
+                    f"{type(optimizer).__name__} trains {name} and would train nothing "
+                    "afterwards: give it to "
+                    "densify(model, optimizers), which carries its state over, or densify a "
+                    "copy.deepcopy of the model"
                 )

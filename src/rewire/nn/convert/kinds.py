@@ -28,11 +28,12 @@ class Kind:
 
     Attributes:
         dense, sparse: the two classes.
-        names: of the tensors of a dense layer that become pools, by the names that the pools have in the sparse layer.
-            Several pools with one name are stacked in that tensor, along its rows.
+        names: of the tensors of a dense layer that become pools, by the names that the pools have
+            in the sparse layer. Several pools with one name are stacked in that tensor, along its
+            rows.
         sizes: first arguments of both classes for the smallest layer there is.
-        to_sparse: (dense layer, connections of each weight, generator) -> a sparse layer with a random topology and
-            fresh values, and the other parameters (biases) of the dense one.
+        to_sparse: (dense layer, connections of each weight, generator) -> a sparse layer with a
+            random topology and fresh values, and the other parameters (biases) of the dense one.
         to_dense: sparse layer -> the dense layer that computes the same.
     """
 
@@ -44,7 +45,9 @@ class Kind:
     to_dense: Callable[[Any], nn.Module]
 
     def plain(self) -> nn.Module:
-        """A fresh dense layer without values, to compare with: what another has beyond it was added by somebody."""
+        """A fresh dense layer without values, to compare with: what another has beyond it was added
+        by somebody.
+        """
         return self.dense(*self.sizes, device="meta")
 
     def plain_sparse(self) -> nn.Module:
@@ -54,7 +57,9 @@ class Kind:
         return made
 
     def places(self, layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-        """Where each weight of a dense layer is, by the pool's name: the module and its attribute."""
+        """Where each weight of a dense layer is, by the pool's name: the module and its
+        attribute.
+        """
         found = {}
         for path, name in self.names(layer).items():
             parent, _, leaf = name.rpartition(".")
@@ -62,11 +67,18 @@ class Kind:
         return found
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The tensors of a dense layer that become pools, by the pools' names; views where several are stacked."""
-        return {path: self.part(layer, path, getattr(*place)) for path, place in self.places(layer).items()}
+        """The tensors of a dense layer that become pools, by the pools' names; views where several
+        are stacked.
+        """
+        return {
+            path: self.part(layer, path, getattr(*place))
+            for path, place in self.places(layer).items()
+        }
 
     def part(self, layer: nn.Module, path: str, tensor: Tensor) -> Tensor:
-        """The part of a weight in ``tensor``, which is of the shape of the parameter that holds it."""
+        """The part of a weight in ``tensor``, which is of the shape of the parameter that holds
+        it.
+        """
         names = self.names(layer)
         stacked = [other for other, name in names.items() if name == names[path]]
         return tensor if len(stacked) == 1 else tensor.chunk(len(stacked))[stacked.index(path)]
@@ -100,20 +112,26 @@ def _copy(targets: nn.Module, sources: nn.Module, *names: str) -> None:
 
 
 def _blank(like: SparseWeight, make: Callable[..., Module], *args: Any, **kwargs: Any) -> Module:
-    """A dense layer on the device of ``like`` without values yet: nothing is drawn that would be thrown away."""
+    """A dense layer on the device of ``like`` without values yet: nothing is drawn that would be
+    thrown away.
+    """
     made = make(*args, **kwargs, device="meta", dtype=like.dtype)
     return made.to_empty(device=like.device)
 
 
-# --- layers of one weight ---------------------------------------------------------------------------------------------
+# --- layers of one weight -------------------------------------------------------------------------
 
 
 def _layer_kind(
-    dense: type[nn.Module], sparse: type[SparseLayer], sizes: tuple[str, ...], settings: tuple[str, ...] = ()
+    dense: type[nn.Module],
+    sparse: type[SparseLayer],
+    sizes: tuple[str, ...],
+    settings: tuple[str, ...] = (),
 ) -> Kind:
     """The entry of a type with one weight and perhaps a bias.
 
-    sizes: first arguments of both classes; settings: further ones, by keyword; both are kept as attributes.
+    sizes: first arguments of both classes; settings: further ones, by keyword; both are kept as
+        attributes.
     """
 
     def to_sparse(layer: nn.Module, counts: Counts, generator: torch.Generator | None) -> nn.Module:
@@ -134,26 +152,37 @@ def _layer_kind(
     def to_dense(layer: SparseLayer) -> nn.Module:
         arguments = {name: getattr(layer, name) for name in settings}
         made: nn.Module = _blank(
-            layer.weight, dense, *(getattr(layer, name) for name in sizes), **arguments, bias=layer.bias is not None
+            layer.weight,
+            dense,
+            *(getattr(layer, name) for name in sizes),
+            **arguments,
+            bias=layer.bias is not None,
         )
         with torch.no_grad():
             made.get_parameter("weight").copy_(layer.weight.to_dense())
         _copy(made, layer, "bias")
         return made
 
-    return Kind(dense, sparse, lambda layer: {"weight": "weight"}, (1,) * len(sizes), to_sparse, to_dense)
+    return Kind(
+        dense, sparse, lambda layer: {"weight": "weight"}, (1,) * len(sizes), to_sparse, to_dense
+    )
 
 
-_CONV = ("in_channels", "out_channels", "kernel_size"), ("stride", "padding", "dilation", "groups", "padding_mode")
+_CONV = (
+    ("in_channels", "out_channels", "kernel_size"),
+    ("stride", "padding", "dilation", "groups", "padding_mode"),
+)
 
 
-# --- recurrent --------------------------------------------------------------------------------------------------------
+# --- recurrent ------------------------------------------------------------------------------------
 
 Recurrent = SparseRNN | SparseGRU | SparseLSTM
 
 
 def _recurrent_weights(layer: nn.RNNBase) -> dict[str, str]:
-    return {name: name for names in layer._all_weights for name in names if name.startswith("weight_")}
+    return {
+        name: name for names in layer._all_weights for name in names if name.startswith("weight_")
+    }
 
 
 def _recurrent_arguments(layer: nn.RNNBase | Recurrent) -> dict[str, Any]:
@@ -169,12 +198,17 @@ def _recurrent_arguments(layer: nn.RNNBase | Recurrent) -> dict[str, Any]:
 def _recurrent_to_sparse(
     sparse: type[Recurrent],
 ) -> Callable[[nn.RNNBase, Counts, torch.Generator | None], nn.Module]:
-    def to_sparse(layer: nn.RNNBase, counts: Counts, generator: torch.Generator | None) -> nn.Module:
+    def to_sparse(
+        layer: nn.RNNBase, counts: Counts, generator: torch.Generator | None
+    ) -> nn.Module:
         weight: Any = layer.weight_ih_l0
         made = sparse(
-            **_recurrent_arguments(layer), device=weight.device, dtype=weight.dtype,
-            connections=counts, generator=generator,
-        )  # fmt: skip
+            **_recurrent_arguments(layer),
+            device=weight.device,
+            dtype=weight.dtype,
+            connections=counts,
+            generator=generator,
+        )
         made.dropout = layer.dropout
         _copy(made, layer, *made.bias_names())
         return made
@@ -199,7 +233,7 @@ def _recurrent_to_dense(dense: type[nn.RNNBase]) -> Callable[[Recurrent], nn.Mod
     return to_dense
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _OUTPUTS = nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -208,7 +242,9 @@ _ATTENTION_REST = ("in_proj_bias", "out_proj.bias", "bias_k", "bias_v")
 
 def _attention_weights(layer: nn.MultiheadAttention) -> dict[str, str]:
     stacked = layer._qkv_same_embed_dim
-    return {p: "in_proj_weight" if stacked else p for p in _PROJECTIONS} | {"out_proj.weight": "out_proj.weight"}
+    return {p: "in_proj_weight" if stacked else p for p in _PROJECTIONS} | {
+        "out_proj.weight": "out_proj.weight"
+    }
 
 
 def _attention_arguments(layer: nn.MultiheadAttention | SparseMultiheadAttention) -> dict[str, Any]:
@@ -224,9 +260,12 @@ def _sparse_attention(
 ) -> SparseMultiheadAttention:
     weight = layer.out_proj.weight
     made = SparseMultiheadAttention(
-        **_attention_arguments(layer), device=weight.device, dtype=weight.dtype,
-        connections=counts, generator=generator,
-    )  # fmt: skip
+        **_attention_arguments(layer),
+        device=weight.device,
+        dtype=weight.dtype,
+        connections=counts,
+        generator=generator,
+    )
     _copy(made, layer, *_ATTENTION_REST)
     return made
 
@@ -243,7 +282,12 @@ def _dense_attention(layer: SparseMultiheadAttention) -> nn.Module:
 
 
 _ATTENTION = Kind(
-    nn.MultiheadAttention, SparseMultiheadAttention, _attention_weights, (1, 1), _sparse_attention, _dense_attention
+    nn.MultiheadAttention,
+    SparseMultiheadAttention,
+    _attention_weights,
+    (1, 1),
+    _sparse_attention,
+    _dense_attention,
 )
 
 #: All of them.
@@ -253,7 +297,14 @@ KINDS: tuple[Kind, ...] = (
     _layer_kind(nn.Conv2d, SparseConv2d, *_CONV),
     _layer_kind(nn.Conv3d, SparseConv3d, *_CONV),
     *(
-        Kind(dense, sparse, _recurrent_weights, (1, 1), _recurrent_to_sparse(sparse), _recurrent_to_dense(dense))
+        Kind(
+            dense,
+            sparse,
+            _recurrent_weights,
+            (1, 1),
+            _recurrent_to_sparse(sparse),
+            _recurrent_to_dense(dense),
+        )
         for dense, sparse in ((nn.RNN, SparseRNN), (nn.GRU, SparseGRU), (nn.LSTM, SparseLSTM))
     ),
     _ATTENTION,

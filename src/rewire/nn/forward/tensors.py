@@ -1,4 +1,6 @@
-"""What modules take and give, whatever it comes in: positional or keyword arguments, tuples, dicts, dataclasses."""
+"""What modules take and give, whatever it comes in: positional or keyword arguments, tuples, dicts,
+dataclasses.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ __all__ = ["first_input", "first_tensor", "head", "map_tensors", "rows", "tensor
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The input of a layer from what a forward hook is given: its first argument, by position or by its name.
+    """The input of a layer from what a forward hook is given: its first argument, by position or by
+    its name.
 
     For hooks that are registered with ``with_kwargs=True``.
     """
@@ -46,7 +49,8 @@ def _parts(x: Any) -> Iterable[Any] | None:
 
 
 def tensors_in(x: Any) -> list[Tensor]:
-    """The tensors within tuples, lists, dicts, dataclasses, packed sequences and plain objects, in order.
+    """The tensors within tuples, lists, dicts, dataclasses, packed sequences and plain objects, in
+    order.
 
     Of a packed sequence its data. What refers to itself is gone through once.
     """
@@ -69,7 +73,9 @@ def first_tensor(x: Any) -> Tensor | None:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """``x`` with every tensor in tuples, lists, dicts, dataclasses, packed sequences replaced by ``function`` of it."""
+    """``x`` with every tensor in tuples, lists, dicts, dataclasses, packed sequences replaced by
+    ``function`` of it.
+    """
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, PackedSequence):
@@ -96,7 +102,9 @@ def _like(x: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
 
 
 def rows(x: Any) -> int:
-    """How many samples a batch holds: the length of its first tensor, or the sequences that are packed."""
+    """How many samples a batch holds: the length of its first tensor, or the sequences that are
+    packed.
+    """
     if isinstance(x, PackedSequence):
         return int(x.batch_sizes[0])
     if isinstance(x, tuple | list) and x and isinstance(x[0], PackedSequence):
@@ -106,7 +114,8 @@ def rows(x: Any) -> int:
 
 
 def head(x: Any, count: int) -> Any:
-    """The first samples of a batch: of its first tensor, and of each other as long as that. Detached copies.
+    """The first samples of a batch: of its first tensor, and of each other as long as that.
+    Detached copies.
 
     Packed sequences stay whole.
     """

@@ -1,4 +1,6 @@
-"""What a network costs: parameters, bytes, multiply-adds, by layer; dense and sparse layers alike."""
+"""What a network costs: parameters, bytes, multiply-adds, by layer; dense and sparse layers
+alike.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ _COUNTED = (nn.Linear, SparseLinear, _ConvNd, *_SPARSE_CONV, *_RECURRENT, *_ATTE
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: outputs (neurons, channels), connections (weights that are not zero), multiply-adds of one sample."""
+    """One layer: outputs (neurons, channels), connections (weights that are not zero),
+    multiply-adds of one sample.
+    """
 
     name: str
     kind: str
@@ -41,8 +45,10 @@ class LayerCost:
 class Cost:
     """A whole network.
 
-    parameters: trained numbers, a pool's values among them. bytes: what ``state_dict`` holds, sparse positions
-    included. multiply_adds: of one sample, in layers with weights; a dense layer pays for its zeros too.
+    parameters: trained numbers, a pool's values among them. bytes: what ``state_dict`` holds,
+        sparse positions
+    included. multiply_adds: of one sample, in layers with weights; a dense layer pays for its zeros
+    too.
     """
 
     parameters: int
@@ -58,13 +64,16 @@ class Cost:
 def cost(model: nn.Module, x: Tensor) -> Cost:
     """What ``model`` costs for inputs like ``x`` (a batch); runs it once, in eval mode.
 
-    Attention's products of queries, keys and values are not counted, nor activations and norms. Works while a method
-    is attached: weights are those that the layers use now, and what a gate or threshold has set to 0 is no connection.
+    Attention's products of queries, keys and values are not counted, nor activations and norms.
+    Works while a method is attached: weights are those that the layers use now, and what a gate or
+    threshold has set to 0 is no connection.
     """
     positions: dict[str, int] = {}
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             y = first_tensor(output)
             assert y is not None  # layers with weights give one
             features = y.shape[1] if isinstance(module, (_ConvNd, *_SPARSE_CONV)) else y.shape[-1]
@@ -76,7 +85,11 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
 
         return hook
 
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, _COUNTED) and not _within_attention(model, n)]
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, _COUNTED) and not _within_attention(model, n)
+    ]
     handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in found]
     try:
         with evaluating(model):
@@ -89,10 +102,18 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
         stored = active = 0
         for weight in _weights(module):
             stored += weight.connections if isinstance(weight, SparseWeight) else weight.numel()
-            active += weight.connections if isinstance(weight, SparseWeight) else int(torch.count_nonzero(weight))
+            active += (
+                weight.connections
+                if isinstance(weight, SparseWeight)
+                else int(torch.count_nonzero(weight))
+            )
         uses = positions.get(name, 0) // max(len(x), 1)
-        layers.append(LayerCost(name or "model", type(module).__name__, _units(module), active, stored * uses))
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor))
+        layers.append(
+            LayerCost(name or "model", type(module).__name__, _units(module), active, stored * uses)
+        )
+    size = sum(
+        t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor)
+    )
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=size,
@@ -115,7 +136,9 @@ def _weights(module: nn.Module) -> Iterator[Tensor | SparseWeight]:
     elif isinstance(module, nn.MultiheadAttention):
         stacked = module.in_proj_weight
         yield from (
-            [stacked] if stacked is not None else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+            [stacked]
+            if stacked is not None
+            else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
         )
         yield module.out_proj.weight
     elif isinstance(module, nn.RNNBase):

@@ -16,7 +16,9 @@ __all__ = ["Summary", "WeightSummary", "summary"]
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One pool: its size, budget and degrees (minimum, mean, maximum), and the bytes of values, topology and index."""
+    """One pool: its size, budget and degrees (minimum, mean, maximum), and the bytes of values,
+    topology and index.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -73,20 +75,39 @@ class Summary:
             )
             for w in self.weights
         ]
-        total = ("total", "", f"{self.connections:,}", f"{self.density:.4%}", "", "", f"{self.bytes:,}")
+        total = (
+            "total",
+            "",
+            f"{self.connections:,}",
+            f"{self.density:.4%}",
+            "",
+            "",
+            f"{self.bytes:,}",
+        )
         table = [head, *rows, total]
         width = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, width, strict=True))
+            )
             for row in table
         ]
         rule = "-" * len(lines[0])
-        body = [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:-1]), rule, lines[-1].rstrip()]
+        body = [
+            lines[0].rstrip(),
+            rule,
+            *(line.rstrip() for line in lines[1:-1]),
+            rule,
+            lines[-1].rstrip(),
+        ]
         return "\n".join([*body, f"other parameters: {self.dense_parameters:,}"])
 
 
 def summary(model: nn.Module) -> Summary:
-    """Connections, density, fan-in, fan-out and bytes of every sparse weight of ``model``. O(rows + cols)."""
+    """Connections, density, fan-in, fan-out and bytes of every sparse weight of ``model``. O(rows +
+    cols).
+    """
     pools = list(sparse_weights(model))
     mine = {id(weight.values) for _, weight in pools}
     return Summary(

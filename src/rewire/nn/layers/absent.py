@@ -11,7 +11,8 @@ __all__ = ["Absent"]
 
 
 class Absent(nn.Module):
-    """Takes the place of a module whose output is always 0: returns a 0-dim zero, which any sum takes in.
+    """Takes the place of a module whose output is always 0: returns a 0-dim zero, which any sum
+    takes in.
 
     Neither computes nor stores anything; dtype and device are those of its first tensor argument.
     """

@@ -23,10 +23,12 @@ def allot(
 
     Args:
         shapes: the weights by name, in the layer's order.
-        connections, density: exactly one of them. A number is for all weights together and spread by
-            ``distribution`` (see `rewire.budget`); a list (in order) or a dict (by name) says it for each.
+        connections, density: exactly one of them. A number is for all weights together and spread
+            by ``distribution`` (see `rewire.budget`); a list (in order) or a dict (by name) says it
+            for each.
 
-    Raises ValueError for a budget that cannot be met, a list of the wrong length or names that do not match.
+    Raises ValueError for a budget that cannot be met, a list of the wrong length or names that do
+    not match.
     """
     if (connections is None) == (density is None):
         raise ValueError("give exactly one of connections= and density=")
@@ -35,10 +37,15 @@ def allot(
         counts = _named(shapes, connections)
         for name, count in counts.items():
             if int(count) != count or not 1 <= count <= sizes[name]:
-                raise ValueError(f"{name} can have between 1 and {sizes[name]} connections, not {count}")
+                raise ValueError(
+                    f"{name} can have between 1 and {sizes[name]} connections, not {count}"
+                )
         return {name: int(count) for name, count in counts.items()}
     if isinstance(density, (Sequence, Mapping)):
-        return {name: budget.connections_of(d, sizes[name]) for name, d in _named(shapes, density).items()}
+        return {
+            name: budget.connections_of(d, sizes[name])
+            for name, d in _named(shapes, density).items()
+        }
     if density is not None:
         total = budget.connections_of(density, sum(sizes.values()))
     else:
@@ -46,14 +53,22 @@ def allot(
         if int(connections) != connections:
             raise ValueError(f"connections must be a whole number, not {connections}")
         total = int(connections)
-    return dict(zip(shapes, budget.distribute(distribution, list(shapes.values()), total), strict=True))
+    return dict(
+        zip(shapes, budget.distribute(distribution, list(shapes.values()), total), strict=True)
+    )
 
 
-def _named(shapes: Mapping[str, tuple[int, ...]], given: Sequence[float] | Mapping[str, float]) -> dict[str, float]:
+def _named(
+    shapes: Mapping[str, tuple[int, ...]], given: Sequence[float] | Mapping[str, float]
+) -> dict[str, float]:
     if isinstance(given, Mapping):
         if given.keys() != shapes.keys():
-            raise ValueError(f"the budget names {sorted(given)}, but the weights are {', '.join(shapes)}")
+            raise ValueError(
+                f"the budget names {sorted(given)}, but the weights are {', '.join(shapes)}"
+            )
         return {name: given[name] for name in shapes}
     if len(given) != len(shapes):
-        raise ValueError(f"the budget has {len(given)} entries for {len(shapes)} weights: {', '.join(shapes)}")
+        raise ValueError(
+            f"the budget has {len(given)} entries for {len(shapes)} weights: {', '.join(shapes)}"
+        )
     return dict(zip(shapes, given, strict=True))

@@ -1,4 +1,6 @@
-"""`SparseMultiheadAttention`: the twin of `torch.nn.MultiheadAttention` with a connection budget."""
+"""`SparseMultiheadAttention`: the twin of `torch.nn.MultiheadAttention` with a connection
+budget.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +25,25 @@ class SparseMultiheadAttention(Twin):
     """Attention of several heads whose projections have a connection budget.
 
     Arguments are those of `torch.nn.MultiheadAttention`, plus:
-        connections, density: the budget, exactly one of them. A number counts for all weights together and is spread
-            over them by ``distribution``; a list (in the order of `weight_shapes`) or a dict (by weight name) says it
-            for each.
+        connections, density: the budget, exactly one of them. A number counts for all weights
+            together and is spread over them by ``distribution``; a list (in the order of
+            `weight_shapes`) or a dict (by weight name) says it for each.
         distribution: "erk", "er" or "uniform", see `rewire.budget`.
         generator: draws topology and values; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
-    ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight`` are a `SparseWeight` each, also where PyTorch stacks the
-    three in one matrix, and ``out_proj`` is a `SparseLinear`; ``in_proj_bias``, ``bias_k``, ``bias_v`` are as there.
-    Equal to the twin on ``to_dense()`` up to rounding. Nested tensors are refused: PyTorch takes them in a fused kernel
-    for dense weights only.
+    ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight`` are a `SparseWeight` each, also where
+    PyTorch stacks the three in one matrix, and ``out_proj`` is a `SparseLinear`; ``in_proj_bias``,
+    ``bias_k``, ``bias_v`` are as there. Equal to the twin on ``to_dense()`` up to rounding. Nested
+    tensors are refused: PyTorch takes them in a fused kernel for dense weights only.
 
-    Cost: O(K positions) for the projections; attention itself as in PyTorch, by `scaled_dot_product_attention` where
+    Cost: O(K positions) for the projections; attention itself as in PyTorch, by
+    `scaled_dot_product_attention` where
     the weights of the attention are not asked for.
     """
 
-    #: PyTorch's Transformer layers read these to find out whether their fused kernels for dense weights apply.
+    #: PyTorch's Transformer layers read these to find out whether their fused kernels for dense
+    #: weights apply.
     _qkv_same_embed_dim = False
     in_proj_weight: None = None
 
@@ -72,7 +76,9 @@ class SparseMultiheadAttention(Twin):
     ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} must be a positive multiple of num_heads={num_heads}")
+            raise ValueError(
+                f"embed_dim={embed_dim} must be a positive multiple of num_heads={num_heads}"
+            )
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability between 0 and 1, not {dropout}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
@@ -83,11 +89,20 @@ class SparseMultiheadAttention(Twin):
         for name, shape in self.weight_shapes().items():
             if name == "out_proj.weight":
                 self.out_proj = SparseLinear(
-                    embed_dim, embed_dim, bias, device, dtype,
-                    connections=counts[name], generator=generator, contiguous_output=True, init=init,
-                )  # fmt: skip
+                    embed_dim,
+                    embed_dim,
+                    bias,
+                    device,
+                    dtype,
+                    connections=counts[name],
+                    generator=generator,
+                    contiguous_output=True,
+                    init=init,
+                )
             else:
-                weight = SparseWeight(shape, counts[name], generator=generator, device=device, dtype=dtype)
+                weight = SparseWeight(
+                    shape, counts[name], generator=generator, device=device, dtype=dtype
+                )
                 setattr(self, name, weight)
         like = self.q_proj_weight
         sizes: dict[str, tuple[int, ...]] = {
@@ -97,7 +112,11 @@ class SparseMultiheadAttention(Twin):
         }
         for name, size in sizes.items():
             wanted = bias if name == "in_proj_bias" else add_bias_kv
-            blank = nn.Parameter(torch.zeros(size, device=like.device, dtype=like.dtype)) if wanted else None
+            blank = (
+                nn.Parameter(torch.zeros(size, device=like.device, dtype=like.dtype))
+                if wanted
+                else None
+            )
             self.register_parameter(name, blank)
         self.reset_parameters(generator, init=init)
 
@@ -112,11 +131,14 @@ class SparseMultiheadAttention(Twin):
         }
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
-        """Draw values at the scale that PyTorch has (Glorot uniform for q, k, v), biases 0; the topology stays.
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, init: Init = "auto"
+    ) -> None:
+        """Draw values at the scale that PyTorch has (Glorot uniform for q, k, v), biases 0; the
+        topology stays.
 
-        ``init`` says what becomes of that scale where a unit has fewer connections than in the dense twin, see
-        `rewire.nn.layers.initial.draw_values`.
+        ``init`` says what becomes of that scale where a unit has fewer connections than in the
+        dense twin, see `rewire.nn.layers.initial.draw_values`.
         """
         if self.q_proj_weight.device.type == "meta":
             return
@@ -131,7 +153,9 @@ class SparseMultiheadAttention(Twin):
                 extra.normal_(0, 1 / math.sqrt(e), generator=generator)
 
     @torch.no_grad()
-    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+    def reset_weights(
+        self, generator: torch.Generator | None = None, *, init: Init = "auto"
+    ) -> None:
         """As `reset_parameters`, but biases stay."""
         check_init(init)
         if self.q_proj_weight.device.type != "meta":
@@ -140,7 +164,8 @@ class SparseMultiheadAttention(Twin):
 
     def _reset_inputs(self, generator: torch.Generator | None, init: Init) -> None:
         e = self.embed_dim
-        # PyTorch stacks q, k and v in one matrix where their inputs have one size, and draws it as one.
+        # PyTorch stacks q, k and v in one matrix where their inputs have one size, and draws it as
+        # one.
         rows = 3 * e if self.kdim == self.vdim == e else e
         for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             if not weight.drawn:
@@ -148,7 +173,11 @@ class SparseMultiheadAttention(Twin):
             draw_values(weight, math.sqrt(6 / (rows + weight.shape[1])), init, generator)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+        return (
+            f"embed_dim={self.embed_dim}, "
+            f"num_heads={self.num_heads}, "
+            f"batch_first={self.batch_first}"
+        )
 
     def forward(
         self,
@@ -164,22 +193,27 @@ class SparseMultiheadAttention(Twin):
         """Attend from L queries to S keys with their values.
 
         Args:
-            query, key, value: (L, N, embed_dim), (S, N, kdim), (S, N, vdim); with ``batch_first`` the batch N leads; or
-                all without a batch.
-            key_padding_mask: (N, S) or (S,); attn_mask: (L, S) or (N num_heads, L, S). Boolean (True: not allowed) or
-                added to the scores.
-            need_weights: return the attention weights too, per head unless ``average_attn_weights``.
+            query, key, value: (L, N, embed_dim), (S, N, kdim), (S, N, vdim); with ``batch_first``
+                the batch N leads; or all without a batch.
+            key_padding_mask: (N, S) or (S,); attn_mask: (L, S) or (N num_heads, L, S). Boolean
+                (True: not allowed) or added to the scores.
+            need_weights: return the attention weights too, per head unless
+                ``average_attn_weights``.
             is_causal: a hint that ``attn_mask``, which must be given as well, is the causal mask.
 
-        Returns the output, shaped as ``query``, and (N, L, S), (N, num_heads, L, S) or no weights. Raises RuntimeError
-        for shapes that do not fit.
+        Returns the output, shaped as ``query``, and (N, L, S), (N, num_heads, L, S) or no weights.
+        Raises RuntimeError for shapes that do not fit.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            raise RuntimeError("nested tensors are not supported: pad them and give key_padding_mask")
+            raise RuntimeError(
+                "nested tensors are not supported: pad them and give key_padding_mask"
+            )
         batched = query.dim() == 3
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             dims = f"{query.dim()}-D, {key.dim()}-D and {value.dim()}-D"
-            raise RuntimeError(f"query, key and value must all be 3-D (a batch) or all 2-D, not {dims}")
+            raise RuntimeError(
+                f"query, key and value must all be 3-D (a batch) or all 2-D, not {dims}"
+            )
         batch_first = self.batch_first and batched
         q, k, v = self._heads(query, key, value, batch_first)
         if key_padding_mask is not None and not batched:
@@ -188,9 +222,14 @@ class SparseMultiheadAttention(Twin):
         k, v = self._extended(k, v)
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask, which must be given as well")
-        # The hint may replace the mask where there is nothing else to mask and no column that the mask lacks.
+        # The hint may replace the mask where there is nothing else to mask and no column that the
+        # mask lacks.
         hint = is_causal and not need_weights and key_padding_mask is None and k.shape[2] == sources
-        mask = None if hint else self._mask(attn_mask, key_padding_mask, q, sources, k.shape[2] - sources)
+        mask = (
+            None
+            if hint
+            else self._mask(attn_mask, key_padding_mask, q, sources, k.shape[2] - sources)
+        )
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -205,23 +244,39 @@ class SparseMultiheadAttention(Twin):
         batch, _, targets, _ = q.shape
         y = y.transpose(1, 2) if batch_first else y.permute(2, 0, 1, 3)
         y = self.out_proj(y.reshape(batch * targets, self.embed_dim))
-        y = y.view((batch, targets, self.embed_dim) if batch_first else (targets, batch, self.embed_dim))
+        y = y.view(
+            (batch, targets, self.embed_dim) if batch_first else (targets, batch, self.embed_dim)
+        )
         if not batched:
             y, weights = y.squeeze(1), None if weights is None else weights.squeeze(0)
         return y, weights
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, (N, num_heads, positions, head_dim) each."""
         e = self.embed_dim
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(e)
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        for name, x, weight in zip(("query", "key", "value"), (query, key, value), weights, strict=True):
+        for name, x, weight in zip(
+            ("query", "key", "value"), (query, key, value), weights, strict=True
+        ):
             if x.shape[-1] != weight.shape[1]:
-                raise RuntimeError(f"{name} has {x.shape[-1]} features, the layer takes {weight.shape[1]}")
+                raise RuntimeError(
+                    f"{name} has {x.shape[-1]} features, the layer takes {weight.shape[1]}"
+                )
         if key.shape[:-1] != value.shape[:-1]:
-            raise RuntimeError(f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in positions or batch")
-        if query.dim() == 3 and query.shape[0 if batch_first else 1] != key.shape[0 if batch_first else 1]:
-            raise RuntimeError(f"query {tuple(query.shape)} and key {tuple(key.shape)} have different batch sizes")
+            raise RuntimeError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in "
+                "positions or batch"
+            )
+        if (
+            query.dim() == 3
+            and query.shape[0 if batch_first else 1] != key.shape[0 if batch_first else 1]
+        ):
+            raise RuntimeError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} have different batch sizes"
+            )
         runs: list[tuple[Tensor, Tensor]] = []
         heads = []
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
@@ -251,27 +306,36 @@ class SparseMultiheadAttention(Twin):
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, sources: int, extra: int
     ) -> Tensor | None:
-        """Both masks as one that is added to scores (N, num_heads, L, S + extra); None if there is none."""
+        """Both masks as one that is added to scores (N, num_heads, L, S + extra); None if there is
+        none.
+        """
         batch, heads, targets, _ = q.shape
         mask = None
         if attn_mask is not None:
             mask = _additive(attn_mask, "attn_mask", q.dtype)
             if mask.shape not in ((targets, sources), (batch * heads, targets, sources)):
                 raise RuntimeError(
-                    f"attn_mask must have the shape {(targets, sources)} or {(batch * heads, targets, sources)}, "
+                    f"attn_mask must have the shape {(targets, sources)} or "
+                    f"{(batch * heads, targets, sources)}, "
                     f"not {tuple(mask.shape)}"
                 )
-            mask = mask.view(-1 if mask.dim() == 2 else batch, 1 if mask.dim() == 2 else heads, targets, sources)
+            mask = mask.view(
+                -1 if mask.dim() == 2 else batch, 1 if mask.dim() == 2 else heads, targets, sources
+            )
         if padding is not None:
             if padding.shape != (batch, sources):
-                raise RuntimeError(f"key_padding_mask must cover {(batch, sources)}, not {tuple(padding.shape)}")
+                raise RuntimeError(
+                    f"key_padding_mask must cover {(batch, sources)}, not {tuple(padding.shape)}"
+                )
             missing = _additive(padding, "key_padding_mask", q.dtype).view(batch, 1, 1, sources)
             mask = missing if mask is None else mask + missing
         return F.pad(mask, (0, extra)) if mask is not None and extra else mask
 
 
 def _dtype(x: Tensor, weight: SparseWeight) -> torch.dtype:
-    """Of a product's input: under autocast what it says, else its own (which must then be the weight's)."""
+    """Of a product's input: under autocast what it says, else its own (which must then be the
+    weight's).
+    """
     narrow = autocast_dtype(x, weight)
     return x.dtype if narrow is None else input_dtype(weight, narrow)
 

@@ -25,7 +25,8 @@ def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
 
 
 class SparseLayer(Twin):
-    """A layer of one `SparseWeight` and perhaps a bias of one number per row of it; subclasses say how to apply them.
+    """A layer of one `SparseWeight` and perhaps a bias of one number per row of it; subclasses say
+    how to apply them.
 
     Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
     """
@@ -48,12 +49,15 @@ class SparseLayer(Twin):
                 self.bias.copy_(bias)
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, init: Init = "auto"
+    ) -> None:
         """Draw new values, and a bias as the dense twin has it, for the connections there are.
 
-        The dense twin in `torch.nn` draws both from U(-b, b), b = 1 / sqrt(inputs of a row). ``init`` says what becomes
-        of b where a row has fewer: "auto" (its own number of connections counts), "dense" (b stays) or "sparse" (the
-        mean number counts); see `rewire.nn.layers.initial.draw_values`.
+        The dense twin in `torch.nn` draws both from U(-b, b), b = 1 / sqrt(inputs of a row).
+        ``init`` says what becomes of b where a row has fewer: "auto" (its own number of connections
+        counts), "dense" (b stays) or "sparse" (the mean number counts); see
+        `rewire.nn.layers.initial.draw_values`.
         """
         self.reset_weights(generator, init=init)
         if self.bias is not None and self.weight.device.type != "meta":
@@ -61,7 +65,9 @@ class SparseLayer(Twin):
             self.bias.uniform_(-bound, bound, generator=generator)
 
     @torch.no_grad()
-    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+    def reset_weights(
+        self, generator: torch.Generator | None = None, *, init: Init = "auto"
+    ) -> None:
         """As `reset_parameters`, but the bias stays."""
         check_init(init)
         weight = self.weight
@@ -91,7 +97,8 @@ class SparseLayer(Twin):
         if prefix + "weight" in state_dict:
             error_msgs: list[str] = arguments[-1]
             error_msgs.append(
-                f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: load it into a dense "
+                f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: "
+                "load it into a dense "
                 "model, and use rewire.sparsify(model, select='magnitude') on that"
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)

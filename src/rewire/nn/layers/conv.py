@@ -1,4 +1,6 @@
-"""`SparseConv1d`, `SparseConv2d`, `SparseConv3d`: the twins of `torch.nn.Conv*d` with a connection budget."""
+"""`SparseConv1d`, `SparseConv2d`, `SparseConv3d`: the twins of `torch.nn.Conv*d` with a connection
+budget.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,25 @@ class _SparseConv(SparseLayer):
     """A convolution over ``_rank`` dimensions with a weight of exactly ``connections`` connections.
 
     Arguments are those of the layer's twin in `torch.nn`, plus:
-        connections, density: the budget, exactly one of them; a connection is one number of the dense weight
-            (out_channels, in_channels / groups, *kernel_size), of which there are M.
+        connections, density: the budget, exactly one of them; a connection is one number of the
+            dense weight (out_channels, in_channels / groups, *kernel_size), of which there are M.
         capacity: slots of the pool (K by default), see `SparseWeight`.
-        limits: most connections of an output channel, of an input (a channel at one place of the kernel) and of a block
-            of the matrix of output channels by those, see `rewire.budget.Limits`.
+        limits: most connections of an output channel, of an input (a channel at one place of the
+            kernel) and of a block of the matrix of output channels by those, see
+            `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
-    Shapes: input (batch, in_channels, ...) or (in_channels, ...) with any strides, output (batch, out_channels, ...)
-    or (out_channels, ...), channels-last if the input is. Values start so that an output has the variance that it has
-    in the twin, see `reset_parameters`.
+    Shapes: input (batch, in_channels, ...) or (in_channels, ...) with any strides, output (batch,
+    out_channels, ...)
+    or (out_channels, ...), channels-last if the input is. Values start so that an output has the
+    variance that it has in the twin, see `reset_parameters`.
 
-    Under autocast the result has autocast's dtype, while values and sums stay in the weight's own. What
-    ``weight.capture`` collects is the padded input if ``padding_mode`` is not "zeros".
+    Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
+    What ``weight.capture`` collects is the padded input if ``padding_mode`` is not "zeros".
 
-    Cost: O(K * output positions * batch) time in each of the three products. O(K) memory and a few MiB per thread
+    Cost: O(K * output positions * batch) time in each of the three products. O(K) memory and a few
+    MiB per thread
     besides activations; padding modes other than zeros keep a padded copy of the input.
     """
 
@@ -72,7 +77,8 @@ class _SparseConv(SparseLayer):
         super().__init__()
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"groups must be at least 1 and divide in_channels and out_channels, but {groups} groups were given "
+                f"groups must be at least 1 and divide in_channels and out_channels, but {groups} "
+                "groups were given "
                 f"for {in_channels} and {out_channels} channels"
             )
         weight = SparseWeight(
@@ -105,9 +111,13 @@ class _SparseConv(SparseLayer):
         ``bias`` (out_channels,) is copied.
         """
         if len(weight.shape) != cls._rank + 2:
-            raise ValueError(f"{cls.__name__} needs a {cls._rank + 2}-D weight, not {tuple(weight.shape)}")
+            raise ValueError(
+                f"{cls.__name__} needs a {cls._rank + 2}-D weight, not {tuple(weight.shape)}"
+            )
         if groups < 1 or weight.shape[0] % groups:
-            raise ValueError(f"groups must divide the {weight.shape[0]} output channels, but is {groups}")
+            raise ValueError(
+                f"groups must divide the {weight.shape[0]} output channels, but is {groups}"
+            )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._assemble(weight, bias, stride, padding, dilation, groups, padding_mode)
@@ -124,8 +134,14 @@ class _SparseConv(SparseLayer):
         padding_mode: str,
     ) -> None:
         if padding_mode not in _MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(_MODES)}, not {padding_mode!r}")
-        self.in_channels, self.out_channels, self.groups = weight.shape[1] * groups, weight.shape[0], groups
+            raise ValueError(
+                f"padding_mode must be one of {', '.join(_MODES)}, not {padding_mode!r}"
+            )
+        self.in_channels, self.out_channels, self.groups = (
+            weight.shape[1] * groups,
+            weight.shape[0],
+            groups,
+        )
         self.kernel_size = tuple(weight.shape[2:])
         self.stride = self._sizes("stride", stride, 1)
         self.dilation = self._sizes("dilation", dilation, 1)
@@ -135,7 +151,9 @@ class _SparseConv(SparseLayer):
         self._pad: tuple[int, ...] | None = None
         if padding_mode != "zeros" and any(zeros):
             # F.pad counts dimensions from the last one.
-            self._pad = tuple(p for axis in reversed(range(self._rank)) for p in zeros[2 * axis : 2 * axis + 2])
+            self._pad = tuple(
+                p for axis in reversed(range(self._rank)) for p in zeros[2 * axis : 2 * axis + 2]
+            )
             zeros = (0,) * len(zeros)
         self._geometry = ops.Geometry(self.kernel_size, self.stride, zeros, self.dilation, groups)
         self._hold(weight, bias)
@@ -144,7 +162,10 @@ class _SparseConv(SparseLayer):
     def _sizes(cls, name: str, given: Size, least: int) -> tuple[int, ...]:
         sizes = (given,) * cls._rank if isinstance(given, int) else tuple(int(n) for n in given)
         if len(sizes) != cls._rank or min(sizes) < least:
-            raise ValueError(f"{name} must be a number or {cls._rank} numbers, each at least {least}, not {given}")
+            raise ValueError(
+                f"{name} must be a number or {cls._rank} numbers, each at least "
+                f"{least}, not {given}"
+            )
         return sizes
 
     def _padding(self) -> tuple[int, ...]:
@@ -176,7 +197,10 @@ class _SparseConv(SparseLayer):
         return ops.sparse_conv(x, values, self.bias, index, self._geometry, weight.capture)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}"
+        ]
         if isinstance(self.padding, str) or any(self.padding):
             parts.append(f"padding={self.padding}")
         if any(d != 1 for d in self.dilation):
@@ -202,5 +226,7 @@ class SparseConv2d(_SparseConv):
 
 
 class SparseConv3d(_SparseConv):
-    __doc__ = f"The twin of `torch.nn.Conv3d`: (batch, channels, depth, height, width).\n\n{_DESCRIPTION}"
+    __doc__ = (
+        f"The twin of `torch.nn.Conv3d`: (batch, channels, depth, height, width).\n\n{_DESCRIPTION}"
+    )
     _rank = 3

@@ -17,19 +17,27 @@ __all__ = ["SparseLinear", "input_dtype", "product"]
 
 
 def input_dtype(weight: SparseWeight, narrow: torch.dtype) -> torch.dtype:
-    """What autocast, whose dtype is ``narrow``, converts the input of a product with ``weight`` to."""
+    """What autocast, whose dtype is ``narrow``, converts the input of a product with ``weight``
+    to.
+    """
     return narrow if weight.dtype == torch.float32 and narrow in ops.NARROW else weight.dtype
 
 
-def product(x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False) -> Tensor:
-    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also under autocast.
+def product(
+    x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False
+) -> Tensor:
+    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also
+    under autocast.
 
-    Autocast narrows x and the result; values and sums stay in the weight's own dtype. See `rewire.ops.sparse_linear`.
+    Autocast narrows x and the result; values and sums stay in the weight's own dtype. See
+    `rewire.ops.sparse_linear`.
     """
     narrow = autocast_dtype(x, weight)
     if narrow is not None:
         with torch.autocast(x.device.type, enabled=False):
-            return product(x.to(input_dtype(weight, narrow)), weight, bias, contiguous_output).to(narrow)
+            return product(x.to(input_dtype(weight, narrow)), weight, bias, contiguous_output).to(
+                narrow
+            )
     values, index = weight.operand()
     return ops.sparse_linear(x, values, bias, index, weight.capture, contiguous_output)
 
@@ -38,19 +46,24 @@ class SparseLinear(SparseLayer):
     """``y = x W^T + b`` with a weight of exactly ``connections`` connections.
 
     Arguments are those of `torch.nn.Linear`, plus:
-        connections, density: the budget, exactly one of them; K of the M = in_features * out_features.
+        connections, density: the budget, exactly one of them; K of the M = in_features *
+            out_features.
         capacity: slots of the pool (K by default), see `SparseWeight`.
-        limits: most connections of an output, of an input and of a block of the matrix, see `rewire.budget.Limits`.
+        limits: most connections of an output, of an input and of a block of the matrix, see
+            `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
-        contiguous_output: return row-major memory. By default the result is a (..., out_features) tensor laid out
-            feature-major, which a following sparse layer, ReLU, dropout or residual sum keeps, so chains of layers
-            never transpose; `.view` on it may need `.reshape`.
+        contiguous_output: return row-major memory. By default the result is a (..., out_features)
+            tensor laid out feature-major, which a following sparse layer, ReLU, dropout or residual
+            sum keeps, so chains of layers never transpose; `.view` on it may need `.reshape`.
 
-    Shapes: input (..., in_features) with any strides, output (..., out_features). Values start so that an output has
-    the variance that it has in `torch.nn.Linear`: U(-b, b) with b = 1 / sqrt(connections of the output).
+    Shapes: input (..., in_features) with any strides, output (..., out_features). Values start so
+    that an output has
+    the variance that it has in `torch.nn.Linear`: U(-b, b) with b = 1 / sqrt(connections of the
+    output).
 
-    Under autocast activations and their gradients have autocast's dtype; values and sums stay in the weight's own.
+    Under autocast activations and their gradients have autocast's dtype; values and sums stay in
+    the weight's own.
 
     Cost: O(K batch) time in each of the three products, O(K + in + out) memory besides activations.
     """
@@ -97,13 +110,16 @@ class SparseLinear(SparseLayer):
         self._assemble(weight, bias, contiguous_output)
         return self
 
-    def _assemble(self, weight: SparseWeight, bias: bool | Tensor | None, contiguous_output: bool) -> None:
+    def _assemble(
+        self, weight: SparseWeight, bias: bool | Tensor | None, contiguous_output: bool
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.contiguous_output = contiguous_output
         self._hold(weight, bias)
 
     def _product(self, x: Tensor) -> Tensor:
-        weight: Any = self._modules["weight"]  # this is part of every forward pass: no attribute look-ups
+        # this is part of every forward pass: no attribute look-ups
+        weight: Any = self._modules["weight"]
         values, index = weight.operand()
         parameters = self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # parametrized; the look-up is slow
@@ -114,6 +130,6 @@ class SparseLinear(SparseLayer):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            + self._budget_repr()
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, " + self._budget_repr()
         )

@@ -1,7 +1,9 @@
-"""`SparseRNN`, `SparseLSTM`, `SparseGRU`: the twins of PyTorch's recurrent layers with a connection budget.
+"""`SparseRNN`, `SparseLSTM`, `SparseGRU`: the twins of PyTorch's recurrent layers with a connection
+budget.
 
-Inside, a sequence is one (features, positions) matrix, time slowest and batch fastest: the layout in which the product
-with all inputs at once, the steps cut out of it, every hidden state and the next layer need no copies.
+Inside, a sequence is one (features, positions) matrix, time slowest and batch fastest: the layout
+in which the product with all inputs at once, the steps cut out of it, every hidden state and the
+next layer need no copies.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ __all__ = ["SparseGRU", "SparseLSTM", "SparseRNN"]
 
 
 class _Recurrent(Twin):
-    """What the three have in common: weights, layers, directions, packed sequences. A leaf adds its cell."""
+    """What the three have in common: weights, layers, directions, packed sequences. A leaf adds its
+    cell.
+    """
 
     #: Gates whose weights are stacked in one matrix.
     gates: int
@@ -50,46 +54,66 @@ class _Recurrent(Twin):
         init: Init,
     ) -> None:
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+        for name, size in (
+            ("input_size", input_size),
+            ("hidden_size", hidden_size),
+            ("num_layers", num_layers),
+        ):
             if int(size) != size or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {size}")
         if not 0 <= proj_size < hidden_size:
-            raise ValueError(f"proj_size must be 0 (no projection) or below hidden_size={hidden_size}, not {proj_size}")
+            raise ValueError(
+                "proj_size must be 0 (no projection) or below "
+                f"hidden_size={hidden_size}, not {proj_size}"
+            )
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability between 0 and 1, not {dropout}")
         if dropout and num_layers == 1:
-            warnings.warn(f"dropout={dropout} has no effect with num_layers=1: it acts between layers", stacklevel=3)
+            warnings.warn(
+                f"dropout={dropout} has no effect with num_layers=1: it acts between layers",
+                stacklevel=3,
+            )
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, proj_size
         shapes = self.weight_shapes()
         for name, count in allot(shapes, connections, density, distribution).items():
-            weight = SparseWeight(shapes[name], count, generator=generator, device=device, dtype=dtype)
+            weight = SparseWeight(
+                shapes[name], count, generator=generator, device=device, dtype=dtype
+            )
             setattr(self, name, weight)
         for name in self.bias_names():
             blank = torch.zeros(self.gates * hidden_size, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(blank))
         self.reset_parameters(generator, init=init)
 
-    # --- its parts --------------------------------------------------------------------------------------------------
+    # --- its parts --------------------------------------------------------------------------------
 
     @property
     def output_size(self) -> int:
-        """Features of the hidden state that is put out: proj_size if there is a projection, else hidden_size."""
+        """Features of the hidden state that is put out: proj_size if there is a projection, else
+        hidden_size.
+        """
         return self.proj_size or self.hidden_size
 
     def _suffixes(self) -> list[str]:
         """Of the parameters, layer by layer, as PyTorch names them."""
         directions = ("", "_reverse") if self.bidirectional else ("",)
-        return [f"l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+        return [
+            f"l{layer}{direction}" for layer in range(self.num_layers) for direction in directions
+        ]
 
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the sparse weights by name, in PyTorch's order (the order of a budget given as a list)."""
+        """Shapes of the sparse weights by name, in PyTorch's order (the order of a budget given as
+        a list).
+        """
         shapes: dict[str, tuple[int, int]] = {}
         rows = self.gates * self.hidden_size
         for suffix in self._suffixes():
             first = suffix in ("l0", "l0_reverse")
-            inputs = self.input_size if first else self.output_size * (2 if self.bidirectional else 1)
+            inputs = (
+                self.input_size if first else self.output_size * (2 if self.bidirectional else 1)
+            )
             shapes[f"weight_ih_{suffix}"] = (rows, inputs)
             shapes[f"weight_hh_{suffix}"] = (rows, self.output_size)
             if self.proj_size:
@@ -98,19 +122,28 @@ class _Recurrent(Twin):
 
     def bias_names(self) -> list[str]:
         """Names of the biases, none with ``bias=False``."""
-        return [f"bias_{kind}_{s}" for s in self._suffixes() for kind in ("ih", "hh")] if self.bias else []
+        return (
+            [f"bias_{kind}_{s}" for s in self._suffixes() for kind in ("ih", "hh")]
+            if self.bias
+            else []
+        )
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
-        """Draw biases as PyTorch does, U(-b, b) with b = 1 / sqrt(hidden_size), and values; the topology stays.
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, init: Init = "auto"
+    ) -> None:
+        """Draw biases as PyTorch does, U(-b, b) with b = 1 / sqrt(hidden_size), and values; the
+        topology stays.
 
-        Values of the dense twin have the same b; ``init`` says what becomes of it where a unit has fewer connections
-        than there, see `rewire.nn.layers.initial.draw_values`.
+        Values of the dense twin have the same b; ``init`` says what becomes of it where a unit has
+        fewer connections than there, see `rewire.nn.layers.initial.draw_values`.
         """
         self._reset(generator, init, biases=True)
 
     @torch.no_grad()
-    def reset_weights(self, generator: torch.Generator | None = None, *, init: Init = "auto") -> None:
+    def reset_weights(
+        self, generator: torch.Generator | None = None, *, init: Init = "auto"
+    ) -> None:
         """As `reset_parameters`, but biases stay."""
         self._reset(generator, init, biases=False)
 
@@ -138,13 +171,19 @@ class _Recurrent(Twin):
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+        }
         for name, default in (defaults | {"proj_size": 0}).items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
         return ", ".join(parts)
 
-    # --- forward ----------------------------------------------------------------------------------------------------
+    # --- forward ----------------------------------------------------------------------------------
 
     def _states(self) -> tuple[int, ...]:
         """Sizes of the states that are carried."""
@@ -156,25 +195,34 @@ class _Recurrent(Twin):
     def _biases(self, suffix: str) -> tuple[Tensor | None, Tensor | None]:
         """Of the product with all inputs and of the product of a step.
 
-        Where both are only added, their sum goes to the first: one sum over all positions instead of one per step.
+        Where both are only added, their sum goes to the first: one sum over all positions instead
+        of one per step.
         """
         if not self.bias:
             return None, None
         return getattr(self, f"bias_ih_{suffix}") + getattr(self, f"bias_hh_{suffix}"), None
 
-    def _forward(self, x: Tensor | PackedSequence, initial: State | None) -> tuple[Tensor | PackedSequence, State]:
-        """Output and final states, shaped as PyTorch's: the states (layers x directions, batch, size) each."""
+    def _forward(
+        self, x: Tensor | PackedSequence, initial: State | None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Output and final states, shaped as PyTorch's: the states (layers x directions, batch,
+        size) each.
+        """
         data = x.data if isinstance(x, PackedSequence) else x
         weight = cast(SparseWeight, self.weight_ih_l0)
         narrow = autocast_dtype(data, weight)
         if narrow is not None:
             wide = weight.dtype
             with torch.autocast(data.device.type, enabled=False):
-                y, states = self._sequence(x.to(wide), initial and tuple(s.to(wide) for s in initial))
+                y, states = self._sequence(
+                    x.to(wide), initial and tuple(s.to(wide) for s in initial)
+                )
             return y.to(narrow), tuple(s.to(narrow) for s in states)
         return self._sequence(x, initial)
 
-    def _sequence(self, x: Tensor | PackedSequence, initial: State | None) -> tuple[Tensor | PackedSequence, State]:
+    def _sequence(
+        self, x: Tensor | PackedSequence, initial: State | None
+    ) -> tuple[Tensor | PackedSequence, State]:
         if isinstance(x, PackedSequence):
             sizes: list[int] = x.batch_sizes.tolist()
             _check_input(x.data, (2,), self.input_size)
@@ -197,14 +245,18 @@ class _Recurrent(Twin):
         length, batch = x.shape[:2]
         if not length:
             raise RuntimeError("the sequence has no steps")
-        y, states = self._layers(x.reshape(length * batch, self.input_size), [batch] * length, initial)
+        y, states = self._layers(
+            x.reshape(length * batch, self.input_size), [batch] * length, initial
+        )
         y = y.view(length, batch, y.shape[1])
         if not batched:
             return y.squeeze(1), tuple(s.squeeze(1) for s in states)
         return (y.transpose(0, 1) if self.batch_first else y), states
 
     def _layers(self, x: Tensor, sizes: list[int], initial: State | None) -> tuple[Tensor, State]:
-        """All layers over (positions, features), ``sizes[t]`` positions of which belong to step t."""
+        """All layers over (positions, features), ``sizes[t]`` positions of which belong to step
+        t.
+        """
         suffixes = self._suffixes()
         directions = 2 if self.bidirectional else 1
         shapes = [(len(suffixes), sizes[0], size) for size in self._states()]
@@ -236,10 +288,17 @@ class _Recurrent(Twin):
         values, index = weight.operand()
         return Weight(values, bias, index, weight.capture)
 
-    def _direction(self, x: Tensor, sizes: list[int], initial: State, suffix: str) -> tuple[Tensor, State]:
-        """One direction of one layer: (positions, features) -> (output_size, positions), and the final state."""
+    def _direction(
+        self, x: Tensor, sizes: list[int], initial: State, suffix: str
+    ) -> tuple[Tensor, State]:
+        """One direction of one layer: (positions, features) -> (output_size, positions), and the
+        final state.
+        """
         b_ih, b_hh = self._biases(suffix)
-        weights = [self._weight(f"weight_ih_{suffix}", b_ih), self._weight(f"weight_hh_{suffix}", b_hh)]
+        weights = [
+            self._weight(f"weight_ih_{suffix}", b_ih),
+            self._weight(f"weight_hh_{suffix}", b_hh),
+        ]
         if self.proj_size:
             weights.append(self._weight(f"weight_hr_{suffix}", None))
         return recurrence(self._cell(), x, sizes, suffix.endswith("_reverse"), initial, weights)
@@ -248,26 +307,31 @@ class _Recurrent(Twin):
 def _check_input(x: Tensor, dims: tuple[int, ...], features: int) -> None:
     if x.dim() not in dims or x.shape[-1] != features:
         kinds = " or ".join(f"{d}-D" for d in dims)
-        raise RuntimeError(f"the input must be {kinds} with {features} features last, not of shape {tuple(x.shape)}")
+        raise RuntimeError(
+            f"the input must be {kinds} with {features} features last, not of "
+            f"shape {tuple(x.shape)}"
+        )
 
 
 _SHARED = """
     Arguments are those of `torch.nn.{twin}`, plus:
-        connections, density: the budget, exactly one of them. A number counts for all weights together and is spread
-            over them by ``distribution``; a list (in the order of `weight_shapes`) or a dict (by weight name) says it
-            for each.
+        connections, density: the budget, exactly one of them. A number counts for all weights
+            together and is spread over them by ``distribution``; a list (in the order of
+            `weight_shapes`) or a dict (by weight name) says it for each.
         distribution: "erk", "er" or "uniform", see `rewire.budget`.
         generator: draws topology, values and biases; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
-    Every ``weight_*`` (all gates stacked, as in PyTorch) is a `SparseWeight`; biases are as in PyTorch. Takes and
-    returns what the twin does: (time, batch, features), (batch, time, features), (time, features) or a packed sequence,
-    and states of (layers x directions, batch, size). Equal to the twin on ``to_dense()`` up to rounding (dropout draws
-    other numbers). Under autocast results have autocast's dtype; values, states and sums stay in the weight's own.
+    Every ``weight_*`` (all gates stacked, as in PyTorch) is a `SparseWeight`; biases are as in
+    PyTorch. Takes and returns what the twin does: (time, batch, features), (batch, time, features),
+    (time, features) or a packed sequence, and states of (layers x directions, batch, size). Equal
+    to the twin on ``to_dense()`` up to rounding (dropout draws other numbers). Under autocast
+    results have autocast's dtype; values, states and sums stay in the weight's own.
 
-    Cost: O(K time batch) in each of the three products. The inputs of a layer are one product over all time; the hidden
-    states are one per step, in the layout the kernels run in, without copies. Raises RuntimeError for shapes that do
-    not fit.
+    Cost: O(K time batch) in each of the three products. The inputs of a layer are one product over
+    all time; the hidden
+    states are one per step, in the layout the kernels run in, without copies. Raises RuntimeError
+    for shapes that do not fit.
 """
 
 
@@ -299,9 +363,22 @@ class SparseRNN(_Recurrent):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', not {nonlinearity!r}")
         super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            connections, density, distribution, generator, init,
-        )  # fmt: skip
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            connections,
+            density,
+            distribution,
+            generator,
+            init,
+        )
         self.nonlinearity = nonlinearity
 
     def forward(
@@ -316,7 +393,8 @@ class SparseRNN(_Recurrent):
 
 
 class SparseGRU(_Recurrent):
-    __doc__ = f"""``h' = (1 - z) n + z h`` with reset, update and new gates r, z, n, with a connection budget.
+    __doc__ = f"""``h' = (1 - z) n + z h`` with reset, update and new gates
+    r, z, n, with a connection budget.
 {_SHARED.format(twin="GRU")}"""
 
     gates = 3
@@ -340,9 +418,22 @@ class SparseGRU(_Recurrent):
         init: Init = "auto",
     ) -> None:
         super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            connections, density, distribution, generator, init,
-        )  # fmt: skip
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            connections,
+            density,
+            distribution,
+            generator,
+            init,
+        )
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
@@ -352,7 +443,8 @@ class SparseGRU(_Recurrent):
         return y, states[0]
 
     def _biases(self, suffix: str) -> tuple[Tensor | None, Tensor | None]:
-        # The reset gate multiplies the hidden part of the third gate, bias included, so the two cannot be summed.
+        # The reset gate multiplies the hidden part of the third gate, bias included, so the two
+        # cannot be summed.
         if not self.bias:
             return None, None
         return getattr(self, f"bias_ih_{suffix}"), getattr(self, f"bias_hh_{suffix}")
@@ -362,7 +454,8 @@ class SparseGRU(_Recurrent):
 
 
 class SparseLSTM(_Recurrent):
-    __doc__ = f"""``c' = f c + i g``, ``h' = o tanh(c')`` with gates i, f, g, o, with a connection budget.
+    __doc__ = f"""``c' = f c + i g``, ``h' = o tanh(c')`` with gates i, f, g, o, with a
+    connection budget.
 {_SHARED.format(twin="LSTM")}"""
 
     gates = 4
@@ -387,14 +480,29 @@ class SparseLSTM(_Recurrent):
         init: Init = "auto",
     ) -> None:
         super().__init__(
-            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            connections, density, distribution, generator, init,
-        )  # fmt: skip
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            connections,
+            density,
+            distribution,
+            generator,
+            init,
+        )
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """(time, batch, input_size) -> output (time, batch, directions x output_size), (h_n, c_n)."""
+        """(time, batch, input_size) -> output (time, batch, directions x output_size), (h_n,
+        c_n).
+        """
         y, states = self._forward(input, hx)
         return y, (states[0], states[1])
 

@@ -11,7 +11,8 @@ __all__ = ["SReLU"]
 
 
 class SReLU(nn.Module):
-    """S-shaped rectified linear unit (Jin et al., AAAI 2016, arXiv 1512.07030), which SET's authors use.
+    """S-shaped rectified linear unit (Jin et al., AAAI 2016, arXiv 1512.07030), which SET's authors
+    use.
 
     With t_r = t_l + abs(t_right), four numbers learned for every unit::
 
@@ -20,10 +21,12 @@ class SReLU(nn.Module):
         t_r + a_r (x - t_r)    for x >= t_r
 
     Args:
-        shape: of what one sample has: a number of features, or (channels, height, width) and the like.
+        shape: of what one sample has: a number of features, or (channels, height, width) and the
+            like.
         generator: draws the start; torch's default generator otherwise.
 
-    Shapes: (..., *shape) in and out, memory laid out as the input's. Starts, as in keras-contrib, at t_l = 0,
+    Shapes: (..., *shape) in and out, memory laid out as the input's. Starts, as in keras-contrib,
+    at t_l = 0,
     a_l ~ U(0, 1), t_right ~ U(0, 5), a_r = 1. Cost: O(batch units).
     """
 
@@ -38,9 +41,14 @@ class SReLU(nn.Module):
         super().__init__()
         self.shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
         if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape must be a number of units or the shape of a sample, each at least 1, not {shape}")
+            raise ValueError(
+                "shape must be a number of units or the shape of a sample, each at "
+                f"least 1, not {shape}"
+            )
         for name in ("t_left", "a_left", "t_right", "a_right"):
-            self.register_parameter(name, nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype)))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
+            )
         self.reset_parameters(generator)
 
     t_left: nn.Parameter
@@ -61,7 +69,9 @@ class SReLU(nn.Module):
         beyond, width = input - self.t_left, self.t_right.abs()
         right = beyond.relu()
         middle = torch.minimum(right, width)
-        return self.t_left + middle + self.a_right * (right - middle) + self.a_left * (beyond - right)
+        return (
+            self.t_left + middle + self.a_right * (right - middle) + self.a_left * (beyond - right)
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(str(n) for n in self.shape)

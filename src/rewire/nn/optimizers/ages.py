@@ -1,12 +1,14 @@
-"""Adam and its relatives on connections that grew later: the bias correction of each is that of its own age.
+"""Adam and its relatives on connections that grew later: the bias correction of each is that of its
+own age.
 
-Adam divides its moments by ``1 - beta ** step``, because they began at 0. A connection that grows at step 1000 begins
-there too, but `torch.optim` keeps one step for the whole parameter: its first update is then
-``(1 - beta1) / sqrt(1 - beta2)`` = 3.16 times the rate. Here every connection that grew has an *age*, the number of
-steps it has taken, as one more tensor of the optimizer's state (`KEY`), so it is saved, loaded, moved, cut and reset
-with the moments. The moments do not depend on the step; only what is made of them does. So the optimizer steps as
-it always does, and then the values of young connections are moved by the difference between what their own age makes of
-the moments and what the optimizer made of them.
+Adam divides its moments by ``1 - beta ** step``, because they began at 0. A connection that grows
+at step 1000 begins there too, but `torch.optim` keeps one step for the whole parameter: its first
+update is then ``(1 - beta1) / sqrt(1 - beta2)`` = 3.16 times the rate. Here every connection that
+grew has an *age*, the number of steps it has taken, as one more tensor of the optimizer's state
+(`KEY`), so it is saved, loaded, moved, cut and reset with the moments. The moments do not depend on
+the step; only what is made of them does. So the optimizer steps as it always does, and then the
+values of young connections are moved by the difference between what their own age makes of the
+moments and what the optimizer made of them.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ __all__ = ["KEY", "Ages", "Moments", "ages_of", "cannot_age", "looks_biased", "s
 #: How a grown connection's optimizer state begins (`rewire.nn.follow_optimizer`).
 Moments = Literal["auto", "aged", "cleared"]
 
-#: The name of the ages in the optimizer's state: 16 bits a slot (32 where correction takes longer), read as unsigned:
-#: steps that the connection has taken since it grew, or all ones where the optimizer's own step counts.
+#: The name of the ages in the optimizer's state: 16 bits a slot (32 where correction takes longer),
+#: read as unsigned: steps that the connection has taken since it grew, or all ones where the
+#: optimizer's own step counts.
 KEY = "age"
 
 _OLD = -1
@@ -44,16 +47,19 @@ _LONGEST_SHORT = 0xFFFE
 _LONGEST = 0x7FFFFFFE
 
 
-# --- what each optimizer makes of its moments ------------------------------------------------------------------------
+# --- what each optimizer makes of its moments -----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How values follow from moments: ``w <- decay w - lr (m[age] m + g[age] grad) / (root[age] sqrt(v) + eps[age])``.
+    """How values follow from moments: ``w <- decay w - lr (m[age] m + g[age] grad) / (root[age]
+    sqrt(v) + eps[age])``.
 
     second: the name of v in the state. squared: whether its square root is taken.
-    tables: (parameter group, ages as float64, dtype of the optimizer's counters) -> m, g, root, eps by age.
-    horizon: parameter group, precision -> the age from which all of them are those of an infinite age.
+    tables: (parameter group, ages as float64, dtype of the optimizer's counters) -> m, g, root, eps
+        by age.
+    horizon: parameter group, precision -> the age from which all of them are those of an infinite
+        age.
     """
 
     second: Callable[[Mapping[str, Any]], str]
@@ -92,18 +98,25 @@ def _nadam(group: Mapping[str, Any], age: np.ndarray, counters: Any) -> tuple[An
     return m, (1.0 - now) / (1.0 - product), 1 / np.sqrt(1 - two**age), float(group["eps"])
 
 
-def _nadam_now(group: Mapping[str, Any], state: Mapping[str, Any], step: int) -> tuple[float, float, float, float]:
-    """What the optimizer's own step ``step`` made of the moments: of its product of mu, as it stands."""
+def _nadam_now(
+    group: Mapping[str, Any], state: Mapping[str, Any], step: int
+) -> tuple[float, float, float, float]:
+    """What the optimizer's own step ``step`` made of the moments: of its product of mu, as it
+    stands.
+    """
     one, two = _betas(group)
-    now, following = (one * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"]))) for t in (step, step + 1))
+    now, following = (
+        one * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"]))) for t in (step, step + 1)
+    )
     product = float(state["mu_product"])
     m, g = following / (1.0 - product * following), (1.0 - now) / (1.0 - product)
     return m, g, 1.0 / math.sqrt(1.0 - two**step), float(group["eps"])
 
 
 def _nadam_horizon(group: Mapping[str, Any], precision: float) -> float:
-    # The schedule of mu goes on for 10^5 steps, and its end hardly matters: what it gives to the gradient it takes from
-    # the moment, which is the gradient's average. tests/nn/test_ages.py measures it.
+    # The schedule of mu goes on for 10^5 steps, and its end hardly matters: what it gives to the
+    # gradient it takes from the moment, which is the gradient's average. tests/nn/test_ages.py
+    # measures it.
     schedule = _fades(0.96 ** float(group["momentum_decay"]), precision)
     return max(_both(group, precision), min(schedule, _LONGEST_SHORT))
 
@@ -140,14 +153,20 @@ _RULES: dict[type[Optimizer], _Rule] = {
     NAdam: _Rule(lambda group: "exp_avg_sq", True, True, _nadam, _nadam_horizon),
     RAdam: _Rule(lambda group: "exp_avg_sq", True, False, _radam, _radam_horizon),
     Adamax: _Rule(
-        lambda group: "exp_inf", False, False, _adamax, lambda group, precision: _fades(_betas(group)[0], precision)
+        lambda group: "exp_inf",
+        False,
+        False,
+        _adamax,
+        lambda group, precision: _fades(_betas(group)[0], precision),
     ),
 }
 
 
 def _own_step(kind: type[Optimizer], base: type[Optimizer]) -> bool:
     names = ("step", "_init_group")
-    return any(inspect.unwrap(getattr(kind, n)) is not inspect.unwrap(getattr(base, n)) for n in names)
+    return any(
+        inspect.unwrap(getattr(kind, n)) is not inspect.unwrap(getattr(base, n)) for n in names
+    )
 
 
 #: What has been found for classes of optimizers.
@@ -162,7 +181,9 @@ def _rule(kind: type[Optimizer]) -> _Rule | None:
 
 
 def cannot_age(optimizer: Optimizer) -> str | None:
-    """Why grown connections cannot have the bias correction of their own age with this optimizer; None if they can."""
+    """Why grown connections cannot have the bias correction of their own age with this optimizer;
+    None if they can.
+    """
     name = type(optimizer).__name__
     if _rule(type(optimizer)) is None:
         if isinstance(optimizer, tuple(_RULES)):
@@ -178,7 +199,7 @@ def looks_biased(state: Mapping[str, Any]) -> bool:
     return "step" in state and ("exp_avg" in state or "exp_avg_sq" in state)
 
 
-# --- the ages -------------------------------------------------------------------------------------------------------
+# --- the ages -------------------------------------------------------------------------------------
 
 
 def _precision(dtype: torch.dtype) -> float:
@@ -192,10 +213,12 @@ def _horizon(rule: _Rule, group: Mapping[str, Any], dtype: torch.dtype) -> int:
 
 
 def ages_of(state: dict[Any, Any], parameter: Tensor, horizon: int = 0) -> Tensor | None:
-    """The ages in an optimizer's state of a pool (int16 or int32, changes in place count), or None if it has none.
+    """The ages in an optimizer's state of a pool (int16 or int32, changes in place count), or None
+    if it has none.
 
-    ``optimizer.load_state_dict`` turns all state into the parameter's dtype: this turns it back. Values of 16 bits have
-    the ages' bits under their own dtype, because they could not represent such numbers.
+    ``optimizer.load_state_dict`` turns all state into the parameter's dtype: this turns it back.
+    Values of 16 bits have the ages' bits under their own dtype, because they could not represent
+    such numbers.
     """
     kept = state.get(KEY)
     if kept is None:
@@ -214,9 +237,11 @@ def ages_of(state: dict[Any, Any], parameter: Tensor, horizon: int = 0) -> Tenso
 
 
 def start_ages(optimizer: Optimizer, weight: SparseWeight, slots: Tensor, *, moved: bool) -> bool:
-    """Let the connections in ``slots``, whose other state has been reset already, be new; empty slots have no age.
+    """Let the connections in ``slots``, whose other state has been reset already, be new; empty
+    slots have no age.
 
-    moved: the whole pool has moved. Returns whether the optimizer's state has ages now (without state it needs none:
+    moved: the whole pool has moved. Returns whether the optimizer's state has ages now (without
+        state it needs none:
     its first step is that of all).
     """
     parameter = weight.values
@@ -232,7 +257,10 @@ def start_ages(optimizer: Optimizer, weight: SparseWeight, slots: Tensor, *, mov
         group = _group(optimizer, parameter)
         rule = _rule(type(optimizer))
         assert rule is not None
-        short = parameter.element_size() == 2 or _horizon(rule, group, parameter.dtype) <= _LONGEST_SHORT
+        short = (
+            parameter.element_size() == 2
+            or _horizon(rule, group, parameter.dtype) <= _LONGEST_SHORT
+        )
         ages = torch.full_like(rows, _OLD, dtype=torch.int16 if short else torch.int32)
         state[KEY] = ages.view(parameter.dtype) if parameter.element_size() == 2 else ages
         ages.index_fill_(0, slots, 0)
@@ -254,7 +282,8 @@ class _Watched:
     users: set[int]
     settled: Tensor | None = None  # ages that are known to be all old
     counter: float | None = None  # the optimizer's step when the ages were last seen to
-    group: tuple[Any, dict[str, Any]] | None = None  # the optimizer's list of groups, and the parameter's
+    # the optimizer's list of groups, and the parameter's
+    group: tuple[Any, dict[str, Any]] | None = None
 
 
 #: What sees to the ages in each optimizer.
@@ -264,8 +293,9 @@ _AGES: weakref.WeakKeyDictionary[Optimizer, Ages] = weakref.WeakKeyDictionary()
 class Ages:
     """Sees to the ages in one optimizer, by a hook after its steps. Holds the optimizer weakly.
 
-    Cost of a step: nothing but a look if no connection is young; else a pass over the ages and work for the young
-    alone. One that has taken so many steps that its correction is the optimizer's own to the last bit is old again.
+    Cost of a step: nothing but a look if no connection is young; else a pass over the ages and work
+    for the young alone. One that has taken so many steps that its correction is the optimizer's own
+    to the last bit is old again.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -309,12 +339,16 @@ class Ages:
                 continue
             before, watched.counter = watched.counter, float(state["step"])
             # Where the counter stands still it took no part, or a GradScaler had the step skipped.
-            stepped = watched.parameter.grad is not None if before is None else before != watched.counter
+            stepped = (
+                watched.parameter.grad is not None if before is None else before != watched.counter
+            )
             if stepped and not self._correct(optimizer, watched, state):
                 watched.settled = state[KEY]
 
     def _correct(self, optimizer: Optimizer, watched: _Watched, state: dict[Any, Any]) -> int:
-        """Put young connections where a step of their own age leads, one step older; returns how many stay young."""
+        """Put young connections where a step of their own age leads, one step older; returns how
+        many stay young.
+        """
         rule = _rule(type(optimizer))
         assert rule is not None
         parameter, groups = watched.parameter, optimizer.param_groups
@@ -342,9 +376,16 @@ class Ages:
         return young
 
     def _made(
-        self, rule: _Rule, group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Any], step: int
+        self,
+        rule: _Rule,
+        group: Mapping[str, Any],
+        parameter: Tensor,
+        state: Mapping[str, Any],
+        step: int,
     ) -> tuple[int, Tables, tuple[float, float, float, float]]:
-        """The horizon, what a step makes of the moments by age, and what the optimizer's own ``step`` made of them."""
+        """The horizon, what a step makes of the moments by age, and what the optimizer's own
+        ``step`` made of them.
+        """
         horizon, tables, lists = self._lists(rule, group, parameter, state, step)
         if rule.gradient and step > lists.shape[1]:  # NAdam's table ends before its schedule does
             return horizon, tables, _nadam_now(group, state, step)
@@ -352,7 +393,12 @@ class Ages:
         return horizon, tables, (m, g, root, eps)
 
     def _lists(
-        self, rule: _Rule, group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Any], step: int
+        self,
+        rule: _Rule,
+        group: Mapping[str, Any],
+        parameter: Tensor,
+        state: Mapping[str, Any],
+        step: int,
     ) -> tuple[int, Tables, Any]:
         """Made anew only where the group's numbers change."""
         # No connection is older than the optimizer; so tables grow with its step, in powers of two.
@@ -363,7 +409,11 @@ class Ages:
         if known is None or known[0] != numbers:
             horizon = _horizon(rule, group, parameter.dtype)
             length = min(longest, horizon)
-            counters = np.float64 if getattr(state.get("mu_product"), "dtype", None) == torch.float64 else np.float32
+            counters = (
+                np.float64
+                if getattr(state.get("mu_product"), "dtype", None) == torch.float64
+                else np.float32
+            )
             lists = rule.tables(group, np.arange(1, length + 1, dtype=np.float64), counters)
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             rows = np.stack([np.broadcast_to(x, length) for x in lists])

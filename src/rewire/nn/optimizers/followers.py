@@ -1,4 +1,6 @@
-"""Optimizers follow the pools they train: state moves with the connections and starts afresh with new ones."""
+"""Optimizers follow the pools they train: state moves with the connections and starts afresh with
+new ones.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ __all__ = [
     "restart_optimizer_state",
 ]
 
-#: What a per-connection state tensor starts at, where that is not 0: a function of the parameter group, or "values" for
-#: a copy of the connection's own value.
+#: What a per-connection state tensor starts at, where that is not 0: a function of the parameter
+#: group, or "values" for a copy of the connection's own value.
 _INITIAL: dict[tuple[str, str], Callable[[dict[str, Any]], float] | Literal["values"]] = {
     ("Rprop", "step_size"): lambda group: float(group["lr"]),
     ("Adagrad", "sum"): lambda group: float(group["initial_accumulator_value"]),
@@ -51,10 +53,12 @@ _INITIAL: dict[tuple[str, str], Callable[[dict[str, Any]], float] | Literal["val
     ("SGDScheduleFree", "z"): "values",
 }
 
-#: Names of state that is a copy of values (slow weights, master weights), not a moment of gradients.
+#: Names of state that is a copy of values (slow weights, master weights), not a moment of
+#: gradients.
 _COPY = re.compile(r"slow|master|anchor|old_p$|p0$|(^|_)(param|weight|value)s?(_|$)")
 
-#: Of each optimizer, the names of what was equal to the values when a follower was made: copies of them, then.
+#: Of each optimizer, the names of what was equal to the values when a follower was made: copies of
+#: them, then.
 _COPIES: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
 #: Optimizers whose state or update rule is not one number per connection.
@@ -68,11 +72,13 @@ _REFUSED = {
 def register_initial_state(
     optimizer: str, key: str, value: Callable[[dict[str, Any]], float] | Literal["values"]
 ) -> None:
-    """Declare that state ``key`` of the optimizer class named ``optimizer`` starts at ``value(param_group)``, not at 0.
+    """Declare that state ``key`` of the optimizer class named ``optimizer`` starts at
+    ``value(param_group)``, not at 0.
 
-    "values" says that it is a copy of the values, such as Lookahead's slow weights: a new connection's starts at its
-    own value. For optimizers from other packages; those of `torch.optim` are known, and so are copies that were equal
-    to the values when the method was made or whose name says it (slow, master, old_p, ..._param, ..._weight).
+    "values" says that it is a copy of the values, such as Lookahead's slow weights: a new
+    connection's starts at its own value. For optimizers from other packages; those of `torch.optim`
+    are known, and so are copies that were equal to the values when the method was made or whose
+    name says it (slow, master, old_p, ..._param, ..._weight).
     """
     _INITIAL[optimizer, key] = value
     _DECLARED.clear()
@@ -82,8 +88,12 @@ def register_initial_state(
 _DECLARED: dict[tuple[type[Optimizer], str], Any] = {}
 
 
-def _declared(kind: type[Optimizer], key: str) -> Callable[[dict[str, Any]], float] | Literal["values"] | None:
-    """What is declared of state ``key`` of a class of optimizers, or of one above it. Asked for at every growth."""
+def _declared(
+    kind: type[Optimizer], key: str
+) -> Callable[[dict[str, Any]], float] | Literal["values"] | None:
+    """What is declared of state ``key`` of a class of optimizers, or of one above it. Asked for at
+    every growth.
+    """
     if (kind, key) not in _DECLARED:
         found = (_INITIAL.get((c.__name__, key)) for c in kind.__mro__)
         rule = next((rule for rule in found if rule is not None), None)
@@ -98,13 +108,16 @@ def _known_name(optimizer: Optimizer, table: Iterable[str]) -> str | None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer that cannot train a pool, or has such a one inside, by name and why."""
+    """Raise ValueError for an optimizer that cannot train a pool, or has such a one inside, by name
+    and why.
+    """
     for member in inner_optimizers(optimizer):
         name = _known_name(member, _REFUSED)
         if name:
             inside = "" if member is optimizer else f" ({type(optimizer).__name__} has it inside)"
             raise ValueError(
-                f"{name} cannot train sparse weights{inside}: {_REFUSED[name]}; use it for the dense parameters "
+                f"{name} cannot train sparse weights{inside}: {_REFUSED[name]}; use it for the "
+                "dense parameters "
                 "and another optimizer, such as SGD or Adam, for the sparse ones"
             )
 
@@ -129,12 +142,16 @@ def _start(optimizer: Optimizer, kept: Kept) -> float | None:
     """What a new connection's number starts at; None for its own value."""
     if _declared(type(optimizer), kept.name) is None:
         return initial_of(optimizer, kept.name, {})
-    group = next((g for g in optimizer.param_groups if any(p is kept.parameter for p in g["params"])), {})
+    group = next(
+        (g for g in optimizer.param_groups if any(p is kept.parameter for p in g["params"])), {}
+    )
     return initial_of(optimizer, kept.name, group)
 
 
 def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float | None:
-    """What state ``key`` of a new connection starts at, in a parameter group; None for the connection's own value."""
+    """What state ``key`` of a new connection starts at, in a parameter group; None for the
+    connection's own value.
+    """
     rule = _declared(type(optimizer), key)
     if rule is None:
         return None if key in _COPIES.get(optimizer, ()) else 0.0
@@ -147,10 +164,13 @@ def following(weight: SparseWeight) -> list[Optimizer]:
     return [optimizer for f in mine if (optimizer := f._optimizer()) is not None]
 
 
-def _per_slot(optimizer: Optimizer, parameter: Tensor, length: int) -> Iterator[tuple[Kept, float | None]]:
+def _per_slot(
+    optimizer: Optimizer, parameter: Tensor, length: int
+) -> Iterator[tuple[Kept, float | None]]:
     """What has one number per slot, with what a new connection's starts at."""
     for kept in _kept(optimizer, parameter, resized=length != parameter.numel()):
-        # A pool with one slot: a step counter is 0-dim in torch.optim, so a 1-D tensor is state all the same.
+        # A pool with one slot: a step counter is 0-dim in torch.optim, so a 1-D tensor is state all
+        # the same.
         if kept.tensor.dim() == 1 and kept.tensor.numel() == length:
             yield kept, _start(optimizer, kept)
 
@@ -169,7 +189,8 @@ def restart_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
     for member in inner_optimizers(optimizer):
         if is_plain(member):
             state = member.state.get(parameter, {})
-            copies = {k: v for k, v in state.items() if _COPY.search(str(k))}  # a wrapper's, in its inner one's state
+            # a wrapper's, in its inner one's state
+            copies = {k: v for k, v in state.items() if _COPY.search(str(k))}
             if not copies:
                 member.state.pop(parameter, None)
                 continue
@@ -181,15 +202,20 @@ def restart_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
             else:
                 kept.tensor.fill_(initial)
         for key, value in member.state.get(parameter, {}).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and key in ("step", "steps", "t"):
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and key in ("step", "steps", "t")
+            ):
                 member.state[parameter][key] = type(value)(0)
 
 
 def carry_optimizer_state(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
-    """Move per-slot state as the pool moved: slot k takes what slot ``source[k]`` had, -1 starts afresh.
+    """Move per-slot state as the pool moved: slot k takes what slot ``source[k]`` had, -1 starts
+    afresh.
 
-    State whose length is already the pool's new one is taken to have been carried before. Optimizers inside another
-    are carried along.
+    State whose length is already the pool's new one is taken to have been carried before.
+    Optimizers inside another are carried along.
     """
     for member in inner_optimizers(optimizer):
         _carry(member, parameter, source)
@@ -207,7 +233,9 @@ def _carry(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
 
 
 def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = False) -> Tensor:
-    """Number k is what ``value`` has at ``source[k]`` (int64); ``initial`` where that is -1 (nowhere, if ``full``)."""
+    """Number k is what ``value`` has at ``source[k]`` (int64); ``initial`` where that is -1
+    (nowhere, if ``full``).
+    """
     if full:
         return value.detach().index_select(0, source)
     if not value.numel():
@@ -215,17 +243,19 @@ def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = Fals
     return value.detach().index_select(0, source.clamp(min=0)).masked_fill_(source < 0, initial)
 
 
-#: The last event that reached each optimizer: where two of us follow for one (a user and a method), the second one must
-#: not move its state again.
+#: The last event that reached each optimizer: where two of us follow for one (a user and a method),
+#: the second one must not move its state again.
 _DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Event]] = weakref.WeakKeyDictionary()
 
 
-#: Optimizers whose users know that grown connections start with the bias correction of an old parameter.
+#: Optimizers whose users know that grown connections start with the bias correction of an old
+#: parameter.
 _WARNED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 class OptimizerFollower:
-    """Keeps one optimizer, and all inside it, in step with the pools it follows. Holds the optimizer weakly.
+    """Keeps one optimizer, and all inside it, in step with the pools it follows. Holds the
+    optimizer weakly.
 
     ``moments``: see `follow_optimizer`.
     """
@@ -242,10 +272,12 @@ class OptimizerFollower:
         if optimizer is None:
             return
         if is_plain(optimizer):
-            if optimizer.state.get(event.weight._own_values()):  # not plain SGD, nor before the first step
+            # not plain SGD, nor before the first step
+            if optimizer.state.get(event.weight._own_values()):
                 self._follow(optimizer, optimizer, event)
             return
-        for member in inner_optimizers(optimizer):  # looked for anew: some are made in the first step
+        # looked for anew: some are made in the first step
+        for member in inner_optimizers(optimizer):
             self._follow(optimizer, member, event)
 
     def _follow(self, whole: Optimizer, optimizer: Optimizer, event: Event) -> None:
@@ -275,7 +307,8 @@ class OptimizerFollower:
             _warn_of_bias(whole, optimizer, parameter)
 
     def watch(self, weight: SparseWeight) -> None:
-        """See to the ages that there are in the state of this pool, or will be loaded, at every step from now on.
+        """See to the ages that there are in the state of this pool, or will be loaded, at every
+        step from now on.
 
         Raises ValueError if that must be and cannot.
         """
@@ -288,7 +321,8 @@ class OptimizerFollower:
                 Ages.watch(member, weight.values, id(self))
             elif self._moments == "aged":
                 raise ValueError(
-                    f"moments='aged' is for Adam, AdamW, NAdam, RAdam and Adamax of torch.optim, and {why}: use one of "
+                    "moments='aged' is for Adam, AdamW, NAdam, RAdam and Adamax of torch.optim, "
+                    f"and {why}: use one of "
                     "them, or moments='auto' (aged where that can be), or 'cleared'"
                 )
 
@@ -301,23 +335,31 @@ class OptimizerFollower:
 
 
 def _warn_of_bias(whole: Optimizer, optimizer: Optimizer, parameter: Tensor) -> None:
-    """Once: that ``optimizer``, inside ``whole``, is like Adam, but not one that grown connections can be young in."""
+    """Once: that ``optimizer``, inside ``whole``, is like Adam, but not one that grown connections
+    can be young in.
+    """
     if optimizer in _WARNED or not looks_biased(optimizer.state.get(parameter, {})):
         return
     if any(one is optimizer for one in movers(whole, parameter)):
         _WARNED.add(optimizer)
         warnings.warn(
-            f"{cannot_age(optimizer)}, so connections that grow get the bias correction of the optimizer's step, not "
-            "of their own age, and their first updates may be too large: use Adam, AdamW, NAdam, RAdam or Adamax of "
+            f"{cannot_age(optimizer)}, so connections that grow get the bias correction of the "
+            "optimizer's step, not "
+            "of their own age, and their first updates may be too large: use Adam, AdamW, NAdam, "
+            "RAdam or Adamax of "
             "torch.optim, or say moments='cleared' to have it so",
             stacklevel=2,
         )
 
 
 class _Following(RemovableHandle):
-    """Ends what a follower does for one pool: it is told of changes no longer, and no longer sees to ages."""
+    """Ends what a follower does for one pool: it is told of changes no longer, and no longer sees
+    to ages.
+    """
 
-    def __init__(self, handle: RemovableHandle, follower: OptimizerFollower, weight: SparseWeight) -> None:
+    def __init__(
+        self, handle: RemovableHandle, follower: OptimizerFollower, weight: SparseWeight
+    ) -> None:
         self.__dict__.update(handle.__dict__)
         self._follower, self._weight = follower, weight
 
@@ -327,14 +369,22 @@ class _Following(RemovableHandle):
 
 
 def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
-    """Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of another length belongs to
-    the pool that was there before, and is created anew."""
+    """Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of
+    another length belongs to the pool that was there before, and is created anew.
+    """
     state = optimizer.state.get(parameter, {})
-    if any(isinstance(v, Tensor) and v.dim() == 1 and v.numel() != parameter.numel() for v in state.values()):
+    if any(
+        isinstance(v, Tensor) and v.dim() == 1 and v.numel() != parameter.numel()
+        for v in state.values()
+    ):
         del optimizer.state[parameter]
     if not is_plain(optimizer):  # what no state_dict has
         for kept in list(kept_beside(optimizer, parameter)):
-            if kept.parameter is parameter and kept.tensor.dim() == 1 and kept.tensor.numel() != parameter.numel():
+            if (
+                kept.parameter is parameter
+                and kept.tensor.dim() == 1
+                and kept.tensor.numel() != parameter.numel()
+            ):
                 initial = _start(optimizer, kept)
                 new = parameter.detach().to(kept.tensor, copy=True)
                 kept.put(new if initial is None else new.fill_(initial))
@@ -344,28 +394,35 @@ def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
 def follow_optimizer(
     optimizer: Optimizer, weights: Iterable[SparseWeight], *, moments: Moments = "auto"
 ) -> list[RemovableHandle]:
-    """Let ``optimizer``, and all inside it, follow every pool that it trains; returns the handles that end it.
+    """Let ``optimizer``, and all inside it, follow every pool that it trains; returns the handles
+    that end it.
 
     Args:
-        moments: what a grown connection starts from; its state is cleared in any case. "aged": it then takes the same
-            steps as a parameter whose optimizer was made when it grew, because Adam, AdamW, NAdam, RAdam and Adamax of
-            `torch.optim` correct its bias for its own age (docs/adam.md). That is 2 bytes a slot of optimizer state, 4
-            for betas above 0.9997. "cleared": its bias correction is that of the whole parameter, so its first updates
-            are too large. "auto": aged where the optimizer (of a wrapper, the one inside) is one of those or a subclass
-            that keeps its ``step``, without ``differentiable=True``; else cleared, with a warning if its state looks
-            like Adam's. `torch.optim`'s others have no bias to correct; Adafactor's decay follows its step.
+        moments: what a grown connection starts from; its state is cleared in any case. "aged": it
+            then takes the same steps as a parameter whose optimizer was made when it grew, because
+            Adam, AdamW, NAdam, RAdam and Adamax of `torch.optim` correct its bias for its own age
+            (docs/adam.md). That is 2 bytes a slot of optimizer state, 4 for betas above 0.9997.
+            "cleared": its bias correction is that of the whole parameter, so its first updates are
+            too large. "auto": aged where the optimizer (of a wrapper, the one inside) is one of
+            those or a subclass that keeps its ``step``, without ``differentiable=True``; else
+            cleared, with a warning if its state looks like Adam's. `torch.optim`'s others have no
+            bias to correct; Adafactor's decay follows its step.
 
-    Raises ValueError for an optimizer that cannot train pools, or keeps numbers that could not follow, and for "aged"
-    with one that is none of those.
+    Raises ValueError for an optimizer that cannot train pools, or keeps numbers that could not
+    follow, and for "aged" with one that is none of those.
     """
     members = inner_optimizers(optimizer)
-    trained = {id(p) for member in members for group in member.param_groups for p in group["params"]}
+    trained = {
+        id(p) for member in members for group in member.param_groups for p in group["params"]
+    }
     mine = [w for w in weights if id(w.values) in trained]
     follower = OptimizerFollower(optimizer, moments)
     refuse_unknown(optimizer, {f"a weight of shape {tuple(w.shape)}": w.values for w in mine})
     for member in members:
         if not is_plain(member):
-            equal = {k.name for w in mine for k in _kept(member, w.values) if _equal(k.tensor, w.values)}
+            equal = {
+                k.name for w in mine for k in _kept(member, w.values) if _equal(k.tensor, w.values)
+            }
             _COPIES.setdefault(member, set()).update(equal)
     for w in mine:
         follower.watch(w)
@@ -374,4 +431,9 @@ def follow_optimizer(
 
 def _equal(kept: Tensor, values: Tensor) -> bool:
     same = kept.shape == values.shape and kept.device == values.device
-    return same and kept.is_floating_point() and bool(values.any()) and torch.equal(kept.to(values.dtype), values)
+    return (
+        same
+        and kept.is_floating_point()
+        and bool(values.any())
+        and torch.equal(kept.to(values.dtype), values)
+    )

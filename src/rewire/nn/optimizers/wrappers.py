@@ -1,8 +1,8 @@
 """Optimizers that have others inside, and what an optimizer keeps beside its ``state``.
 
-A wrapper (Lookahead, SAM, `torch.distributed.optim.ZeroRedundancyOptimizer`, an optimizer made of several) is one
-optimizer for its user. For a pool it is several: each of them may have state of the pool's values, and the innermost
-one that has them is the one that moves them.
+A wrapper (Lookahead, SAM, `torch.distributed.optim.ZeroRedundancyOptimizer`, an optimizer made of
+several) is one optimizer for its user. For a pool it is several: each of them may have state of the
+pool's values, and the innermost one that has them is the one that moves them.
 """
 
 from __future__ import annotations
@@ -35,32 +35,40 @@ _LONGEST = 100_000
 def listed(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     """One optimizer or several, as a list.
 
-    Raises TypeError for what is no `torch.optim.Optimizer`, ValueError for one that has others but no parameters.
+    Raises TypeError for what is no `torch.optim.Optimizer`, ValueError for one that has others but
+    no parameters.
     """
     given: Any = optimizers
-    several = list(given) if isinstance(given, Iterable) and not isinstance(given, Optimizer) else [given]
+    several = (
+        list(given) if isinstance(given, Iterable) and not isinstance(given, Optimizer) else [given]
+    )
     for one in several:
         if not isinstance(one, Optimizer):
             raise TypeError(
-                f"an optimizer must be a torch.optim.Optimizer, and {type(one).__name__} is none: give the optimizer "
+                f"an optimizer must be a torch.optim.Optimizer, and {type(one).__name__} is none: "
+                "give the optimizer "
                 "that it wraps, or several of them as a list"
             )
         if not getattr(one, "param_groups", None):
             raise ValueError(
-                f"{type(one).__name__} has no parameter groups of its own: give the optimizers inside it, as a list"
+                f"{type(one).__name__} has no parameter groups of its own: give the optimizers "
+                "inside it, as a list"
             )
     return several
 
 
 def is_plain(optimizer: Optimizer) -> bool:
-    """Whether it is one of `torch.optim`'s own, which have nothing inside and all their state in ``state``."""
+    """Whether it is one of `torch.optim`'s own, which have nothing inside and all their state in
+    ``state``.
+    """
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer and all that are inside it, at any depth, each once; outer ones come first.
 
-    Found among its attributes: an optimizer, a list or dict of them, or an object that has one for the same parameters.
+    Found among its attributes: an optimizer, a list or dict of them, or an object that has one for
+    the same parameters.
     """
     found = [optimizer]
     if is_plain(optimizer):
@@ -86,7 +94,9 @@ def _held(outer: Optimizer) -> Iterator[Optimizer]:
                 yield item
             elif not isinstance(item, (Tensor, nn.Module, type, str, bytes)) and not callable(item):
                 for inner in getattr(item, "__dict__", {}).values():
-                    if isinstance(inner, Optimizer) and not known.keys().isdisjoint(_parameters(inner)):
+                    if isinstance(inner, Optimizer) and not known.keys().isdisjoint(
+                        _parameters(inner)
+                    ):
                         yield inner
 
 
@@ -109,8 +119,8 @@ def _parameters(optimizer: Optimizer) -> dict[int, Tensor]:
 def trainers(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers whose steps are steps: those that have parameters which none inside them has.
 
-    Of Lookahead or SAM, the optimizer they are made of. Of ZeroRedundancyOptimizer both: the one inside it has this
-    rank's share of the parameters, and the outer one brings the others.
+    Of Lookahead or SAM, the optimizer they are made of. Of ZeroRedundancyOptimizer both: the one
+    inside it has this rank's share of the parameters, and the outer one brings the others.
     """
     members = inner_optimizers(optimizer)
     if len(members) == 1:
@@ -124,17 +134,22 @@ def trainers(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def movers(optimizer: Optimizer, parameter: Tensor | None) -> list[Optimizer]:
-    """Those of `trainers` whose steps move ``parameter``: normally one; none if the optimizer does not have it."""
+    """Those of `trainers` whose steps move ``parameter``: normally one; none if the optimizer does
+    not have it.
+    """
     key = id(parameter)
     return [
         one
         for one in trainers(optimizer)
-        if key in _parameters(one) and not any(key in _parameters(inner) for inner in inner_optimizers(one)[1:])
+        if key in _parameters(one)
+        and not any(key in _parameters(inner) for inner in inner_optimizers(one)[1:])
     ]
 
 
 class Kept(NamedTuple):
-    """A tensor that an optimizer keeps: where (``holder[key]``), under what name, and for which parameter (or None)."""
+    """A tensor that an optimizer keeps: where (``holder[key]``), under what name, and for which
+    parameter (or None).
+    """
 
     holder: Any
     key: Any
@@ -153,10 +168,10 @@ class Kept(NamedTuple):
 def kept_beside(optimizer: Optimizer, resized: Tensor | None = None) -> Iterator[Kept]:
     """The tensors that an optimizer keeps elsewhere than in ``state[parameter]`` itself.
 
-    Which parameter each is for follows from where it is: in a dict by parameter (or its id), in a list or tuple with
-    one entry for each parameter (of all groups, of the trained ones, or list by list of each group) with the
-    parameters' shapes, or deeper in ``state[parameter]``. ``resized`` has another length than its tensors still have.
-    `torch`'s own optimizers keep nothing there.
+    Which parameter each is for follows from where it is: in a dict by parameter (or its id), in a
+    list or tuple with one entry for each parameter (of all groups, of the trained ones, or list by
+    list of each group) with the parameters' shapes, or deeper in ``state[parameter]``. ``resized``
+    has another length than its tensors still have. `torch`'s own optimizers keep nothing there.
     """
     if type(optimizer).__module__.startswith("torch."):
         return
@@ -166,12 +181,18 @@ def kept_beside(optimizer: Optimizer, resized: Tensor | None = None) -> Iterator
 class _Beside:
     def __init__(self, optimizer: Optimizer, resized: Tensor | None) -> None:
         self.optimizer, self.resized = optimizer, resized
-        self.groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
+        self.groups: list[list[Tensor]] = [
+            list(group["params"]) for group in optimizer.param_groups
+        ]
         self.all_parameters = [p for group in self.groups for p in group]
         self.known = {id(p): p for p in self.all_parameters}
         self.trained = [p for p in self.all_parameters if p.requires_grad]
         # What the optimizers inside have is found there.
-        self.visited = {id(x) for member in inner_optimizers(optimizer) for x in (member.state, member.param_groups)}
+        self.visited = {
+            id(x)
+            for member in inner_optimizers(optimizer)
+            for x in (member.state, member.param_groups)
+        }
         self.visited |= {id(p) for p in self.all_parameters}
 
     def all(self) -> Iterator[Kept]:
@@ -193,7 +214,12 @@ class _Beside:
                         yield from self.visit(state[owner], deeper, str(deeper), owner)
 
     def visit(
-        self, holder: Any, key: Any, name: str, parameter: Tensor | None, own: list[Tensor] | None = None
+        self,
+        holder: Any,
+        key: Any,
+        name: str,
+        parameter: Tensor | None,
+        own: list[Tensor] | None = None,
     ) -> Iterator[Kept]:
         value = holder[key]
         if isinstance(value, Tensor):
@@ -201,18 +227,31 @@ class _Beside:
                 self.visited.add(id(value))
                 yield Kept(holder, key, value, name, parameter)
             return
-        if not isinstance(value, (dict, list, tuple, deque)) or len(value) > _LONGEST or id(value) in self.visited:
+        if (
+            not isinstance(value, (dict, list, tuple, deque))
+            or len(value) > _LONGEST
+            or id(value) in self.visited
+        ):
             return
         self.visited.add(id(value))
         if isinstance(value, dict):
             for k in list(value):
-                found = parameter if parameter is not None else self.known.get(id(k) if isinstance(k, Tensor) else k)
-                yield from self.visit(value, k, name if found is not None else f"{name}[{k!r}]", found)
+                found = (
+                    parameter
+                    if parameter is not None
+                    else self.known.get(id(k) if isinstance(k, Tensor) else k)
+                )
+                yield from self.visit(
+                    value, k, name if found is not None else f"{name}[{k!r}]", found
+                )
             return
         places: list[Tensor | None] = [parameter] * len(value)
         lists: list[list[Tensor] | None] = [None] * len(value)
         if parameter is None:
-            parallel = next((p for p in (own, self.all_parameters, self.trained) if p and self.fit(value, p)), None)
+            parallel = next(
+                (p for p in (own, self.all_parameters, self.trained) if p and self.fit(value, p)),
+                None,
+            )
             if parallel is not None:
                 places = list(parallel)
             elif len(value) == len(self.groups):
@@ -221,7 +260,9 @@ class _Beside:
             yield from self.visit(value, i, name, place, lists[i])
 
     def fit(self, values: Sequence[Any], parameters: list[Tensor]) -> bool:
-        """Whether there is one entry for each parameter, with a tensor of its shape or with other things."""
+        """Whether there is one entry for each parameter, with a tensor of its shape or with other
+        things.
+        """
         return len(values) == len(parameters) and all(
             isinstance(v, dict) or v is None or (isinstance(v, Tensor) and self.fits(v, p))
             for v, p in zip(values, parameters, strict=True)
@@ -232,10 +273,12 @@ class _Beside:
 
 
 def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if an optimizer keeps per-connection numbers of pools that cannot be told apart.
+    """Raise ValueError if an optimizer keeps per-connection numbers of pools that cannot be told
+    apart.
 
-    ``values``: of the pools it trains, by name. Meant are tensors of a pool's length, or of all parameters together,
-    that no place says the parameter of, and optimizers inside it that train copies of the parameters.
+    ``values``: of the pools it trains, by name. Meant are tensors of a pool's length, or of all
+    parameters together, that no place says the parameter of, and optimizers inside it that train
+    copies of the parameters.
     """
     if is_plain(optimizer) or not values:
         return
@@ -245,15 +288,18 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
     title = type(optimizer).__name__
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
-            f"{title} with overlap_with_ddp=True steps within the backward pass, where no method can follow: leave it "
+            f"{title} with overlap_with_ddp=True steps within the backward pass, where no method "
+            "can follow: leave it "
             "False"
         )
     for member in members[1:]:
         for key, parameter in _parameters(member).items():
             if key not in own and parameter.dim() == 1 and parameter.numel() in lengths:
                 raise ValueError(
-                    f"{title} has an optimizer inside ({type(member).__name__}) that trains a copy of "
-                    f"{lengths[parameter.numel()]}.values, which does not follow its connections: use an optimizer "
+                    f"{title} has an optimizer inside ({type(member).__name__}) that trains a "
+                    "copy of "
+                    f"{lengths[parameter.numel()]}.values, which does not follow its connections: "
+                    "use an optimizer "
                     "that trains the model's own parameters"
                 )
     storages = {_storage(p) for p in own.values()}
@@ -268,10 +314,14 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
                 continue
             count = tensor.numel()
             if count in lengths or (count == total and len(parameters) > 1):
-                whose = f"{lengths[count]}.values" if count in lengths else "all parameters together"
+                whose = (
+                    f"{lengths[count]}.values" if count in lengths else ("all parameters together")
+                )
                 raise ValueError(
-                    f"{type(member).__name__} keeps {count} numbers in {kept.name}, as many as {whose} has, and does "
-                    "not say for which parameter: where connections change they could not follow. Keep them in "
+                    f"{type(member).__name__} keeps {count} numbers in {kept.name}, as many as "
+                    f"{whose} has, and does "
+                    "not say for which parameter: where connections change they could not follow. "
+                    "Keep them in "
                     "optimizer.state[parameter], or in a list with one tensor for each parameter"
                 )
 
@@ -281,5 +331,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def shares_storage(one: Tensor, other: Tensor) -> bool:
-    """Whether a change of one is a change of the other (SAM hands the tensor it kept back as the parameter's data)."""
+    """Whether a change of one is a change of the other (SAM hands the tensor it kept back as the
+    parameter's data).
+    """
     return one.data_ptr() == other.data_ptr() and one.numel() > 0 and one.device.type != "meta"

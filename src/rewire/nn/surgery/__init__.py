@@ -1,4 +1,6 @@
-"""Removing units (neurons, channels, recurrent states) from a network, physically, with the optimizer following."""
+"""Removing units (neurons, channels, recurrent states) from a network, physically, with the
+optimizer following.
+"""
 
 from rewire.nn.surgery.fold import fold, takes_constants, why_no_constants
 from rewire.nn.surgery.graph import Group, Site, UnitGraph, remove_units

@@ -14,9 +14,9 @@ __all__ = ["fold", "takes_constants", "why_no_constants"]
 def why_no_constants(graph: UnitGraph, group: Group) -> str | None:
     """Why a constant output of a unit cannot go into the biases of what reads it; None if it can.
 
-    A consumer needs a bias, or a BatchNorm directly behind it, whose running mean is as good. A convolution that pads
-    with zeros sees no constant at its borders, so nothing can replace one exactly. Nor does a recurrent layer at its
-    first step, where the state is 0.
+    A consumer needs a bias, or a BatchNorm directly behind it, whose running mean is as good. A
+    convolution that pads with zeros sees no constant at its borders, so nothing can replace one
+    exactly. Nor does a recurrent layer at its first step, where the state is 0.
     """
     for site in group.producers:
         if isinstance(site.module, nn.RNN | nn.LSTM | nn.GRU):
@@ -24,7 +24,9 @@ def why_no_constants(graph: UnitGraph, group: Group) -> str | None:
     for site in group.consumers:
         module = site.module
         if isinstance(module, _ConvTransposeNd):
-            return f"{site.name} is a transposed convolution, to whose borders fewer inputs contribute"
+            return (
+                f"{site.name} is a transposed convolution, to whose borders fewer inputs contribute"
+            )
         if isinstance(module, _ConvNd) and module.padding_mode == "zeros" and _pads(module):
             return f"{site.name} pads with zeros"
         if _bias(module) is None and graph.norm_after(site.name) is None:
@@ -33,7 +35,9 @@ def why_no_constants(graph: UnitGraph, group: Group) -> str | None:
 
 
 def takes_constants(graph: UnitGraph, group: Group) -> bool:
-    """Whether constants fold exactly into the biases of the group's consumers, see `why_no_constants`."""
+    """Whether constants fold exactly into the biases of the group's consumers, see
+    `why_no_constants`.
+    """
     return why_no_constants(graph, group) is None
 
 
@@ -56,12 +60,13 @@ def fold(
     into: Tensor | None = None,
     factor: Tensor | float = 0.0,
 ) -> None:
-    """Let ``site``, a consumer of ``group``, do without ``unit``, whose output there is factor * output of ``into`` +
-    constant: the columns of ``into`` get factor times those of ``unit``, the bias gets constant times their sum.
+    """Let ``site``, a consumer of ``group``, do without ``unit``, whose output there is factor *
+    output of ``into`` + constant: the columns of ``into`` get factor times those of ``unit``, the
+    bias gets constant times their sum.
 
-    For a producer that is recurrent the site is that producer: its recurrent columns. Units are 0-dim int64 tensors,
-    numbered as traced. Raises ValueError, before anything changes, for a constant that cannot be folded exactly. The
-    unit itself is left for `UnitGraph.remove`.
+    For a producer that is recurrent the site is that producer: its recurrent columns. Units are
+    0-dim int64 tensors, numbered as traced. Raises ValueError, before anything changes, for a
+    constant that cannot be folded exactly. The unit itself is left for `UnitGraph.remove`.
     """
     has_constant = bool(torch.as_tensor(constant).abs().max() > 0)
     if has_constant and (reason := why_no_constants(graph, group)) is not None:
@@ -75,14 +80,17 @@ def fold(
         weight.index_add_(dim, target, columns * factor)
     if not has_constant:
         return
-    given = columns.double().sum(dim=[d for d in range(columns.dim()) if d != _rows(module)]) * constant
+    given = (
+        columns.double().sum(dim=[d for d in range(columns.dim()) if d != _rows(module)]) * constant
+    )
     bias = _bias(module)
     if bias is not None:
         bias += given.to(bias.dtype)
         return
     norm = graph.norm_after(site.name)
     assert norm is not None  # why_no_constants
-    if norm.running_mean is not None:  # without running statistics the batch's mean takes the constant away
+    # without running statistics the batch's mean takes the constant away
+    if norm.running_mean is not None:
         norm.running_mean -= given.to(norm.running_mean.dtype)
 
 

@@ -1,4 +1,6 @@
-"""Units of a network and their removal: which there are, what is coupled to them, and the cut itself."""
+"""Units of a network and their removal: which there are, what is coupled to them, and the cut
+itself.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Units = Iterable[int] | Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """Units at one side of one layer: ``positions[i]`` along it belongs to unit ``units[i]`` (int64, as traced)."""
+    """Units at one side of one layer: ``positions[i]`` along it belongs to unit ``units[i]``
+    (int64, as traced).
+    """
 
     name: str
     module: nn.Module
@@ -37,9 +41,9 @@ class Site:
 class Group:
     """All that must be cut together for the units of a layer.
 
-    producers make the units (several where their outputs are added), followers treat each unit by itself (BatchNorm,
-    depthwise convolutions), consumers mix them by the columns of their weights. ``alive`` are the units that are left,
-    by their numbers when the graph was traced.
+    producers make the units (several where their outputs are added), followers treat each unit by
+    itself (BatchNorm, depthwise convolutions), consumers mix them by the columns of their weights.
+    ``alive`` are the units that are left, by their numbers when the graph was traced.
     """
 
     name: str
@@ -51,7 +55,9 @@ class Group:
 
     @property
     def least(self) -> int:
-        """How many units must stay: with one, a depthwise convolution would be no longer known as such."""
+        """How many units must stay: with one, a depthwise convolution would be no longer known as
+        such.
+        """
         return 2 if any(depthwise(site.module) for site in self.followers) else 1
 
     @property
@@ -60,26 +66,34 @@ class Group:
 
 
 class UnitGraph:
-    """The units of ``model`` (neurons, channels, states of a recurrent layer) and the way to remove them.
+    """The units of ``model`` (neurons, channels, states of a recurrent layer) and the way to remove
+    them.
 
-    Coupled layers are found by torch-pruning's dependency graph, in training and in eval mode: what only one of them
-    uses (an auxiliary head, say) is cut along. Every group is then tried on a copy with random weights, in both modes,
-    in the model's own dtype and in float64 where the network runs in that: with units cut, the copy must compute what
-    it computes with their consumers' columns at zero. What fails is refused, by the layer's name, before anything has
-    changed. The graph stays valid through its own cuts.
+    Coupled layers are found by torch-pruning's dependency graph, in training and in eval mode: what
+    only one of them uses (an auxiliary head, say) is cut along. Every group is then tried on a copy
+    with random weights, in both modes, in the model's own dtype and in float64 where the network
+    runs in that: with units cut, the copy must compute what it computes with their consumers'
+    columns at zero. What fails is refused, by the layer's name, before anything has changed. The
+    graph stays valid through its own cuts.
 
     Args:
         model: a network in ordinary PyTorch.
-        inputs: an example batch: a tensor, a tuple of arguments, a dict of keyword arguments, or both (`Arguments`).
-        tried: layers whose groups need not be tried again, because an earlier graph of the model has (`tried`).
+        inputs: an example batch: a tensor, a tuple of arguments, a dict of keyword arguments, or
+            both (`Arguments`).
+        tried: layers whose groups need not be tried again, because an earlier graph of the model
+            has (`tried`).
 
-    Raises ValueError if the network does not run with the example in both modes, or cannot be followed.
-    Cost: two copies of the model and two forward passes of the example; per group, two more and eight.
+    Raises ValueError if the network does not run with the example in both modes, or cannot be
+    followed. Cost: two copies of the model and two forward passes of the example; per group, two
+    more and eight.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, tried: Iterable[str] = ()) -> None:
         if isinstance(model, DistributedDataParallel):
-            raise ValueError("DistributedDataParallel has buckets of a fixed size: cut units before wrapping the model")
+            raise ValueError(
+                "DistributedDataParallel has buckets of a fixed size: cut units "
+                "before wrapping the model"
+            )
         self.model, self.inputs = model, inputs
         self._trace = Trace(model, inputs)
         self._known = frozenset(tried)
@@ -91,12 +105,16 @@ class UnitGraph:
         self._alive: dict[tuple[str, Side], Tensor] = {}
         #: Layers with units of their own, in the order in which they are called.
         self.names = [
-            name for name in dict.fromkeys(self._trace.order) if name and holds_units(model.get_submodule(name))
+            name
+            for name in dict.fromkeys(self._trace.order)
+            if name and holds_units(model.get_submodule(name))
         ]
         #: The last layer called that reads units, of those that both modes call.
-        self.last = next((n for n in reversed(self._trace.shared) if reads_units(model.get_submodule(n))), None)
+        self.last = next(
+            (n for n in reversed(self._trace.shared) if reads_units(model.get_submodule(n))), None
+        )
 
-    # --- questions --------------------------------------------------------------------------------------------------
+    # --- questions --------------------------------------------------------------------------------
 
     def count(self, name: str) -> int:
         """How many units the layer has now."""
@@ -121,7 +139,9 @@ class UnitGraph:
         return max(total, 1)
 
     def group(self, name: str) -> Group:
-        """What is coupled to the units of layer ``name``. ValueError if they cannot be cut, with the layer to blame."""
+        """What is coupled to the units of layer ``name``. ValueError if they cannot be cut, with
+        the layer to blame.
+        """
         if name not in self._groups:
             if name not in dict(self.model.named_modules()):
                 raise ValueError(f"the model has no layer {name!r}: it has {', '.join(self.names)}")
@@ -154,25 +174,33 @@ class UnitGraph:
         return norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
 
     def positions(self, site: Site, units: Tensor) -> Tensor:
-        """Where ``units`` (as traced) are along the site now: (number of units, positions of each), int64."""
+        """Where ``units`` (as traced) are along the site now: (number of units, positions of each),
+        int64.
+        """
         alive = self._alive.get((site.name, site.side))
         # Every unit has as many positions, see `_find`.
         order = torch.argsort(site.units, stable=True)
         rows = site.positions[order].view(int(site.units.max()) + 1, -1)[units]
         return rows if alive is None else torch.searchsorted(alive, rows.contiguous())
 
-    # --- the cut ----------------------------------------------------------------------------------------------------
+    # --- the cut ----------------------------------------------------------------------------------
 
-    def remove(self, cuts: Mapping[str, Units], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
-        """Remove units, given by layer and number as they stand now, everywhere; optimizer state is cut with them.
+    def remove(
+        self, cuts: Mapping[str, Units], optimizers: Optimizer | Iterable[Optimizer] = ()
+    ) -> None:
+        """Remove units, given by layer and number as they stand now, everywhere; optimizer state is
+        cut with them.
 
-        Parameters stay the same objects; gradients are cut as well. What the removed units gave their consumers is
-        lost: fold it first (`fold`). ValueError, before anything changes, if a layer cannot be cut, a number is not
-        there, nothing would be left, or an optimizer has state that cannot be cut.
+        Parameters stay the same objects; gradients are cut as well. What the removed units gave
+        their consumers is lost: fold it first (`fold`). ValueError, before anything changes, if a
+        layer cannot be cut, a number is not there, nothing would be left, or an optimizer has state
+        that cannot be cut.
         """
         given = listed(optimizers)
         dead = {name: self._traced(self.group(name), units) for name, units in cuts.items()}
-        alive, gone, tensors = self._plan([(self.group(name), units) for name, units in dead.items()])
+        alive, gone, tensors = self._plan(
+            [(self.group(name), units) for name, units in dead.items()]
+        )
         names = dict(self.model.named_parameters())
         for optimizer in given:
             for name, keep in tensors.items():
@@ -190,14 +218,19 @@ class UnitGraph:
 
     def _traced(self, group: Group, units: Units) -> Tensor:
         """Numbers as they stand now to numbers when the graph was traced."""
-        index = torch.as_tensor(units if isinstance(units, Tensor) else list(units), dtype=torch.int64)
+        index = torch.as_tensor(
+            units if isinstance(units, Tensor) else list(units), dtype=torch.int64
+        )
         n = group.alive.numel()
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
             raise ValueError(f"{group.name} has units 0 to {n - 1}, not {index.tolist()}")
         index = index.unique()
         least = group.least
         if n - index.numel() < least:
-            raise ValueError(f"{group.name} has {n} units and cannot lose {index.numel()}: at least {least} must stay")
+            raise ValueError(
+                f"{group.name} has {n} units and cannot lose {index.numel()}: at "
+                f"least {least} must stay"
+            )
         return group.alive[index]
 
     def _apply(
@@ -247,7 +280,7 @@ class UnitGraph:
                 tensors[_path(key[0], axis.name)] = keep
         return alive, gone, tensors
 
-    # --- finding and trying groups ----------------------------------------------------------------------------------
+    # --- finding and trying groups ----------------------------------------------------------------
 
     def _find(self, name: str) -> Group:
         module = self.model.get_submodule(name)
@@ -297,7 +330,8 @@ class UnitGraph:
                 names = homes.get(id(getattr(site.module, axis.name)), set())
                 if len(names) > 1:
                     raise ValueError(
-                        f"the units of {group.name} cannot be cut: {site.name}.{axis.name} is shared "
+                        f"the units of {group.name} cannot be cut: {site.name}.{axis.name} is "
+                        "shared "
                         f"({', '.join(sorted(names))} are one parameter)"
                     )
 
@@ -311,17 +345,29 @@ class UnitGraph:
 
         def silence(twin: nn.Module) -> None:
             for site in group.consumers:
-                _zero_columns(twin.get_submodule(site.name), "in", self.positions(site, lost).flatten())
+                _zero_columns(
+                    twin.get_submodule(site.name), "in", self.positions(site, lost).flatten()
+                )
             for site in group.producers:
-                _zero_columns(twin.get_submodule(site.name), "out", self.positions(site, lost).flatten())
+                _zero_columns(
+                    twin.get_submodule(site.name), "out", self.positions(site, lost).flatten()
+                )
 
         readers = ", ".join(site.name for site in group.consumers)
         try:
             try_cut(
-                self.model, self._trace.inputs, lambda twin: self._apply(twin, alive, tensors, ()), silence, readers
+                self.model,
+                self._trace.inputs,
+                lambda twin: self._apply(twin, alive, tensors, ()),
+                silence,
+                readers,
             )
         except Different as error:
-            twice = [name for name in sorted({site.name for site in group.sites}) if self._trace.twice(name)]
+            twice = [
+                name
+                for name in sorted({site.name for site in group.sites})
+                if self._trace.twice(name)
+            ]
             more = f"; {', '.join(twice)}: called more than once" if twice else ""
             raise ValueError(f"the units of {group.name} cannot be cut: {error}{more}") from None
 
@@ -331,7 +377,9 @@ def _path(module: str, name: str) -> str:
 
 
 def _length(module: nn.Module, side: Side) -> int:
-    """Positions along one side of a layer; 0 where no tensor of it counts them (a norm without numbers)."""
+    """Positions along one side of a layer; 0 where no tensor of it counts them (a norm without
+    numbers).
+    """
     for axis in axes(module, side):
         tensor = getattr(module, axis.name)
         if tensor is not None:
@@ -340,7 +388,9 @@ def _length(module: nn.Module, side: Side) -> int:
 
 
 def _zero_columns(module: nn.Module, side: Side, positions: Tensor) -> None:
-    """Let nothing read these units: the columns of a consumer, or those a recurrent layer reads its own units by."""
+    """Let nothing read these units: the columns of a consumer, or those a recurrent layer reads its
+    own units by.
+    """
     if side == "in":
         for axis in axes(module, "in"):
             getattr(module, axis.name).index_fill_(axis.dim, positions, 0)
@@ -354,7 +404,8 @@ def remove_units(
     inputs: Any,
     optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> None:
-    """Remove units of several layers at once, e.g. ``remove_units(model, {"conv1": [3, 5]}, batch, optimizer)``.
+    """Remove units of several layers at once, e.g. ``remove_units(model, {"conv1": [3, 5]}, batch,
+    optimizer)``.
 
     See `UnitGraph` (which to keep for more than one cut) and `UnitGraph.remove`.
     """

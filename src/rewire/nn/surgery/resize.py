@@ -1,4 +1,6 @@
-"""Tensors that change their shape in place: parameters stay the same objects, and their optimizers' state follows."""
+"""Tensors that change their shape in place: parameters stay the same objects, and their optimizers'
+state follows.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Keep = Mapping[int, Tensor]
 
 
 def select(tensor: Tensor, keep: Keep) -> Tensor:
-    """A copy of what stays; a dimension of length 1 that counts for all of it (Adafactor's factors) stays."""
+    """A copy of what stays; a dimension of length 1 that counts for all of it (Adafactor's factors)
+    stays.
+    """
     for dim, index in keep.items():
         if tensor.shape[dim] != 1 or index.numel() != 1:
             tensor = tensor.index_select(dim, index.to(tensor.device))
@@ -30,12 +34,14 @@ def select(tensor: Tensor, keep: Keep) -> Tensor:
 
 @torch.no_grad()
 def put(tensor: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
-    """Give ``tensor`` (a parameter or a buffer) the contents ``data``, of any shape. References to it stay valid.
+    """Give ``tensor`` (a parameter or a buffer) the contents ``data``, of any shape. References to
+    it stay valid.
 
     A backward pass through an earlier forward raises afterwards, as after any in-place change.
     """
     tensor.grad = None
-    # Autograd's accumulator remembers the shape while an old graph is alive; a detour over another dtype renews it.
+    # Autograd's accumulator remembers the shape while an old graph is alive; a detour over another
+    # dtype renews it.
     other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
     tensor.data = data.new_empty(0, dtype=other)
     tensor.data = data
@@ -45,7 +51,9 @@ def put(tensor: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
 
 
 def _kept(tensor: Tensor, shape: torch.Size, keep: Keep) -> Keep | None:
-    """How a state tensor of a parameter of ``shape`` is cut: {} for not at all, None if that is unknown."""
+    """How a state tensor of a parameter of ``shape`` is cut: {} for not at all, None if that is
+    unknown.
+    """
     if tensor.dim() == 0 or (tensor.numel() == 1 and shape.numel() != 1):
         return {}
     if tensor.dim() != len(shape):
@@ -66,13 +74,17 @@ def check_state(optimizer: Optimizer, name: str, parameter: Tensor, keep: Keep) 
             known = value is None or isinstance(value, bool | int | float | str)
         if not known:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps state {key!r} of {name} that has not one number per weight, so it "
-                f"cannot be cut with it: del optimizer.state[parameter] to start it afresh, or use another optimizer"
+                f"{type(optimizer).__name__} keeps state {key!r} of {name} that has not one "
+                "number per weight, so it "
+                "cannot be cut with it: del optimizer.state[parameter] to start it afresh, or "
+                "use another optimizer"
             )
 
 
 def slice_state(optimizer: Optimizer, parameter: Tensor, shape: torch.Size, keep: Keep) -> None:
-    """Cut the optimizer's state of ``parameter``, which had ``shape`` before; `check_state` has passed."""
+    """Cut the optimizer's state of ``parameter``, which had ``shape`` before; `check_state` has
+    passed.
+    """
     state = optimizer.state.get(parameter)
     if not state or isinstance(optimizer, LBFGS):
         return
@@ -97,22 +109,33 @@ def slice_lbfgs(optimizer: LBFGS, cuts: Mapping[Tensor, tuple[torch.Size, Keep]]
                 state[key] = value[index.to(value.device)]
             elif isinstance(value, list):
                 state[key] = [
-                    v[index.to(v.device)] if isinstance(v, Tensor) and v.dim() == 1 and v.numel() == offset else v
+                    v[index.to(v.device)]
+                    if isinstance(v, Tensor) and v.dim() == 1 and v.numel() == offset
+                    else v
                     for v in value
                 ]
 
 
 def apply_cuts(
-    model: nn.Module, cuts: Mapping[str, Keep], modules: Iterable[nn.Module], optimizers: Iterable[Optimizer]
+    model: nn.Module,
+    cuts: Mapping[str, Keep],
+    modules: Iterable[nn.Module],
+    optimizers: Iterable[Optimizer],
 ) -> None:
-    """Cut named parameters and buffers of ``model`` with the state of the optimizers that have them."""
+    """Cut named parameters and buffers of ``model`` with the state of the optimizers that have
+    them.
+    """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     optimizers = list(optimizers)
     before: dict[Tensor, tuple[torch.Size, Keep]] = {}
     for name, keep in cuts.items():
         tensor = tensors[name]
         before[tensor] = tensor.shape, keep
-        put(tensor, select(tensor.detach(), keep), None if tensor.grad is None else select(tensor.grad, keep))
+        put(
+            tensor,
+            select(tensor.detach(), keep),
+            None if tensor.grad is None else select(tensor.grad, keep),
+        )
     for optimizer in optimizers:
         for tensor, (shape, keep) in before.items():
             slice_state(optimizer, tensor, shape, keep)
@@ -125,11 +148,12 @@ def apply_cuts(
 
 
 def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Tensor]:
-    """Give the named parameters and buffers these shapes, whatever their values, and return those that changed.
+    """Give the named parameters and buffers these shapes, whatever their values, and return those
+    that changed.
 
-    For loading what a cut network has saved into one that was not cut: load the values afterwards. Gradients of what
-    changes are dropped. Raises ValueError for a name that the model has not, or another number of dimensions; nothing
-    changes then.
+    For loading what a cut network has saved into one that was not cut: load the values afterwards.
+    Gradients of what changes are dropped. Raises ValueError for a name that the model has not, or
+    another number of dimensions; nothing changes then.
     """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     wanted = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
@@ -137,7 +161,9 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Te
         if name not in tensors:
             raise ValueError(f"the shapes are those of another model: this one has no {name}")
         if tensors[name].dim() != len(shape):
-            raise ValueError(f"{name} has {tensors[name].dim()} dimensions, the shape {shape} has {len(shape)}")
+            raise ValueError(
+                f"{name} has {tensors[name].dim()} dimensions, the shape {shape} has {len(shape)}"
+            )
     changed = []
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
@@ -146,7 +172,9 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Te
     if changed:
         touched = {id(t) for t in changed}
         for module in model.modules():
-            if any(id(t) in touched for t in (*module._parameters.values(), *module._buffers.values())):
+            if any(
+                id(t) in touched for t in (*module._parameters.values(), *module._buffers.values())
+            ):
                 refresh(module)
     for tensor in changed:
         announce(tensor, [Part(tensor)])
@@ -154,15 +182,19 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Te
 
 
 def load_resized(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """``model.load_state_dict(state)`` for a state of the same network with fewer (or more) units in its layers.
+    """``model.load_state_dict(state)`` for a state of the same network with fewer (or more) units
+    in its layers.
 
-    The parameters stay the same objects, so an optimizer made before trains them; its state of other shapes is left
-    for ``optimizer.load_state_dict`` to replace. The names must be the model's own.
+    The parameters stay the same objects, so an optimizer made before trains them; its state of
+    other shapes is left for ``optimizer.load_state_dict`` to replace. The names must be the model's
+    own.
     """
     own = model.state_dict()
     if set(own) != set(state):
         odd = sorted(set(own) ^ set(state))[0]
         raise ValueError(f"the state is that of another model: {odd} is in one of the two only")
     names = {n for n, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
-    fit_shapes(model, {n: t.shape for n, t in state.items() if n in names and isinstance(t, Tensor)})
+    fit_shapes(
+        model, {n: t.shape for n, t in state.items() if n in names and isinstance(t, Tensor)}
+    )
     model.load_state_dict(state)

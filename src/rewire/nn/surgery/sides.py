@@ -1,4 +1,6 @@
-"""Which layers surgery understands: their units, the tensors that hold them, and the attributes that count them."""
+"""Which layers surgery understands: their units, the tensors that hold them, and the attributes
+that count them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from torch.nn.utils import parametrize
 
 from rewire.nn.weight.pool import SparseWeight
 
-__all__ = ["RECURRENT", "Axis", "Side", "axes", "depthwise", "holds_units", "reads_units", "refresh", "why_not"]
+__all__ = [
+    "RECURRENT",
+    "Axis",
+    "Side",
+    "axes",
+    "depthwise",
+    "holds_units",
+    "reads_units",
+    "refresh",
+    "why_not",
+]
 
 Side = Literal["in", "out"]
 RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
@@ -23,7 +35,9 @@ _BASES = (nn.Linear, _ConvNd, _BatchNorm, _InstanceNorm, nn.PReLU, nn.Embedding,
 
 
 class Axis(NamedTuple):
-    """Dimension ``dim`` of the tensor ``name`` of a layer; ``blocks`` copies of the units lie along it (gates)."""
+    """Dimension ``dim`` of the tensor ``name`` of a layer; ``blocks`` copies of the units lie along
+    it (gates).
+    """
 
     name: str
     dim: int
@@ -31,14 +45,20 @@ class Axis(NamedTuple):
 
 
 def depthwise(module: nn.Module) -> bool:
-    """Whether each output channel of a convolution has one input channel of its own: it only passes units on."""
+    """Whether each output channel of a convolution has one input channel of its own: it only passes
+    units on.
+    """
     return (
-        isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels == module.out_channels
+        isinstance(module, _ConvNd)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
     )
 
 
 def why_not(module: nn.Module) -> str | None:
-    """The reason why units at this layer cannot be cut, as the end of a sentence; None if they can."""
+    """The reason why units at this layer cannot be cut, as the end of a sentence; None if they
+    can.
+    """
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "is parametrized: remove the parametrization first"
@@ -50,14 +70,21 @@ def why_not(module: nn.Module) -> str | None:
     if type(module).forward is not plain.forward:  # type: ignore[attr-defined]
         return f"is a {kind} with a forward of its own"
     if not isinstance(module, _NORMS) and any(
-        name not in module._parameters for name in ({a.name for side in ("in", "out") for a in axes(module, side)})
+        name not in module._parameters
+        for name in ({a.name for side in ("in", "out") for a in axes(module, side)})
     ):
-        return "has a weight that is computed from other tensors (weight_norm, spectral_norm, pruning masks)"
+        return (
+            "has a weight that is computed from other tensors (weight_norm, "
+            "spectral_norm, "
+            "pruning masks)"
+        )
     if isinstance(module, _ConvNd) and module.groups > 1 and not depthwise(module):
         return f"is a convolution with groups={module.groups}, whose groups must keep equal sizes"
     if isinstance(module, RECURRENT):
         if module.num_layers > 1 or module.bidirectional:
-            return "is a recurrent layer of several layers or directions, which share one hidden_size"
+            return (
+                "is a recurrent layer of several layers or directions, which share one hidden_size"
+            )
         if module.proj_size:
             return "is an LSTM with proj_size, whose cells and outputs are different units"
     return None
@@ -65,7 +92,9 @@ def why_not(module: nn.Module) -> str | None:
 
 def holds_units(module: nn.Module) -> bool:
     """Whether the layer's outputs are units of its own, each made from all inputs."""
-    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.RNN | nn.LSTM | nn.GRU) and not depthwise(module)
+    return isinstance(
+        module, nn.Linear | _ConvNd | nn.Embedding | nn.RNN | nn.LSTM | nn.GRU
+    ) and not depthwise(module)
 
 
 def reads_units(module: nn.Module) -> bool:
@@ -74,7 +103,9 @@ def reads_units(module: nn.Module) -> bool:
 
 
 def axes(module: nn.Module, side: Side) -> Iterator[Axis]:
-    """Where the units of one side of the layer lie. Both sides of a norm or a depthwise convolution are the same."""
+    """Where the units of one side of the layer lie. Both sides of a norm or a depthwise convolution
+    are the same.
+    """
     if isinstance(module, nn.Linear):
         names = ("weight", "bias") if side == "out" else ("weight",)
         yield from (Axis(name, 1 if side == "in" else 0) for name in names)
@@ -94,7 +125,11 @@ def axes(module: nn.Module, side: Side) -> Iterator[Axis]:
             yield Axis("weight_ih_l0", 1)
             return
         gates = next(n for base, n in _GATES.items() if isinstance(module, base))
-        names = ("weight_ih_l0", "weight_hh_l0", *(("bias_ih_l0", "bias_hh_l0") if module.bias else ()))
+        names = (
+            "weight_ih_l0",
+            "weight_hh_l0",
+            *(("bias_ih_l0", "bias_hh_l0") if module.bias else ()),
+        )
         yield from (Axis(name, 0, gates) for name in names)
         yield Axis("weight_hh_l0", 1)
     elif isinstance(module, nn.PReLU):
@@ -115,11 +150,16 @@ def refresh(module: nn.Module) -> None:
         elif module.groups == 1:
             first, second = own["weight"].shape[:2]
             transposed = isinstance(module, _ConvTransposeNd)
-            module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+            module.in_channels, module.out_channels = (
+                (first, second) if transposed else (second, first)
+            )
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = own["weight"].shape[1]
     elif isinstance(module, RECURRENT):
-        module.input_size, module.hidden_size = own["weight_ih_l0"].shape[1], own["weight_hh_l0"].shape[1]
+        module.input_size, module.hidden_size = (
+            own["weight_ih_l0"].shape[1],
+            own["weight_hh_l0"].shape[1],
+        )
         module.flatten_parameters()
     elif isinstance(module, nn.PReLU):
         module.num_parameters = own["weight"].numel()

@@ -1,4 +1,6 @@
-"""Which layers are coupled: torch-pruning's dependency graph, traced on a copy and read out as plain data."""
+"""Which layers are coupled: torch-pruning's dependency graph, traced on a copy and read out as
+plain data.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ from rewire.nn.forward.tensors import map_tensors, rows, tensors_in
 from rewire.nn.surgery.sides import RECURRENT, Side, why_not
 from rewire.nn.weight.pool import SparseWeight
 
-__all__ = ["Arguments", "Reached", "Trace", "call", "in_words", "mode_name", "torch_pruning", "twin_of"]
+__all__ = [
+    "Arguments",
+    "Reached",
+    "Trace",
+    "call",
+    "in_words",
+    "mode_name",
+    "torch_pruning",
+    "twin_of",
+]
 
 
 def torch_pruning() -> Any:
@@ -30,7 +41,8 @@ def torch_pruning() -> Any:
         import torch_pruning as package
     except ImportError:
         raise ImportError(
-            "removing units needs torch-pruning, which finds the coupled layers: pip install 'rewire[prune]'"
+            "removing units needs torch-pruning, which finds the coupled layers: pip install "
+            "'rewire[prune]'"
         ) from None
     return package
 
@@ -44,7 +56,9 @@ class Arguments:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """``model(inputs)``: a tuple or list gives the arguments, a dict the keyword arguments, `Arguments` both."""
+    """``model(inputs)``: a tuple or list gives the arguments, a dict the keyword arguments,
+    `Arguments` both.
+    """
     if isinstance(inputs, dict):
         return model(**inputs)
     if isinstance(inputs, Arguments):
@@ -64,11 +78,17 @@ def mode_name(train: bool) -> str:
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A deepcopy of the model, also where it keeps tensors of its last forward pass; ValueError if that cannot be."""
+    """A deepcopy of the model, also where it keeps tensors of its last forward pass; ValueError if
+    that cannot be.
+    """
     kept: dict[int, Any] = {}
     for module in model.modules():
         for key, value in vars(module).items():
-            if key in ("_parameters", "_modules") or value is None or isinstance(value, bool | int | float | str):
+            if (
+                key in ("_parameters", "_modules")
+                or value is None
+                or isinstance(value, bool | int | float | str)
+            ):
                 continue
             for tensor in tensors_in(value):
                 if not tensor.is_leaf:
@@ -76,9 +96,12 @@ def twin_of(model: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(model, kept)
     except Exception as error:
-        raise ValueError(f"the model cannot be copied, so no cut can be tried on a copy: {in_words(error)}") from None
+        raise ValueError(
+            f"the model cannot be copied, so no cut can be tried on a copy: {in_words(error)}"
+        ) from None
     for module in twin.modules():
-        if isinstance(module, _BatchNorm) and module.eps <= 0:  # does not run in training mode; units do not care
+        # does not run in training mode; units do not care
+        if isinstance(module, _BatchNorm) and module.eps <= 0:
             module.eps = 1e-5
     return twin
 
@@ -92,7 +115,9 @@ def _two_rows(inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Reached:
-    """One place that a layer's units reach: a module's side and its positions, and the unit each of them belongs to."""
+    """One place that a layer's units reach: a module's side and its positions, and the unit each of
+    them belongs to.
+    """
 
     module: str
     side: Side
@@ -101,7 +126,9 @@ class Reached:
 
 
 class _Node(torch.autograd.Function):
-    """One node of the graph in place of all that a layer computes: ``count`` outputs, then what they depend on."""
+    """One node of the graph in place of all that a layer computes: ``count`` outputs, then what
+    they depend on.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +140,8 @@ class _Node(torch.autograd.Function):
 
 
 def _node(outputs: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
-    leaf = torch.zeros((), requires_grad=True)  # so that there is a node where nothing else needs gradients
+    # so that there is a node where nothing else needs gradients
+    leaf = torch.zeros((), requires_grad=True)
     made: tuple[Tensor, ...] = _Node.apply(len(outputs), *outputs, *sources, leaf)  # type: ignore[no-untyped-call]
     return made
 
@@ -126,15 +154,21 @@ def _stand_in(module: Any, input: Any, hx: Any = None) -> Any:
         batch: tuple[int, ...] = (int(input.batch_sizes[0]),)
     else:
         batch = (data.shape[0 if module.batch_first else 1],) if data.dim() == 3 else ()
-    out, states = _node([data.new_ones(*data.shape[:-1], width), data.new_ones(1, *batch, width)], [data])
+    out, states = _node(
+        [data.new_ones(*data.shape[:-1], width), data.new_ones(1, *batch, width)], [data]
+    )
     made: Any = out
     if isinstance(input, PackedSequence):
         made = PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-    return made, ((states, torch.zeros_like(states).detach()) if isinstance(module, nn.LSTM) else states)
+    return made, (
+        (states, torch.zeros_like(states).detach()) if isinstance(module, nn.LSTM) else states
+    )
 
 
 def _sealed(forward: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
-    """Forward of a layer that surgery does not know, as one node of the graph, of which ``note`` is told."""
+    """Forward of a layer that surgery does not know, as one node of the graph, of which ``note`` is
+    told.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -150,7 +184,9 @@ def _sealed(forward: Callable[..., Any], note: Callable[[Any], None]) -> Callabl
     return run
 
 
-def _pruner(package: Any, count: Callable[[Any], int | None], read: Callable[[Any], int | None]) -> Any:
+def _pruner(
+    package: Any, count: Callable[[Any], int | None], read: Callable[[Any], int | None]
+) -> Any:
     """A torch-pruning handler that only counts; nothing is ever pruned by it."""
 
     class Handler(package.BasePruningFunc):  # type: ignore[misc, name-defined, unused-ignore]
@@ -170,7 +206,9 @@ def _pruner(package: Any, count: Callable[[Any], int | None], read: Callable[[An
 
 
 def _unknown(module: nn.Module) -> bool:
-    """Whether the layer is one node, from which no units can be cut, whatever it computes inside."""
+    """Whether the layer is one node, from which no units can be cut, whatever it computes
+    inside.
+    """
     if isinstance(module, parametrize.ParametrizationList):
         return False
     if isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module):
@@ -179,7 +217,9 @@ def _unknown(module: nn.Module) -> bool:
         return True
     own = any(p is not None for p in module._parameters.values())
     nested = any(True for child in module.children() for _ in child.parameters())
-    return own and not nested and not isinstance(module, SparseWeight) and why_not(module) is not None
+    return (
+        own and not nested and not isinstance(module, SparseWeight) and why_not(module) is not None
+    )
 
 
 class _Walk:
@@ -209,7 +249,9 @@ class _Walk:
 
         for module, name in self._names.items():
             if isinstance(module, RECURRENT) and why_not(module) is None:
-                custom[type(module)] = _pruner(package, lambda m: m.hidden_size, lambda m: m.input_size)
+                custom[type(module)] = _pruner(
+                    package, lambda m: m.hidden_size, lambda m: m.input_size
+                )
                 module.__dict__["forward"] = types.MethodType(_stand_in, module)
             elif name and _unknown(module):
                 sealed.append(module)
@@ -241,7 +283,8 @@ class _Walk:
         except Exception as error:
             if failed:
                 raise ValueError(
-                    f"the network does not run in {self._mode} on the example ({failed[0]}): give data (or an example) "
+                    f"the network does not run in {self._mode} on the example ({failed[0]}): give "
+                    "data (or an example) "
                     "with all arguments that it needs, a dict of them where there are several"
                 ) from None
             raise ValueError(
@@ -254,20 +297,33 @@ class _Walk:
         return self._modules[name] in self._graph.module2node
 
     def reach(self, name: str, count: int) -> list[Reached]:
-        """Where the ``count`` outputs of a layer in the graph go; ValueError names what is in the way."""
+        """Where the ``count`` outputs of a layer in the graph go; ValueError names what is in the
+        way.
+        """
         module = self._modules[name]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 pruner = self._graph.get_pruner_of_module(module)
-                group = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count)))
+                group = self._graph.get_pruning_group(
+                    module, pruner.prune_out_channels, list(range(count))
+                )
         except Exception as error:
             raise ValueError(
-                f"the units of {name} cannot be cut: torch-pruning cannot follow them in {self._mode} "
+                f"the units of {name} cannot be cut: torch-pruning cannot follow them in "
+                f"{self._mode} "
                 f"({type(error).__name__}: {in_words(error)})"
             ) from None
         kinds, found = self._types, []
-        passing = {kinds.CONCAT, kinds.SPLIT, kinds.ELEMENTWISE, kinds.RESHAPE, kinds.UNBIND, kinds.EXPAND, kinds.SLICE}
+        passing = {
+            kinds.CONCAT,
+            kinds.SPLIT,
+            kinds.ELEMENTWISE,
+            kinds.RESHAPE,
+            kinds.UNBIND,
+            kinds.EXPAND,
+            kinds.SLICE,
+        }
         for i in range(len(group)):
             node, positions, units = group[i].dep.target, group[i].idxs, group[i].root_idxs
             there = self._unknown.get(node.grad_fn)
@@ -277,12 +333,21 @@ class _Walk:
             if node.type in passing:
                 continue
             if node.type == kinds.OUTPUT:
-                raise ValueError(f"the outputs of {name} are outputs of the network, which must stay")
+                raise ValueError(
+                    f"the outputs of {name} are outputs of the network, which must stay"
+                )
             if node.type == kinds.PARAMETER:
                 parameter = self._parameters.get(id(node.module), "a parameter")
-                raise ValueError(f"the units of {name} meet {parameter}, which belongs to no layer that can be cut")
+                raise ValueError(
+                    f"the units of {name} meet {parameter}, which belongs to no "
+                    "layer that can be cut"
+                )
             side: Side = "in" if group[i].dep.handler.__name__ == "prune_in_channels" else "out"
-            found.append(Reached(self._names[node.module], side, torch.tensor(positions), torch.tensor(units)))
+            found.append(
+                Reached(
+                    self._names[node.module], side, torch.tensor(positions), torch.tensor(units)
+                )
+            )
         return found
 
     def norm_after(self, name: str) -> str | None:
@@ -297,8 +362,9 @@ class _Walk:
 class Trace:
     """What the units of each layer reach, in training mode or in eval mode.
 
-    The model itself is not touched: tracing runs on copies (cost: two copies and two forward passes). Random factors
-    are at their expectation, and all random generators are afterwards as before.
+    The model itself is not touched: tracing runs on copies (cost: two copies and two forward
+    passes). Random factors are at their expectation, and all random generators are afterwards as
+    before.
     """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
@@ -308,7 +374,8 @@ class Trace:
         evaluating = _Walk(package, model, self.inputs, train=False)
         training = _Walk(package, model, self.inputs, train=True)
         self._walks = [evaluating, training]
-        #: Names of the modules in the order in which they are called, in eval mode, then those of training mode alone.
+        #: Names of the modules in the order in which they are called, in eval mode, then those of
+        #: training mode alone.
         self.order = [*evaluating.order, *(n for n in training.order if n not in evaluating.order)]
         #: Those that are called in both modes, once each, in the order of their first calls.
         self.shared = list(dict.fromkeys(n for n in evaluating.order if n in training.order))
@@ -318,14 +385,17 @@ class Trace:
         return any(walk.order.count(name) > 1 for walk in self._walks)
 
     def reach(self, name: str, count: int) -> list[Reached]:
-        """Where the ``count`` outputs of the layer called ``name`` go; ValueError names what is in the way."""
+        """Where the ``count`` outputs of the layer called ``name`` go; ValueError names what is in
+        the way.
+        """
         found: dict[tuple[str, Side], Reached] = {}
         there = [walk for walk in self._walks if walk.has(name)]
         if not there:
             if name not in self.order:
                 raise ValueError(f"{name} took no part in the forward pass of the example")
             raise ValueError(
-                f"the outputs of {name} cannot be followed to an output of the network: nothing uses them, or autograd "
+                f"the outputs of {name} cannot be followed to an output of the network: nothing "
+                "uses them, or autograd "
                 "has no graph of them (torch.no_grad, a reentrant checkpoint)"
             )
         for walk in there:
@@ -338,6 +408,8 @@ class Trace:
         return list(found.values())
 
     def norm_after(self, name: str) -> str | None:
-        """The BatchNorm that alone reads the layer's output, directly and in both modes; None if there is none."""
+        """The BatchNorm that alone reads the layer's output, directly and in both modes; None if
+        there is none.
+        """
         found = {walk.norm_after(name) for walk in self._walks if walk.has(name)}
         return found.pop() if len(found) == 1 else None

@@ -1,4 +1,6 @@
-"""Trying a cut on copies: with units cut, a network must compute what it computes where nothing reads them."""
+"""Trying a cut on copies: with units cut, a network must compute what it computes where nothing
+reads them.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,26 @@ from rewire.nn.surgery.trace import call, in_words, mode_name, twin_of
 
 __all__ = ["Different", "try_cut"]
 
-#: How far outputs may differ, as a share of the largest, by the coarsest dtype that was computed in.
+#: How far outputs may differ, as a share of the largest, by the coarsest dtype that was computed
+#: in.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Change = Callable[[nn.Module], None]
 
 
 class Different(ValueError):
-    """The cut network is not the network without the units: the message says how, as the end of a sentence."""
+    """The cut network is not the network without the units: the message says how, as the end of a
+    sentence.
+    """
 
 
 @torch.no_grad()
 def try_cut(model: nn.Module, inputs: Any, cut: Change, silence: Change, readers: str) -> None:
-    """Compare copies of ``model`` with random weights, one changed by ``cut``, the other by ``silence``.
+    """Compare copies of ``model`` with random weights, one changed by ``cut``, the other by
+    ``silence``.
 
-    In training and in eval mode in the model's own dtype and, where the network runs in it, once in float64, which
-    shows what rounding may hide. Raises `Different`; ``model`` stays as it is.
+    In training and in eval mode in the model's own dtype and, where the network runs in it, once in
+    float64, which shows what rounding may hide. Raises `Different`; ``model`` stays as it is.
     """
     twin = twin_of(model)
     _randomize(twin)
@@ -40,7 +46,9 @@ def try_cut(model: nn.Module, inputs: Any, cut: Change, silence: Change, readers
         try:
             cut(less)
         except Exception as error:
-            raise Different(f"the network cannot be made with fewer of them ({in_words(error)})") from None
+            raise Different(
+                f"the network cannot be made with fewer of them ({in_words(error)})"
+            ) from None
         silence(twin)
         for train in (False, True):
             _compare(twin, less, inputs, train, readers, must_run=True)
@@ -56,24 +64,33 @@ def _run(model: nn.Module, inputs: Any, train: bool) -> tuple[list[Tensor], torc
     return found, expected.coarsest
 
 
-def _compare(twin: nn.Module, less: nn.Module, inputs: Any, train: bool, readers: str, *, must_run: bool) -> None:
+def _compare(
+    twin: nn.Module, less: nn.Module, inputs: Any, train: bool, readers: str, *, must_run: bool
+) -> None:
     mode = mode_name(train)
     try:
         here, dtype = _run(twin, inputs, train)
     except Exception as error:
         if not must_run:
             return  # tensors of another dtype are made in forward
-        raise Different(f"the network does not run in {mode} with random weights ({in_words(error)})") from None
+        raise Different(
+            f"the network does not run in {mode} with random weights ({in_words(error)})"
+        ) from None
     try:
         there, _ = _run(less, inputs, train)
     except Exception as error:
-        raise Different(f"the network does not run with fewer of them in {mode} ({in_words(error)})") from None
+        raise Different(
+            f"the network does not run with fewer of them in {mode} ({in_words(error)})"
+        ) from None
     if [x.shape for x in here] != [x.shape for x in there]:
         raise Different(f"the shape of the network's output depends on them in {mode}")
     for a, b in zip(here, there, strict=True):
-        if (a.is_floating_point() or a.is_complex()) and not _close(a, b, _TOLERANCE.get(dtype, 1e-1)):
+        if (a.is_floating_point() or a.is_complex()) and not _close(
+            a, b, _TOLERANCE.get(dtype, 1e-1)
+        ):
             raise Different(
-                f"something between it and {readers or 'the output'} mixes them or uses weights outside their layer "
+                f"something between it and {readers or 'the output'} mixes them or uses weights "
+                "outside their layer "
                 f"(in {mode})"
             )
 
@@ -85,7 +102,9 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not torch.equal(finite, torch.isfinite(b)):
         return False
     a, b = a[finite], b[finite]
-    return not a.numel() or float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-6)
+    return not a.numel() or float((a - b).abs().max()) <= tolerance * max(
+        float(a.abs().max()), 1e-6
+    )
 
 
 def _randomize(model: nn.Module) -> None:

@@ -1,4 +1,6 @@
-"""Dormant connections on trial: a temporary pool of zeros beside a weight's own, for one step or a few."""
+"""Dormant connections on trial: a temporary pool of zeros beside a weight's own, for one step or a
+few.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,26 @@ __all__ = ["Candidates"]
 
 
 class Candidates:
-    """Zero-valued connections that a layer computes along with its own, so that autograd gives their gradients.
+    """Zero-valued connections that a layer computes along with its own, so that autograd gives
+    their gradients.
 
-    While ``weight.candidates`` is set, `SparseWeight.operand` hands layers its values with zeros behind them and the
-    index of both together. Nothing else knows of them, so every layer type, autocast, GradScaler, DDP and compiled
-    graphs work as ever; the outputs are the same. They vanish as soon as the weight changes.
+    While ``weight.candidates`` is set, `SparseWeight.operand` hands layers its values with zeros
+    behind them and the index of both together. Nothing else knows of them, so every layer type,
+    autocast, GradScaler, DDP and compiled graphs work as ever; the outputs are the same. They
+    vanish as soon as the weight changes.
 
     Args:
-        weight: the weight. rows, cols: int64, (n,), distinct and dormant; raises `TopologyError` otherwise.
+        weight: the weight. rows, cols: int64, (n,), distinct and dormant; raises `TopologyError`
+            otherwise.
 
     Attributes:
-        probe: a leaf of zeros, (capacity + n,), added to values and candidates. Its gradient, summed over backward
-            passes, is that of all connections, unclipped and in one scale: those of the optimizer may have been
-            unscaled or clipped, and belong to active connections only. Whoever put the candidates there collects it.
+        probe: a leaf of zeros, (capacity + n,), added to values and candidates. Its gradient,
+            summed over backward passes, is that of all connections, unclipped and in one scale:
+            those of the optimizer may have been unscaled or clipped, and belong to active
+            connections only. Whoever put the candidates there collects it.
 
-    Cost: O((K + n) log) time once, O(K + n) memory; products cost as much as with K + n connections.
+    Cost: O((K + n) log) time once, O(K + n) memory; products cost as much as with K + n
+    connections.
     """
 
     def __init__(self, weight: SparseWeight, rows: Tensor, cols: Tensor) -> None:
@@ -48,7 +55,9 @@ class Candidates:
         self.probe = torch.zeros(size, dtype=weight.dtype, device=weight.device, requires_grad=True)
 
     def values(self, own: Tensor) -> Tensor:
-        """The weight's values ``own`` (capacity,) with the candidates' zeros behind: (capacity + n,)."""
+        """The weight's values ``own`` (capacity,) with the candidates' zeros behind: (capacity +
+        n,).
+        """
         return F.pad(own, (0, self.count)) + self.probe
 
     def spoil(self) -> None:

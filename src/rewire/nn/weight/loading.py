@@ -1,4 +1,6 @@
-"""A pool's entries in a ``state_dict``: which there are, and what they say, checked before anything changes."""
+"""A pool's entries in a ``state_dict``: which there are, and what they say, checked before anything
+changes.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ __all__ = ["Keys", "Saved", "keys", "note", "read"]
 _POOL = ("values", "rows", "cols")
 _FACTS = ("shape", "limits")
 #: What most often makes a topology that cannot be.
-_AVERAGE = " (an average of state_dicts would be like that: it mixes connections; average with rewire.ema)"
+_AVERAGE = (
+    " (an average of state_dicts would be like that: it mixes connections; average with rewire.ema)"
+)
 
 
 class Keys(NamedTuple):
-    """Which of a pool's entries there are (their short names), which lack, and what else has its prefix."""
+    """Which of a pool's entries there are (their short names), which lack, and what else has its
+    prefix.
+    """
 
     found: list[str]
     missing: list[str]
@@ -30,7 +36,9 @@ class Keys(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A pool as saved, found to be sound: int64 positions on the weight's device, and the index lists made of them."""
+    """A pool as saved, found to be sound: int64 positions on the weight's device, and the index
+    lists made of them.
+    """
 
     values: Tensor
     rows: Tensor
@@ -39,18 +47,26 @@ class Saved(NamedTuple):
     limits: Limits | None
 
 
-def note(destination: MutableMapping[str, Tensor], prefix: str, shape: torch.Size, limits: Limits | None) -> None:
-    """Write what a file needs besides the pool, so that it cannot be mistaken for that of another weight."""
+def note(
+    destination: MutableMapping[str, Tensor], prefix: str, shape: torch.Size, limits: Limits | None
+) -> None:
+    """Write what a file needs besides the pool, so that it cannot be mistaken for that of another
+    weight.
+    """
     destination[prefix + "shape"] = torch.tensor(shape, dtype=torch.int64)
     if limits is not None:
         destination[prefix + "limits"] = torch.tensor(limits.as_numbers(), dtype=torch.int64)
 
 
 def keys(state_dict: Mapping[str, Tensor], prefix: str, strict: bool) -> Keys:
-    """Look for the entries below ``prefix``. One that lacks beside others is for `read` to refuse, not "missing"."""
+    """Look for the entries below ``prefix``. One that lacks beside others is for `read` to refuse,
+    not "missing".
+    """
     found = [name for name in _POOL if prefix + name in state_dict]
     known = {prefix + name for name in (*_POOL, *_FACTS)}
-    unexpected = [key for key in state_dict if key.startswith(prefix) and key not in known] if strict else []
+    unexpected = (
+        [key for key in state_dict if key.startswith(prefix) and key not in known] if strict else []
+    )
     return Keys(found, [] if found else [prefix + name for name in _POOL], unexpected)
 
 
@@ -62,14 +78,17 @@ def read(
     limits: Limits | None,
     device: torch.device,
 ) -> Saved:
-    """What is saved below ``prefix``, for a weight of ``shape``; its own ``limits``, if any, go before the file's.
+    """What is saved below ``prefix``, for a weight of ``shape``; its own ``limits``, if any, go
+    before the file's.
 
-    Raises `TopologyError` where the entries are incomplete, of another shape, no valid topology or beyond the limits.
+    Raises `TopologyError` where the entries are incomplete, of another shape, no valid topology or
+    beyond the limits.
     """
     lacking = [prefix + name for name in _POOL if prefix + name not in state_dict]
     if lacking:
         raise TopologyError(
-            f"the topology is incomplete, {', '.join(lacking)} is missing: values, rows and cols belong together"
+            f"the topology is incomplete, {', '.join(lacking)} is missing: values, rows and cols "
+            "belong together"
         )
     values, rows, cols = (state_dict[prefix + name] for name in _POOL)
     saved_shape, saved_limits = (state_dict.get(prefix + name) for name in _FACTS)
@@ -86,9 +105,16 @@ def read(
         )
     for name, tensor in zip(_POOL, (values, rows, cols), strict=True):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-            kind = "on the meta device, without numbers" if tensor.is_meta else f"of layout {tensor.layout}"
+            kind = (
+                ("on the meta device, without numbers")
+                if tensor.is_meta
+                else f"of layout {tensor.layout}"
+            )
             raise TopologyError(f"{prefix}{name} must be an ordinary tensor, not one {kind}")
-    if any(t.is_floating_point() or t.is_complex() for t in (rows, cols)) or not values.is_floating_point():
+    if (
+        any(t.is_floating_point() or t.is_complex() for t in (rows, cols))
+        or not values.is_floating_point()
+    ):
         raise TopologyError(f"rows and cols must be integers and values floating-point{_AVERAGE}")
     rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
     size = topology.matrix_size(shape)

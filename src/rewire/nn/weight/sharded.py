@@ -14,7 +14,9 @@ __all__ = ["refuse_sharded"]
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise RuntimeError, by name, where parameters are cut up between ranks: pools must be whole on every rank."""
+    """Raise RuntimeError, by name, where parameters are cut up between ranks: pools must be whole
+    on every rank.
+    """
     found = _sharding(model)
     if found is not None:
         raise RuntimeError(found + SHARDED)
@@ -29,7 +31,9 @@ def _sharding(model: nn.Module) -> str | None:
             if any(isinstance(m, SparseWeight) for m in module.modules()):
                 if isinstance(module, fsdp.FullyShardedDataParallel):
                     return f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP)"
-                if isinstance(module, fsdp.FSDPModule) and any(type(w.values).__name__ == "DTensor" for _, w in pools):
+                if isinstance(module, fsdp.FSDPModule) and any(
+                    type(w.values).__name__ == "DTensor" for _, w in pools
+                ):
                     return f"{name or 'the model'} is sharded by fully_shard (FSDP2)"
     for name, weight in pools:
         kind = type(weight.values).__name__

@@ -20,7 +20,9 @@ Measured = tuple[list[Figure], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: what it is about and the function that measures its figures (and data for the pictures)."""
+    """A bar: what it is about and the function that measures its figures (and data for the
+    pictures).
+    """
 
     name: str
     title: str
@@ -34,9 +36,17 @@ BARS: dict[str, Bar] = {
         Bar("p2", "SparseLinear against SparseProp and torch.sparse.mm", layers.against_sparse),
         Bar("p3", "density at which SparseLinear breaks even, 1024 x 1024", layers.breaks_even),
         Bar("p4", "the second thread, 4096 x 4096", layers.second_thread),
-        Bar("p5", "DEEP R step over forward + backward + optimizer, K = 10^6", training.deep_r_share),
-        Bar("p6", "updates at their papers' frequency, share of training time", training.update_share),
-        Bar("p7", "training step of LeNet-300-100 with DEEP R, against masked dense", training.lenet),
+        Bar(
+            "p5", "DEEP R step over forward + backward + optimizer, K = 10^6", training.deep_r_share
+        ),
+        Bar(
+            "p6",
+            "updates at their papers' frequency, share of training time",
+            training.update_share,
+        ),
+        Bar(
+            "p7", "training step of LeNet-300-100 with DEEP R, against masked dense", training.lenet
+        ),
         Bar("p8", "SparseConv2d 3x3 against the best dense convolution", conv.against_dense),
         Bar("p9", "bytes per connection in training", memory.per_connection),
         Bar("p10", "30,000 x 30,000, K = 10^4 to 10^8: time and memory are lines", big.line),
@@ -63,4 +73,6 @@ def run(bar: Bar, setting: Setting) -> BarResult:
     except NotAvailable as error:
         return BarResult(bar.name, bar.title, (), "not available", str(error))
     seconds = time.perf_counter() - start
-    return BarResult(bar.name, bar.title, tuple(figures), judge(figures), "", seconds, load.others(), data)
+    return BarResult(
+        bar.name, bar.title, tuple(figures), judge(figures), "", seconds, load.others(), data
+    )

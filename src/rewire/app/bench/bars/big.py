@@ -46,13 +46,26 @@ def line(
     left_out = ""
     for k in ladder:
         free = machine.available_memory()
-        # Construction peaks near 60 bytes a connection; a machine that starts to swap measures its disk.
+        # Construction peaks near 60 bytes a connection; a machine that starts to swap measures its
+        # disk.
         if free is not None and free < 100 * k + 10**9:
-            left_out = f"K = {k:.0e} needs more memory than the {free / 2**30:.1f} GiB that are free"
+            left_out = (
+                f"K = {k:.0e} needs more memory than the {free / 2**30:.1f} GiB that are free"
+            )
             break
-        arguments = {"size": size, "connections": k, "batch": batch, "steps": 5, "seconds": setting.seconds / 2}
+        arguments = {
+            "size": size,
+            "connections": k,
+            "batch": batch,
+            "steps": 5,
+            "seconds": setting.seconds / 2,
+        }
         try:
-            points.append(child.measure("point", arguments, threads=setting.threads, cpu_time=setting.cpu_time))
+            points.append(
+                child.measure(
+                    "point", arguments, threads=setting.threads, cpu_time=setting.cpu_time
+                )
+            )
         except NotAvailable as error:
             left_out = f"K = {k:.0e}: {error}"
             break
@@ -63,8 +76,16 @@ def line(
     _, slope, straight = fit(ks, times)
     _, per_connection, memory_straight = fit(ks, sizes)
     figures = [
-        at_least("step time a + b K: R^2", straight, 0.99, "", f"b = {1e9 * slope:.3g} ns a connection"),
-        at_least("memory a + b K: R^2", memory_straight, 0.99, "", f"b = {per_connection:.3g} B a connection"),
+        at_least(
+            "step time a + b K: R^2", straight, 0.99, "", f"b = {1e9 * slope:.3g} ns a connection"
+        ),
+        at_least(
+            "memory a + b K: R^2",
+            memory_straight,
+            0.99,
+            "",
+            f"b = {per_connection:.3g} B a connection",
+        ),
     ]
     high = [(k, p) for k, p in zip(ks, points, strict=True) if k >= scaling_from]
     if len(high) >= 2:
@@ -72,14 +93,21 @@ def line(
         power = fit(logs, [math.log(p["seconds"]) for _, p in high])[1]
         of_best = fit(logs, [math.log(p["best"]) for _, p in high])[1]
         note = f"best times {of_best:.3f}, K = {high[0][0]:.0e} to {high[-1][0]:.0e}"
-        figures.append(at_most("log-log slope of time, distance from 1", abs(power - 1), 0.1, "", note))
+        figures.append(
+            at_most("log-log slope of time, distance from 1", abs(power - 1), 0.1, "", note)
+        )
         figures.append(info("log-log slope of time", power, "", note))
     if left_out:
         figures.append(missing("the end of the line", left_out))
     last = points[-1]
     note = f"{1e3 * last['seconds']:.4g} ms, {last['bytes'] / 2**30:.2f} GiB"
     figures.append(
-        info(f"K = {last['connections']:.0e}: nanoseconds a connection", 1e9 * times[-1] / ks[-1], "ns", note)
+        info(
+            f"K = {last['connections']:.0e}: nanoseconds a connection",
+            1e9 * times[-1] / ks[-1],
+            "ns",
+            note,
+        )
     )
     return figures, {"points": points, "size": size, "batch": batch}
 
@@ -92,22 +120,44 @@ def million(
     gib: float = 4.0,
     share: float = 60.0,
 ) -> Measured:
-    """P11: a layer of 10^6 x 10^6, trained and rewired by DEEP R; beside the random-row-read ceiling."""
-    arguments = {"size": size, "connections": connections, "batch": batch, "steps": 10, "rounds": setting.rounds}
+    """P11: a layer of 10^6 x 10^6, trained and rewired by DEEP R; beside the random-row-read
+    ceiling.
+    """
+    arguments = {
+        "size": size,
+        "connections": connections,
+        "batch": batch,
+        "steps": 10,
+        "rounds": setting.rounds,
+    }
     got = child.measure("million", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
     note = (
-        f"forward + backward {1e3 * got['pass_seconds']:.4g} ms; the rows alone {1e3 * got['ceiling_seconds']:.4g} ms, "
+        f"forward + backward {1e3 * got['pass_seconds']:.4g} ms; the rows alone "
+        f"{1e3 * got['ceiling_seconds']:.4g} ms, "
         f"{got['nanoseconds_per_row']:.3g} ns each at best"
     )
     reached = Figure(
-        "share of the random-row-read ceiling", 100 * got["share"], "%", ">=", share,
-        100 * got["share_low"], 100 * got["share_high"], f"{note}; best times {100 * got['share_of_best']:.3g} %",
-    )  # fmt: skip
+        "share of the random-row-read ceiling",
+        100 * got["share"],
+        "%",
+        ">=",
+        share,
+        100 * got["share_low"],
+        100 * got["share_high"],
+        f"{note}; best times {100 * got['share_of_best']:.3g} %",
+    )
     return [
-        at_most("peak of the whole process: build, 10 steps, DEEP R", got["peak"] / 2**30, gib, "GiB"),
+        at_most(
+            "peak of the whole process: build, 10 steps, DEEP R", got["peak"] / 2**30, gib, "GiB"
+        ),
         reached,
         info("build", got["build_seconds"], "s"),
-        info("DEEP R step", 1e3 * got["rewire_seconds"], "ms", f"{got['rewired']:,} rewired in 10 steps"),
+        info(
+            "DEEP R step",
+            1e3 * got["rewire_seconds"],
+            "ms",
+            f"{got['rewired']:,} rewired in 10 steps",
+        ),
     ], {"million": got}
 
 
@@ -125,22 +175,28 @@ def updates(
     batch: int = 32,
     gib: float = 4.0,
 ) -> Measured:
-    """Peak of the process with a layer of 10^6 x 10^6 that trains and is updated once by each method.
+    """Peak of the process with a layer of 10^6 x 10^6 that trains and is updated once by each
+    method.
 
-    Gradients and similarities of sampled candidates, which is the methods' default in a layer of that size.
+    Gradients and similarities of sampled candidates, which is the methods' default in a layer of
+    that size.
     """
     figures: list[Figure] = []
     found: dict[str, Any] = {}
     for name in names:
         arguments = {"method": name, "size": size, "connections": connections, "batch": batch}
         try:
-            got = child.measure("update", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
+            got = child.measure(
+                "update", arguments, threads=setting.threads, cpu_time=setting.cpu_time
+            )
         except NotAvailable as error:
             figures.append(missing(name, str(error)))
             continue
         found[name] = got
         what = (
-            f"an update {got['update_seconds']:.3g} s, {got['replaced']:,} replaced" if got["updates"] else "no update"
+            f"an update {got['update_seconds']:.3g} s, {got['replaced']:,} replaced"
+            if got["updates"]
+            else "no update"
         )
         note = f"{what}; a step {got['step_seconds']:.3g} s, built in {got['build_seconds']:.3g} s"
         figures.append(at_most(name, got["peak"] / 2**30, gib, "GiB", note))

@@ -58,7 +58,9 @@ def against_dense(
     bars: Sequence[tuple[float, float]] = ((0.10, 2.0), (0.05, 4.0)),
     block: tuple[float, float] = (0.05, 1.5),
 ) -> Measured:
-    """P8: the faster of dense NCHW and channels-last, over sparse, whose packing is inside; then the block."""
+    """P8: the faster of dense NCHW and channels-last, over sparse, whose packing is inside; then
+    the block.
+    """
     sparse_conv = twin_class()
     figures = []
     for channels, side, batch in shapes:
@@ -68,10 +70,17 @@ def against_dense(
         dense_last = channels_last(nn.Conv2d(channels, channels, 3, padding=1))
         density, at = block
         block_dense = channels_last(_block(nn.Conv2d(channels, channels, 3, padding=1), channels))
-        block_sparse = _block(sparse_conv(channels, channels, 3, padding=1, density=density), channels)
-        contenders = [Contender("dense NCHW", step(dense, plain)), Contender("dense last", step(dense_last, last))]
+        block_sparse = _block(
+            sparse_conv(channels, channels, 3, padding=1, density=density), channels
+        )
+        contenders = [
+            Contender("dense NCHW", step(dense, plain)),
+            Contender("dense last", step(dense_last, last)),
+        ]
         contenders += [
-            Contender(f"sparse {d}", step(sparse_conv(channels, channels, 3, padding=1, density=d), last))
+            Contender(
+                f"sparse {d}", step(sparse_conv(channels, channels, 3, padding=1, density=d), last)
+            )
             for d, _ in bars
         ]
         contenders += [
@@ -82,9 +91,14 @@ def against_dense(
         shape = f"{channels} channels {side} x {side}, batch {batch}"
         best = min(("dense NCHW", "dense last"), key=timings.median)
         figures += [
-            at_least(f"{shape}, {d:.0%}, over {best}", timings.ratio(best, f"sparse {d}"), bar) for d, bar in bars
+            at_least(f"{shape}, {d:.0%}, over {best}", timings.ratio(best, f"sparse {d}"), bar)
+            for d, bar in bars
         ]
         figures.append(
-            at_least(f"{shape}, conv-BN-ReLU-pool at {density:.0%}", timings.ratio("dense block", "sparse block"), at)
+            at_least(
+                f"{shape}, conv-BN-ReLU-pool at {density:.0%}",
+                timings.ratio("dense block", "sparse block"),
+                at,
+            )
         )
     return figures, {}

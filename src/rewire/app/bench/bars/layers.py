@@ -1,4 +1,6 @@
-"""P1 to P4: one linear layer against dense ones, against other sparse ones, and against itself on one thread."""
+"""P1 to P4: one linear layer against dense ones, against other sparse ones, and against itself on
+one thread.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,17 @@ def against_dense(
         curve = curves.measure(size, size, batch, densities, setting, kinds)
         data.append(curve.to_json())
         for density in densities:
-            for kind, bar in zip(("rewire feature-major", "rewire"), bars[size, density], strict=True):
+            for kind, bar in zip(
+                ("rewire feature-major", "rewire"), bars[size, density], strict=True
+            ):
                 layout = "contiguous" if kind == "rewire" else "feature-major"
-                note = f"{_ms(curve.seconds('dense', density))} / {_ms(curve.seconds(kind, density))}"
+                note = (
+                    f"{_ms(curve.seconds('dense', density))} / {_ms(curve.seconds(kind, density))}"
+                )
                 ratio = curve.ratio("dense", kind, density)
-                figures.append(at_least(f"{size} x {size}, {density:.0%}, {layout}", ratio, bar, note=note))
+                figures.append(
+                    at_least(f"{size} x {size}, {density:.0%}, {layout}", ratio, bar, note=note)
+                )
     return figures, {"curves": data}
 
 
@@ -59,12 +67,17 @@ def against_sparse(
     data = []
     for size in sizes:
         densities = [d for d in bars if d < 0.5 or not setting.quick or size <= 1024]
-        curve = curves.measure(size, size, batch, densities, setting, ("csr", "sparseprop", "rewire"))
+        curve = curves.measure(
+            size, size, batch, densities, setting, ("csr", "sparseprop", "rewire")
+        )
         data.append(curve.to_json())
         for other in [kind for kind in curve.kinds if kind != "rewire"]:
             shown = "torch.sparse.mm" if other == "csr" else "SparseProp"
             for density in densities:
-                note = f"{_ms(curve.seconds(other, density))} / {_ms(curve.seconds('rewire', density))}"
+                note = (
+                    f"{_ms(curve.seconds(other, density))} / "
+                    f"{_ms(curve.seconds('rewire', density))}"
+                )
                 ratio = curve.ratio(other, "rewire", density)
                 name = f"{size} x {size}, {density:.0%}, over {shown}"
                 figures.append(at_least(name, ratio, bars[density], note=note))
@@ -79,7 +92,9 @@ def breaks_even(
     batch: int = 128,
     densities: Sequence[float] = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0),
 ) -> Measured:
-    """P3: the density at which the layer takes as long as `nn.Linear` (MKL), and as oneDNN's dense product."""
+    """P3: the density at which the layer takes as long as `nn.Linear` (MKL), and as oneDNN's dense
+    product.
+    """
     kinds = ("dense", "onednn", "rewire", "rewire feature-major")
     curve = curves.measure(size, size, batch, densities, setting, kinds)
     figures = []
@@ -91,7 +106,11 @@ def breaks_even(
             value = 100 * (max(densities) if found is None else found)
             note = "still faster at the highest density tried" if found is None else ""
             name = f"break-even with {shown}, {layout}"
-            figures.append(at_least(name, value, bar, "%", note) if kind == "rewire" else info(name, value, "%", note))
+            figures.append(
+                at_least(name, value, bar, "%", note)
+                if kind == "rewire"
+                else info(name, value, "%", note)
+            )
     return figures, {"curves": [curve.to_json()]}
 
 

@@ -35,7 +35,9 @@ SIMILARITY_ROWS = 128
 
 
 def _layer(size: int, connections: int, batch: int) -> tuple[SparseLinear, Tensor, Tensor]:
-    """A layer without bias, with x and gradient feature-major: the least that a method's step can be compared to."""
+    """A layer without bias, with x and gradient feature-major: the least that a method's step can
+    be compared to.
+    """
     problem = Linear(Layer(size, size, connections, batch))
     layer = SparseLinear.from_weight(problem.weight)
     x, g = (t.t().contiguous().t() for t in (problem.x, problem.g))
@@ -67,10 +69,12 @@ def deep_r_share(
     flips: Sequence[float] = (0.001, 0.01),
     bars: tuple[float, float] = (15.0, 35.0),
 ) -> Measured:
-    """P5: time of `method.step()` over that of forward, backward and `optimizer.step()`, without and with noise.
+    """P5: time of `method.step()` over that of forward, backward and `optimizer.step()`, without
+    and with noise.
 
-    The share that flips is held by construction: learning rate times l1 is 1e-6, everything else that moves a weight is
-    far below, and weights are 0 (they flip) or at least 0.5. A connection grows at 0, so it flips in the next step.
+    The share that flips is held by construction: learning rate times l1 is 1e-6, everything else
+    that moves a weight is far below, and weights are 0 (they flip) or at least 0.5. A connection
+    grows at 0, so it flips in the next step.
     """
     figures = []
     for noise, bar in zip((0.0, 1e4), bars, strict=True):
@@ -89,16 +93,24 @@ def deep_r_share(
                 _train(layer, x, g, optimizer)
                 method.step()
             before, start = method.stats()["dropped"], time.perf_counter()
-            while len(base) < 3 * setting.rounds or time.perf_counter() - start < setting.seconds / 2:
+            while (
+                len(base) < 3 * setting.rounds or time.perf_counter() - start < setting.seconds / 2
+            ):
                 x.grad = None
                 base.append(_timed(setting.clock, lambda: _train(layer, x, g, optimizer)))  # noqa: B023  # called at once
                 step.append(_timed(setting.clock, method.step))
             dropped = sum(method.stats()["dropped"].values()) - sum(before.values())
             seen = dropped / len(base) / connections
-            note = f"{seen:.2%} flipped a step, {1e3 * quartiles(step)[1]:.3g} / {1e3 * quartiles(base)[1]:.3g} ms"
+            note = (
+                f"{seen:.2%} flipped a step, "
+                f"{1e3 * quartiles(step)[1]:.3g} / "
+                f"{1e3 * quartiles(base)[1]:.3g} ms"
+            )
             kind = "with noise" if noise else "T = 0"
             name = f"{kind}, {share:.1%} flipping"
-            percent = Timings({"method": [100 * s for s in step], "training": base}).ratio("method", "training")
+            percent = Timings({"method": [100 * s for s in step], "training": base}).ratio(
+                "method", "training"
+            )
             figures.append(at_most(name, percent, bar, "%", note))
             method.finalize()
     return figures, {}
@@ -111,15 +123,22 @@ def update_share(
     densities: Sequence[float] = (0.10, 0.05, 0.01),
     epoch: int = 391,
 ) -> Measured:
-    """P6: share of training time that updates take; an epoch is 391 steps (CIFAR-10 at batch 128)."""
+    """P6: share of training time that updates take; an epoch is 391 steps (CIFAR-10 at batch
+    128).
+    """
     figures = []
     for density in densities:
         connections = max(1, round(density * size * size))
         figures.append(_per_epoch("set", 10.0, size, connections, batch, epoch, setting))
         if "rigl" in methods.available():
-            figures.append(_per_steps("rigl", 10.0 if density >= 0.05 else 25.0, size, connections, batch, setting))
+            figures.append(
+                _per_steps(
+                    "rigl", 10.0 if density >= 0.05 else 25.0, size, connections, batch, setting
+                )
+            )
         figures += [
-            _per_epoch(name, 10.0, size, connections, batch, epoch, setting, rows=SIMILARITY_ROWS) for name in COSINE
+            _per_epoch(name, 10.0, size, connections, batch, epoch, setting, rows=SIMILARITY_ROWS)
+            for name in COSINE
         ]
         figures.append(_whole_set("codacorset", size, connections, batch, epoch, setting))
     if "rigl" not in methods.available():
@@ -130,7 +149,9 @@ def update_share(
 def _prepared(
     name: str, size: int, connections: int, batch: int, rows: int | None = None
 ) -> tuple[methods.Method, Callable[[], None]]:
-    """A method and a training step. Methods that look at activations look at so many ``rows`` of data."""
+    """A method and a training step. Methods that look at activations look at so many ``rows`` of
+    data.
+    """
     layer, x, g = _layer(size, connections, batch)
     x.requires_grad_()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, momentum=0.9, fused=True)
@@ -157,7 +178,8 @@ def _per_epoch(
 ) -> Figure:
     """A method that rewires at the end of an epoch, whose steps are not all made.
 
-    rows: of data that it looks at; ``of``: for so many instead, as if time were proportional to them.
+    rows: of data that it looks at; ``of``: for so many instead, as if time were proportional to
+        them.
     """
     method, train = _prepared(name, size, connections, batch, rows)
     steps: list[float] = []
@@ -176,12 +198,18 @@ def _per_epoch(
     return info(name, share, "%", note) if bar is None else at_most(name, share, bar, "%", note)
 
 
-def _whole_set(name: str, size: int, connections: int, batch: int, epoch: int, setting: Setting) -> Figure:
+def _whole_set(
+    name: str, size: int, connections: int, batch: int, epoch: int, setting: Setting
+) -> Figure:
     """Similarities from all rows of an epoch, as the authors compute them: no bar."""
-    return _per_epoch(name, None, size, connections, batch, epoch, setting, rows=16 * batch, of=epoch * batch)
+    return _per_epoch(
+        name, None, size, connections, batch, epoch, setting, rows=16 * batch, of=epoch * batch
+    )
 
 
-def _per_steps(name: str, bar: float, size: int, connections: int, batch: int, setting: Setting) -> Figure:
+def _per_steps(
+    name: str, bar: float, size: int, connections: int, batch: int, setting: Setting
+) -> Figure:
     """A method that rewires within an epoch, by its own default frequency: windows of 100 steps."""
     method, train = _prepared(name, size, connections, batch)
     shares: list[float] = []
@@ -197,12 +225,15 @@ def _per_steps(name: str, bar: float, size: int, connections: int, batch: int, s
     return at_most(f"{name}, {connections / size**2:.0%}", quartiles(shares)[1], bar, "%", note)
 
 
-def _classifier(model: nn.Module, batch: int, deep_r: bool, threads: int | None = None) -> Callable[[], None]:
+def _classifier(
+    model: nn.Module, batch: int, deep_r: bool, threads: int | None = None
+) -> Callable[[], None]:
     """A whole training step: forward, cross-entropy, backward, SGD, and DEEP R.
 
-    The data can be learned but not memorised: noisy pictures of ten prototypes, a tenth with a random label. On one
-    batch again and again the loss would vanish, and with nothing to hold them all connections shrink and flip; here
-    about as many flip as in the authors' run on MNIST (30 a step).
+    The data can be learned but not memorised: noisy pictures of ten prototypes, a tenth with a
+    random label. On one batch again and again the loss would vanish, and with nothing to hold them
+    all connections shrink and flip; here about as many flip as in the authors' run on MNIST (30 a
+    step).
     """
     generator = torch.Generator().manual_seed(1)
     classes, shape = LENET[-1], (BATCHES, batch)
@@ -210,7 +241,9 @@ def _classifier(model: nn.Module, batch: int, deep_r: bool, threads: int | None 
     prototypes = torch.rand(classes, LENET[0], generator=generator).round()
     x = (prototypes[y] + 2 * torch.rand(*shape, LENET[0], generator=generator)) / 3
     y = torch.where(
-        torch.rand(shape, generator=generator) < 0.1, torch.randint(0, classes, shape, generator=generator), y
+        torch.rand(shape, generator=generator) < 0.1,
+        torch.randint(0, classes, shape, generator=generator),
+        y,
     )
     batches = itertools.cycle(list(zip(x.unbind(), y.unbind(), strict=True)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -246,10 +279,21 @@ def _whole_step(setting: Setting, batch: int, bar: float) -> list[Figure]:
     timings = setting.contest(_steps(batch))
     us = {name: 1e6 * timings.median(name) for name in timings.seconds}
     note = f"{us['masked dense']:.0f} / {us['rewire with DEEP R']:.0f} us"
-    with_method, fixed = (timings.ratio("masked dense", n) for n in ("rewire with DEEP R", "rewire, fixed"))
+    with_method, fixed = (
+        timings.ratio("masked dense", n) for n in ("rewire with DEEP R", "rewire, fixed")
+    )
     return [
-        at_least(f"LeNet-300-100, batch {batch}, masked dense over rewire with DEEP R", with_method, bar, note=note),
-        info(f"LeNet-300-100, batch {batch}, without a method", fixed, note=f"{us['rewire, fixed']:.0f} us"),
+        at_least(
+            f"LeNet-300-100, batch {batch}, masked dense over rewire with DEEP R",
+            with_method,
+            bar,
+            note=note,
+        ),
+        info(
+            f"LeNet-300-100, batch {batch}, without a method",
+            fixed,
+            note=f"{us['rewire, fixed']:.0f} us",
+        ),
     ]
 
 
@@ -267,5 +311,13 @@ def small(setting: Setting, batch: int = 10, bars: tuple[float, float] = (1.0, 4
     us = {kind: 1e6 * timings.median(kind) for kind in kinds}
     best = 1e6 * timings.best("rewire")
     note = f"best {best:.1f}; nn.Linear {us['dense']:.1f}, masked {us['masked']:.1f}"
-    figures.append(at_most("8 x 8 layer, batch 8, forward + backward, one thread", us["rewire"], bars[1], "us", note))
+    figures.append(
+        at_most(
+            "8 x 8 layer, batch 8, forward + backward, one thread",
+            us["rewire"],
+            bars[1],
+            "us",
+            note,
+        )
+    )
     return figures, {}
