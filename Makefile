@@ -13,7 +13,7 @@ ASAN := build/asan
 ASAN_ENVIRONMENT = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/lib
 # The tests of native code, which start the lower instruction sets themselves; none of what the compilers make of it.
-ASAN_TESTS = tests/ops tests/nn/test_conv.py tests/nn/test_pool.py tests/test_topology.py tests/test_random.py \
+ASAN_TESTS = tests/ops tests/nn/layers/test_conv.py tests/nn/weight/test_pool.py tests/topology tests/test_random.py \
   -k 'not compile and not export and not distributed'
 
 .PHONY: install demo test lint types layers pytest asan build clean

@@ -160,9 +160,7 @@ def _check_without_rights(server: Server, tmp_path: Path) -> None:
     (closed / "inside").mkdir(parents=True)
     closed.chmod(0o700)
     # The package may lie where only root can read it.
-    loaded = (
-        "from rewire import data\nfound = data.load('digits')\ndata.load = lambda *_, **__: found\n"
-    )
+    loaded = "from rewire.app import data\nfound = data.load('digits')\ndata.load = lambda *_, **__: found\n"
     for command in (
         (*QUICK, "--run-dir", str(closed / "inside" / "r")),
         (*QUICK, "--run-dir", str(closed / "inside" / "r"), "--overwrite"),
@@ -276,7 +274,7 @@ def test_a_full_disk_is_one_line(server: Server, tmp_path: Path) -> None:
     for at in (1, 2, 4, 6, 8, 9, 10):
         folder = tmp_path / str(at)
         full = (
-            "from rewire import files\n"
+            "from rewire.storage import files\n"
             "def write(file, data, calls=[], real=files.write_bytes):\n"
             "    calls.append(1)\n"
             f"    if len(calls) == {at}:\n"

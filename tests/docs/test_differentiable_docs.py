@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rewire
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "differentiable.md").read_text()
 MEASURED: dict[str, Any] = json.loads((DOCS / "results" / "differentiable.json").read_text())
 

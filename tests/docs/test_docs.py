@@ -13,7 +13,7 @@ import torch
 import rewire
 from rewire import methods
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

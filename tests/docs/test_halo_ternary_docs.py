@@ -16,7 +16,7 @@ import torch
 
 from rewire.nn import sparse_weights
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "halo_ternary.md").read_text()
 RESULTS: dict[str, list[dict[str, Any]]] = json.loads(
     (DOCS / "results" / "halo_ternary.json").read_text()

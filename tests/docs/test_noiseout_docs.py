@@ -16,7 +16,7 @@ import torch
 
 import rewire
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "noiseout.md").read_text()
 REPORT = json.loads((ROOT / "docs" / "results" / "noiseout.json").read_text())
 

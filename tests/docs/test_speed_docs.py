@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("speed_page", ROOT / "benchmarks" / "speed_page.py")
 assert SPEC is not None
 assert SPEC.loader is not None

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problems import Problem
 from torch import Tensor
 
+from problems import Problem
 from rewire import topology
 
 #: What a damaged number may be. (Nothing between: as a length, some gigabytes would be granted.)

@@ -12,7 +12,7 @@ VARIABLE = "REWIRE_TEST_DATA"
 
 def folder(name: str) -> Path:
     """The folder that holds the subfolder `name`; skips the test where there is none."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     places = [Path(os.environ[VARIABLE])] if VARIABLE in os.environ else [beside]
     for place in places:
         if (place / name).is_dir():

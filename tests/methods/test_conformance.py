@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from harness import (
     CASES,
     LAYERS,
@@ -23,7 +24,6 @@ from harness import (
     case_id,
     check_resume,
 )
-
 from rewire import methods, topology
 from rewire.nn import Event, SparseWeight
 

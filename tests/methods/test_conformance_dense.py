@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from dense_harness import CASES, MODELS, OPTIMIZERS, DenseRun, case_id, cuts_at_the_end
-from harness import assert_identical, assert_plain, check_resume
 from safetensors.torch import save
 from torch import nn
 from torch.nn.utils import parametrize
 
+from dense_harness import CASES, MODELS, OPTIMIZERS, DenseRun, case_id, cuts_at_the_end
+from harness import assert_identical, assert_plain, check_resume
 from rewire import methods
 from rewire.nn import SparseWeight
 from rewire.nn.surgery import load_resized

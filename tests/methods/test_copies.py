@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from dense_harness import CASES as DENSE_CASES
 from dense_harness import DenseRun
 from dense_harness import case_id as dense_id
 from harness import CASES, Run, case_id
-from torch import Tensor, nn
-
 from rewire import methods
 
 X = torch.randn(9, 12, generator=torch.Generator().manual_seed(5))

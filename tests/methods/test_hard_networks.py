@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense_harness import DATA, score
-from harness import assert_identical
 from torch import Tensor, nn
 
+from dense_harness import DATA, score
+from harness import assert_identical
 from rewire import methods
 
 pytest.importorskip("torch_pruning")

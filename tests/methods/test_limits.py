@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from harness import SETTINGS
 from rewire import methods
 from rewire.budget import Limits
 from rewire.methods import Rewirer

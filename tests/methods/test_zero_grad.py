@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import dense_harness
-import harness
 import pytest
 import torch
 from torch import Tensor, nn
 
+import dense_harness
+import harness
 from rewire import methods
 from rewire.nn import SparseLinear
 

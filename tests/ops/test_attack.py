@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from attacks import CALLS, ENTRIES, damage
 from torch import Tensor
 
+from attacks import CALLS, ENTRIES, damage
 from rewire import _native, topology
 from rewire.nn import SparseWeight
 from rewire.topology import TopologyError

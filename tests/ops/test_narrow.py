@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import BATCHES, LAYOUTS, close, in_layout, problem, problems
 
+from problems import BATCHES, LAYOUTS, close, in_layout, problem, problems
 from rewire import ops
 from rewire.ops import reference
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems import LAYOUTS, in_layout
 from torch import Tensor, nn
 
+from problems import LAYOUTS, in_layout
 from rewire import topology
 from rewire.nn import (
     SparseConv1d,

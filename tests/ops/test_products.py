@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import BATCHES, LAYOUTS, in_layout, problem, problems, run_python
 
+from problems import BATCHES, LAYOUTS, in_layout, problem, problems, run_python
 from rewire import _native, ops
 from rewire.ops import reference
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import same
 
+from problems import same
 from rewire import _native, topology
 from rewire.nn import SparseWeight
 from rewire.ops import regrow_

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import in_layout, problem
 
+from problems import in_layout, problem
 from rewire.ops import linear as linear_module
 from rewire.ops import reference, sparse_linear
 

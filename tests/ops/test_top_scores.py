@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Problem, problem, run_python
 from torch import Tensor
 
+from problems import Problem, problem, run_python
 from rewire import _native, random
 from rewire.ops import Draw, above, above_drawn, extremes, top_scores, uniforms, weakest
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from merging import check_candidates, check_merges
 from problems import run_python, same
-
 from rewire import _native
 from rewire.nn import SparseWeight
 from rewire.ops import langevin_step_, regrow_, walk_and_regrow_

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import toy
 
+import toy
 from rewire.app.report import ReportError
 from rewire.app.report.read import read_run
 from rewire.app.train import loop

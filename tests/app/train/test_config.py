@@ -3,10 +3,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
+import toy
 from rewire.app.train.batches import Batches, make_generator, split
 from rewire.app.train.config import TrainConfig, difference, make_config, parse_config
 from rewire.app.train.errors import TrainError

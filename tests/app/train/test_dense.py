@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import toy
 
+import toy
 from rewire.app.train import loop
 from rewire.app.train.config import make_config
 from rewire.app.train.errors import StoppedError, TrainError

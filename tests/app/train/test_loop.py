@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy
 from rich.console import Console
 
+import toy
 from rewire.app.report import figures
 from rewire.app.report.read import read_run
 from rewire.app.train import display, loop

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import toy
 
+import toy
 from rewire.app.run_files import EMPTY
 from rewire.app.train import checkpoint, loop
 from rewire.app.train.errors import StoppedError, TrainError

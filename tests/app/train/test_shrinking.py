@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import toy
 from torch import Tensor, nn
 
 import rewire
+import toy
 from rewire import methods
 from rewire.app import report
 from rewire.app.report import figures

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import assert_identical
 from torch import nn
 
 import rewire
+from harness import assert_identical
 from rewire import methods
 from rewire.methods import SET, SNIP, DeepR, Group, OneShot, RigL, Static
 from rewire.methods.core.registry import _METHODS
 from rewire.nn import SparseConv2d, SparseLinear, sparse_weights
 
-DOCS = (Path(__file__).parents[2] / "docs" / "write_your_own_method.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "write_your_own_method.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn, optim
-from wrappers import OPTIMIZERS as WRAPPERS
 
 from rewire import methods
 from rewire.nn import SparseLinear, SparseWeight, sparsify
+from wrappers import OPTIMIZERS as WRAPPERS
 
 UNSEEN = "no step of the method's optimizer was seen, but .*changed: something else trains them"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from dense_harness import DenseRun
 from harness import Run
-
 from rewire import methods
 
 #: Schedules that are longer than 3 steps of one epoch, and what the warning says of them.

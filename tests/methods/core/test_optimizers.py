@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from wrappers import OPTIMIZERS, SAM
 
 from rewire import methods
 from rewire.nn import Event, SparseLinear, SparseWeight, sparse_weights
+from wrappers import OPTIMIZERS, SAM
 
 # torch puts hooks around the `step` of a class when its first instance is made: from here on, those
 # of subclasses that call it are hooked twice, one within the other.

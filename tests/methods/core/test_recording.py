@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import LAYERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rewire
+from harness import LAYERS
 from rewire import methods
 from rewire.methods.core.recording import Status
 from rewire.methods.criteria import gradients

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Run, linear
 from torch import nn
 
+from harness import Run, linear
 from rewire import topology
 from rewire.methods import DeepR
 from rewire.methods.core.base import Purpose

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Run, linear
 from torch import nn
 
+from harness import Run, linear
 from rewire.methods import DeepR
 from rewire.nn import SparseConv2d, SparseWeight, sparse_weights
 from rewire.schedules import Exponential

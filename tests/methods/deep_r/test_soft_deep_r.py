@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Run, linear
 from scipy import integrate
 from torch import nn
 
+from harness import Run, linear
 from rewire import methods, random, topology
 from rewire.methods import SoftDeepR
 from rewire.methods.core.base import Purpose

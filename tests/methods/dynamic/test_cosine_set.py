@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from harness import Run
 from sklearn.metrics.pairwise import cosine_distances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness import Run
 from rewire import methods
 from rewire.budget import Limits
 from rewire.methods import Pool, Rewirer

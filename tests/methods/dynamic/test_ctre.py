@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from harness import Run
 from sklearn.metrics.pairwise import cosine_distances
 from torch import Tensor, nn
 
+from harness import Run
 from rewire import methods
 from rewire.methods.criteria.grow import Random
 from rewire.nn import SparseLinear

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import LAYERS, Run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rigl import batches, dense_gradients, keys
 from torch import nn
 
+from dense_gradients import batches, dense_gradients, keys
+from harness import LAYERS, Run
 from rewire import methods, schedules, topology
 from rewire.methods import DSR, MEST, SNFS, SRigL
 from rewire.methods.criteria.share import spread

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Run, linear
 
+from harness import Run, linear
 from rewire import schedules
 from rewire.methods import SET, Rewirer
 from rewire.methods.core.base import Pool

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import LAYERS
-from test_rigl import batches, dense_gradients, keys
 from torch import nn
 
+from dense_gradients import batches, dense_gradients, keys
+from harness import LAYERS
 from rewire.methods import GMP, GraNet
 from rewire.nn import sparse_weights
 

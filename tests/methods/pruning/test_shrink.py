@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Run
 from torch import Tensor, nn
 
+from harness import Run
 from rewire import methods
 from rewire.methods.pruning.shrink import final_budgets, weakest
 from rewire.nn import SparseLinear, sparse_weights

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrizations, parametrize, prune
-from twins import NAMES, connections, kind, made, output
 
 from rewire.budget import Limits
 from rewire.nn import SparseWeight, densify, sparsify, to_sparse
 from rewire.nn.convert.kinds import sparse_kind_of
+from twins import NAMES, connections, kind, made, output
 
 
 def wrapped(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

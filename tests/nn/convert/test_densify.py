@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_cut import MODELS, OPTIMIZERS, made, masks_of, train
 from torch import nn, optim
 from torch.optim import Optimizer
 
 import rewire
+from masked import MODELS, OPTIMIZERS, made, masks_of, train
 from rewire.nn import follow_optimizer, sparse_weights, to_sparse
 from rewire.nn.convert.cut import dense_weights
 

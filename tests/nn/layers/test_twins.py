@@ -20,13 +20,13 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
-from twins import BY_NAME, EXAMPLES, NAMES, connections, kind, made, output
 
 from rewire import _native
 from rewire.budget import Limits
 from rewire.nn import SparseLinear, SparseWeight, SReLU, densify, sparsify
 from rewire.nn.convert.kinds import KINDS
 from rewire.ops import conv_kernels, flops, kernels
+from twins import BY_NAME, EXAMPLES, NAMES, connections, kind, made, output
 
 
 def sparse(name: str, density: float = 0.5) -> tuple[nn.Module, tuple[Tensor, ...]]:

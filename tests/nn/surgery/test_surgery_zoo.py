@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import ZOO
 
 from rewire.methods import Differentiable, NoiseOut
 from rewire.nn.forward.modes import rehearsing
@@ -20,6 +19,7 @@ from rewire.nn.forward.tensors import tensors_in
 from rewire.nn.surgery import UnitGraph, fold
 from rewire.nn.surgery.sides import axes
 from rewire.nn.surgery.trace import call
+from zoo import ZOO
 
 pytest.importorskip("torch_pruning")
 all_networks = pytest.mark.parametrize("name", ZOO)

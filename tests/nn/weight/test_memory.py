@@ -58,7 +58,7 @@ print(int(megabytes() - start))
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 @pytest.mark.parametrize("native", ["", "0"])
 def test_nothing_allocates_rows_times_cols(native: str) -> None:
-    source = Path(__file__).parents[2] / "src"
+    source = Path(__file__).parents[3] / "src"
     environment = os.environ | {"REWIRE_NATIVE": native, "PYTHONPATH": str(source)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT],

@@ -115,8 +115,8 @@ def _nadam_now(
 
 def _nadam_horizon(group: Mapping[str, Any], precision: float) -> float:
     # The schedule of mu goes on for 10^5 steps, and its end hardly matters: what it gives to the
-    # gradient it takes from the moment, which is the gradient's average. tests/nn/test_ages.py
-    # measures it.
+    # gradient it takes from the moment, which is the gradient's average.
+    # tests/nn/optimizers/test_ages.py measures it.
     schedule = _fades(0.96 ** float(group["momentum_decay"]), precision)
     return max(_both(group, precision), min(schedule, _LONGEST_SHORT))
 
