@@ -281,7 +281,7 @@ def test_full_disk_keeps_the_last_checkpoint(capsys) -> None:
     script = textwrap.dedent(
         f"""
         import resource, sys
-        from rewire import cli
+        from rewire.app import cli
         from rewire.app.train import display
         def limit(self, record):
             resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))

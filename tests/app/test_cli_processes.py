@@ -160,7 +160,11 @@ def _check_without_rights(server: Server, tmp_path: Path) -> None:
     (closed / "inside").mkdir(parents=True)
     closed.chmod(0o700)
     # The package may lie where only root can read it.
-    loaded = "from rewire.app import data\nfound = data.load('digits')\ndata.load = lambda *_, **__: found\n"
+    loaded = (
+        "from rewire.app import data\n"
+        "found = data.load('digits')\n"
+        "data.load = lambda *_, **__: found\n"
+    )
     for command in (
         (*QUICK, "--run-dir", str(closed / "inside" / "r")),
         (*QUICK, "--run-dir", str(closed / "inside" / "r"), "--overwrite"),
