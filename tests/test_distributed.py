@@ -362,7 +362,7 @@ def unprepared_models_are_refused() -> None:
             rewire.methods.SET(network, optimizer)
         with pytest.raises(RuntimeError, match="is not prepared"):
             rewire.methods.Group(network, optimizer, {"*": rewire.methods.RigL})
-        assert not plain[0].weight._followers
+        assert not plain[0].weight.followers
     plain = rewire.distributed.alone(model())
     optimizer = optim.SGD(plain.parameters(), 0.1)
     method = rewire.methods.SET(plain, optimizer, seed=dist.get_rank())

@@ -413,7 +413,7 @@ class _Births:
         if seen == self.clock:
             average.lerp_(parameter.to(average), rate)
             return
-        copy._check_seal()
+        copy.check_positions()
         weight, device = self.weight, copy.device
         slots, (rows, cols) = (
             copy.active(),

@@ -258,7 +258,7 @@ def test_finalize_leaves_a_plain_model(case: Case, layer: str) -> None:
     model = run.method.finalize()
     torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-5)
     for weight in run.weights().values():
-        assert not weight._followers
+        assert not weight.followers
         assert weight.capture is None
     with pytest.raises(RuntimeError, match="finalized"):
         run.method.step()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from problems import same
 from rewire import _native, topology
 from rewire.nn import SparseWeight
+from rewire.nn.weight.walk import regrow
 from rewire.ops import regrow_
 from rewire.topology import TopologyError, build_index
 
@@ -156,7 +157,7 @@ def test_a_pool_regrows_as_it_rewires() -> None:
     slots, signs = torch.arange(0, 200, 9), torch.ones(200, dtype=torch.int8)
     versions = [t._version for t in (one.values, one.rows, *one.index)]
     with torch.no_grad():
-        one.regrow(slots, signs, seed=6, step=7, fixed=True, **STREAMS)
+        regrow(one, slots, signs, seed=6, step=7, fixed=True, **STREAMS)
     old = two.rows[slots].long(), two.cols[slots].long()
     rows, cols = topology.sample_dormant(
         two.index, 30, 40, slots.numel(), *old, 6, 7, STREAMS["grow_stream"]

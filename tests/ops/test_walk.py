@@ -13,6 +13,7 @@ from merging import check_candidates, check_merges
 from problems import run_python, same
 from rewire import _native
 from rewire.nn import SparseWeight
+from rewire.nn.weight.walk import walk
 from rewire.ops import langevin_step_, regrow_, walk_and_regrow_
 from rewire.topology import build_index
 
@@ -239,14 +240,14 @@ def test_a_pool_walks_as_its_parts_do() -> None:
     with torch.no_grad():
         weight.values.fill_(1.0)
         versions = [t._version for t in (weight.values, weight.rows, *weight.index)]
-        assert not weight.walk(signs, 0.5, 0.0, **drawn).numel()
+        assert not walk(weight, signs, 0.5, 0.0, **drawn).numel()
         assert [t._version for t in (weight.values, weight.rows, *weight.index)] == [
             versions[0] + 1,
             *versions[1:],
         ]
         assert not seen
         weight.values[::9] = -1.0
-        slots = weight.walk(signs, 0.25, 0.0, **drawn)
+        slots = walk(weight, signs, 0.25, 0.0, **drawn)
     assert torch.equal(slots, torch.arange(0, 200, 9))
     assert all(
         t._version > v

@@ -114,7 +114,7 @@ def test_each_method_has_its_layers() -> None:
         "fc2.weight": 10,
     }
     assert group.finalize() is model
-    assert not any(w._followers for _, w in sparse_weights(model))
+    assert not any(w.followers for _, w in sparse_weights(model))
 
 
 def test_what_acts_on_all_parameters_acts_on_its_own_in_a_group() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 import rewire
 from rewire.budget import Limits
 from rewire.nn import SparseConv2d, SparseLinear, SparseWeight
+from rewire.nn.weight.walk import regrow
 from rewire.topology import TopologyError
 
 LIMITS = Limits(fan_in=3, fan_out=4, block=(4, 5, 8))
@@ -113,7 +114,6 @@ def test_sparsify_within_limits() -> None:
 def test_regrowing_blindly_is_refused() -> None:
     weight = SparseWeight((8, 10), 20, limits=LIMITS)
     signs = torch.ones(20, dtype=torch.int8)
+    drawn = {"seed": 0, "step": 0, "grow_stream": 1, "sign_stream": 2, "fixed": True}
     with pytest.raises(ValueError, match="limited to fan-in 3"), torch.no_grad():
-        weight.regrow(
-            torch.tensor([0]), signs, seed=0, step=0, grow_stream=1, sign_stream=2, fixed=True
-        )
+        regrow(weight, torch.tensor([0]), signs, **drawn)

@@ -19,6 +19,7 @@ from rewire.methods.deep_r.dense_moments import DenseMoments
 from rewire.methods.deep_r.heat import Heat
 from rewire.methods.deep_r.signs import SlotSigns, neuron_signs, position_signs, signed
 from rewire.nn import Event
+from rewire.nn.weight.walk import regrow, walk
 from rewire.ops import langevin_step_
 from rewire.schedules import Schedule, at, within
 
@@ -235,7 +236,7 @@ class DeepR(Method):
         drawn, signs = self._drawn[number], self._signs[number]
         self._own = True
         try:
-            slots = pool.weight.walk(signs, shrink, std, seed=self.seed, step=self.steps, **drawn)
+            slots = walk(pool.weight, signs, shrink, std, seed=self.seed, step=self.steps, **drawn)
         finally:
             self._own = False
         if count := slots.shape[0]:
@@ -314,7 +315,8 @@ class DeepR(Method):
         fixed = self.signs == "fixed"
         self._own = True
         try:
-            pool.weight.regrow(
+            regrow(
+                pool.weight,
                 slots,
                 self._signs[pool.number],
                 seed=self.seed,

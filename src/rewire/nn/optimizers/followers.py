@@ -160,7 +160,7 @@ def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float |
 
 def following(weight: SparseWeight) -> list[Optimizer]:
     """The optimizers that follow a pool and are alive."""
-    mine = [f for f in weight._followers.values() if isinstance(f, OptimizerFollower)]
+    mine = [f for f in weight.followers if isinstance(f, OptimizerFollower)]
     return [optimizer for f in mine if (optimizer := f._optimizer()) is not None]
 
 
@@ -273,7 +273,7 @@ class OptimizerFollower:
             return
         if is_plain(optimizer):
             # not plain SGD, nor before the first step
-            if optimizer.state.get(event.weight._own_values()):
+            if optimizer.state.get(event.weight.stored_values()):
                 self._follow(optimizer, optimizer, event)
             return
         # looked for anew: some are made in the first step

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from rewire.nn.weight.listing import sparse_weights
-from rewire.nn.weight.pool import SHARDED, SparseWeight
+from rewire.nn.weight.pool import SparseWeight
+from rewire.nn.weight.storage import SHARDED
 
 __all__ = ["refuse_sharded"]
 
