@@ -11,8 +11,10 @@ from rewire._version import __version__
 if TYPE_CHECKING:  # export stands above other parts and is found by __getattr__ alone
     from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
     from rewire.nn.convert.cut import to_sparse
-    from rewire.nn.convert.sparsify import densify, param_groups, sparsify
+    from rewire.nn.convert.densify import densify
+    from rewire.nn.convert.sparsify import sparsify
     from rewire.nn.inspect.summary import summary
+    from rewire.nn.optimizers.groups import param_groups
     from rewire.nn.weight.listing import sparse_weights
 
 __all__ = [

@@ -1,7 +1,8 @@
 """Sparse weights, the layers made of them, and conversion of models."""
 
 from rewire.nn.convert.cut import to_sparse
-from rewire.nn.convert.sparsify import densify, param_groups, sparsify
+from rewire.nn.convert.densify import densify
+from rewire.nn.convert.sparsify import sparsify
 from rewire.nn.inspect.cost import Cost, LayerCost, cost
 from rewire.nn.inspect.summary import Summary, WeightSummary, summary
 from rewire.nn.layers.absent import Absent
@@ -16,6 +17,7 @@ from rewire.nn.optimizers.followers import (
     follow_optimizer,
     register_initial_state,
 )
+from rewire.nn.optimizers.groups import param_groups
 from rewire.nn.weight.candidates import Candidates
 from rewire.nn.weight.events import Event, Follower
 from rewire.nn.weight.listing import sparse_weights

@@ -6,7 +6,6 @@ from rewire.topology.index import (
     Index,
     TopologyError,
     build_index,
-    candidates,
     check_integers,
     check_slots,
     empty_index,
@@ -16,6 +15,9 @@ from rewire.topology.index import (
     position_signs,
     raise_problem,
     replace_,
+)
+from rewire.topology.sampling import (
+    candidates,
     sample,
     sample_dormant,
     sample_dormant_in_rows,

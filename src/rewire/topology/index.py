@@ -1,20 +1,10 @@
-"""Which connections exist: index algebra over pools of slots. Knows no weights and no autograd.
+"""Which connections exist: positions in slots, and the lists derived from them.
 
 A pool describes a rows x cols matrix by two integer tensors of length C: slot k holds the
 connection ``(rows[k], cols[k])`` or is empty (both -1). All functions take O(K + rows + cols)
-memory at most; none allocates rows x cols. The plain PyTorch code here is the definition and runs
-on any device; on the CPU it dispatches to native twins (``torch.ops.rewire.*``) with bit-identical
-results:
-
-==================================  ==============================================================
-``distinct``                        `rewire.random.distinct`
-``build_index_``                    `build_index` into given tensors
-``replace_``                        `replace_`: validate, rewrite slots, merge or rebuild the lists
-``sample_dormant``                  `sample_dormant`
-``sample_dormant_in_rows``          `sample_dormant_in_rows`
-``candidates``                      `candidates`
-``position_signs``                  `position_signs`
-==================================  ==============================================================
+memory at most; no function allocates rows x cols. The plain PyTorch code here is the definition and
+runs on any device. On the CPU it calls native functions (``torch.ops.rewire.build_index_``,
+``replace_`` and ``position_signs``) with bit-identical results.
 """
 
 from __future__ import annotations
@@ -32,7 +22,6 @@ __all__ = [
     "Index",
     "TopologyError",
     "build_index",
-    "candidates",
     "check_integers",
     "check_slots",
     "empty_index",
@@ -42,10 +31,6 @@ __all__ = [
     "position_signs",
     "raise_problem",
     "replace_",
-    "sample",
-    "sample_dormant",
-    "sample_dormant_in_rows",
-    "sample_in_rows",
 ]
 
 
@@ -92,27 +77,6 @@ def empty_index(
     """Zero-filled lists of the right lengths (the index of a pool without connections)."""
     lengths = (n_rows + 1, capacity, capacity, n_cols + 1, capacity, capacity)
     return Index(*(torch.zeros(length, dtype=dtype, device=device) for length in lengths))
-
-
-def sample(n_rows: int, n_cols: int, connections: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A uniformly random topology with exactly ``connections`` connections, sorted by (row, col);
-    int64.
-
-    Without replacement, so the budget is met exactly (DEEP R's authors draw with it and start below
-    K). O(K) memory.
-    """
-    total = n_rows * n_cols
-    if not 0 <= connections <= total:
-        raise TopologyError(
-            f"{connections} connections do not fit a {n_rows} x {n_cols} matrix: choose between 0 "
-            f"and {total}"
-        )
-    keys = random.distinct(connections, total, seed, 0, _INITIAL)
-    return keys // max(n_cols, 1), keys % max(n_cols, 1)
-
-
-#: Stream of the first topology. Methods take streams of their own from `rewire.methods.core.base`.
-_INITIAL = 0
 
 
 # --- building and changing ------------------------------------------------------------------------
@@ -308,187 +272,6 @@ def check_slots(slots: Tensor, capacity: int) -> None:
     twice = (ordered[1:] == ordered[:-1]).nonzero().flatten()
     if twice.numel():
         raise TopologyError(_bad_slot(int(ordered[twice[0]].item()), capacity))
-
-
-# --- sampling dormant connections -----------------------------------------------------------------
-
-
-def sample_dormant(
-    index: Index,
-    n_rows: int,
-    n_cols: int,
-    n: int,
-    dropped_rows: Tensor,
-    dropped_cols: Tensor,
-    seed: int,
-    step: int,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """``n`` distinct connections, uniform over those dormant once ``dropped`` are gone; int64 rows
-    and cols.
-
-    The index still contains the dropped connections (d of them, active, distinct): they are
-    candidates like any other dormant one, so there is always room for as many as were dropped. A
-    uniformly random subset of the ranks ``0 ... M - K + d - 1`` is drawn (`rewire.random.distinct`)
-    and mapped by `candidates`; exact at every density, no rejection against the topology. Time O(n
-    (log rows + log fan-in)), memory O(n) (native).
-    """
-    free = n_rows * n_cols - int(index.row_ptr[-1].item()) + dropped_rows.numel()
-    if not 0 <= n <= free:
-        raise TopologyError(
-            f"cannot grow {n} connections where {free} are dormant: choose between 0 and {free}"
-        )
-    if _native.available() and index.row_ptr.device.type == "cpu":
-        rows, cols = torch.ops.rewire.sample_dormant(
-            index.row_ptr, index.row_cols, n_cols, n, dropped_rows, dropped_cols, seed, step, stream
-        )
-        return rows, cols
-    ranks = random.distinct(n, free, seed, step, stream, device=index.row_ptr.device)
-    return candidates(index, n_rows, n_cols, ranks, dropped_rows, dropped_cols)
-
-
-def candidates(
-    index: Index,
-    n_rows: int,
-    n_cols: int,
-    ranks: Tensor,
-    dropped_rows: Tensor,
-    dropped_cols: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Map ranks to candidate connections: rank u < M - K is the u-th dormant position in (row, col)
-    order, and rank M - K + i is the i-th dropped connection. int64 in and out.
-    """
-    if _native.available() and index.row_ptr.device.type == "cpu":
-        rows, cols = torch.ops.rewire.candidates(
-            index.row_ptr, index.row_cols, n_cols, ranks, dropped_rows, dropped_cols
-        )
-        return rows, cols
-    ptr = index.row_ptr.long()
-    dormant_before = torch.arange(n_rows + 1, device=ptr.device) * n_cols - ptr
-    dormant = int(dormant_before[-1].item())
-    again = ranks >= dormant
-    # Full rows repeat a value of dormant_before; the last of them that is <= rank has room.
-    row = torch.searchsorted(dormant_before, ranks.clamp(max=dormant - 1), right=True) - 1
-    row = row.clamp(min=0)
-    col = _nth_dormant_col(index, row, ranks - dormant_before[row])
-    taken = (ranks - dormant).clamp(min=0)[again]
-    row[again], col[again] = dropped_rows.long()[taken], dropped_cols.long()[taken]
-    return row, col
-
-
-def _nth_dormant_col(index: Index, row: Tensor, nth: Tensor) -> Tensor:
-    """Column of the ``nth`` dormant position of each ``row``.
-
-    With the row's active columns c_0 < c_1 < ..., the nth dormant column is nth + j, where j counts
-    the i with c_i - i <= nth; c_i - i never decreases, so a binary search finds j.
-    """
-    begin, end = index.row_ptr[row].long(), index.row_ptr[row + 1].long()
-    low, high = torch.zeros_like(begin), end - begin
-    longest = int(high.max().item()) if high.numel() else 0
-    for _ in range(longest.bit_length()):
-        middle = (low + high) // 2
-        open_ = low < high
-        at = (begin + middle).clamp(max=max(index.row_cols.numel() - 1, 0))
-        before = open_ & (index.row_cols[at].long() - middle <= nth)
-        low = torch.where(before, middle + 1, low)
-        high = torch.where(open_ & ~before, middle, high)
-    return nth + low
-
-
-def sample_dormant_in_rows(
-    index: Index,
-    n_rows: int,
-    n_cols: int,
-    dropped_rows: Tensor,
-    dropped_cols: Tensor,
-    seed: int,
-    step: int,
-    stream: int,
-) -> Tensor:
-    """For every dropped connection a new column in its own row, so that every fan-in is kept;
-    int64.
-
-    ``dropped_rows`` (int64) is sorted ascending. Within row r with d_r dropped connections the new
-    columns are a uniformly random subset (`rewire.random.distinct` with ``offset = r << 32``) of
-    the ``cols - fan_in + d_r`` candidates: the dormant columns in ascending order, then the dropped
-    ones in the order given.
-    """
-    if _native.available() and index.row_ptr.device.type == "cpu":
-        drawn: Tensor = torch.ops.rewire.sample_dormant_in_rows(
-            index.row_ptr, index.row_cols, n_cols, dropped_rows, dropped_cols, seed, step, stream
-        )
-        return drawn
-    if not dropped_rows.numel():
-        return dropped_cols.long().clone()
-    unique, first, count = _runs(dropped_rows)
-    fan_in = (index.row_ptr[1:] - index.row_ptr[:-1]).long()[unique]
-    dormant = n_cols - fan_in
-    rank = torch.empty_like(dropped_rows)
-    alone = count == 1
-    rank[first[alone]] = random.below(
-        seed, step, stream, unique[alone] << 32, (dormant + count)[alone]
-    )
-    for u, f, c, free in zip(
-        *(t[~alone].tolist() for t in (unique, first, count, dormant + count)), strict=True
-    ):
-        rank[f : f + c] = random.distinct(
-            c, free, seed, step, stream, offset=u << 32, device=rank.device
-        )
-    # A row of which the only candidate is drawn: distinct() then draws nothing, but below(..., 1)
-    # is 0 as well.
-    run = torch.repeat_interleave(torch.arange(unique.numel(), device=rank.device), count)
-    again = rank >= dormant[run]
-    col = _nth_dormant_col(index, dropped_rows, rank.clamp(min=0))
-    origin = (first[run] + rank - dormant[run])[again]
-    col[again] = dropped_cols.long()[origin]
-    return col
-
-
-def sample_in_rows(
-    rows: Tensor,
-    cols: Tensor,
-    n_rows: int,
-    n_cols: int,
-    need: Tensor,
-    seed: int,
-    step: int,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """``need[r]`` uniformly random columns in every row r, distinct and not among those that
-    ``rows, cols`` take.
-
-    need: int64, (n_rows,), at least 0. rows, cols: int64, (n,), in any order. The result has
-        sum(need) of both, int64,
-    its rows ascending. Raises `TopologyError` where a row has not as many columns left. O(n +
-    sum(need) + n_rows + n_cols); on other devices than the CPU with a loop over the rows that draw
-    several.
-    """
-    if need.shape != (n_rows,) or bool((need < 0).any()):
-        raise TopologyError(
-            f"need must have a number of at least 0 for each of the {n_rows} "
-            f"rows, not {need.tolist()}"
-        )
-    index = build_index(rows, cols, n_rows, n_cols)
-    free = n_cols - (index.row_ptr[1:] - index.row_ptr[:-1]).long()
-    if bool((need > free).any()):
-        row = int((need > free).nonzero()[0].item())
-        raise TopologyError(
-            f"row {row} has {int(free[row])} columns left, not {int(need[row])}: ask for fewer"
-        )
-    new = torch.repeat_interleave(torch.arange(n_rows, device=need.device), need)
-    first = torch.cumsum(need, 0) - need
-    # Draws are made for connections that leave: let the first free columns be taken and leave
-    # again, so that the draw is among all columns that were free, and no others.
-    nth = torch.arange(new.numel(), device=need.device) - first[new]
-    ahead = _nth_dormant_col(index, new, nth)
-    filled = build_index(torch.cat([rows, new]), torch.cat([cols, ahead]), n_rows, n_cols)
-    return new, sample_dormant_in_rows(filled, n_rows, n_cols, new, ahead, seed, step, stream)
-
-
-def _runs(sorted_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct values of a sorted tensor, where each begins, and how often it occurs."""
-    value, count = torch.unique_consecutive(sorted_values, return_counts=True)
-    return value, torch.cumsum(count, 0) - count, count
 
 
 # --- signs and fingerprints -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rewire import budget
 from rewire.nn.convert import attached
 from rewire.nn.convert.cut import dense_weights
 from rewire.nn.convert.kinds import join, kind_of
-from rewire.nn.convert.sparsify import refuse_shared
+from rewire.nn.convert.replacing import refuse_shared
 from rewire.nn.optimizers.wrappers import movers
 
 __all__ = ["DenseWeight", "Patterns", "in_scope", "largest", "refuse_patterns"]

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.differentiable.gates import Elementwise, Gate
 from rewire.nn.convert.cut import to_sparse
-from rewire.nn.convert.sparsify import ties
+from rewire.nn.convert.replacing import ties
 from rewire.nn.forward.modes import evaluating, rehearsing
 from rewire.nn.forward.tensors import first_input, first_tensor
 from rewire.nn.layers.absent import Absent
@@ -562,7 +562,7 @@ def _fits(
     kind: str, module: nn.Module, gate: str, tied: Mapping[int, tuple[str, str]]
 ) -> str | None:
     """Why the module cannot be such a target; None if it can. ``tied``: see
-    `rewire.nn.convert.sparsify.ties`.
+    `rewire.nn.convert.replacing.ties`.
     """
     if parametrize.is_parametrized(module) and not (kind == "weights" and _parametrization(module)):
         return "is parametrized already"

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rewire.nn.convert import attached
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
-from rewire.nn.convert.sparsify import layers_of, refuse_shared, swap
+from rewire.nn.convert.replacing import layers_of, refuse_shared, swap
 from rewire.nn.optimizers.followers import check_optimizer, reset_optimizer_state
 from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.structure import Part, announce

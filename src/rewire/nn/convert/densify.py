@@ -1,4 +1,4 @@
-"""The way back from pools to dense parameters, with the optimizers following: the mirror image of
+"""Make the sparse layers of a model dense, in place; optimizers follow. The mirror image of
 `rewire.nn.convert.cut`.
 """
 
@@ -12,12 +12,89 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rewire.nn.convert import attached
+from rewire.nn.convert.kinds import Kind, join, sparse_kind_of
+from rewire.nn.convert.replacing import layers_of, swap
 from rewire.nn.optimizers.ages import KEY as AGE
 from rewire.nn.optimizers.followers import check_optimizer, following, initial_of
-from rewire.nn.optimizers.wrappers import inner_optimizers, kept_beside
+from rewire.nn.optimizers.wrappers import inner_optimizers, kept_beside, listed
+from rewire.nn.weight.listing import sparse_weights
 from rewire.nn.weight.pool import SparseWeight
 
-__all__ = ["Target", "moves_to_dense", "refuse_followed"]
+__all__ = ["densify"]
+
+
+def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> nn.Module:
+    """Replace sparse layers by dense ones with zeros where no connection is, in place; returns the
+    model.
+
+    Biases, hooks, modes and what else belongs to a layer stay with it. A model that is itself a
+    sparse layer is not replaced in place: use the returned module.
+
+    Args:
+        optimizers: those that train the model and go on doing so. The dense parameter takes the
+            place of the pool's values in its parameter group, with their gradient and state, and
+            the state of positions without a connection is what it starts at.
+
+    Raises ValueError, and changes nothing, while a method or an optimizer not given still follows a
+    pool, where an optimizer keeps what cannot be made dense, and for a layer with a
+    parametrization, a hook on the gradient of its values, or a forward of its own.
+    """
+    optimizers = listed(optimizers)
+    found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
+    for name, (layer, _) in found.items():
+        attached.check_sparse(name, layer)
+    refuse_followed(dict(sparse_weights(model)), optimizers)
+    parameters: dict[int, nn.Parameter] = {}
+    targets: dict[int, Target] = {}
+
+    def dense(name: str) -> nn.Module:
+        layer, kind = found[name]
+        made = kind.to_dense(layer)
+        for path, weight in kind.weights(made).items():
+            pool = layer.get_submodule(path)
+            trained = layer.get_parameter(f"{path}.values").requires_grad
+            if isinstance(weight, nn.Parameter):  # a pool that layers share stays shared
+                parent, _, leaf = path.rpartition(".")
+                weight.requires_grad_(trained)
+                setattr(made.get_submodule(parent), leaf, parameters.setdefault(id(pool), weight))
+            elif weight._base is not None:  # attention stacks its projections
+                weight._base.requires_grad_(trained)
+        attached.move(made, layer, kind.plain_sparse(), set())
+        if optimizers:
+            _hand_over(name, made, layer, kind, targets)
+        return made
+
+    made = {name: dense(name) for name in found}
+    moves = moves_to_dense(optimizers, targets)
+    model = swap(
+        model, made, made.__getitem__, lambda name, new: attached.settle(new, found[name][0], set())
+    )
+    for move in moves:
+        move.make()
+    return model
+
+
+@torch.no_grad()
+def _hand_over(
+    name: str, made: nn.Module, layer: nn.Module, kind: Kind, targets: dict[int, Target]
+) -> None:
+    """Let a dense layer have the gradients of the sparse one's pools; note what goes where.
+
+    ``targets``: by the ``id`` of a pool's values.
+    """
+    names = {id(parameter): path for path, parameter in made.named_parameters()}
+    for path, weight in kind.weights(made).items():
+        pool = layer.get_submodule(path)
+        assert isinstance(pool, SparseWeight)
+        owner = weight if isinstance(weight, nn.Parameter) else weight._base
+        assert isinstance(owner, nn.Parameter)
+        first = 0 if owner is weight else int(weight.storage_offset() - owner.storage_offset())
+        target = Target(join(name, names[id(owner)]), pool, owner, first)
+        if id(pool.values) not in targets and pool.values.grad is not None:
+            owner.grad = torch.zeros_like(owner) if owner.grad is None else owner.grad
+            target.scatter(pool.values.grad, owner.grad)
+        targets.setdefault(id(pool.values), target)
 
 
 @dataclass(frozen=True)

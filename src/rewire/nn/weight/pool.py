@@ -160,7 +160,7 @@ class SparseWeight(Changes):
         return self.rows[slots].long(), self.cols[slots].long(), self.values[slots]
 
     def to_dense(self) -> Tensor:
-        """The dense tensor of ``shape``, with zeros where there is no connection; differentiable."""
+        """The dense tensor of ``shape``, 0 where there is no connection; differentiable."""
         rows, cols, values = self.coo()
         dense = torch.zeros(self.matrix_shape, dtype=self.dtype, device=self.device)
         dense = dense.index_put((rows, cols), values)
