@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rewire import topology
 from rewire.budget import Limits
-from rewire.topology import TopologyError
+from rewire.topology import TopologyError, dealing
 from rewire.topology import limits as limited
 
 ROWS, COLS = st.integers(1, 9), st.integers(1, 9)
@@ -95,9 +95,9 @@ def test_sampling_is_exact_up_to_the_maximum(
         assert bool(((r >= 0) & (r < rows) & (c >= 0) & (c < cols)).all())
         # What greedy drawing leaves undone is dealt out: try that road alone as well.
         if k:
-            dealt = limited._dealt(rows, cols, k, limits, seed)
+            dealt = dealing.dealt(rows, cols, k, limits, seed)
             assert within(*dealt, limits)
-            keys = limited._mixed(cols, *dealt, limits, seed)
+            keys = dealing.mixed(cols, *dealt, limits, seed)
             assert keys.unique().numel() == k
             assert within(keys // cols, keys % cols, limits)
     with pytest.raises(ValueError, match=f"at most {most} do"):
