@@ -217,6 +217,22 @@ class Method(ABC):
         """
         return {pool.name: pool.weight.connections for pool in self.pools}
 
+    def active_masks(self) -> dict[str, Tensor]:
+        """Which connections take part in the function, for weights whose own values do not say it.
+
+        Bool tensors by name of the weight: of the shape of a dense weight, of the pool's length
+        (capacity,) for a sparse one. Of the weights that are not named, every active slot and
+        every entry that is not 0 takes part.
+        """
+        return {}
+
+    def active_units(self) -> dict[str, Tensor]:
+        """Which output units take part in the function, of layers whose units have gates.
+
+        Bool tensors (units,) by name of the layer. Of the layers that are not named, all units do.
+        """
+        return {}
+
     def stats(self) -> dict[str, Any]:
         """Counts since the start: real steps, updates of topology, connections dropped and grown
         per weight.

@@ -95,6 +95,22 @@ class Group:
             name: k for method in self.methods.values() for name, k in method.connections().items()
         }
 
+    def active_masks(self) -> dict[str, Tensor]:
+        """Those of all methods."""
+        return {
+            name: mask
+            for method in self.methods.values()
+            for name, mask in method.active_masks().items()
+        }
+
+    def active_units(self) -> dict[str, Tensor]:
+        """Those of all methods."""
+        return {
+            name: units
+            for method in self.methods.values()
+            for name, units in method.active_units().items()
+        }
+
     def stats(self) -> dict[str, Any]:
         """Counts of all methods together: the most steps and updates, dropped and grown of every
         weight.

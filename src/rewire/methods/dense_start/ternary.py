@@ -375,6 +375,10 @@ class Ternary(Method):
         """Entries of each weight in scope that are not zero now, by name. Cost: O(M)."""
         return {name: int(mask.count_nonzero()) for name, mask in self.masks().items()}
 
+    def active_masks(self) -> dict[str, Tensor]:
+        """As `masks`: the values themselves become 0 in the forward pass only."""
+        return self.masks()
+
     def stats(self) -> dict[str, Any]:
         """Counts as every method's, the stage and the thresholds."""
         return super().stats() | {"stage": self.stage, "thresholds": self.thresholds()}

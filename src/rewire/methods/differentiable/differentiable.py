@@ -213,6 +213,11 @@ class Differentiable(Method):
         # A model that has made n steps is making step n + 1.
         return within("strength", at(self.strength, self.steps), 0.0) * total
 
+    @torch.no_grad()
+    def active_units(self) -> dict[str, Tensor]:
+        """The units whose gate is not 0."""
+        return {t.name: t.gate(t.module.weight) != 0 for t in self.targets if isinstance(t, Units)}
+
     def stats(self) -> dict[str, Any]:
         """As of every method; "components": how many of each target's are on, name -> (on, all);
         "refused": layers whose units cannot be cut -> why (known from the start where ``data`` was

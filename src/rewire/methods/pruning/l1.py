@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.core.base import Evaluate, Pool
@@ -120,10 +120,15 @@ class L1(Shrinking):
         """Connections above the threshold, by weight: what finalize would leave (before a
         budget).
         """
-        values = {
-            pool.name: pool.weight.values.detach()[pool.weight.active()] for pool in self.pools
+        return {name: int(mask.sum()) for name, mask in self.active_masks().items()}
+
+    def active_masks(self) -> dict[str, Tensor]:
+        """Slots with a connection above the threshold."""
+        return {
+            pool.name: (pool.weight.rows >= 0)
+            & (pool.weight.values.detach().abs() > self.threshold)
+            for pool in self.pools
         }
-        return {name: int((v.abs() > self.threshold).sum()) for name, v in values.items()}
 
     def finalize(self) -> nn.Module:
         """Drop what is at most the threshold, then what is above the budget, and return the
