@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rewire.app.bench import bars
 from rewire.app.bench import run as command
-from rewire.app.bench.errors import BenchError
+from rewire.app.errors import BenchError
 
 
 def main() -> None:

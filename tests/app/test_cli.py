@@ -15,6 +15,7 @@ import pytest
 
 from rewire.app import cli
 from rewire.app.train import display
+from rewire.app.train.config import TrainConfig, option_name, options
 from rewire.storage import files
 
 QUICK = ["--hidden", "10", "--epochs", "2", "--batch-size", "300", "--threads", "1"]
@@ -128,12 +129,15 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
         (["--optimiser", "sgd"], "No such option: --optimiser (Possible options: --optimizer)"),
         (
             ["--density", "0"],
-            "--density: given 0.0, allowed is a number greater than 0 and at most 1",
+            "--density: given 0, allowed is a number greater than 0 and at most 1",
         ),
         (["--density", "-0.5"], "--density: given -0.5, allowed is"),
         (["--density", "1.01"], "--density: given 1.01, allowed is"),
         (["--density", "nan"], "--density: given nan, allowed is"),
-        (["--density", "a,b"], "--density: given 'a,b', allowed is a number such as 0.1"),
+        (
+            ["--density", "a,b"],
+            "--density: given 'a,b', allowed is a number greater than 0 and at most 1, or one",
+        ),
         (["--density", "0.1,0.1"], "--density: given 2 numbers for 3 layers"),
         (
             ["--density", "1e-7"],
@@ -146,24 +150,24 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
         (["--connections", "60000"], "--connections 60000: 60000 connections for layer 1"),
         (["--connections", "many"], "--connections: given 'many', allowed is a whole number"),
         (["--fan-in", "0"], "--fan-in: given 0, allowed is a number greater than 0"),
-        (
-            ["--block", "4,4"],
-            "--block: given [4, 4], allowed is three whole numbers greater than 0",
-        ),
+        (["--block", "4,4"], "--block: given 4,4, allowed is three whole numbers greater than 0"),
         (
             ["--method", "rigl", "--set", "until=-1"],
             "--method rigl: until must be a finite number at least 0, not -1",
         ),
         (
             ["--block", "4,4,x"],
-            "--block: given '4,4,x', allowed is three numbers such as 64,64,128",
+            "--block: given '4,4,x', allowed is three whole numbers greater than 0",
         ),
         (
             ["--fan-in", "2"],
             "--fan-in, --fan-out, --block: layer 1 (64 inputs, 300 outputs) gets 2091 connections",
         ),
         (["--start-density", "0.5"], "--start-density: deep-r has its budget from the start"),
-        (["--hidden", "300,x"], "--hidden: given '300,x', allowed is sizes such as 300,100"),
+        (
+            ["--hidden", "300,x"],
+            "--hidden: given '300,x', allowed is sizes from 1 to 2^40 - 1 such as 300,100",
+        ),
         (["--hidden", "300,0"], "--hidden: given 0, allowed is"),
         (["--epochs", "1.5"], "--epochs: given '1.5', allowed is a whole number"),
         (["--lr", "fast"], "--lr: given 'fast', allowed is a number"),
@@ -443,3 +447,23 @@ def test_files_of_a_run_that_parse_but_lack_something(capsys) -> None:
     assert before | {"seconds": 0} == after | {"seconds": 0}
     Path("run/metrics.jsonl").write_text('{"epoch": 1}\n')
     assert "damaged" in fails(capsys, "report", "run")
+
+
+def test_each_field_of_the_configuration_is_an_option(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = works(capsys, "train", "--help")
+    for field in TrainConfig.model_fields:
+        (line,) = (row for row in text.splitlines() if f" {option_name(field)} " in row)
+        assert options()[field].help.split("[")[0] in line
+    assert list(options()) == list(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("rewire be", "bench"), ("rewire train --chec", "--checkpoint-every")]
+)
+def test_the_shell_completes(monkeypatch, capsys, words: str, found: str) -> None:
+    monkeypatch.setenv("_REWIRE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    cli.run([])
+    assert capsys.readouterr().out.split() == [found]

@@ -30,12 +30,12 @@ from torch import nn
 
 from rewire.app import cli, data, run_files
 from rewire.app.data import digits, mnist
+from rewire.app.errors import StoppedError, TrainError
 from rewire.app.report import ReportError
 from rewire.app.report.page import _sections
 from rewire.app.report.read import read_run
 from rewire.app.train import loop
 from rewire.app.train.config import make_config
-from rewire.app.train.errors import StoppedError, TrainError
 from rewire.app.train.run_dir import RunDir
 from rewire.export import load_ternary, save_ternary
 from rewire.nn import SparseLinear

@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rewire.app.errors import RunFileError
 from rewire.storage import files, reading
 from rewire.storage.reading import FileError
 
@@ -51,12 +52,6 @@ Size = Annotated[int, Field(gt=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class RunFileError(Exception):
-    """Files of a run that cannot be read or do not belong together; the message is one line that
-    names the file.
-    """
 
 
 class _Part(BaseModel):

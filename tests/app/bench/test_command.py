@@ -44,10 +44,10 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--batch: given '0', allowed is a whole number from 1",
         ),
         (["--layer", "8x8", "--threads", "100000"], "--threads: given '100000'"),
-        (["--bars", "p1,p99"], "--bars: there is no bar 'p99'; allowed are p1, p2"),
-        (["--bars", "p1", "--layer", "8x8"], "--bars, --layer and --model are different runs"),
+        (["--targets", "p1,p99"], "--bars: there is no bar 'p99'; allowed are p1, p2"),
+        (["--targets", "p1", "--layer", "8x8"], "--bars, --layer and --model are different runs"),
         (["--density", "0.1"], "--density belongs to --layer or --model"),
-        (["--bars", "p1", "--cpu-time", "--threads", "2"], "--cpu-time counts one thread"),
+        (["--targets", "p1", "--cpu-time", "--threads", "2"], "--cpu-time counts one thread"),
         (["--memory"], "--memory belongs to --layer"),
         (["--input", "3"], "--input belongs to --model"),
         (["--model", "mlp", "--input", "3x-4"], "--input: given '3x-4'"),
@@ -67,7 +67,7 @@ def test_an_unwritable_folder_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert cli.run(["bench", "--bars", "p8", "--out", "file/below"]) == 2
+    assert cli.run(["bench", "--targets", "p8", "--out", "file/below"]) == 2
     assert "cannot write" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ from rewire.app.bench import bars, child, curves, large, models, sections
 from rewire.app.bench.bars import big, conv, layers, training
 from rewire.app.bench.contenders import LAYERS, Layer, Linear, make
 from rewire.app.bench.curves import Setting, installed
-from rewire.app.bench.errors import BenchError, NotAvailable
+from rewire.app.errors import BenchError, NotAvailable
 
 SETTING = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
 PROC = pytest.mark.skipif(

@@ -13,9 +13,9 @@ import torch
 from rewire.app.bench import bars, tables
 from rewire.app.bench.bars.big import fit
 from rewire.app.bench.curves import Setting, break_even
-from rewire.app.bench.errors import BenchError, NotAvailable
 from rewire.app.bench.timing import Contender, Ratio, Timings, quartiles, side_by_side
 from rewire.app.bench.verdict import Figure, at_least, at_most, info, judge, missing
+from rewire.app.errors import BenchError, NotAvailable
 
 
 @dataclass

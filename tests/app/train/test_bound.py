@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import toy
+from rewire.app.errors import StoppedError, TrainError
 from rewire.app.report import ReportError
 from rewire.app.report.read import read_run
 from rewire.app.train import loop
-from rewire.app.train.errors import StoppedError, TrainError
 from rewire.app.train.run_dir import RunDir
 
 FINISHED = ("config.json", "metrics.jsonl", "model.safetensors", "result.json", "checkpoint.json")

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import toy
+from rewire.app.errors import TrainError
 from rewire.app.train.batches import Batches, make_generator, split
 from rewire.app.train.config import TrainConfig, difference, make_config, parse_config
-from rewire.app.train.errors import TrainError
+from rewire.app.train.method_options import parse_method_options
 from rewire.app.train.model import build, layer_connections, layer_shapes
-from rewire.app.train.options import parse_method_options
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from rewire.app.train.options import parse_method_options
         ({"density": [0.1], "connections": 5}, "give one of them"),
         ({"density": [0.1] * 3, "distribution": "er"}, "with one density per layer leave it out"),
         ({"connections": 0}, "--connections: given 0, allowed is a number greater than 0"),
-        ({"hidden": [300, 0]}, "--hidden: given 0, allowed is a number greater than 0"),
+        ({"hidden": [300, 0]}, "--hidden: given 0, allowed is sizes from 1 to"),
         ({"lr": 0}, "--lr: given 0, allowed is a number greater than 0"),
         ({"lr": math.nan}, "--lr: given nan"),
         ({"lr_decay": -1}, "--lr-decay: given -1"),

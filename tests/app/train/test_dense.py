@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 
 import toy
+from rewire.app.errors import StoppedError, TrainError
 from rewire.app.train import loop
 from rewire.app.train.config import make_config
-from rewire.app.train.errors import StoppedError, TrainError
 from rewire.app.train.run_dir import RunDir
 
 pytest.importorskip("torch_pruning")

@@ -5,10 +5,10 @@ import torch
 from rich.console import Console
 
 import toy
+from rewire.app.errors import StoppedError, TrainError
 from rewire.app.report import figures
 from rewire.app.report.read import read_run
 from rewire.app.train import display, loop
-from rewire.app.train.errors import StoppedError, TrainError
 from rewire.app.train.metrics import EpochRecord, evaluate
 from rewire.app.train.model import make_optimizer
 from rewire.app.train.observer import Progress

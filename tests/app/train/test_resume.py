@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import toy
+from rewire.app.errors import StoppedError, TrainError
 from rewire.app.run_files import EMPTY
 from rewire.app.train import checkpoint, loop
-from rewire.app.train.errors import StoppedError, TrainError
 from rewire.app.train.run_dir import RunDir
 from rewire.storage import files
 
@@ -145,7 +145,7 @@ def test_signal_stops_within_an_epoch_and_resumes(tmp_path: Path) -> None:
     place = RunDir(tmp_path / "stopped")
     with pytest.raises(StoppedError) as caught:
         loop.run(toy.config(), toy.dataset(), place, stop=lambda: next(asked))
-    assert (caught.value.signal, caught.value.step) == (signal.SIGINT, 4)
+    assert (caught.value.code, caught.value.step) == (128 + signal.SIGINT, 4)
     assert checkpoint.load(place.path).step == 4
     run(place.path, resume=True)
     assert toy.outcome(place.path) == toy.outcome(tmp_path / "whole")

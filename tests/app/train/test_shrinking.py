@@ -18,12 +18,12 @@ import rewire
 import toy
 from rewire import methods
 from rewire.app import report
+from rewire.app.errors import TrainError
 from rewire.app.report import figures
 from rewire.app.report.read import read_run
 from rewire.app.train import before_after as comparison
 from rewire.app.train import display, loop
 from rewire.app.train.config import make_config
-from rewire.app.train.errors import TrainError
 from rewire.app.train.metrics import evaluate
 from rewire.app.train.remaining import structure
 from rewire.app.train.run_dir import RunDir

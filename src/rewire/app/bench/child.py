@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rewire.app.bench.errors import NotAvailable
+from rewire.app.errors import NotAvailable
 
 __all__ = ["Memory", "measure"]
 

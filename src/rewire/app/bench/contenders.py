@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewire.app.bench.errors import NotAvailable
 from rewire.app.bench.timing import Contender
+from rewire.app.errors import NotAvailable
 from rewire.nn import SparseLinear, SparseWeight
 
 __all__ = ["DENSE", "LAYERS", "Layer", "Linear", "has_onednn", "has_sparseprop", "make"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rewire.app.bench import networks
-from rewire.app.bench.errors import BenchError
+from rewire.app.errors import BenchError
 from rewire.nn.forward.tensors import first_input
 
 __all__ = ["MODELS", "Found", "layers", "load"]

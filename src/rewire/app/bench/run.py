@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +14,15 @@ from rich.console import Console
 from rewire.app.bench import bars, machine, sections, tables
 from rewire.app.bench import results_page as page
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.errors import BenchError, NotAvailable
+from rewire.app.errors import BenchError, NotAvailable
 from rewire.storage.files import write_atomic
 
-__all__ = ["EXTRA", "FORMAT", "Run", "most_threads"]
+__all__ = ["EXTRA", "FORMAT", "Run"]
 
 #: Version of the results file.
 FORMAT = 1
 #: Sections that --bars takes besides the bars.
 EXTRA = ("grid", "wide")
-
-
-def most_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Run:

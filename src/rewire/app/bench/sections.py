@@ -16,8 +16,8 @@ from rewire.app.bench.bars.conv import channels_last
 from rewire.app.bench.bars.conv import step as conv_step
 from rewire.app.bench.contenders import LAYERS, Layer
 from rewire.app.bench.curves import Curve, Setting
-from rewire.app.bench.errors import BenchError, NotAvailable
 from rewire.app.bench.timing import Contender
+from rewire.app.errors import BenchError, NotAvailable
 from rewire.nn import SparseConv2d
 
 __all__ = ["WIDE", "grid", "layer", "model", "wide"]

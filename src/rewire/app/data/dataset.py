@@ -1,4 +1,4 @@
-"""What every loader returns, and the one error a loader raises."""
+"""What every loader returns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-class DataError(Exception):
-    """Data that cannot be had or cannot be trusted; the message is one line for the user."""
+from rewire.app.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rewire.app.data.dataset import DataError, Dataset
+from rewire.app.data.dataset import Dataset
+from rewire.app.errors import DataError
 from rewire.storage.files import sha256_bytes
 
 FILE = "digits.csv.gz"

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from rewire.app.data.dataset import DataError
+from rewire.app.errors import DataError
 from rewire.storage.files import (
     lock_folder,
     remove,

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rewire.app.data import idx
-from rewire.app.data.dataset import DataError, Dataset
+from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress, download, is_whole
+from rewire.app.errors import DataError
 from rewire.storage import reading
 from rewire.storage.files import sha256_bytes
 

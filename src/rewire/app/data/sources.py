@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from rewire.app.data import digits, mnist
-from rewire.app.data.dataset import DataError, Dataset
+from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress
+from rewire.app.errors import DataError
 
 Loader = Callable[[Path | None, str | None, Progress | None], Dataset]
 

@@ -12,7 +12,8 @@ import safetensors
 from numpy.typing import NDArray
 
 from rewire.app import run_files
-from rewire.app.run_files import COMMIT, CONFIG, MODEL, RESULT, Prefix, RunFileError
+from rewire.app.errors import ReportError, RunFileError
+from rewire.app.run_files import COMMIT, CONFIG, MODEL, RESULT, Prefix
 from rewire.storage import files, reading
 
 Counts = NDArray[np.int64]
@@ -33,10 +34,6 @@ _DTYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
-
-
-class ReportError(Exception):
-    """A folder of which no report can be made; the message is one line."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from rewire.app import run_files
-from rewire.app.run_files import COMMIT, FORMAT, Prefix, RunFileError
-from rewire.app.train.errors import TrainError
+from rewire.app.errors import RunFileError, TrainError
+from rewire.app.run_files import COMMIT, FORMAT, Prefix
 from rewire.storage import files, reading
 from rewire.storage import tensors as tensor_file
 

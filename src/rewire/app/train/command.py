@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,34 @@ from rich.console import Console
 
 from rewire import budget, methods
 from rewire.app import data
+from rewire.app.errors import TrainError
 from rewire.app.train import loop
-from rewire.app.train.config import FREE_ON_RESUME, TrainConfig, check_name, difference, make_config
+from rewire.app.train.config import (
+    FREE_ON_RESUME,
+    TrainConfig,
+    check_name,
+    difference,
+    make_config,
+    read_options,
+)
 from rewire.app.train.display import DownloadBar, Lines, LiveBar
-from rewire.app.train.errors import TrainError
-from rewire.app.train.observer import Silent
-from rewire.app.train.options import parse_method_options
+from rewire.app.train.method_options import parse_method_options
+from rewire.app.train.observer import Observer, Silent
 from rewire.app.train.run_dir import RunDir
 from rewire.app.train.signals import Signals
-from rewire.nn.layers.initial import INITS
 
 
-def config_to_start(given: dict[str, Any], pairs: Sequence[str] | None) -> TrainConfig:
-    """Check the options of a new run."""
-    check_name("--data", given.get("data", "digits"), data.available())
-    method = given.get("method", TrainConfig.model_fields["method"].default)
-    check_name("--method", method, methods.available())
-    if "distribution" in given:
-        check_name("--distribution", given["distribution"], budget.DISTRIBUTIONS)
-    if "init" in given:
-        check_name("--init", given["init"], INITS)
-    options = parse_method_options(method, pairs or [])
-    return make_config(given | {"method_options": options})
+def config_to_start(given: Mapping[str, Any], pairs: Sequence[str]) -> TrainConfig:
+    """Check the options of a new run: fields of the configuration and ``--set``."""
+    config = read_options(given)
+    check_name("--data", config.data, data.available())
+    check_name("--method", config.method, methods.available())
+    if config.distribution is not None:
+        check_name("--distribution", config.distribution, budget.DISTRIBUTIONS)
+    return make_config({**given, "method_options": parse_method_options(config.method, pairs)})
 
 
-def config_to_resume(
-    place: RunDir, given: dict[str, Any], pairs: Sequence[str] | None
-) -> TrainConfig:
+def config_to_resume(place: RunDir, given: Mapping[str, Any], pairs: Sequence[str]) -> TrainConfig:
     """The options of the run that is there; any that is given again must be the same."""
     config = place.read_config()
     line = difference(config, given)
@@ -78,34 +79,25 @@ def execute(
         place.check_free(overwrite=overwrite)  # before anything is downloaded
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     with contextlib.closing(DownloadBar(console)) as download:
-        folder = Path(config.data_dir) if config.data_dir is not None else None
-        dataset = data.load(config.data, data_dir=folder, mirror=config.mirror, progress=download)
+        dataset = data.load(
+            config.data, data_dir=config.data_dir, mirror=config.mirror, progress=download
+        )
     signals.training = True
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as until:
         warnings.showwarning = _in_one_line
-        if quiet:
-            loop.run(
-                config,
-                dataset,
-                place,
-                resume=resume,
-                overwrite=overwrite,
-                observer=Silent(),
-                stop=signals,
-            )
-            return
-        with contextlib.closing(
-            LiveBar(console) if console.is_terminal else Lines(console)
-        ) as watcher:
-            loop.run(
-                config,
-                dataset,
-                place,
-                resume=resume,
-                overwrite=overwrite,
-                observer=watcher,
-                stop=signals,
-            )
+        watcher: Observer = Silent()
+        if not quiet:
+            watcher = LiveBar(console) if console.is_terminal else Lines(console)
+            until.callback(watcher.close)
+        loop.run(
+            config,
+            dataset,
+            place,
+            resume=resume,
+            overwrite=overwrite,
+            observer=watcher,
+            stop=signals,
+        )
 
 
 def _in_one_line(message: Warning | str, *where: Any, **options: Any) -> None:

@@ -1,33 +1,78 @@
-"""Everything that decides a training run, checked before anything is loaded or built."""
+"""The options of `rewire train`: each is declared once, as a field of `TrainConfig`.
+
+The command line, the checks, `config.json` and the report are made from these fields.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
-from rewire import methods
+import rewire  # its parts load torch, which the command line does without until a run begins
 from rewire.app import run_files
-from rewire.app.train.errors import TrainError
-from rewire.nn.layers.initial import Init
+from rewire.app.errors import TrainError
 from rewire.storage import reading
 
 #: Each optimizer, and its learning rate where neither the user nor the method names one.
 RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.002}
-OPTIMIZERS = tuple(RATES)
 
 # What may differ when a run is resumed: where the data lie and how often to save decide no number.
 # The number of threads decides none either, but a run keeps it.
 FREE_ON_RESUME = frozenset(run_files.FREE) - {"threads"}
 
+
+@dataclass(frozen=True)
+class Option:
+    """How the command line shows a field of `TrainConfig`.
+
+    Attributes:
+        panel: the heading it stands under in ``--help``.
+        help: one sentence.
+        metavar: a word for its value in ``--help``; "" for a flag.
+        names: what the user types; by default the field's name.
+        default: the default in words, where the field's own does not say it.
+        allowed: the values in words, where the field's bounds do not say them.
+    """
+
+    panel: str
+    help: str
+    metavar: str = ""
+    names: tuple[str, ...] = ()
+    default: str = ""
+    allowed: str = ""
+
+
+def _parts(value: object) -> object:
+    """ "300,100", as the command line has it, in parts; "none" has no part."""
+    if not isinstance(value, str):
+        return value
+    return [] if value.strip().lower() == "none" else value.split(",")
+
+
+DATA, NETWORK, METHOD, TRAINING, RUN = "Data", "Network and budget", "Method", "Training", "Run"
+
 MethodOption = bool | int | float | str | list[int | float] | dict[str, int | float] | None
-# beyond that torch cannot count the elements of a weight
+# torch cannot count the elements of a weight with more units
 Size = Annotated[int, Field(gt=0, lt=2**40)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Folder = Annotated[Path, AfterValidator(Path.absolute), PlainSerializer(str)]
+Listed = BeforeValidator(_parts)
 
 
 class TrainConfig(BaseModel):
@@ -35,32 +80,151 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = "digits"
-    data_dir: str | None = None
-    mirror: str | None = None
-    hidden: tuple[Size, ...] = (300, 100)
-    bias: bool = True
-    method: str = "deep-r"
-    method_options: dict[str, MethodOption] = Field(default_factory=dict)
-    density: tuple[Share, ...] | None = None
-    connections: Size | None = None
-    distribution: str | None = None
-    start_density: Share | None = None
-    fan_in: Size | None = None
-    fan_out: Size | None = None
-    block: tuple[Size, Size, Size] | None = None
-    init: Init = "auto"
-    optimizer: str = "adam"
-    lr: Positive | None = None
-    lr_decay: Positive | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    batch_size: Size = 16
-    epochs: Size = 20
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    validation: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
-    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    data: Annotated[
+        str, Option(DATA, "digits (part of the package), mnist or fashion-mnist.", "NAME")
+    ] = "digits"
+    data_dir: Annotated[
+        Folder | None,
+        Option(
+            DATA,
+            "Has the four *-ubyte.gz files, or a subfolder mnist or fashion-mnist with them.",
+            "FOLDER",
+        ),
+    ] = None
+    mirror: Annotated[
+        str | None,
+        Option(DATA, "The folder to download from, where --data-dir is not given.", "URL"),
+    ] = None
+    validation: Annotated[
+        BelowOne,
+        Option(DATA, "Share of the training samples that is held out to report on.", "SHARE"),
+    ] = 0.1
+
+    hidden: Annotated[
+        tuple[Size, ...],
+        Listed,
+        Option(
+            NETWORK,
+            "Units of the hidden layers; none makes a linear model.",
+            "SIZES",
+            allowed="sizes from 1 to 2^40 - 1 such as 300,100, or none",
+        ),
+    ] = (300, 100)
+    bias: Annotated[bool, Option(NETWORK, "Layers with biases.", names=("--bias/--no-bias",))] = (
+        True
+    )
+    density: Annotated[
+        Annotated[tuple[Share, ...], Field(min_length=1)] | None,
+        Listed,
+        Option(
+            NETWORK,
+            "Share of the possible connections that is allowed: one number, or one for each layer.",
+            "SHARES",
+            default="0.1",
+            allowed="a number greater than 0 and at most 1, "
+            "or one for each layer such as 0.01,0.03,0.3",
+        ),
+    ] = None
+    connections: Annotated[
+        Size | None,
+        Option(NETWORK, "Allowed connections of the network, instead of --density.", "NUMBER"),
+    ] = None
+    distribution: Annotated[
+        str | None,
+        Option(NETWORK, "How layers share one budget: erk, er or uniform.", "NAME", default="erk"),
+    ] = None
+    start_density: Annotated[
+        Share | None,
+        Option(
+            NETWORK,
+            "Density at the start, for methods that begin above their budget.",
+            "SHARE",
+            default="1 for most of them",
+        ),
+    ] = None
+    fan_in: Annotated[
+        Size | None, Option(NETWORK, "Most connections of one output of a layer.", "NUMBER")
+    ] = None
+    fan_out: Annotated[
+        Size | None, Option(NETWORK, "Most connections of one input of a layer.", "NUMBER")
+    ] = None
+    block: Annotated[
+        tuple[Size, Size, Size] | None,
+        Listed,
+        Option(
+            NETWORK,
+            "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs.",
+            "NUMBERS",
+            allowed="three whole numbers greater than 0 (outputs, inputs, connections) "
+            "such as 64,32,99",
+        ),
+    ] = None
+    init: Annotated[
+        Literal["auto", "dense", "sparse"],
+        Option(
+            NETWORK,
+            "First values: auto keeps the strength of a dense network's signals; or dense, sparse.",
+            "RULE",
+        ),
+    ] = "auto"
+
+    method: Annotated[str, Option(METHOD, "One of those that 'rewire methods' lists.", "NAME")] = (
+        "deep-r"
+    )
+    method_options: Annotated[
+        dict[str, MethodOption],
+        Option(
+            METHOD, "A parameter of the method; may be repeated.", "NAME=VALUE", names=("--set",)
+        ),
+    ] = Field(default_factory=dict)
+
+    epochs: Annotated[Size, Option(TRAINING, "Passes over the training data.", "NUMBER")] = 20
+    batch_size: Annotated[Size, Option(TRAINING, "Samples in a step.", "NUMBER")] = 16
+    optimizer: Annotated[
+        str,
+        Option(
+            TRAINING,
+            f"One of {', '.join(RATES)}.",
+            "NAME",
+            default="the one that suits the method, mostly adam",
+        ),
+    ] = "adam"
+    lr: Annotated[
+        Positive | None,
+        Option(
+            TRAINING,
+            "Learning rate.",
+            "NUMBER",
+            default="what suits method and optimizer, mostly 0.01",
+        ),
+    ] = None
+    lr_decay: Annotated[
+        Positive | None,
+        Option(
+            TRAINING,
+            "Multiplies the learning rate after every epoch.",
+            "FACTOR",
+            default="half a cosine down to 0",
+        ),
+    ] = None
+    momentum: Annotated[BelowOne, Option(TRAINING, "Of sgd and rmsprop.", "NUMBER")] = 0.0
+    weight_decay: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        Option(TRAINING, "Some methods refuse it.", "NUMBER"),
+    ] = 0.0
+    seed: Annotated[
+        Annotated[int, Field(ge=0, lt=2**63)],
+        Option(TRAINING, "Decides all random numbers.", "NUMBER"),
+    ] = 0
+
+    checkpoint_every: Annotated[
+        Annotated[int, Field(ge=0)],
+        Option(RUN, "Save within epochs too; 0 saves only at their ends.", "STEPS"),
+    ] = 0
+    threads: Annotated[
+        Annotated[int, Field(gt=0, le=1024)] | None,
+        Option(RUN, "CPU threads.", "NUMBER", default="one for small networks, else all cores"),
+    ] = None
 
     def to_json(self) -> str:
         """The text of `config.json`."""
@@ -71,10 +235,19 @@ class TrainConfig(BaseModel):
         return run_files.config_sum(self.model_dump())
 
 
+def options() -> dict[str, Option]:
+    """The options by field."""
+    return {
+        name: next(part for part in field.metadata if isinstance(part, Option))
+        for name, field in TrainConfig.model_fields.items()
+    }
+
+
 def option_name(field: str) -> str:
-    """How the command line calls a field."""
-    special = {"bias": "--no-bias", "method_options": "--set"}
-    return special.get(field, "--" + field.replace("_", "-"))
+    """What the command line calls a field; of a flag the form that changes the default."""
+    option = options().get(field)
+    names = option.names if option is not None else ()
+    return names[0].split("/")[-1] if names else "--" + field.replace("_", "-")
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
@@ -88,138 +261,144 @@ def check_name(option: str, given: str, allowed: Iterable[str]) -> None:
     names = list(allowed)
     if given not in names:
         raise TrainError(
-            f"{option}: unknown name {given!r}{did_you_mean(given, names)}; allowed are "
-            f"{', '.join(names)}"
+            f"{option}: unknown name {given!r}{did_you_mean(given, names)}; "
+            f"allowed are {', '.join(names)}"
         )
 
 
-def _explain(error: ValidationError) -> str:
+#: How an error of pydantic begins, and what is allowed then.
+_KINDS = {"int_parsing": "a whole number", "float_parsing": "a number"}
+_BOUNDS = {"gt": "greater than", "ge": "at least", "le": "at most", "lt": "less than"}
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     """The first complaint of pydantic as one line: option, what was given, what is allowed."""
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else "config"
+    hint = did_you_mean(field, TrainConfig.model_fields)
     if first["type"] == "extra_forbidden":
-        return (
-            "unknown "
-            "option "
-            f"{reading.brief(repr(field))}{did_you_mean(field, TrainConfig.model_fields)}"
-        )
+        return f"unknown option {reading.brief(repr(field))}{hint}"
     context: Mapping[str, Any] = first.get("ctx", {})
-    words = {"gt": "greater than", "ge": "at least", "le": "at most", "lt": "less than"}
-    if field == "density":
-        allowed = "a number greater than 0 and at most 1"
-    elif field == "block":
-        allowed = "three whole numbers greater than 0: outputs, inputs, connections"
-    elif limits := [f"{words[key]} {context[key]}" for key in words if key in context]:
-        allowed = "a number " + " and ".join(limits)
-    else:
-        allowed = first["msg"].removeprefix("Input should be ")
-    return f"{option_name(field)}: given {reading.brief(first['input'])}, allowed is {allowed}"
+    kind = next((words for key, words in _KINDS.items() if first["type"].startswith(key)), None)
+    limits = [f"{words} {context[key]}" for key, words in _BOUNDS.items() if key in context]
+    given = first["input"]
+    if kind is not None or first["type"] in ("missing", "too_long"):  # one part of several
+        given = values[field]
+    allowed = (
+        options()[field].allowed
+        or kind
+        or (limits and "a number " + " and ".join(limits))
+        or first["msg"].removeprefix("Input should be ")
+    )
+    shown = repr(given) if kind is not None else given
+    return f"{option_name(field)}: given {reading.brief(shown)}, allowed is {allowed}"
+
+
+def read_options(values: Mapping[str, Any]) -> TrainConfig:
+    """Options, as typed or as read from `config.json`, each checked by itself. Raises
+    `TrainError`.
+    """
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise TrainError(_explain(error, values)) from None
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Check options and the way they fit together; names of methods and data sets are in their
-    registries.
+    """Options, checked together; those that are not given get what suits the others.
+
+    The names of methods and data sets are checked elsewhere. Raises `TrainError`.
     """
-    try:
-        config = TrainConfig(**values)
-    except ValidationError as error:
-        raise TrainError(_explain(error)) from None
-    config = suited(config, named="optimizer" in values)
-    check_name("--optimizer", config.optimizer, OPTIMIZERS)
-    layers = len(config.hidden) + 1
+    config = suited(read_options(values))
+    check_name("--optimizer", config.optimizer, RATES)
     if starts_dense(config.method):
         return _with_rate(_dense_budget(config))
-    densities = config.density
+    densities, layers = config.density, len(config.hidden) + 1
     if densities is not None and config.connections is not None:
         raise TrainError(
             "--density and --connections both say how many connections: give one of them"
         )
+    change: dict[str, Any] = {}
     if densities is None and config.connections is None:
-        config = config.model_copy(update={"density": (0.1,)})
+        change["density"] = (0.1,)
     if densities is not None and len(densities) not in (1, layers):
         raise TrainError(
             f"--density: given {len(densities)} numbers for {layers} layers "
             f"(--hidden has {len(config.hidden)}); "
             f"allowed is one number for the whole network or {layers}, one per layer"
         )
-    if densities is not None and len(densities) > 1:
-        if config.distribution is not None:
-            raise TrainError(
-                "--distribution spreads one --density or --connections over the layers; "
-                "with one density per layer leave it out"
-            )
-    elif config.distribution is None:
-        config = config.model_copy(update={"distribution": "erk"})
-    return _with_rate(config)
+    if densities is None or len(densities) == 1:
+        change["distribution"] = config.distribution or "erk"
+    elif config.distribution is not None:
+        raise TrainError(
+            "--distribution spreads one --density or --connections over the layers; "
+            "with one density per layer leave it out"
+        )
+    return _with_rate(config.model_copy(update=change))
 
 
-def suited(config: TrainConfig, *, named: bool) -> TrainConfig:
-    """The optimizer, its rate and the hyper-parameters that suit the method, where the user
-    ``named`` or gave none.
+def suited(config: TrainConfig) -> TrainConfig:
+    """The options, with the optimizer, learning rate and hyper-parameters that suit the method
+    where they were not given.
 
-    Momentum names an optimizer as well: sgd, where no other is named.
+    Momentum without an optimizer means sgd.
     """
-    if config.method not in methods.available():
+    if config.method not in rewire.methods.available():
         return config
-    cls = methods.info(config.method).cls
-    optimizer = config.optimizer if named else "sgd" if config.momentum else cls.run_optimizer
-    options = (
-        cls.run_options(config.epochs, config.method_options, optimizer) | config.method_options
-    )
+    cls = rewire.methods.info(config.method).cls
+    if "optimizer" in config.model_fields_set:
+        optimizer = config.optimizer
+    else:
+        optimizer = "sgd" if config.momentum else cls.run_optimizer
+    given = config.method_options
     lr = cls.run_lr if config.lr is None and optimizer == cls.run_optimizer else config.lr
-    return config.model_copy(update={"method_options": options, "optimizer": optimizer, "lr": lr})
+    return config.model_copy(
+        update={
+            "method_options": cls.run_options(config.epochs, given, optimizer) | given,
+            "optimizer": optimizer,
+            "lr": lr,
+        }
+    )
 
 
 def starts_dense(method: str) -> bool:
-    """Whether the method begins with an ordinary dense network; unknown names are refused
-    elsewhere.
-    """
-    return method in methods.available() and methods.info(method).cls.starts_dense
+    """Whether the method begins with a dense network; False for an unknown name."""
+    return method in rewire.methods.available() and rewire.methods.info(method).cls.starts_dense
 
 
 def _dense_budget(config: TrainConfig) -> TrainConfig:
-    """Methods that start dense find out how much is left, or have a parameter ``density``, which
-    --density sets.
+    """The options of a method that starts dense, checked.
+
+    It finds out how much is left, or has a parameter ``density``, which --density sets.
     """
-    takes_density = "density" in methods.info(config.method).parameters()
+    takes_density = "density" in rewire.methods.info(config.method).parameters()
+    is_set = "density" in config.method_options
     if takes_density and config.density is not None:
-        if "density" in config.method_options:
+        if is_set:
             raise TrainError(
                 "--density and --set density both say how many connections: give one of them"
             )
         if len(config.density) > 1:
             raise TrainError(
-                f"--density: given {len(config.density)} numbers, allowed is one: {config.method} "
-                "spreads its budget "
-                "over the layers by itself"
+                f"--density: given {len(config.density)} numbers, allowed is one: "
+                f"{config.method} spreads its budget over the layers by itself"
             )
-    given = {
-        "--density": config.density is not None and not takes_density,
-        "--connections": config.connections is not None,
-        "--distribution": config.distribution is not None,
-        "--start-density": config.start_density is not None,
-        "--fan-in": config.fan_in is not None,
-        "--fan-out": config.fan_out is not None,
-        "--block": config.block is not None,
-        "--init": config.init != "auto",
-    }
-    for option, is_given in given.items():
-        if is_given:
-            advice = (
-                ("use --density") if takes_density and option == "--connections" else "leave it out"
-            )
+    useless = ("connections", "distribution", "start_density", "fan_in", "fan_out", "block", "init")
+    for field in useless if takes_density else ("density", *useless):
+        if getattr(config, field) != TrainConfig.model_fields[field].default:
+            instead = takes_density and field == "connections"
             raise TrainError(
-                f"{option}: {config.method} starts from a dense network and has no "
-                f"such budget; {advice}"
+                f"{option_name(field)}: {config.method} starts from a dense network and has no "
+                f"such budget; {'use --density' if instead else 'leave it out'}"
             )
-    if takes_density and config.density is None and "density" not in config.method_options:
+    if takes_density and config.density is None and not is_set:
         # as for the other methods, so that they compare
         config = config.model_copy(update={"density": (0.1,)})
     return config
 
 
 def _with_rate(config: TrainConfig) -> TrainConfig:
-    """Momentum checked and the learning rate filled in."""
+    """The options with a learning rate; momentum is checked."""
     if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
         raise TrainError(f"--momentum: {config.optimizer} has none; it is for sgd and rmsprop")
     if config.lr is None:
@@ -230,7 +409,7 @@ def _with_rate(config: TrainConfig) -> TrainConfig:
 
 
 def parse_config(text: str | bytes, where: str) -> TrainConfig:
-    """Read `config.json` back."""
+    """Read `config.json` back; ``where`` is its path. Raises `TrainError`."""
     try:
         values = reading.parse_json(text.encode() if isinstance(text, str) else text, where)
     except reading.FileError as error:
@@ -244,48 +423,21 @@ def parse_config(text: str | bytes, where: str) -> TrainConfig:
 
 
 def difference(old: TrainConfig, given: Mapping[str, Any]) -> str | None:
-    """The first option of `given` that would change a run made with `old`, as one line; None if
-    none would.
+    """The first of the options ``given`` that would change a run made with ``old``, as one line;
+    None if there is none.
     """
-    for field, value in given.items():
-        if field in FREE_ON_RESUME:
-            continue
-        before = getattr(old, field)
-        if isinstance(value, list):
-            value = tuple(value)
-        if value != before:
-            return f"{option_name(field)}: the run has {_shown(before)}, given {_shown(value)}"
+    new = read_options(given)
+    for field in given:
+        before, after = getattr(old, field), getattr(new, field)
+        if field not in FREE_ON_RESUME and before != after:
+            return f"{option_name(field)}: the run has {shown(before)}, given {shown(after)}"
     return None
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as the user types it."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "none"
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
     return str(value)
-
-
-def read_number(option: str, text: str | None, kind: type[int] | type[float]) -> Any:
-    """Read the number of an option; not given stays None."""
-    if text is None:
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise TrainError(f"{option}: given {text!r}, allowed is {what}") from None
-
-
-def read_numbers(
-    option: str, text: str | None, kind: type[int] | type[float], what: str
-) -> list[Any] | None:
-    """Read "300,100"; the word none is an empty list of layers."""
-    if text is None:
-        return None
-    if kind is int and text.strip().lower() == "none":
-        return []
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise TrainError(f"{option}: given {text!r}, allowed is {what}") from None

@@ -49,6 +49,18 @@ def epoch_line(record: EpochRecord, epochs: int, *, dense: bool = False) -> str:
     )
 
 
+def result_lines(result: Mapping[str, Any]) -> list[str]:
+    """How the run ended."""
+    lines = [
+        f"test accuracy  {result['test_accuracy']:.2%}  (loss {result['test_loss']:.4f})",
+        f"connections    {result['connections']:,} of {result['possible_connections']:,} "
+        f"(density {result['density']:.2%})",
+    ]
+    if (change := change_line(result)) is not None:
+        lines.append(f"before, after  {change}")
+    return [*lines, f"seconds        {result['seconds']:.1f}"]
+
+
 def change_line(result: Mapping[str, Any]) -> str | None:
     """What became smaller, in one line; None for a run that kept its size."""
     if not {"before", "after", "inference"} <= result.keys():

@@ -18,12 +18,12 @@ import rewire
 from rewire import methods
 from rewire.app import memory
 from rewire.app.data import Dataset
+from rewire.app.errors import StoppedError, TrainError
 from rewire.app.run_files import COMMIT, EMPTY
 from rewire.app.train import before_after, checkpoint
 from rewire.app.train.batches import Batches, derive_seed, make_generator, split
 from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig, check_name
-from rewire.app.train.errors import StoppedError, TrainError
 from rewire.app.train.metrics import EpochRecord, evaluate, versions
 from rewire.app.train.model import (
     build,

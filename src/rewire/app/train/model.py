@@ -10,8 +10,8 @@ from torch import nn
 
 import rewire
 from rewire import budget, methods
+from rewire.app.errors import TrainError
 from rewire.app.train.config import TrainConfig, check_name
-from rewire.app.train.errors import TrainError
 from rewire.budget import Limits
 from rewire.nn.layers.initial import Init
 

@@ -12,21 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rewire.app import run_files
-from rewire.app.run_files import (
-    CHECKSUMS,
-    COMMIT,
-    CONFIG,
-    METRICS,
-    MODEL,
-    REPORT,
-    RESULT,
-    Prefix,
-    RunFileError,
-)
+from rewire.app.errors import RunFileError, TrainError
+from rewire.app.run_files import CHECKSUMS, COMMIT, CONFIG, METRICS, MODEL, REPORT, RESULT, Prefix
 from rewire.app.train import checkpoint
 from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig, parse_config
-from rewire.app.train.errors import TrainError
 from rewire.storage import files, reading
 
 __all__ = ["CHECKSUMS", "CONFIG", "METRICS", "MODEL", "REPORT", "RESULT", "RunDir"]

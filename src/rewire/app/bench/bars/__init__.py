@@ -9,9 +9,9 @@ from typing import Any
 
 from rewire.app.bench.bars import big, conv, layers, memory, training
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.errors import BenchError, NotAvailable
 from rewire.app.bench.machine import Load
 from rewire.app.bench.verdict import BarResult, Figure, judge
+from rewire.app.errors import BenchError, NotAvailable
 
 __all__ = ["BARS", "Bar", "choose", "run"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from rewire import methods
 from rewire.app.bench import child, machine
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.errors import NotAvailable
 from rewire.app.bench.verdict import Figure, at_least, at_most, info, missing
+from rewire.app.errors import NotAvailable
 
 __all__ = ["fit", "line", "million", "updates", "with_sparse_memory"]
 

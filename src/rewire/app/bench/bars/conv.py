@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from rewire import nn as sparse_nn
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.errors import NotAvailable
 from rewire.app.bench.timing import Contender
 from rewire.app.bench.verdict import Figure, at_least
+from rewire.app.errors import NotAvailable
 
 __all__ = ["against_dense", "channels_last", "step", "twin_class"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from rewire.app.bench import curves
 from rewire.app.bench.contenders import Layer, Linear, has_sparseprop, make
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.errors import NotAvailable
 from rewire.app.bench.verdict import Figure, at_least, info, missing
+from rewire.app.errors import NotAvailable
 
 __all__ = ["against_dense", "against_sparse", "breaks_even", "second_thread"]
 

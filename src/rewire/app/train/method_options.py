@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from rewire import methods
+from rewire.app.errors import TrainError
 from rewire.app.train.config import MethodOption, did_you_mean
-from rewire.app.train.errors import TrainError
 
 WORDS: dict[str, bool | None] = {
     "true": True,

@@ -1,0 +1,54 @@
+"""Options of a command, made from the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic.fields import FieldInfo
+
+from rewire.app.train.config import Option, TrainConfig, options, shown
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def with_train_options(command: _Command) -> _Command:
+    """Give a command an option for each field of `TrainConfig`, before its own.
+
+    The command gets them as keyword arguments (its ``**given``); those that the user left out are
+    None.
+    """
+    fields = TrainConfig.model_fields
+    made = [_parameter(name, fields[name], option) for name, option in options().items()]
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    # Typer reads signatures, and a function may have another than the one it was written with.
+    command.__signature__ = signature.replace(parameters=[*made, *own])  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
+    """A field as a parameter of a function, with Typer's annotation; the default is None."""
+    typed: Any = str  # pydantic reads the text
+    if field.annotation is bool:
+        typed = bool
+    elif option.metavar == "FOLDER":
+        typed = Path  # the shell completes it
+    elif field.default_factory is dict:
+        typed = list[str]
+    default = option.default
+    if not default and field.default is not None and typed is str:
+        default = shown(field.default)
+    made = typer.Option(
+        *option.names,
+        help=option.help + (rf" \[default: {default}]" if default else ""),
+        metavar=option.metavar or None,
+        rich_help_panel=option.panel,
+        show_default=False,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[typed | None, made]
+    )

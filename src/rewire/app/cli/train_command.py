@@ -1,0 +1,81 @@
+"""The command `rewire train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewire.app.cli.failures import CommandError, resumable
+from rewire.app.cli.model_options import with_train_options
+from rewire.app.train.config import RUN
+from rewire.app.train.signals import Signals
+
+if TYPE_CHECKING:  # torch is loaded when a run begins, so that --help is quick
+    from rewire.app.train.run_dir import RunDir
+
+
+def _option(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=RUN, show_default=False)
+
+
+@with_train_options
+def train(
+    *,
+    run_dir: Annotated[
+        Path | None,
+        _option(
+            r"Where the results go. \[default: runs/DATA-METHOD-SEED, a new one]", metavar="FOLDER"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, _option("Go on with the run in --run-dir, bit-exactly, with its options.", "--resume")
+    ] = False,
+    overwrite: Annotated[bool, _option("Replace the run in --run-dir.", "--overwrite")] = False,
+    quiet: Annotated[bool, _option("Print errors only.", "--quiet", "-q")] = False,
+    **given: Any,
+) -> None:
+    """Train a sparse network; leaves checkpoint, metrics, result and report in a run directory."""
+    options = {name: value for name, value in given.items() if value is not None}
+    pairs = options.pop("method_options", [])
+    if resume and overwrite:
+        raise CommandError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if resume and run_dir is None:
+        raise CommandError("--resume: give the run with --run-dir FOLDER")
+    folder = run_dir
+    with Signals() as signals, resumable(lambda: folder, signals):
+        from rewire.app.train import command
+        from rewire.app.train.run_dir import RunDir
+
+        if resume:
+            assert folder is not None  # refused above
+            place = RunDir(folder)
+            config = command.config_to_resume(place, options, pairs)
+            if place.is_finished():
+                if not quiet:
+                    print(f"the run in {folder} is finished")
+                _show_result(place, quiet)
+                return
+        else:
+            config = command.config_to_start(options, pairs)
+            folder = folder or command.fresh_folder(config)
+            place = RunDir(folder)
+        with place.lock():  # until the report is written
+            command.execute(config, place, signals, resume=resume, overwrite=overwrite, quiet=quiet)
+            signals.training = False
+            _show_result(place, quiet)
+
+
+def _show_result(place: RunDir, quiet: bool) -> None:
+    """Make the report, if a kill prevented it or it is new, and print how the run ended."""
+    from rewire.app import report
+    from rewire.app.train.display import result_lines
+    from rewire.app.train.run_dir import REPORT
+
+    page = place.path / REPORT
+    result = place.read_result()
+    if not page.exists():
+        report.write(place.path)
+    if not quiet:
+        print("\n".join([*result_lines(result), f"report         {page}"]))
