@@ -30,8 +30,7 @@ from torch import nn
 
 from rewire.app import cli, data, run_files
 from rewire.app.data import digits, mnist
-from rewire.app.errors import StoppedError, TrainError
-from rewire.app.report import ReportError
+from rewire.app.errors import DataError, ReportError, StoppedError, TrainError
 from rewire.app.report.page import _sections
 from rewire.app.report.read import read_run
 from rewire.app.train import loop
@@ -252,9 +251,9 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             base / "idx",
             ["x"],
             lambda folder: plain(mnist.read(folder / "x", described)),
-            (data.DataError,),
+            (DataError,),
         ),
-        "digits": Reader(base / "digits", [digits.FILE], read_digits, (data.DataError,)),
+        "digits": Reader(base / "digits", [digits.FILE], read_digits, (DataError,)),
     }
 
 

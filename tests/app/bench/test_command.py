@@ -45,7 +45,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["--layer", "8x8", "--threads", "100000"], "--threads: given '100000'"),
         (["--targets", "p1,p99"], "--bars: there is no bar 'p99'; allowed are p1, p2"),
-        (["--targets", "p1", "--layer", "8x8"], "--bars, --layer and --model are different runs"),
+        (["--targets", "p1", "--layer", "8x8"], "--targets, --layer and --model are different"),
         (["--density", "0.1"], "--density belongs to --layer or --model"),
         (["--targets", "p1", "--cpu-time", "--threads", "2"], "--cpu-time counts one thread"),
         (["--memory"], "--memory belongs to --layer"),
@@ -68,7 +68,7 @@ def test_an_unwritable_folder_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert cli.run(["bench", "--targets", "p8", "--out", "file/below"]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot read or write file/below" in capsys.readouterr().err
 
 
 def test_a_layer_from_the_command_line(

@@ -4,6 +4,7 @@ import torch
 
 from rewire.app import data
 from rewire.app.data import digits
+from rewire.app.errors import DataError
 
 
 def test_equals_what_scikit_learn_ships() -> None:
@@ -39,7 +40,7 @@ def test_shape_and_range() -> None:
 def test_damaged_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "SHA256", "0" * 64)
     with pytest.raises(
-        data.DataError,
+        DataError,
         match=r"digits\.csv\.gz .* is damaged: sha256 "
         r"09f66e.*expected 0000",
     ):
@@ -48,7 +49,7 @@ def test_damaged_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(
-        data.DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"
+        DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"
     ):
         data.load("cifar")
 
@@ -68,5 +69,5 @@ def test_dataset_refuses_what_does_not_fit() -> None:
         ({"test_y": y + 1}, "labels go from 1 to 1; allowed is 0 to 0"),
         ({"test_x": torch.zeros(4, 2)}, "different numbers of features"),
     ):
-        with pytest.raises(data.DataError, match=message):
+        with pytest.raises(DataError, match=message):
             make(**changes)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rewire.app.data import DataError, mnist
+from rewire.app.data import mnist
 from rewire.app.data.download import download
+from rewire.app.errors import DataError
 from rewire.storage import files
 
 CONTENT = os.urandom(300_000)

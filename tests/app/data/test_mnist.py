@@ -8,6 +8,7 @@ import pytest
 import real_data
 from rewire.app import data
 from rewire.app.data import mnist
+from rewire.app.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_damage_names_file_and_both_sums(tmp_path: Path) -> None:
         (b"", "too few"),
     ):
         copy.write_bytes(content)
-        with pytest.raises(data.DataError) as caught:
+        with pytest.raises(DataError) as caught:
             mnist.read(copy, file)
         message = str(caught.value)
         assert reason in message
@@ -78,18 +79,18 @@ def test_damage_names_file_and_both_sums(tmp_path: Path) -> None:
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
     with pytest.raises(
-        data.DataError,
+        DataError,
         match=r"train-images-idx3-ubyte\.gz, train-labels.* "
         r"subfolder named mnist",
     ):
         data.load("mnist", data_dir=tmp_path)
-    with pytest.raises(data.DataError, match="not found"):
+    with pytest.raises(DataError, match="not found"):
         data.load("mnist", data_dir=tmp_path / "nowhere")
 
 
 def test_fashion_is_not_taken_for_mnist(tmp_path: Path) -> None:
     shutil.copytree(real_data.folder("fashion-mnist") / "fashion-mnist", tmp_path / "mnist")
-    with pytest.raises(data.DataError, match="not the official file"):
+    with pytest.raises(DataError, match="not the official file"):
         data.load("mnist", data_dir=tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from rewire.app import report, run_files
+from rewire.app.errors import ReportError
 from rewire.app.report import figures
 from rewire.app.report.page import render
 from rewire.app.report.read import Fan, Run, _Tensors, read_run
@@ -241,7 +242,7 @@ def test_histogram_counts_everything_in_few_bars(spread: int) -> None:
 
 
 def test_what_is_damaged_is_named(tmp_path: Path) -> None:
-    with pytest.raises(report.ReportError, match="has no config"):
+    with pytest.raises(ReportError, match="has no config"):
         report.write(tmp_path)
     make_run(tmp_path)
     for name, content, message in (
@@ -258,11 +259,11 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     ):
         good = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(report.ReportError, match=message):
+        with pytest.raises(ReportError, match=message):
             report.write(tmp_path)
         (tmp_path / name).write_bytes(good)
     (tmp_path / "result.json").unlink()
-    with pytest.raises(report.ReportError, match="neither a result nor a checkpoint yet"):
+    with pytest.raises(ReportError, match="neither a result nor a checkpoint yet"):
         report.write(tmp_path)
 
 
@@ -288,7 +289,7 @@ def test_positions_that_cannot_be(
     tensors[f"0.weight.{part}"] = tensor
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     bind(tmp_path)
-    with pytest.raises(report.ReportError, match=reason):
+    with pytest.raises(ReportError, match=reason):
         read_run(tmp_path)
     tensors |= {
         "0.weight.shape": np.array([2**62, 2**61]),
@@ -306,5 +307,5 @@ def test_a_shape_that_numpy_cannot_count(tmp_path: Path) -> None:
         {"x": {"dtype": "I32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}
     ).encode()
     (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(report.ReportError, match="x has the shape"):
+    with pytest.raises(ReportError, match="x has the shape"):
         _Tensors(tmp_path / "f").get("x")

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import toy
-from rewire.app.errors import StoppedError, TrainError
-from rewire.app.report import ReportError
+from rewire.app.errors import ReportError, StoppedError, TrainError
 from rewire.app.report.read import read_run
 from rewire.app.train import loop
 from rewire.app.train.run_dir import RunDir
