@@ -157,7 +157,8 @@ class Ternary(Method):
             scope. Not for thresholds that are not trained.
         prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in
             which the share of survivors has first come down to ``density`` (it hovers there from
-            then on); at the last epoch's end anyway.
+            then on); at the last epoch's end anyway, after which nothing trains what is left.
+            `rewire train` freezes after a third of the run.
         scale: "mean", the mean magnitude of a weight's survivors, or "one".
         clip: no gradient goes to dense weights of a larger magnitude.
         threshold_lr: learning rate of the thresholds, in multiples of their weight's.
@@ -171,6 +172,11 @@ class Ternary(Method):
     starts_dense = True
     # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
     run_optimizer = "sgd"
+
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+        """The mask is frozen after a third of the run, so that what is left is trained."""
+        return {} if "prune" in given or epochs < 2 else {"prune": max(1, round(epochs / 3))}
 
     def __init__(
         self,
