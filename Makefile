@@ -16,7 +16,7 @@ ASAN_ENVIRONMENT = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) 
 ASAN_TESTS = tests/ops tests/nn/layers/test_conv.py tests/nn/weight/test_pool.py tests/topology tests/test_random.py \
   -k 'not compile and not export and not distributed'
 
-.PHONY: install demo test lint types layers pytest asan build clean
+.PHONY: install demo test lint types layers pytest docs asan build clean
 
 install: $(VENV)/installed
 
@@ -46,6 +46,10 @@ layers: install
 
 pytest: install
 	$(BIN)/python -m pytest -n 2
+
+# The documentation site, in build/site; a warning (a link that leads nowhere, a page without a place) is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The native library with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own, and the kernels' tests.
 asan: install

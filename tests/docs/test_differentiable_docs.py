@@ -9,10 +9,8 @@ from statistics import mean
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-import rewire
+from pages import run_page
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "differentiable.md").read_text()
@@ -102,40 +100,8 @@ def test_structure_was_learned(name: str, most_lost: float, most_left: float) ->
             assert abs(run["accuracy_after"] - run["accuracy_before"]) <= 1e-3
 
 
-class Net(nn.Module):
-    """Has what the example names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"body": nn.Linear(4, 4)}) for _ in range(3))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu().mean((2, 3))
-        for block in self.blocks:
-            x = x + block["body"](x.relu())
-        y: Tensor = self.head(x)
-        return y
-
-
 def test_example_runs() -> None:
     pytest.importorskip("torch_pruning")
-    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert code
-    begin, loop, end = code[1].partition("...")
-    assert loop
-    names: dict[str, Any] = {"torch": torch, "rewire": rewire, "model": Net()}
-    exec(begin, names)
-    x = torch.randn(4, 1, 8, 8)
-    (
-        nn.functional.cross_entropy(names["model"](x), torch.tensor([0, 1, 0, 1]))
-        + names["method"].penalty()
-    ).backward()
-    names["optimizer"].step()
-    names["method"].step()
-    names["method"].end_epoch()
+    names = run_page("docs/differentiable.md")
     assert [target.name for target in names["method"].targets] == ["bn1", "bn2", "branches"]
-    exec("..." + end, names)
-    assert names["model"](x).shape == (4, 2)
+    assert names["model"](names["x"]).shape == (4, 2)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import rewire
+from pages import run_page
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "noiseout.md").read_text()
@@ -84,21 +83,7 @@ def test_what_the_page_says_of_the_papers_figures() -> None:
 
 
 def test_the_example_runs() -> None:
-    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert code
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    loader = [(torch.randn(10, 6), torch.randint(0, 3, (10,))) for _ in range(3)]
-    names: dict[str, Any] = {
-        "torch": torch,
-        "rewire": rewire,
-        "model": model,
-        "loader": loader,
-        "epochs": 2,
-        "optimizer": torch.optim.Adam(model.parameters()),
-        "validation_accuracy": lambda m: 1.0,
-    }
-    exec(code[1], names)
-    assert names["model"][0].out_features == 1
+    assert run_page("docs/noiseout.md")["model"][0].out_features == 1
 
 
 def test_the_rate_falls_without_merges_and_rises_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ class Group:
 
     @property
     def sites(self) -> list[Site]:
+        """Everything that is cut with the group's units: producers, followers, consumers."""
         return [*self.producers, *self.followers, *self.consumers]
 
 

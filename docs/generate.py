@@ -1,0 +1,304 @@
+"""Pages that MkDocs makes from the code: one per method, the API reference, changelog.
+
+MkDocs calls `on_config` and `on_files` (mkdocs.yml names this file as a hook). Methods come from
+the registry, through what `rewire.methods.MethodInfo` offers to everybody, so a new method has a
+page without any other change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from rewire import methods
+
+ROOT = Path(__file__).parents[1]
+
+#: The public modules, in the order of the API reference: all that `__all__` of these names is.
+PUBLIC = (
+    "rewire",
+    "rewire.nn",
+    "rewire.nn.surgery",
+    "rewire.methods",
+    "rewire.methods.criteria.drop",
+    "rewire.methods.criteria.grow",
+    "rewire.methods.criteria.gradients",
+    "rewire.methods.criteria.topk",
+    "rewire.methods.criteria.similarity",
+    "rewire.methods.criteria.share",
+    "rewire.methods.criteria.sampling",
+    "rewire.budget",
+    "rewire.schedules",
+    "rewire.ema",
+    "rewire.posterior",
+    "rewire.distributed",
+    "rewire.export",
+    "rewire.ops",
+    "rewire.topology",
+    "rewire.random",
+)
+
+BUDGETS = {
+    "every step": "exactly K connections after every step",
+    "every update": "exactly the planned number after every update, K at the end",
+    "at most": "never more than K connections",
+    "no": "not kept: the method decides how many connections are left",
+}
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """The names of ``__all__`` that are documented with the module: no submodules."""
+    return [
+        name
+        for name in module.__all__
+        if not inspect.ismodule(getattr(module, name)) and not name.startswith("__")
+    ]
+
+
+def prose(docstring: str) -> str:
+    """A docstring as Markdown: `text::` before an indented block becomes `text:`."""
+    return re.sub(r"::$", ":", inspect.cleandoc(docstring), flags=re.MULTILINE)
+
+
+def first_sentence(docstring: str) -> str:
+    paragraph = " ".join(prose(docstring).split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0].rstrip(":")
+
+
+def cell(text: object) -> str:
+    """Text within a table."""
+    return " ".join(str(text).split()).replace("|", "\\|") or "-"
+
+
+# ------------------------------------------------------------------------------------- methods
+
+
+def type_of(annotation: Any) -> str:
+    """A type in words that fit into a table: names without their modules."""
+    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", inspect.formatannotation(annotation))
+
+
+def default_of(value: Any) -> str:
+    return "required" if value is inspect.Parameter.empty else f"`{value!r}`"
+
+
+def table_of_parameters(entry: methods.MethodInfo) -> Iterator[str]:
+    found = entry.parameters()
+    if not found:
+        yield "This method has no hyper-parameters."
+        return
+    yield "| name | default | type | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for p in found.values():
+        name, default = f"`{p.name}`", default_of(p.default)
+        yield f"| {name} | {cell(default)} | `{cell(type_of(p.annotation))}` | {cell(p.help)} |"
+
+
+def starts(entry: methods.MethodInfo) -> str:
+    if entry.cls.starts_dense:
+        return "from an ordinary dense model, and ends with sparse or smaller layers"
+    if entry.start_density is not None:
+        density = f"{entry.start_density:g}"
+        return f"from sparse layers of density {density}, and comes down to the budget"
+    return "from sparse layers that have their budget already"
+
+
+def description(cls: type) -> str:
+    """What the docstring of a method's class says, without its list of parameters."""
+    sections = griffe.Docstring(inspect.getdoc(cls) or "").parse("google", warnings=False)
+    text = griffe.DocstringSectionKind.text
+    return prose("\n\n".join(part.value for part in sections if part.kind is text))
+
+
+def own_members(cls: type) -> list[str]:
+    """Public functions and properties that a method's class adds to those of every method."""
+    return [
+        name
+        for name, value in vars(cls).items()
+        if not name.startswith("_")
+        and callable(getattr(value, "__func__", getattr(value, "fget", value)))
+        and inspect.getdoc(value)
+        and not hasattr(methods.Method, name)
+    ]
+
+
+def method_page(name: str) -> str:
+    entry = methods.info(name)
+    cls = entry.cls
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    exported = cls.__name__ in methods.__all__
+    in_python = f"rewire.methods.{cls.__name__}" if exported else path
+    lines = [
+        f"# {name}",
+        "",
+        f"{entry.summary[:1].upper()}{entry.summary[1:]}.",
+        "",
+        "```sh",
+        f"rewire train --data digits --method {name}",
+        "```",
+        "",
+        f"[](){{#{in_python}}}In Python: `{in_python}(model, optimizer, ...)`, or "
+        f"`rewire.methods.create({name!r}, model, optimizer, ...)`. The [tutorial](../tutorial.md) "
+        "has the loop.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| paper | {cell(entry.paper)} |",
+        f"| starts | {starts(entry)} |",
+        f"| budget | {cell(BUDGETS.get(entry.keeps_budget, entry.keeps_budget))} |",
+        f"| guarantees | {cell('; '.join(entry.guarantees))} |",
+        f"| memory | {entry.memory}"
+        f"{': in proportion to the connections' if entry.memory == 'O(K)' else ': dense state'} |",
+        f"| needs | {cell(entry.needs or 'nothing but the optimizer')} |",
+        f"| keeps limits on | {', '.join(entry.limits) or '-'} |",
+        "",
+        "## How it works",
+        "",
+        description(cls),
+        "",
+        "## Hyper-parameters",
+        "",
+        "Keyword arguments in Python; `--set NAME=VALUE` on the command line.",
+        "",
+        *table_of_parameters(entry),
+    ]
+    if entry.services:
+        given = ", ".join(f"`{service}`" for service in entry.services)
+        lines += ["", f"Besides these the constructor takes {given}; `rewire train` gives them."]
+    members = own_members(cls)
+    if members:
+        lines += ["", "## Besides what every method has", ""]
+    for member in members:
+        lines += [f"::: {path}.{member}", "    options:", "      heading_level: 3", ""]
+    return "\n".join(lines) + "\n"
+
+
+def methods_page() -> str:
+    lines = [
+        "# Methods",
+        "",
+        "Every method has the same four calls, so that you can exchange one for another: "
+        "`penalty()`, `step()`, `end_epoch()`, `finalize()`. "
+        "[Compare methods](../guides/compare_methods.md) says how to choose; "
+        "[Defaults](../defaults.md) what each of them reaches.",
+        "",
+        "K is the number of connections allowed, M the number of possible ones. A method of O(K) "
+        "memory never makes an array of a weight's shape.",
+        "",
+        "| name | what it does | starts | keeps K | memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    kept = {"no": "-", "at most": "at most"}
+    for name in methods.available():
+        entry = methods.info(name)
+        start = "dense model" if entry.cls.starts_dense else "sparse"
+        if entry.start_density is not None:
+            start = f"density {entry.start_density:g}"
+        lines.append(
+            f"| [`{name}`]({name}.md) | {cell(entry.summary)} | {start} | "
+            f"{kept.get(entry.keeps_budget, entry.keeps_budget)} | {entry.memory} |"
+        )
+    lines += [
+        "",
+        "Two classes are no published methods but building blocks: "
+        "[`Rewirer`][rewire.methods.Rewirer] composes a drop and a grow criterion, and "
+        "[`Group`][rewire.methods.Group] uses several methods in one model; see "
+        "[Write a method](../write_your_own_method.md).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------- API
+
+
+def api_page(path: str) -> str:
+    module = importlib.import_module(path)
+    lines = [f"# {path}", "", prose(module.__doc__ or ""), ""]
+    own = {}
+    if path == "rewire.methods":
+        own = {methods.info(name).cls.__name__: name for name in methods.available()}
+        lines += ["The methods themselves have [pages of their own](../methods/index.md).", ""]
+    for name in public_names(module):
+        if name not in own:
+            lines += [f"::: {path}.{name}", ""]
+    return "\n".join(lines)
+
+
+def api_index() -> str:
+    lines = [
+        "# API reference",
+        "",
+        "What is public is what `__all__` of these modules names. Everything else may change "
+        "without notice.",
+        "",
+        "| module | what is in it |",
+        "| --- | --- |",
+    ]
+    for path in PUBLIC:
+        summary = first_sentence(importlib.import_module(path).__doc__ or "")
+        lines.append(f"| [`{path}`]({path}.md) | {cell(summary)} |")
+    return "\n".join(lines) + "\n"
+
+
+class PlainDocstrings(griffe.Extension):
+    """Docstrings as Markdown: literal blocks, and links to public names in backticks."""
+
+    def __init__(self) -> None:
+        modules = {path: importlib.import_module(path) for path in PUBLIC}
+        self.known = {
+            f"{p}.{name}" for p, module in modules.items() for name in public_names(module)
+        }
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            linked = re.sub(r"(?<![`\[])`(rewire\.[\w.]+)`(?!`)", self._link, obj.docstring.value)
+            obj.docstring.value = prose(linked)
+
+    def _link(self, found: re.Match[str]) -> str:
+        return f"[`{found[1]}`][{found[1]}]" if found[1] in self.known else found[0]
+
+
+# ------------------------------------------------------------------------------------- MkDocs
+
+
+def pages() -> dict[str, str]:
+    """All generated pages by their place under docs/."""
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    return {
+        "changelog.md": changelog,
+        "contributing.md": contributing.replace("](docs/", "]("),
+        "methods/index.md": methods_page(),
+        **{f"methods/{name}.md": method_page(name) for name in methods.available()},
+        "api/index.md": api_index(),
+        **{f"api/{path}.md": api_page(path) for path in PUBLIC},
+    }
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the generated pages into the navigation, under their indexes."""
+    below = {
+        "Methods": [{name: f"methods/{name}.md"} for name in methods.available()],
+        "API reference": [{path: f"api/{path}.md"} for path in PUBLIC],
+    }
+    for item in config.nav or ():
+        for title, entries in below.items():
+            if title in item:
+                item[title] = [item[title], *entries]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages to those of the folder."""
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files

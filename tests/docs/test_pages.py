@@ -1,0 +1,129 @@
+"""The documentation: all Python of its pages runs, all that is public is documented, and the site
+is built without a warning and without anything from the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pages import run_page
+from rewire import methods
+from rewire.methods.core import registry
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+
+
+def generator() -> ModuleType:
+    """docs/generate.py, which MkDocs runs as a hook."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATE = generator()
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_python_of_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # pages write files
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))  # and register methods
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    if page == "README.md":  # it shows no data
+        names["loader"] = [(torch.rand(10, 784), torch.randint(0, 10, (10,))) for _ in range(5)]
+    run_page(page, **names)
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_no_python_hides_from_the_test_above(page: str) -> None:
+    text = (ROOT / page).read_text()
+    fences = re.findall(r"^```(py.*)$", text, re.MULTILINE)
+    assert set(fences) <= {"python"}  # a title or attribute would hide the block
+    assert "<!-- skip" not in text
+
+
+def test_pages_made_from_code_show_no_python_that_nothing_runs() -> None:
+    assert [page for page, text in GENERATE.pages().items() if "```python" in text] == []
+
+
+def test_every_method_has_a_page_with_its_hyper_parameters() -> None:
+    pages = GENERATE.pages()
+    for name in methods.available():
+        text = pages[f"methods/{name}.md"]
+        assert f"--method {name}\n" in text
+        shown = re.findall(r"^\| `(\w+)` \| (?:`|required)", text, re.MULTILINE)
+        assert shown == list(methods.info(name).parameters())
+        assert f"[`{name}`]({name}.md)" in pages["methods/index.md"]
+
+
+def undocumented(path: str) -> list[str]:
+    """Public names of a module, and public members of its classes, without a docstring."""
+    module = importlib.import_module(path)
+    found = []
+    for name in GENERATE.public_names(module):
+        value = getattr(module, name)
+        if inspect.isclass(value):
+            members = {
+                member: getattr(entry, "__func__", entry)
+                for member, entry in inspect.getmembers_static(value)
+                if not member.startswith("_") and _is_ours(getattr(entry, "__func__", entry))
+            }
+            found += [
+                f"{name}.{member}"
+                for member in members
+                if not inspect.getdoc(getattr(value, member, None))
+            ]
+        if (inspect.isclass(value) or inspect.isroutine(value)) and not _documented(value):
+            found.append(name)
+    return [f"{path}.{name}" for name in found]
+
+
+def _is_ours(value: Any) -> bool:
+    function = value.fget if isinstance(value, property) else value
+    return inspect.isfunction(function) and (function.__module__ or "").split(".")[0] == "rewire"
+
+
+def _documented(value: Any) -> bool:
+    """Whether it has a docstring of its own (not a parent's, nor what `dataclass` makes)."""
+    own = value.__doc__ or ""
+    return bool(own) and not own.startswith(f"{value.__name__}(")
+
+
+@pytest.mark.parametrize("path", GENERATE.PUBLIC)
+def test_public_symbols_are_documented(path: str) -> None:
+    assert undocumented(path) == []
+
+
+def test_every_public_module_is_in_the_reference() -> None:
+    import rewire
+
+    named = {f"rewire.{n}" for n in rewire.__all__ if inspect.ismodule(getattr(rewire, n))}
+    assert named <= set(GENERATE.PUBLIC)
+
+
+@pytest.mark.slow
+def test_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fetched = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^\">]*")
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(WRITTEN)
+    assert [found for page in pages for found in fetched.findall(page.read_text())] == []
