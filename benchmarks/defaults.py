@@ -1,18 +1,18 @@
-"""What every method reaches with the defaults of `rewire train`.
+"""Measure what every method reaches with the defaults of `rewire train`.
 
-    python benchmarks/defaults.py --data-dir DIR [--only METHOD,...] [--data NAME,...] [--densities
-    D,...] [--seeds 3]
-        [--jobs 2] [--out docs/results/defaults.json] [--page docs/defaults.md]
+    python benchmarks/defaults.py --data-dir DIR [--only METHOD,...] [--data NAME,...]
+        [--densities D,...] [--seeds 3] [--jobs 2] [--out docs/results/defaults.json]
+        [--page docs/defaults.md] [--no-runs]
 
-Nothing is set but the data, the density, the seed and the number of epochs: 20 on the digits at 1,
-2, 5 and 10 % of the connections of 64-300-100-10, 2 on MNIST and Fashion-MNIST at 2 and 10 % of
-784-300-100-10. Beside the methods stands `static`, fixed random connections, from each of its three
-starts (``--init``): no method should be below the best of them. Methods that do not keep a budget
-are listed with the density that they end with.
+The script sets the data, the density, the seed and the number of epochs, and nothing else: 20
+epochs on the digits at 1, 2, 5 and 10 % of the connections of 64-300-100-10, and 2 epochs on MNIST
+and Fashion-MNIST at 2 and 10 % of 784-300-100-10. It compares the methods with `static`, fixed
+random connections, from each of its three starts (``--init``): no method should be below the best
+of them. Methods that do not keep a budget are listed with the density that they end with.
 
-Runs that are in ``--out`` are not made again, so the script can be stopped and goes on; delete the
-file after a change of what decides the numbers. ``--page`` writes the tables into the page, between
-its marks.
+The script skips runs that ``--out`` holds already, so you can stop it and start it again. Delete
+the runs of a method from the file when its defaults change. ``--page`` writes the tables into the
+page, between its marks; with ``--no-runs`` the script trains nothing and uses what is there.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ SETTINGS: dict[str, tuple[tuple[float, ...], int]] = {
     "fashion-mnist": ((0.02, 0.1), 2),
 }
 STARTS = ("static, init auto", "static, init dense", "static, init sparse")
-#: They find out themselves how much is left, whatever density they are given.
+#: These find out themselves how much is left, whatever density they are given.
 UNBOUND = ("differentiable", "noiseout", "soft-deep-r")
-#: They have no parameter for a density at all: one run for all of them.
+#: These have no parameter for a density at all, so one run serves all densities.
 ALONE = ("differentiable", "noiseout")
 #: Points by which a mean may lie below that of `static` with its best start.
 TOLERANCE = 0.5
@@ -75,7 +75,7 @@ _LOADED: dict[str, Dataset] = {}
 
 
 def train(job: Job, data_dir: Path | None) -> dict[str, Any]:
-    """Run ``job``; what the results say of it."""
+    """Train as ``job`` says; return what the results file keeps of it."""
     torch.set_num_threads(1)
     if job.data not in _LOADED:
         _LOADED[job.data] = data.load(job.data, data_dir=data_dir)
@@ -108,7 +108,7 @@ def train(job: Job, data_dir: Path | None) -> dict[str, Any]:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """All runs that were asked for, those first that are compared with."""
+    """All runs that were asked for, those of `static` first."""
     names = [*STARTS, *(name for name in methods.available() if name != "static")]
     if options.only:
         names = [name for name in names if name.split(",")[0] in options.only.split(",")]
@@ -125,11 +125,11 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the runs that are missing; the results of all."""
+    """Make the runs that are missing; return the results of all."""
     done: dict[str, Any] = {}
     if options.out.exists():
         done = json.loads(options.out.read_text())["runs"]
-    missing = [job for job in jobs(options) if job.key not in done]
+    missing = [] if options.no_runs else [job for job in jobs(options) if job.key not in done]
     context = get_context("spawn")
     with ProcessPoolExecutor(
         options.jobs, mp_context=context, initializer=os.nice, initargs=(options.nice,)
@@ -172,9 +172,7 @@ def best_static(runs: dict[str, Any], dataset: str, density: float) -> float:
 
 
 def misses(runs: dict[str, Any]) -> list[tuple[str, float, str, float]]:
-    """Data, density, method and points below `static` with its best start of all that are too far
-    below.
-    """
+    """All that are too far below `static` with its best start: data, density, method, points."""
     found = []
     for dataset, (densities, _) in SETTINGS.items():
         for density in densities:
@@ -185,6 +183,13 @@ def misses(runs: dict[str, Any]) -> list[tuple[str, float, str, float]]:
                     if below > TOLERANCE:
                         found.append((dataset, density, name, below))
     return found
+
+
+def score(got: list[float]) -> str:
+    """Mean and standard deviation; the number of seeds where it is not the usual three."""
+    seeds = "" if len(got) == 3 else f" ({len(got)} seeds)" if len(got) > 1 else " (1 seed)"
+    spread = f" ± {statistics.pstdev(got):.1f}" if len(got) > 1 else ""
+    return f"{statistics.mean(got):.1f}{spread}{seeds}"
 
 
 def tables(runs: dict[str, Any]) -> str:
@@ -202,7 +207,7 @@ def tables(runs: dict[str, Any]) -> str:
             cells = []
             for density in densities:
                 got = accuracies(runs, dataset, density, name)
-                cell = f"{statistics.mean(got):.1f} ± {statistics.pstdev(got):.1f}" if got else "-"
+                cell = score(got) if got else "-"
                 cells.append(f"**{cell}** (below)" if (dataset, density, name) in low else cell)
             parts.append(f"| {name} | " + " | ".join(cells) + " |")
     parts += [
@@ -220,8 +225,7 @@ def tables(runs: dict[str, Any]) -> str:
                     left = statistics.mean(
                         made["density"] for key, made in runs.items() if key.startswith(prefix)
                     )
-                    score = f"{statistics.mean(got):.1f} ± {statistics.pstdev(got):.1f}"
-                    parts.append(f"| {dataset} | {name} | {given} | {left:.1%} | {score} |")
+                    parts.append(f"| {dataset} | {name} | {given} | {left:.1%} | {score(got)} |")
     return "\n".join(parts)
 
 
@@ -247,7 +251,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/results/defaults.json"))
-    parser.add_argument("--page", type=Path)
+    parser.add_argument("--page", type=Path, help="the page that the tables are written into")
+    parser.add_argument("--no-runs", action="store_true", help="train nothing")
     options = parser.parse_args()
     runs = run(options)
     for dataset, density, name, below in misses(runs):

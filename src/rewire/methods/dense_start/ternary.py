@@ -158,7 +158,7 @@ class Ternary(Method):
         prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in
             which the share of survivors has first come down to ``density`` (it hovers there from
             then on); at the last epoch's end anyway, after which nothing trains what is left.
-            `rewire train` freezes after a third of the run.
+            `rewire train` freezes in the middle of the run.
         scale: "mean", the mean magnitude of a weight's survivors, or "one".
         clip: no gradient goes to dense weights of a larger magnitude.
         threshold_lr: learning rate of the thresholds, in multiples of their weight's.
@@ -175,8 +175,8 @@ class Ternary(Method):
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """The mask is frozen after a third of the run, so that what is left is trained."""
-        return {} if "prune" in given or epochs < 2 else {"prune": max(1, round(epochs / 3))}
+        """The mask is frozen in the middle of the run, so that what is left is trained."""
+        return {} if "prune" in given or epochs < 2 else {"prune": max(1, epochs // 2)}
 
     def __init__(
         self,
