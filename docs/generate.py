@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
@@ -46,6 +46,14 @@ PUBLIC = (
     "rewire.topology",
     "rewire.random",
 )
+
+TYPES = {
+    float: "number",
+    int: "whole number",
+    str: "text",
+    bool: "`True`, `False`",
+    type(None): "`None`",
+}
 
 BUDGETS = {
     "every step": "exactly K connections after every step",
@@ -83,8 +91,19 @@ def cell(text: object) -> str:
 
 
 def type_of(annotation: Any) -> str:
-    """A type in words that fit into a table: names without their modules."""
-    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", inspect.formatannotation(annotation))
+    """A type in words: "a number or a schedule"."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{word!r}`" for word in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(type_of(part) for part in parts))
+    if origin is not None and issubclass(origin, Callable):
+        return "schedule" if parts[0] == [int] else "function"
+    if origin is not None and issubclass(origin, Mapping):
+        return f"dict from pattern to {type_of(parts[1])}"
+    if origin is not None and issubclass(origin, Sequence):
+        return f"list of {type_of(parts[0])}"
+    return TYPES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def default_of(value: Any) -> str:
@@ -100,7 +119,7 @@ def table_of_parameters(entry: methods.MethodInfo) -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for p in found.values():
         name, default = f"`{p.name}`", default_of(p.default)
-        yield f"| {name} | {cell(default)} | `{cell(type_of(p.annotation))}` | {cell(p.help)} |"
+        yield f"| {name} | {cell(default)} | {cell(type_of(p.annotation))} | {cell(p.help)} |"
 
 
 def starts(entry: methods.MethodInfo) -> str:
@@ -138,7 +157,7 @@ def method_page(name: str) -> str:
     exported = cls.__name__ in methods.__all__
     in_python = f"rewire.methods.{cls.__name__}" if exported else path
     lines = [
-        f"# {name}",
+        f"# `{name}`",
         "",
         f"{entry.summary[:1].upper()}{entry.summary[1:]}.",
         "",
