@@ -197,6 +197,8 @@ def tables(runs: dict[str, Any]) -> str:
     low = {miss[:3] for miss in misses(runs)}
     parts = []
     for dataset, (densities, epochs) in SETTINGS.items():
+        if not any(key.startswith(f"{dataset} ") for key in runs):
+            continue
         parts += [
             f"\n### {dataset}, {epochs} epochs\n",
             "| method | " + " | ".join(f"{d:.0%}" for d in densities) + " |",
