@@ -37,9 +37,9 @@ def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter
         typed = bool
     elif option.metavar == "FOLDER":
         typed = Path  # the shell completes it
-    elif field.default_factory is dict:
+    elif field.default == {}:
         typed = list[str]
-    default = option.default
+    default = option.shown
     if not default and field.default is not None and typed is str:
         default = shown(field.default)
     made = typer.Option(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -40,20 +40,26 @@ class Option:
     """How the command line shows a field of `TrainConfig`.
 
     Attributes:
-        panel: the heading it stands under in ``--help``.
-        help: one sentence.
+        panel: the heading that it stands under in ``--help``.
         metavar: a word for its value in ``--help``; "" for a flag.
-        names: what the user types; by default the field's name.
-        default: the default in words, where the field's own does not say it.
+        help: one sentence.
+        names: what the user types; by default the name of the field.
+        shown: the default in words, where the field's own does not say it.
         allowed: the values in words, where the field's bounds do not say them.
     """
 
     panel: str
+    metavar: str
     help: str
-    metavar: str = ""
     names: tuple[str, ...] = ()
-    default: str = ""
+    shown: str = ""
     allowed: str = ""
+
+
+def _field(default: Any, panel: str, metavar: str, help: str, *names: str, **more: str) -> Any:
+    """A field of the configuration that is an `Option`."""
+    option = Option(panel, metavar, help, names, **more)
+    return Field(default, json_schema_extra={"option": cast(Any, option)})
 
 
 def _parts(value: object) -> object:
@@ -72,7 +78,9 @@ Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Folder = Annotated[Path, AfterValidator(Path.absolute), PlainSerializer(str)]
-Listed = BeforeValidator(_parts)
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_parts)]
+Shares = Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_parts)]
+Block = Annotated[tuple[Size, Size, Size], BeforeValidator(_parts)]
 
 
 class TrainConfig(BaseModel):
@@ -80,151 +88,110 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Annotated[
-        str, Option(DATA, "digits (part of the package), mnist or fashion-mnist.", "NAME")
-    ] = "digits"
-    data_dir: Annotated[
-        Folder | None,
-        Option(
-            DATA,
-            "Has the four *-ubyte.gz files, or a subfolder mnist or fashion-mnist with them.",
-            "FOLDER",
-        ),
-    ] = None
-    mirror: Annotated[
-        str | None,
-        Option(DATA, "The folder to download from, where --data-dir is not given.", "URL"),
-    ] = None
-    validation: Annotated[
-        BelowOne,
-        Option(DATA, "Share of the training samples that is held out to report on.", "SHARE"),
-    ] = 0.1
-
-    hidden: Annotated[
-        tuple[Size, ...],
-        Listed,
-        Option(
-            NETWORK,
-            "Units of the hidden layers; none makes a linear model.",
-            "SIZES",
-            allowed="sizes from 1 to 2^40 - 1 such as 300,100, or none",
-        ),
-    ] = (300, 100)
-    bias: Annotated[bool, Option(NETWORK, "Layers with biases.", names=("--bias/--no-bias",))] = (
-        True
+    data: str = _field(
+        "digits", DATA, "NAME", "digits (part of the package), mnist or fashion-mnist."
     )
-    density: Annotated[
-        Annotated[tuple[Share, ...], Field(min_length=1)] | None,
-        Listed,
-        Option(
-            NETWORK,
-            "Share of the possible connections that is allowed: one number, or one for each layer.",
-            "SHARES",
-            default="0.1",
-            allowed="a number greater than 0 and at most 1, "
-            "or one for each layer such as 0.01,0.03,0.3",
-        ),
-    ] = None
-    connections: Annotated[
-        Size | None,
-        Option(NETWORK, "Allowed connections of the network, instead of --density.", "NUMBER"),
-    ] = None
-    distribution: Annotated[
-        str | None,
-        Option(NETWORK, "How layers share one budget: erk, er or uniform.", "NAME", default="erk"),
-    ] = None
-    start_density: Annotated[
-        Share | None,
-        Option(
-            NETWORK,
-            "Density at the start, for methods that begin above their budget.",
-            "SHARE",
-            default="1 for most of them",
-        ),
-    ] = None
-    fan_in: Annotated[
-        Size | None, Option(NETWORK, "Most connections of one output of a layer.", "NUMBER")
-    ] = None
-    fan_out: Annotated[
-        Size | None, Option(NETWORK, "Most connections of one input of a layer.", "NUMBER")
-    ] = None
-    block: Annotated[
-        tuple[Size, Size, Size] | None,
-        Listed,
-        Option(
-            NETWORK,
-            "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs.",
-            "NUMBERS",
-            allowed="three whole numbers greater than 0 (outputs, inputs, connections) "
-            "such as 64,32,99",
-        ),
-    ] = None
-    init: Annotated[
-        Literal["auto", "dense", "sparse"],
-        Option(
-            NETWORK,
-            "First values: auto keeps the strength of a dense network's signals; or dense, sparse.",
-            "RULE",
-        ),
-    ] = "auto"
-
-    method: Annotated[str, Option(METHOD, "One of those that 'rewire methods' lists.", "NAME")] = (
-        "deep-r"
+    data_dir: Folder | None = _field(
+        None, DATA, "FOLDER", "Has the four *-ubyte.gz files, or a subfolder named as the data set."
     )
-    method_options: Annotated[
-        dict[str, MethodOption],
-        Option(
-            METHOD, "A parameter of the method; may be repeated.", "NAME=VALUE", names=("--set",)
-        ),
-    ] = Field(default_factory=dict)
+    mirror: str | None = _field(
+        None, DATA, "URL", "The folder to download from, where --data-dir is not given."
+    )
+    validation: BelowOne = _field(
+        0.1, DATA, "SHARE", "Share of the training samples that is held out to report on."
+    )
 
-    epochs: Annotated[Size, Option(TRAINING, "Passes over the training data.", "NUMBER")] = 20
-    batch_size: Annotated[Size, Option(TRAINING, "Samples in a step.", "NUMBER")] = 16
-    optimizer: Annotated[
-        str,
-        Option(
-            TRAINING,
-            f"One of {', '.join(RATES)}.",
-            "NAME",
-            default="the one that suits the method, mostly adam",
-        ),
-    ] = "adam"
-    lr: Annotated[
-        Positive | None,
-        Option(
-            TRAINING,
-            "Learning rate.",
-            "NUMBER",
-            default="what suits method and optimizer, mostly 0.01",
-        ),
-    ] = None
-    lr_decay: Annotated[
-        Positive | None,
-        Option(
-            TRAINING,
-            "Multiplies the learning rate after every epoch.",
-            "FACTOR",
-            default="half a cosine down to 0",
-        ),
-    ] = None
-    momentum: Annotated[BelowOne, Option(TRAINING, "Of sgd and rmsprop.", "NUMBER")] = 0.0
-    weight_decay: Annotated[
-        Annotated[float, Field(ge=0, allow_inf_nan=False)],
-        Option(TRAINING, "Some methods refuse it.", "NUMBER"),
-    ] = 0.0
-    seed: Annotated[
-        Annotated[int, Field(ge=0, lt=2**63)],
-        Option(TRAINING, "Decides all random numbers.", "NUMBER"),
-    ] = 0
+    hidden: Sizes = _field(
+        (300, 100),
+        NETWORK,
+        "SIZES",
+        "Units of the hidden layers; none makes a linear model.",
+        allowed="sizes from 1 to 2^40 - 1 such as 300,100, or none",
+    )
+    bias: bool = _field(True, NETWORK, "", "Layers with biases.", "--bias/--no-bias")
+    density: Shares | None = _field(
+        None,
+        NETWORK,
+        "SHARES",
+        "Share of the possible connections that is allowed: one number, or one for each layer.",
+        shown="0.1",
+        allowed="a number greater than 0 and at most 1, or one for each layer: 0.01,0.03,0.3",
+    )
+    connections: Size | None = _field(
+        None, NETWORK, "NUMBER", "Allowed connections of the network, instead of --density."
+    )
+    distribution: str | None = _field(
+        None, NETWORK, "NAME", "How layers share one budget: erk, er or uniform.", shown="erk"
+    )
+    start_density: Share | None = _field(
+        None,
+        NETWORK,
+        "SHARE",
+        "Density at the start, for methods that begin above their budget.",
+        shown="1 for most of them",
+    )
+    fan_in: Size | None = _field(
+        None, NETWORK, "NUMBER", "Most connections of one output of a layer."
+    )
+    fan_out: Size | None = _field(
+        None, NETWORK, "NUMBER", "Most connections of one input of a layer."
+    )
+    block: Block | None = _field(
+        None,
+        NETWORK,
+        "NUMBERS",
+        "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs.",
+        allowed="three whole numbers greater than 0 (outputs, inputs, connections): 64,32,99",
+    )
+    init: Literal["auto", "dense", "sparse"] = _field(
+        "auto",
+        NETWORK,
+        "RULE",
+        "First values: auto keeps the strength of a dense network's signals; or dense, sparse.",
+    )
 
-    checkpoint_every: Annotated[
-        Annotated[int, Field(ge=0)],
-        Option(RUN, "Save within epochs too; 0 saves only at their ends.", "STEPS"),
-    ] = 0
-    threads: Annotated[
-        Annotated[int, Field(gt=0, le=1024)] | None,
-        Option(RUN, "CPU threads.", "NUMBER", default="one for small networks, else all cores"),
-    ] = None
+    method: str = _field("deep-r", METHOD, "NAME", "One of those that 'rewire methods' lists.")
+    method_options: dict[str, MethodOption] = _field(
+        {}, METHOD, "NAME=VALUE", "A parameter of the method; may be repeated.", "--set"
+    )
+
+    epochs: Size = _field(20, TRAINING, "NUMBER", "Passes over the training data.")
+    batch_size: Size = _field(16, TRAINING, "NUMBER", "Samples in a step.")
+    optimizer: str = _field(
+        "adam",
+        TRAINING,
+        "NAME",
+        f"One of {', '.join(RATES)}.",
+        shown="the one that suits the method, mostly adam",
+    )
+    lr: Positive | None = _field(
+        None,
+        TRAINING,
+        "NUMBER",
+        "Learning rate.",
+        shown="what suits method and optimizer, mostly 0.01",
+    )
+    lr_decay: Positive | None = _field(
+        None,
+        TRAINING,
+        "FACTOR",
+        "Multiplies the learning rate after every epoch.",
+        shown="half a cosine down to 0",
+    )
+    momentum: BelowOne = _field(0.0, TRAINING, "NUMBER", "Of sgd and rmsprop.")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _field(
+        0.0, TRAINING, "NUMBER", "Some methods refuse it."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = _field(
+        0, TRAINING, "NUMBER", "Decides all random numbers."
+    )
+
+    checkpoint_every: Annotated[int, Field(ge=0)] = _field(
+        0, RUN, "STEPS", "Save within epochs too; 0 saves only at their ends."
+    )
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = _field(
+        None, RUN, "NUMBER", "CPU threads.", shown="one for small networks, else all cores"
+    )
 
     def to_json(self) -> str:
         """The text of `config.json`."""
@@ -237,10 +204,8 @@ class TrainConfig(BaseModel):
 
 def options() -> dict[str, Option]:
     """The options by field."""
-    return {
-        name: next(part for part in field.metadata if isinstance(part, Option))
-        for name, field in TrainConfig.model_fields.items()
-    }
+    fields = TrainConfig.model_fields
+    return {name: cast(Any, fields[name].json_schema_extra)["option"] for name in fields}
 
 
 def option_name(field: str) -> str:
