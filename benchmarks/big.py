@@ -4,7 +4,7 @@ neurons.
     python benchmarks/big.py [--quick] [--threads N] [--data leukemia lung] [--out FOLDER]
     python benchmarks/big.py --updates [METHOD ...] [--quick] [--threads N] [--out FOLDER]
 
-P10 and P11 as `rewire bench --bars p10,p11` has them, then an epoch of the SET authors' largest
+P10 and P11 as `rewire bench --targets p10,p11` has them, then an epoch of the SET authors' largest
 network (three hidden layers of 600,000) on synthetic data of the shape of leukemia (7070 inputs, 72
 samples) and lung (3312 inputs, 203 samples; the authors report 112 minutes an epoch there). K =
 10^8 needs about 10 GiB of free memory; without, the line is shorter.
@@ -22,23 +22,23 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rewire.app.bench import bars, sections, tables
 from rewire.app.bench import run as command
-from rewire.app.bench.bars import big
+from rewire.app.bench import sections, tables, targets
 from rewire.app.bench.curves import Setting
+from rewire.app.bench.targets import big
 
 
 def one_update(names: list[str], options: argparse.Namespace) -> None:
     """Measures the methods, prints the table and adds the figures to updates.json."""
     size, connections = (10**4, 10**5) if options.quick else (10**6, 10**7)
     setting = Setting(options.threads or torch.get_num_threads(), quick=options.quick)
-    bar = bars.Bar(
+    target = targets.Target(
         "updates",
         f"peak of one update, {size:,} x {size:,}, K = {connections:,}",
         lambda s: big.updates(s, names, size, connections),
     )
-    result = bars.run(bar, setting).to_json()
-    Console(highlight=False).print(tables.bar(result))
+    result = targets.run(target, setting).to_json()
+    Console(highlight=False).print(tables.target(result).printed())
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "updates.json"
     known = json.loads(path.read_text()) if path.exists() else {}

@@ -36,18 +36,18 @@ def machine(results: dict[str, Any]) -> list[str]:
     return [f"{tables.machine(m).split('; load')[0]}; {m['started'][:10]}."]
 
 
-def bars(results: dict[str, Any]) -> list[str]:
-    """Every figure that has a bar."""
-    lines = [_row("bar", "figure", "measured", "bar", "", "note"), _row(*["---"] * 6)]
-    for bar in results["bars"]:
-        for f in bar["figures"]:
-            if f["bar"] is None:
+def targets(results: dict[str, Any]) -> list[str]:
+    """Every figure that has a target."""
+    lines = [_row("target", "figure", "measured", "limit", "", "note"), _row(*["---"] * 6)]
+    for target in results["targets"]:
+        for f in target["figures"]:
+            if f["target"] is None:
                 continue
             verdict = "met" if f["met"] else "**missed**"
-            limit = f"{f['sense']} {tables.number(f['bar'], f['unit'])}"
+            limit = f"{f['sense']} {tables.number(f['target'], f['unit'])}"
             lines.append(
                 _row(
-                    bar["name"].upper(),
+                    target["name"].upper(),
                     f["name"],
                     tables.number(f["value"], f["unit"]),
                     limit,
@@ -77,7 +77,9 @@ def grid(results: dict[str, Any]) -> list[str]:
 
 def large(results: dict[str, Any]) -> list[str]:
     """The line of P10: a training step of a 30,000 x 30,000 layer."""
-    points = next(bar["data"]["points"] for bar in results["bars"] if bar["name"] == "p10")
+    points = next(
+        target["data"]["points"] for target in results["targets"] if target["name"] == "p10"
+    )
     lines = [_row("connections", "step, ms", "ns a connection", "memory, MiB"), _row(*["---"] * 4)]
     for p in points:
         each = 1e9 * p["seconds"] / p["connections"]
@@ -99,9 +101,11 @@ def wide(results: dict[str, Any]) -> list[str]:
 
 def headline(results: dict[str, Any]) -> str:
     """What README says."""
-    # Names are unique within a bar only: P4 has layers of the same names.
+    # Names are unique within a target only: P4 has layers of the same names.
     figures = {
-        (bar["name"], f["name"]): f["value"] for bar in results["bars"] for f in bar["figures"]
+        (target["name"], f["name"]): f["value"]
+        for target in results["targets"]
+        for f in target["figures"]
     }
     over = {
         density: [
@@ -119,13 +123,13 @@ def headline(results: dict[str, Any]) -> str:
         "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside "
         "`nn.Linear` on the same two\n"
         f"cores: {shown} of the connections; both take equally long\n"
-        f"at {breaks:.0f} %. Every bar, layer and way to compute it as measured, misses included: "
+        f"at {breaks:.0f} %. Every target, layer and way to compute it as measured, with misses: "
         "[docs/speed.md](docs/speed.md)."
     )
 
 
 LAYOUTS = ("feature-major", "contiguous")
-PARTS = (machine, bars, grid, large, wide)
+PARTS = (machine, targets, grid, large, wide)
 
 
 def main() -> None:

@@ -174,7 +174,7 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
         (["--lr", "nan"], "--lr: given nan, allowed is a finite number"),
         (
             ["--validation", "0.0001"],
-            "--validation: 0.0001 of 1442 samples is none; 0 turns it off",
+            "--validation: 0.0001 of 1442 samples is less than one; 0 turns it off",
         ),
         (["--validation", "0.9999"], "--validation: 0.9999 leaves no sample to train on"),
         (["--set", "l1"], "--set l1: write it as name=value"),

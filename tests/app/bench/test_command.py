@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from rewire.app import cli
-from rewire.app.bench import bars, machine, sections
+from rewire.app.bench import machine, sections, targets
 from rewire.app.bench import run as command
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.verdict import at_least, missing
+from rewire.app.bench.verdict import Figure, at_least, missing
 
 TINY = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
 
@@ -44,7 +44,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--batch: given '0', allowed is a whole number from 1",
         ),
         (["--layer", "8x8", "--threads", "100000"], "--threads: given '100000'"),
-        (["--targets", "p1,p99"], "--bars: there is no bar 'p99'; allowed are p1, p2"),
+        (["--targets", "p1,p99"], "--targets: there is no 'p99'; allowed are p1, p2"),
         (["--targets", "p1", "--layer", "8x8"], "--targets, --layer and --model are different"),
         (["--density", "0.1"], "--density belongs to --layer or --model"),
         (["--targets", "p1", "--cpu-time", "--threads", "2"], "--cpu-time counts one thread"),
@@ -97,20 +97,20 @@ def test_a_layer_too_large_for_a_dense_twin(monkeypatch: pytest.MonkeyPatch) -> 
     assert "rewire feature-major" in Path("here/bench.html").read_text()
 
 
-def _bar(name: str, *figures: Any, data: dict[str, Any] | None = None) -> bars.Bar:
-    return bars.Bar(name, f"title <of> {name}", lambda setting: (list(figures), data or {}))
+def _target(name: str, *figures: Any, data: dict[str, Any] | None = None) -> targets.Target:
+    return targets.Target(name, f"title <of> {name}", lambda setting: (list(figures), data or {}))
 
 
 def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [{"connections": k, "seconds": k * 1e-8, "bytes": 32 * k} for k in (10, 100)]
     mine = {
-        "p1": _bar("p1", at_least("fast", 2.0, 1.0), at_least("slow", 0.5, 1.0)),
-        "p2": _bar("p2", at_least("fast", 2.0, 1.0), missing("other", "not installed")),
-        "p10": _bar(
+        "p1": _target("p1", at_least("fast", 2.0, 1.0), at_least("slow", 0.5, 1.0)),
+        "p2": _target("p2", at_least("fast", 2.0, 1.0), missing("other", "not installed")),
+        "p10": _target(
             "p10", at_least("line", 1.0, 0.99), data={"points": points, "size": 9, "batch": 1}
         ),
     }
-    monkeypatch.setattr(bars, "BARS", mine)
+    monkeypatch.setattr(targets, "TARGETS", mine)
     monkeypatch.setattr(sections, "QUICK_GRID", ((12, 8, 2),))
     wide = {
         "data": "leukemia",
@@ -132,7 +132,7 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
         "format",
         "machine",
         "setting",
-        "bars",
+        "targets",
         "grid",
         "layer",
         "model",
@@ -151,13 +151,13 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
         "load_average",
         "openmp",
     }
-    assert [(b["name"], b["status"]) for b in saved["bars"]] == [
+    assert [(b["name"], b["status"]) for b in saved["targets"]] == [
         ("p1", "missed"),
         ("p2", "in part"),
         ("p10", "met"),
     ]
-    figure = saved["bars"][0]["figures"][0]
-    assert set(figure) == {"name", "value", "unit", "sense", "bar", "low", "high", "met", "note"}
+    figure = saved["targets"][0]["figures"][0]
+    assert set(figure) == {*Figure.__dataclass_fields__, "met", "margin"}
     assert set(saved["grid"][0]) == {
         "inputs",
         "outputs",
@@ -169,7 +169,7 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
         "break_even",
     }
     text = console.export_text()
-    assert "nearest to its bar" in text
+    assert "nearest to its target" in text
     assert "10 neurons" in text
     page = Path("here/bench.html").read_text()
     assert "title &lt;of&gt; p1" in page

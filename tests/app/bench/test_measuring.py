@@ -1,4 +1,4 @@
-"""The contenders compute the same; every bar runs on a tiny problem and gives figures; the child
+"""The contenders compute the same; every target runs on a tiny problem and gives figures; the child
 tells its memory.
 """
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from rewire.app.bench import bars, child, curves, large, models, sections
-from rewire.app.bench.bars import big, conv, layers, training
+from rewire.app.bench import child, curves, large, models, sections, targets
 from rewire.app.bench.contenders import LAYERS, Layer, Linear, make
 from rewire.app.bench.curves import Setting, installed
+from rewire.app.bench.targets import big, conv, layers, training
 from rewire.app.errors import BenchError, NotAvailable
 
 SETTING = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
@@ -74,7 +74,7 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=["p1", "p3", "p4", "p5", "p6", "p7", "p12"],
 )
-def test_bars_give_figures(measure: Callable[[], bars.Measured]) -> None:
+def test_bars_give_figures(measure: Callable[[], targets.Measured]) -> None:
     figures, _ = measure()
     assert any(f.met is not None for f in figures)
     assert len({f.name for f in figures}) == len(figures)
@@ -101,7 +101,7 @@ def test_conv_compares_with_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(figures) == 3
 
 
-class _Meter:
+class _Meter(child.Memory):
     """Memory that is always the same."""
 
     def now(self) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rewire.app.bench import bars, tables
-from rewire.app.bench.bars.big import fit
+from rewire.app.bench import tables, targets
 from rewire.app.bench.curves import Setting, break_even
+from rewire.app.bench.targets.big import fit
 from rewire.app.bench.timing import Contender, Ratio, Timings, quartiles, side_by_side
 from rewire.app.bench.verdict import Figure, at_least, at_most, info, judge, missing
 from rewire.app.errors import BenchError, NotAvailable
@@ -129,8 +129,8 @@ def test_verdicts() -> None:
     assert judge([good, bad]) == "missed"
     assert judge([good, missing("d", "not here")]) == "in part"
     assert judge([bad, missing("d", "not here")]) == "missed"
-    assert judge([info("c", 1.0)]) == "no bar"
-    assert judge([]) == "no bar"
+    assert judge([info("c", 1.0)]) == "no target"
+    assert judge([]) == "no target"
 
 
 def test_a_figure_of_a_ratio_has_its_quartiles() -> None:
@@ -140,20 +140,20 @@ def test_a_figure_of_a_ratio_has_its_quartiles() -> None:
 
 
 def test_bars_are_chosen_in_their_own_order() -> None:
-    assert [bar.name for bar in bars.choose(["P3", " p1"])] == ["p1", "p3"]
-    assert list(bars.BARS) == [f"p{n}" for n in range(1, 13)]
-    with pytest.raises(BenchError, match="no bar 'p13'"):
-        bars.choose(["p13"])
+    assert [target.name for target in targets.choose(["P3", " p1"])] == ["p1", "p3"]
+    assert list(targets.TARGETS) == [f"p{n}" for n in range(1, 13)]
+    with pytest.raises(BenchError, match="no 'p13'"):
+        targets.choose(["p13"])
 
 
 def test_a_bar_that_cannot_be_measured_is_not_available() -> None:
-    def measure(setting: Setting) -> bars.Measured:
+    def measure(setting: Setting) -> targets.Measured:
         raise NotAvailable("no such layer")
 
-    result = bars.run(bars.Bar("p0", "nothing", measure), Setting())
+    result = targets.run(targets.Target("p0", "nothing", measure), Setting())
     assert (result.status, result.reason, result.figures) == ("not available", "no such layer", ())
-    table = tables.bar(result.to_json())
-    assert "no such layer" in str(table.caption)
+    table = tables.target(result.to_json())
+    assert "no such layer" in table.note
 
 
 def test_numbers_as_printed() -> None:

@@ -13,6 +13,7 @@ from rewire.app.train.metrics import EpochRecord, evaluate
 from rewire.app.train.model import make_optimizer
 from rewire.app.train.observer import Progress
 from rewire.app.train.run_dir import RunDir
+from rewire.nn import sparse_weights
 
 
 def trainer(folder: Path, **changes) -> loop.Trainer:
@@ -49,7 +50,7 @@ def test_metrics_are_what_they_say(tmp_path: Path) -> None:
     assert [record.lr for record in records] == [0.3, 0.3 * 0.9]
     last = records[-1]
     assert (last.validation_loss, last.validation_accuracy) == evaluate(made.model, *made.held_out)
-    assert last.connections == [weight.connections for weight in made.weights.values()]
+    assert last.connections == [weight.connections for _, weight in sparse_weights(made.model)]
     assert sum(last.connections) == round(0.2 * (64 * 12 + 12 * 9 + 9 * 10))
     total = made.method.stats()
     assert sum(sum(record.grown) for record in records) == sum(total["grown"].values()) > 0
@@ -167,13 +168,13 @@ def test_methods_that_come_down_to_the_budget(tmp_path: Path, name: str) -> None
 
 def test_start_density(tmp_path: Path) -> None:
     made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.5)
-    assert [w.connections for w in made.weights.values()] == [384, 54, 45]
+    assert [w.connections for _, w in sparse_weights(made.model)] == [384, 54, 45]
     assert made.method.final is not None
     assert sum(made.method.final) == 193
     made = trainer(tmp_path, method="one-shot", method_options={}, start_density=0.21)
     assert made.method.final is not None
     each = [max(round(0.21 * m), k) for m, k in zip((768, 108, 90), made.method.final, strict=True)]
-    assert [w.connections for w in made.weights.values()] == each, (
+    assert [w.connections for _, w in sparse_weights(made.model)] == each, (
         "a layer that ends denser begins with its budget"
     )
     assert any(k > round(0.21 * m) for m, k in zip((768, 108, 90), made.method.final, strict=True))
@@ -193,7 +194,7 @@ def test_methods_that_look_at_activations_get_the_training_part(tmp_path: Path) 
     seen = torch.cat(list(made.method.drop.source.recorder.data))
     assert torch.equal(seen, made.batches.x)
     result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))
-    assert result["connections"] == sum(w.connections for w in made.weights.values())
+    assert result["connections"] == sum(w.connections for _, w in sparse_weights(made.model))
 
 
 def test_a_method_that_needs_a_score_says_so(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_limits_of_hardware_hold_to_the_end(tmp_path: Path) -> None:
         assert layer.fan_out.high <= 8
     # a dense start: what the limits allow
     made = trainer(tmp_path, method="snip", method_options={}, **changes)
-    assert [w.connections for w in made.weights.values()] == [160, 40, 40]
+    assert [w.connections for _, w in sparse_weights(made.model)] == [160, 40, 40]
     with pytest.raises(
         TrainError,
         match=r"--block: layer 1 \(64 inputs, 12 outputs\).* at most "

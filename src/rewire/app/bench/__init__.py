@@ -1,3 +1,3 @@
-"""Measures how fast and how small rewire is here, beside what else there is, and judges the bars P1
-to P12.
+"""Measures how fast and how small rewire is here, beside what else there is, and judges the
+performance targets P1 to P12.
 """

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rewire.app.bench import child
 from rewire.app.bench.contenders import (
     DENSE,
     LAYERS,
@@ -44,6 +45,10 @@ class Setting:
     def clock(self) -> Clock:
         """What seconds are read from."""
         return time.process_time if self.cpu_time else time.perf_counter
+
+    def apart(self, task: str, **arguments: Any) -> dict[str, Any]:
+        """`child.measure` with these threads and this clock."""
+        return child.measure(task, arguments, threads=self.threads, cpu_time=self.cpu_time)
 
     def contest(self, contenders: Sequence[Contender]) -> Timings:
         """`side_by_side` with these rounds and this clock."""

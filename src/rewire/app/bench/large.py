@@ -9,38 +9,19 @@ import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewire import methods, topology
+from rewire.app.bench.child import Memory
 from rewire.app.bench.contenders import Layer, Linear, make
 from rewire.app.bench.timing import Clock, quartiles
 from rewire.nn import SparseLinear, SparseWeight
 
-__all__ = ["Meter", "contender_memory", "million", "point", "training_memory", "wide_epoch"]
-
-
-class Meter(Protocol):
-    """Reads this process's memory (`rewire.app.bench.child.Memory`)."""
-
-    def now(self) -> int:
-        """Bytes resident now."""
-        ...
-
-    def peak(self) -> int:
-        """Highest since `reset`."""
-        ...
-
-    def total(self) -> int:
-        """Highest since `reset`, with the pages of files."""
-        ...
-
-    def reset(self) -> None:
-        """Start anew."""
-        ...
+__all__ = ["contender_memory", "million", "point", "training_memory", "wide_epoch"]
 
 
 def _optimizer(kind: str, parameters: Any) -> torch.optim.Optimizer:
@@ -51,9 +32,28 @@ def _optimizer(kind: str, parameters: Any) -> torch.optim.Optimizer:
     )
 
 
-def _pair(inputs: int, outputs: int, batch: int) -> tuple[Tensor, Tensor]:
-    """x and gradient, feature-major."""
-    return torch.randn(inputs, batch).t(), torch.randn(outputs, batch).t()
+def _layer(size: int, connections: int) -> SparseLinear:
+    generator = torch.Generator().manual_seed(0)
+    return SparseLinear(size, size, bias=False, connections=connections, generator=generator)
+
+
+def _pair(size: int, batch: int) -> tuple[Tensor, Tensor]:
+    """x, which wants a gradient, and the gradient of the output; both feature-major."""
+    return torch.randn(size, batch).t().requires_grad_(), torch.randn(size, batch).t()
+
+
+def _step_of(
+    layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, g: Tensor
+) -> Callable[[], None]:
+    """A training step, with the gradient of x."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        layer(x).backward(g)
+        optimizer.step()
+
+    return step
 
 
 def _warm(kind: str = "rewire") -> None:
@@ -61,7 +61,7 @@ def _warm(kind: str = "rewire") -> None:
     as well.
     """
     make(kind, Linear(Layer(64, 64, 500, 8))).run()
-    x, g = _pair(64, 64, 8)
+    x, g = _pair(64, 8)
     for name in ("sgd", "momentum", "adam"):
         layer = SparseLinear(64, 64, bias=False, connections=500)
         optimizer = _optimizer(name, layer.parameters())
@@ -82,7 +82,7 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _peak_of(memory: Meter, call: Callable[[], object], base: int) -> int:
+def _peak_of(memory: Memory, call: Callable[[], object], base: int) -> int:
     """Highest over ``base`` during a call. What the C library kept of freed memory goes back
     first.
     """
@@ -93,7 +93,7 @@ def _peak_of(memory: Meter, call: Callable[[], object], base: int) -> int:
 
 
 def training_memory(
-    memory: Meter, clock: Clock, *, optimizer: str, size: int, connections: int, batch: int
+    memory: Memory, clock: Clock, *, optimizer: str, size: int, connections: int, batch: int
 ) -> dict[str, Any]:
     """Peaks of training a layer, over the process with x and gradient but without it; and of what
     changes its index.
@@ -103,22 +103,13 @@ def training_memory(
     """
     _warm()
     _trim()
-    x, g = _pair(size, size, batch)
-    x.requires_grad_()
+    x, g = _pair(size, batch)
     base = memory.now()
     memory.reset()
-    layer = SparseLinear(
-        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
-    )
+    layer = _layer(size, connections)
     built = memory.peak() - base
     trainer = _optimizer(optimizer, layer.parameters())
-
-    def step() -> None:
-        trainer.zero_grad()
-        x.grad = None
-        layer(x).backward(g)
-        trainer.step()
-
+    step = _step_of(layer, trainer, x, g)
     step()
     step()
     training = _peak_of(memory, step, base)
@@ -156,7 +147,7 @@ def training_memory(
 
 
 def contender_memory(
-    memory: Meter,
+    memory: Memory,
     clock: Clock,
     *,
     kind: str,
@@ -182,7 +173,7 @@ def contender_memory(
 
 
 def point(
-    memory: Meter,
+    memory: Memory,
     clock: Clock,
     *,
     size: int,
@@ -199,21 +190,11 @@ def point(
     base = memory.now()
     memory.reset()
     start = clock()
-    layer = SparseLinear(
-        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
-    )
+    layer = _layer(size, connections)
     build = clock() - start
     built = memory.peak() - base
-    x, g = _pair(size, size, batch)
-    x.requires_grad_()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        x.grad = None
-        layer(x).backward(g)
-        optimizer.step()
-
+    x, g = _pair(size, batch)
+    step = _step_of(layer, torch.optim.SGD(layer.parameters(), lr=1e-4, fused=True), x, g)
     step()
     _trim()
     memory.reset()
@@ -238,7 +219,14 @@ def point(
 
 
 def million(
-    memory: Meter, clock: Clock, *, size: int, connections: int, batch: int, steps: int, rounds: int
+    memory: Memory,
+    clock: Clock,
+    *,
+    size: int,
+    connections: int,
+    batch: int,
+    steps: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """P11: build, steps with SGD and DEEP R rewiring; and how fast rows of x can be read at random,
     side by side.
@@ -250,15 +238,12 @@ def million(
     """
     memory.reset()
     start = clock()
-    layer = SparseLinear(
-        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
-    )
+    layer = _layer(size, connections)
     # about 1 % of connections flip a step
     optimizer = torch.optim.SGD(layer.parameters(), lr=3e-6, fused=True)
     method = methods.DeepR(layer, optimizer, l1=1e-4, noise=1e-3, seed=0)
     build = clock() - start
-    x, g = _pair(size, size, batch)
-    x.requires_grad_()
+    x, g = _pair(size, batch)
     passes: list[float] = []
     rewiring: list[float] = []
     for _ in range(steps):
@@ -316,7 +301,7 @@ def million(
 
 
 def one_update(
-    memory: Meter,
+    memory: Memory,
     clock: Clock,
     *,
     method: str,
@@ -333,12 +318,9 @@ def one_update(
     memory.reset()
     about = methods.info(method)
     start = clock()
-    layer = SparseLinear(
-        size, size, bias=False, connections=connections, generator=torch.Generator().manual_seed(0)
-    )
+    layer = _layer(size, connections)
     optimizer = _optimizer("momentum", layer.parameters())
-    x, g = _pair(size, size, batch)
-    x.requires_grad_()
+    x, g = _pair(size, batch)
     options: dict[str, Any] = {"data": [x.detach()]} if about.takes_data else {}
     every = about.parameters().get("every")
     if every is not None and (every.default is None or isinstance(every.default, int)):
@@ -353,12 +335,7 @@ def one_update(
         call()
         into.append(clock() - start)
 
-    def train() -> None:
-        optimizer.zero_grad()
-        x.grad = None
-        layer(x).backward(g)
-        optimizer.step()
-
+    train = _step_of(layer, optimizer, x, g)
     for _ in range(most_steps):
         timed(train, training)
         timed(made.step, acting)
@@ -396,7 +373,7 @@ class _Chain(nn.Module):
 
 
 def wide_epoch(
-    memory: Meter,
+    memory: Memory,
     clock: Clock,
     *,
     inputs: int,

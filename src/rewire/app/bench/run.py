@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rewire.app.bench import bars, machine, sections, tables
+from rewire.app.bench import machine, sections, tables, targets
 from rewire.app.bench import results_page as page
 from rewire.app.bench.curves import Setting
 from rewire.app.errors import BenchError, NotAvailable
@@ -20,8 +20,8 @@ from rewire.storage.files import write_atomic
 __all__ = ["EXTRA", "FORMAT", "Run"]
 
 #: Version of the results file.
-FORMAT = 1
-#: Sections that --bars takes besides the bars.
+FORMAT = 2
+#: Sections that --targets takes besides the performance targets.
 EXTRA = ("grid", "wide")
 
 
@@ -33,7 +33,7 @@ class Run:
         quick: fewer rounds and smaller problems. threads: None for as many as torch takes.
         cpu_time: one thread and its CPU seconds, for a busy machine.
         out: folder for bench.json and bench.html.
-        names: bars and `EXTRA` sections to run; None for all. Raises `BenchError` for an unknown
+        names: targets and `EXTRA` sections to run; None for all. Raises `BenchError` for an unknown
             one.
     """
 
@@ -51,8 +51,10 @@ class Run:
         wanted = None if names is None else [name.strip().lower() for name in names]
         self.extra = [name for name in EXTRA if wanted is None or name in wanted]
         try:
-            self.bars = bars.choose(
-                bars.BARS if wanted is None else [name for name in wanted if name not in EXTRA]
+            self.targets = targets.choose(
+                targets.TARGETS
+                if wanted is None
+                else [name for name in wanted if name not in EXTRA]
             )
         except BenchError as error:
             raise BenchError(f"{error}, {', '.join(EXTRA)}") from None
@@ -74,7 +76,7 @@ class Run:
                 "rounds": self.setting.rounds,
                 "cpu_time": self.setting.cpu_time,
             },
-            "bars": [],
+            "targets": [],
             "grid": [],
             "layer": None,
             "model": None,
@@ -88,17 +90,17 @@ class Run:
             self._say(tables.CPU_TIME)
 
     def everything(self) -> None:
-        """The grid, the bars and the wide network, as far as they were asked for."""
+        """The grid, the targets and the wide network, as far as they were asked for."""
         if "grid" in self.extra:
             for curve in sections.grid(self.setting, self._progress):
                 self.results["grid"].append(curve.to_json())
-                self.console.print(tables.curve(self.results["grid"][-1]))
+                self._show(tables.curve(self.results["grid"][-1]))
                 self._save()
-        for bar in self.bars:
-            self._progress(f"{bar.name}: {bar.title}")
-            result = bars.run(bar, self.setting).to_json()
-            self.results["bars"].append(result)
-            self.console.print(tables.bar(result))
+        for target in self.targets:
+            self._progress(f"{target.name}: {target.title}")
+            result = targets.run(target, self.setting).to_json()
+            self.results["targets"].append(result)
+            self._show(tables.target(result))
             self._save()
         if "wide" in self.extra:
             self.results["wide"] = sections.wide(self.setting, self._progress)
@@ -119,7 +121,7 @@ class Run:
             raise BenchError(
                 f"--layer: {size[0]} x {size[1]} cannot be measured beside dense ones: {reason}"
             ) from None
-        self.console.print(tables.layer(self.results["layer"]))
+        self._show(tables.layer(self.results["layer"]))
         self._finish()
 
     def model(self, source: str, shape: Sequence[int] | None, density: float, batch: int) -> None:
@@ -127,15 +129,18 @@ class Run:
         self.results["model"] = sections.model(
             self.setting, source, shape, density, batch, self._progress
         )
-        self.console.print(tables.model(self.results["model"]))
+        self._show(tables.model(self.results["model"]))
         self._finish()
 
-    def _say(self, text: str) -> None:
+    def _show(self, sheet: tables.Sheet) -> None:
+        self.console.print(sheet.printed())
+
+    def _say(self, text: str, style: str | None = None) -> None:
         # a terminal wraps better than a log with hard breaks
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True, markup=False, style=style)
 
     def _progress(self, text: str) -> None:
-        self._say(f"[dim]{time.perf_counter() - self._start:6.0f} s  {text}[/dim]")
+        self._say(f"{time.perf_counter() - self._start:6.0f} s  {text}", "dim")
 
     def _save(self) -> None:
         self.results["seconds"] = time.perf_counter() - self._start
@@ -146,8 +151,8 @@ class Run:
     def _finish(self) -> None:
         self._save()
         write_atomic(self.out / "bench.html", page.render(self.results).encode())
-        if self.results["bars"]:
-            self.console.print(tables.verdicts(self.results["bars"]))
+        if self.results["targets"]:
+            self._show(tables.verdicts(self.results["targets"]))
         self._say(tables.disturbance(self.results["others"]))
         self._say(
             f"{self.results['seconds']:.0f} seconds; {self.out / 'bench.json'}, "

@@ -1,5 +1,5 @@
-"""What a run can hold besides the bars: the grid, one layer, a model's layers, and the wide
-network.
+"""What a run can hold besides the performance targets: the grid, one layer, a model's layers, and
+the wide network.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewire.app.bench import child, curves, machine, models
-from rewire.app.bench.bars.conv import channels_last
-from rewire.app.bench.bars.conv import step as conv_step
+from rewire.app.bench import curves, machine, models
 from rewire.app.bench.contenders import LAYERS, Layer
 from rewire.app.bench.curves import Curve, Setting
+from rewire.app.bench.targets.conv import channels_last
+from rewire.app.bench.targets.conv import step as conv_step
 from rewire.app.bench.timing import Contender
 from rewire.app.errors import BenchError, NotAvailable
 from rewire.nn import SparseConv2d
@@ -93,10 +93,13 @@ def layer(
             row |= {"speedup": ratio.median, "low": ratio.low, "high": ratio.high}
         if memory:
             progress(f"memory of {kind}")
-            arguments = {"kind": kind, "inputs": inputs, "outputs": outputs, "batch": batch}
-            arguments["connections"] = case.connections
-            row["bytes"] = child.measure(
-                "contender", arguments, threads=setting.threads, cpu_time=setting.cpu_time
+            row["bytes"] = setting.apart(
+                "contender",
+                kind=kind,
+                inputs=inputs,
+                outputs=outputs,
+                connections=case.connections,
+                batch=batch,
             )["bytes"]
         rows.append(row)
     return {"density": density, "rows": rows, "curve": curve.to_json()}
@@ -210,17 +213,17 @@ def wide(
         f"wide network: synthetic data of the shape of {data}, {inputs} inputs, "
         f"{3 * hidden[0]:,} hidden neurons"
     )
-    arguments = {
-        "inputs": inputs,
-        "classes": classes,
-        "samples": round(samples * 2 / 3),
-        "hidden": hidden,
-        "epsilon": 20.0,
-        "batch": batch,
-    }
     start = time.perf_counter()
     try:
-        got = child.measure("wide", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
+        got = setting.apart(
+            "wide",
+            inputs=inputs,
+            classes=classes,
+            samples=round(samples * 2 / 3),
+            hidden=hidden,
+            epsilon=20.0,
+            batch=batch,
+        )
     except NotAvailable as error:
         return {"data": data, "not_available": str(error)}
     return {

@@ -1,52 +1,83 @@
-"""The results as tables for a terminal; they read the results file's own form, so any saved run can
-be shown.
+"""The results as tables of words, which the terminal and the page show alike.
+
+They are made from the results file's own form, so that any saved run can be shown.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["bar", "curve", "disturbance", "layer", "machine", "model", "verdicts", "wide"]
+__all__ = [
+    "Sheet",
+    "curve",
+    "disturbance",
+    "layer",
+    "machine",
+    "model",
+    "target",
+    "verdicts",
+    "wide",
+]
 
-COLOUR = {"met": "green", "missed": "red", "in part": "yellow"}
-#: Columns of words.
-LEFT = ("note", "verdict", "layer", "what", "nearest to its bar")
+_COLOURS = {"met": "green", "missed": "red", "in part": "yellow", "sparse": "green"}
+#: Columns of words; the others hold numbers.
+WORDS = ("note", "verdict", "layer", "what", "nearest to its target", "faster here")
 #: Above this share of the machine in other hands, figures are not to be trusted.
 BUSY = 0.1
 CPU_TIME = (
-    "CPU seconds of one thread: a diagnosis; the bars are for time on the wall and two threads"
+    "CPU seconds of one thread: a diagnosis; the targets are for two threads and the wall clock"
 )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: its heading, the names of its columns, its rows, and a line below."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]] = field(default_factory=list)
+    note: str = ""
+
+    def printed(self) -> Table:
+        """For a terminal, with colours."""
+        table = Table(title=escape(self.title), box=box.SIMPLE_HEAD, title_justify="left")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if i == 0 or column in WORDS else "right")
+        for row in self.rows:
+            table.add_row(*map(_coloured, row))
+        table.caption = _coloured(self.note)
+        return table
+
+
+def _coloured(text: str) -> str:
+    """A verdict in its colour; whatever follows it keeps the terminal's."""
+    words = re.match(r"[a-z]+( part)?(?=$|[ :,])", text)
+    colour = _COLOURS.get(words[0]) if words else None
+    if words is None or colour is None:
+        return escape(text)
+    return f"[{colour}]{words[0]}[/{colour}]{escape(text[words.end() :])}"
 
 
 def duration(seconds: float) -> str:
     """With a unit that suits."""
-    for factor, unit in ((1e6, "us"), (1e3, "ms"), (1.0, "s")):
-        if seconds * factor < 1000 or unit == "s":
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 1000:
             return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError("unreachable")
+    return f"{seconds:.3g} s"
 
 
 def number(value: float | None, unit: str = "") -> str:
     """Three digits that count, with the unit."""
     if value is None:
         return "not available"
-    shown = (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.4g}"
-        if 0.9 < value < 1
-        else f"{value:.3g}"
-    )
-    return f"{shown} {unit}".strip()
-
-
-def speedup(row: dict[str, Any]) -> str:
-    """Of a row of `layer`, over the dense layer; empty where there is none."""
-    return "" if row["speedup"] is None else f"{number(row['speedup'])} x"
+    digits = ",.0f" if abs(value) >= 1000 else ".4g" if 0.9 < value < 1 else ".3g"
+    return f"{value:{digits}} {unit}".strip()
 
 
 def share(value: float | None) -> str:
@@ -54,20 +85,31 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or column in LEFT else "right")
-    return table
+def _between(row: dict[str, Any]) -> str:
+    """The quartiles; empty where there are none."""
+    return "" if row.get("low") is None else f"{number(row['low'])} to {number(row['high'])}"
+
+
+def _limit(figure: dict[str, Any]) -> str:
+    """The target of a figure; empty without one."""
+    if figure["target"] is None:
+        return ""
+    return f"{figure['sense']} {number(figure['target'], figure['unit'])}"
+
+
+def figure_line(figure: dict[str, Any]) -> str:
+    """A figure that has a target, in one line."""
+    value = number(figure["value"], figure["unit"])
+    return f"{figure['name']}: {value} ({_limit(figure)})"
 
 
 def machine(m: dict[str, Any]) -> str:
-    """One line on what it runs on."""
+    """What it runs on, in one line."""
     load = m["load_average"]
-    return escape(
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory_gib']} GiB; torch "
-        f"{m['torch']}, "
-        f"rewire {m['rewire']}, {m['kernels']}, SparseProp {m['sparseprop'] or 'not installed'}"
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory_gib']} GiB; "
+        f"torch {m['torch']}, rewire {m['rewire']}, {m['kernels']}, "
+        f"SparseProp {m['sparseprop'] or 'not installed'}"
         + (f"; load average {load[0]}" if load else "")
         + "".join(f"; {name}={value}" for name, value in m["openmp"].items())
     )
@@ -76,90 +118,71 @@ def machine(m: dict[str, Any]) -> str:
 def disturbance(others: float | None) -> str:
     """Whether the machine was quiet."""
     if others is None:
-        return "this system does not tell what other programs took of the machine"
+        return "this system does not tell how much of the machine other programs took"
     text = f"other programs took {others:.0%} of the machine meanwhile"
     if others <= BUSY:
         return text
-    hint = (
-        "with GOMP_SPINCOUNT=10000 in the environment threads wait without spinning, "
-        "which "
-        "then disturbs less"
+    return (
+        f"{text}: take the figures as preliminary (with GOMP_SPINCOUNT=10000 in the environment "
+        "threads wait without spinning, which then disturbs less)"
     )
-    return f"[yellow]{text}: take the figures as preliminary ({hint})[/yellow]"
 
 
-def bar(result: dict[str, Any]) -> Table:
-    """The figures of a bar."""
-    colour = COLOUR.get(result["status"], "dim")
+def target(result: dict[str, Any]) -> Sheet:
+    """The figures of a target."""
+    verdict = {True: "met", False: "missed", None: ""}
+    rows = [
+        [
+            f["name"],
+            number(f["value"], f["unit"]),
+            _between(f),
+            _limit(f),
+            verdict[f["met"]],
+            f["note"],
+        ]
+        for f in result["figures"]
+    ]
+    reason = f": {result['reason']}" if result["reason"] else ""
     busy = share(result["others"])
-    table = _table(
-        f"{result['name'].upper()}  {result['title']}",
-        "figure",
-        "measured",
-        "quartiles",
-        "bar",
-        "",
-        "note",
+    return Sheet(
+        f"{result['name'].upper()}: {result['title']}",
+        ("figure", "measured", "quartiles", "target", "", "note"),
+        rows,
+        result["status"] + reason + (f", others took {busy} of the machine" if busy else ""),
     )
-    for f in result["figures"]:
-        mark = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[f["met"]]
-        around = "" if f["low"] is None else f"{number(f['low'])} .. {number(f['high'])}"
-        limit = "" if f["bar"] is None else f"{f['sense']} {number(f['bar'], f['unit'])}"
-        table.add_row(
-            escape(f["name"]), number(f["value"], f["unit"]), around, limit, mark, escape(f["note"])
-        )
-    reason = f": {escape(result['reason'])}" if result["reason"] else ""
-    table.caption = f"[{colour}]{result['status']}{reason}[/{colour}]" + (
-        f", others took {busy}" if busy else ""
-    )
-    return table
 
 
-def verdicts(results: list[dict[str, Any]]) -> Table:
-    """One line for every bar."""
-    table = _table(
-        "Bars", "bar", "what", "verdict", "figures met", "nearest to its bar", "others took"
-    )
+def verdicts(results: list[dict[str, Any]]) -> Sheet:
+    """One line for every target."""
+    rows = []
     for r in results:
         judged = [f for f in r["figures"] if f["met"] is not None]
         worst = min(judged, key=_margin, default=None)
-        nearest = (
-            "" if worst is None else (f"{worst['name']}: {number(worst['value'], worst['unit'])}")
-        )
-        if worst is not None:
-            nearest += f" ({worst['sense']} {number(worst['bar'], worst['unit'])})"
+        nearest = "" if worst is None else figure_line(worst)
         met = f"{sum(f['met'] for f in judged)} of {len(judged)}" if judged else ""
-        colour = COLOUR.get(r["status"], "dim")
-        table.add_row(
-            r["name"],
-            escape(r["title"]),
-            f"[{colour}]{r['status']}[/{colour}]",
-            met,
-            escape(nearest),
-            share(r["others"]),
-        )
-    return table
+        rows.append([r["name"], r["title"], r["status"], met, nearest, share(r["others"])])
+    columns = ("", "what", "verdict", "figures met", "nearest to its target", "others took")
+    return Sheet("Performance targets", columns, rows)
 
 
 def _margin(figure: dict[str, Any]) -> float:
-    value, limit = figure["value"], figure["bar"]
-    if limit <= 0 or value <= 0:
-        return 0.0 if figure["met"] is False else 1e9
-    return float(value / limit if figure["sense"] == ">=" else limit / value)
+    if figure["margin"]:
+        return float(figure["margin"])
+    return 1e9 if figure["met"] else 0.0
 
 
-def curve(c: dict[str, Any]) -> Table:
+def curve(c: dict[str, Any]) -> Sheet:
     """Times of one layer over densities, and break-even densities."""
-    title = f"{c['outputs']} x {c['inputs']}, batch {c['batch']}: forward + backward"
-    table = _table(title, "", *(f"{d:.3g}" for d in c["densities"]))
-    for kind, seconds in c["seconds"].items():
-        table.add_row(kind, *(duration(s) for s in seconds))
-    table.caption = "; ".join(
-        f"{pair.replace(' / ', ' breaks even with ')} at {_density(d)}"
-        for pair, d in c["break_even"].items()
-        if pair.startswith("rewire /")
+    return Sheet(
+        f"{c['outputs']} x {c['inputs']}, batch {c['batch']}: forward + backward",
+        ("", *(f"{d:.3g}" for d in c["densities"])),
+        [[kind, *map(duration, seconds)] for kind, seconds in c["seconds"].items()],
+        "; ".join(
+            f"{pair.replace(' / ', ' breaks even with ')} at {_density(d)}"
+            for pair, d in c["break_even"].items()
+            if pair.startswith("rewire /")
+        ),
     )
-    return table
 
 
 def _density(d: float | None) -> str:
@@ -168,64 +191,47 @@ def _density(d: float | None) -> str:
     return f"{d:.1%}" if d else "no density tried (always slower)"
 
 
-def layer(found: dict[str, Any]) -> Table:
+def layer(found: dict[str, Any]) -> Sheet:
     """The user's layer: every way to compute it."""
     c = found["curve"]
-    title = (
-        f"{c['outputs']} x {c['inputs']}, density {found['density']:g}, batch "
-        f"{c['batch']}: "
-        "forward + backward"
-    )
-    table = _table(title, "", "time", "over nn.Linear", "quartiles", "memory")
+    rows = []
     for row in found["rows"]:
         size = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f} MiB"
-        known = row["speedup"] is not None
-        around = f"{number(row['low'])} .. {number(row['high'])}" if known else ""
-        table.add_row(row["kind"], duration(row["seconds"]), speedup(row), around, size)
-    table.caption = curve(c).caption
-    return table
-
-
-def model(found: dict[str, Any]) -> Table:
-    """A model's layers."""
-    title = f"{found['model']}, density {found['density']:g}, batch {found['batch']}"
-    table = _table(
-        title, "layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here"
+        speedup = "" if row["speedup"] is None else f"{number(row['speedup'])} x"
+        rows.append([row["kind"], duration(row["seconds"]), speedup, _between(row), size])
+    return Sheet(
+        f"{c['outputs']} x {c['inputs']}, density {found['density']:g}, batch {c['batch']}: "
+        "forward + backward",
+        ("", "time", "over nn.Linear", "quartiles", "memory"),
+        rows,
+        curve(c).note,
     )
+
+
+def model(found: dict[str, Any]) -> Sheet:
+    """A model's layers."""
+    rows = []
     for row in found["layers"]:
-        if "speedup" not in row:
-            table.add_row(
-                escape(row["name"]),
-                row["layer"],
-                str(row["rows"]),
-                "",
-                "",
-                "",
-                f"{row['verdict']}: {row['note']}",
-            )
-            continue
-        colour = "green" if row["verdict"] == "sparse" else "dim"
-        faster = f"[{colour}]{row['verdict']}[/{colour}]" + (
-            f" ({row['note']})" if row["note"] else ""
-        )
-        times = (
-            duration(row["dense_seconds"]),
-            duration(row["sparse_seconds"]),
-            f"{row['speedup']:.3g} x",
-        )
-        table.add_row(escape(row["name"]), row["layer"], str(row["rows"]), *times, faster)
-    return table
+        times = ["", "", ""]
+        if "speedup" in row:
+            dense, sparse = duration(row["dense_seconds"]), duration(row["sparse_seconds"])
+            times = [dense, sparse, f"{row['speedup']:.3g} x"]
+        note = f" ({row['note']})" if row["note"] else ""
+        rows.append([row["name"], row["layer"], str(row["rows"]), *times, row["verdict"] + note])
+    return Sheet(
+        f"{found['model']}, density {found['density']:g}, batch {found['batch']}",
+        ("layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here"),
+        rows,
+    )
 
 
 def wide(w: dict[str, Any]) -> str:
     """The wide network in one line."""
     if "not_available" in w:
-        return f"wide network: not available: {escape(w['not_available'])}"
+        return f"wide network: not available: {w['not_available']}"
     return (
         f"wide network, synthetic data of the shape of {w['data']}: {w['neurons']:,} neurons, "
         f"{w['connections']:,} connections; an epoch of {w['planned_steps']} steps at batch "
-        f"{w['batch']} with SET "
-        f"{w['epoch_seconds']:.1f} s (of it SET {w['update_seconds']:.1f} s), built in "
-        f"{w['build_seconds']:.1f} s, "
-        f"peak {w['peak'] / 2**30:.1f} GiB"
+        f"{w['batch']} with SET {w['epoch_seconds']:.1f} s (of it SET {w['update_seconds']:.1f} "
+        f"s), built in {w['build_seconds']:.1f} s, peak {w['peak'] / 2**30:.1f} GiB"
     )

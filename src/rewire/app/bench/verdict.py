@@ -1,4 +1,4 @@
-"""Figures, what they are measured against, and whether they reach it."""
+"""Figures, the targets they are measured against, and whether they reach them."""
 
 from __future__ import annotations
 
@@ -8,110 +8,106 @@ from typing import Any, Literal
 
 from rewire.app.bench.timing import Ratio
 
-__all__ = ["BarResult", "Figure", "Status", "at_least", "at_most", "info", "judge", "missing"]
+__all__ = [
+    "Figure",
+    "Measured",
+    "Status",
+    "TargetResult",
+    "at_least",
+    "at_most",
+    "info",
+    "judge",
+    "missing",
+]
 
-Status = Literal["met", "missed", "in part", "not available", "no bar"]
+Status = Literal["met", "missed", "in part", "not available", "no target"]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number, with its unit and bar.
+    """A measured number, with its unit and target.
 
-    sense: ">=" or "<=" (to the bar), or "" for a figure that is printed without one.
-    value: None where a part of the bar cannot be measured here; the note then says why.
-    low, high: quartiles where there are rounds. note: what else there is to say, such as the ratio
-        of the best times.
+    Attributes:
+        sense: ">=" or "<=" (to the target), or "" for a figure that is printed without one.
+        value: None where it cannot be measured here; the note then says why.
+        low, high: quartiles, where there are rounds.
+        note: what else there is to say, such as the ratio of the best times.
     """
 
     name: str
     value: float | None
     unit: str = ""
     sense: Literal[">=", "<=", ""] = ""
-    bar: float | None = None
+    target: float | None = None
     low: float | None = None
     high: float | None = None
     note: str = ""
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is reached; None where there is none."""
-        if self.bar is None or self.value is None or not self.sense:
+        """Whether the target is reached; None without a target or a value."""
+        if self.target is None or self.value is None or not self.sense:
             return None
-        return self.value >= self.bar if self.sense == ">=" else self.value <= self.bar
+        return self.value >= self.target if self.sense == ">=" else self.value <= self.target
 
     @property
     def margin(self) -> float | None:
-        """How many times better than the bar (below 1: worse); None without a bar, or where it has
-        no meaning.
+        """How many times better than the target (below 1: worse); None without a target, or where
+        the ratio has no meaning.
         """
-        if self.met is None or not self.bar or not self.value or self.bar < 0 or self.value < 0:
+        if self.met is None or not self.target or not self.value:
             return None
-        return self.value / self.bar if self.sense == ">=" else self.bar / self.value
+        if min(self.target, self.value) < 0:
+            return None
+        return self.value / self.target if self.sense == ">=" else self.target / self.value
 
     def to_json(self) -> dict[str, Any]:
         """For the results file."""
-        return {
-            "name": self.name,
-            "value": self.value,
-            "unit": self.unit,
-            "sense": self.sense,
-            "bar": self.bar,
-            "low": self.low,
-            "high": self.high,
-            "met": self.met,
-            "note": self.note,
-        }
+        return vars(self) | {"met": self.met, "margin": self.margin}
+
+
+#: What the function of a target gives: its figures, and data for the pictures.
+Measured = tuple[list[Figure], dict[str, Any]]
 
 
 def at_least(
-    name: str, measured: float | Ratio, bar: float, unit: str = "x", note: str = ""
+    name: str, measured: float | Ratio, target: float, unit: str = "x", note: str = ""
 ) -> Figure:
-    """A figure that must not be below ``bar``."""
-    return _figure(name, measured, unit, ">=", bar, note)
+    """A figure that must not be below ``target``."""
+    return _figure(name, measured, unit, ">=", target, note)
 
 
-def at_most(name: str, measured: float | Ratio, bar: float, unit: str, note: str = "") -> Figure:
-    """A figure that must not be above ``bar``."""
-    return _figure(name, measured, unit, "<=", bar, note)
+def at_most(name: str, measured: float | Ratio, target: float, unit: str, note: str = "") -> Figure:
+    """A figure that must not be above ``target``."""
+    return _figure(name, measured, unit, "<=", target, note)
 
 
 def info(name: str, measured: float | Ratio, unit: str = "x", note: str = "") -> Figure:
-    """A figure without a bar."""
+    """A figure without a target."""
     return _figure(name, measured, unit, "", None, note)
 
 
 def missing(name: str, reason: str) -> Figure:
-    """A part of a bar that cannot be measured here."""
+    """A figure that cannot be measured here."""
     return Figure(name, None, note=reason)
 
 
-def _figure(
-    name: str,
-    measured: float | Ratio,
-    unit: str,
-    sense: Literal[">=", "<=", ""],
-    bar: float | None,
-    note: str,
-) -> Figure:
+def _figure(name: str, measured: float | Ratio, unit: str, *aim: Any) -> Figure:
+    """``aim``: sense, target, note."""
+    sense, target, note = aim
     if not isinstance(measured, Ratio):
-        return Figure(name, float(measured), unit, sense, bar, note=note)
+        return Figure(name, float(measured), unit, sense, target, note=note)
     best = f"best times {measured.of_best:.3g}, {measured.rounds} rounds"
-    return Figure(
-        name,
-        measured.median,
-        unit,
-        sense,
-        bar,
-        measured.low,
-        measured.high,
-        f"{note}; {best}" if note else best,
-    )
+    note = f"{note}; {best}" if note else best
+    return Figure(name, measured.median, unit, sense, target, measured.low, measured.high, note)
 
 
 @dataclass(frozen=True)
-class BarResult:
-    """A bar with its figures. others: share of the machine that other processes took meanwhile;
-    None if unknown.
+class TargetResult:
+    """A target with its figures.
+
+    Attributes:
+        others: share of the machine that other processes took meanwhile; None if unknown.
     """
 
     name: str
@@ -125,25 +121,16 @@ class BarResult:
 
     def to_json(self) -> dict[str, Any]:
         """For the results file."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "status": self.status,
-            "reason": self.reason,
-            "seconds": self.seconds,
-            "others": self.others,
-            "figures": [f.to_json() for f in self.figures],
-            "data": self.data,
-        }
+        return vars(self) | {"figures": [figure.to_json() for figure in self.figures]}
 
 
 def judge(figures: Sequence[Figure]) -> Status:
-    """Met if every figure that has a bar reaches it, missed if one does not, in part if one could
-    not be measured.
+    """The verdict: "met" if every figure that has a target reaches it, "missed" if one does not,
+    "in part" if one could not be measured.
     """
     verdicts = [f.met for f in figures if f.met is not None]
     if not verdicts:
-        return "no bar"
+        return "no target"
     if not all(verdicts):
         return "missed"
     return "in part" if any(f.value is None for f in figures) else "met"

@@ -10,19 +10,19 @@ from rewire.app.report.read import Run
 ARROW = " → "
 
 
-def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose other columns are numbers."""
-    first, *others = head
-    cells = f"<th>{escape(first)}</th>" + "".join(
-        f'<th class="number">{escape(name)}</th>' for name in others
-    )
-    lines = "".join(
-        f"<tr><td>{escape(row[0])}</td>"
-        + "".join(f'<td class="number">{escape(cell)}</td>' for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{cells}</tr>{lines}</table></div>'
+def plain_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()
+) -> str:
+    """A table; its first column and those that ``words`` names are text, the others numbers."""
+    kinds = ["" if i == 0 or c in words else ' class="number"' for i, c in enumerate(head)]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(kinds, cells, strict=True)
+        inner = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in pairs)
+        return f"<tr>{inner}</tr>"
+
+    body = line("th", head) + "".join(line("td", row) for row in rows)
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def amount(size: int, unit: str = "B") -> str:

@@ -14,28 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-import rewire
 from rewire import methods
 from rewire.app import memory
 from rewire.app.data import Dataset
 from rewire.app.errors import StoppedError, TrainError
 from rewire.app.run_files import COMMIT, EMPTY
 from rewire.app.train import before_after, checkpoint
-from rewire.app.train.batches import Batches, derive_seed, make_generator, split
 from rewire.app.train.checkpoint import Checkpoint
-from rewire.app.train.config import TrainConfig, check_name
+from rewire.app.train.config import TrainConfig
 from rewire.app.train.metrics import EpochRecord, evaluate, versions
-from rewire.app.train.model import (
-    build,
-    build_dense,
-    check_limits,
-    layer_connections,
-    layer_shapes,
-    limits_of,
-    make_optimizer,
-    start_connections,
-)
 from rewire.app.train.observer import Observer, Progress, Silent
+from rewire.app.train.parts import assemble
 from rewire.app.train.remaining import layer_counts, structure
 from rewire.app.train.run_dir import METRICS, MODEL, RunDir
 from rewire.nn.surgery import load_resized
@@ -46,9 +35,6 @@ from rewire.storage import tensors as tensor_file
 PROGRESS_SECONDS = 0.2
 # a rate that falls along a curve does so in so many steps: a new rate costs methods some work
 RATE_STEPS = 1000
-ROWS = 1000  # samples at a time, where a method looks at activations
-# products in a step: a millisecond of work, below which threads cost more than they bring
-ONE_THREAD = 1_000_000
 
 
 class Trainer:
@@ -56,137 +42,21 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, dataset: Dataset, run_dir: RunDir) -> None:
         self.dataset, self.run_dir = dataset, run_dir
-        torch.manual_seed(derive_seed(config.seed, "torch"))  # for whatever asks the global stream
-        (train_x, train_y), self.held_out = split(
-            dataset.train_x, dataset.train_y, config.validation, config.seed
-        )
-        if not len(train_y):
-            raise TrainError(f"--validation: {config.validation} leaves no sample to train on")
-        if config.validation and not len(self.held_out[1]):
-            raise TrainError(
-                f"--validation: {config.validation} of {len(train_y)} samples is "
-                "none; 0 turns it off"
-            )
-        self.batches = Batches(train_x, train_y, config.batch_size, config.seed)
-        shapes = layer_shapes(dataset.features, config.hidden, len(dataset.classes))
-        check_name("--method", config.method, methods.available())
-        entry = methods.info(config.method)
-        self.dense = entry.cls.starts_dense
-        self.shapes, self.possible = shapes, [rows * cols for rows, cols in shapes]
-        budgets = self.possible if self.dense else layer_connections(config, shapes)
-        if not self.dense:
-            check_limits(config, shapes, budgets)
-        connections = budgets if self.dense else start_connections(config, entry, shapes, budgets)
-        threads = config.threads or _threads(sum(connections) * config.batch_size)
-        torch.set_num_threads(threads)
-        self.config = config = config.model_copy(update={"threads": threads})
-        self.starts_with = connections
-        self.model = self._start_model()
-        self.optimizer = make_optimizer(config, self.model)
-        # Methods that look at activations see the training part, never what is held out.
-        provided = {
-            "data": train_x.split(ROWS),
-            "connections": budgets,
-            "steps": config.epochs * len(self.batches),
-            "epochs": config.epochs,
-        }
-        try:
-            self.method = methods.create(
-                config.method,
-                self.model,
-                self.optimizer,
-                seed=derive_seed(config.seed, "method"),
-                **config.method_options,
-                **(
-                    {"density": config.density[0]}
-                    if self.dense and config.density is not None
-                    else {}
-                ),
-                **{name: value for name, value in provided.items() if name in entry.services},
-                **self._services(entry),
-            )
-        except (ValueError, TypeError) as error:
-            hint = (
-                ("; leave out --weight-decay")
-                if config.weight_decay and "weight decay" in str(error)
-                else ""
-            )
-            raise TrainError(f"--method {config.method}: {error}{hint}") from None
-        except ImportError as error:  # removing units needs a package of its own
-            raise TrainError(f"--method {config.method}: {error}") from None
+        self.parts = parts = assemble(config, dataset)
+        self.config, self.info = parts.config, parts.info
+        self.batches, self.held_out = parts.batches, parts.held_out
+        self.model, self.optimizer, self.method = parts.model, parts.optimizer, parts.method
         # The base class's penalty is 0: adding it would cost two operations a step for nothing.
         self.has_penalty = type(self.method).penalty is not methods.Method.penalty
-        self.weights = dict(rewire.sparse_weights(self.model))
-        self.names = list(self._connections())
-        self.info = {
-            "starts_dense": self.dense,
-            "layers": [
-                {
-                    "name": name,
-                    "outputs": shape[0],
-                    "inputs": shape[1],
-                    "connections": count,
-                    "budget": budget,
-                }
-                for name, shape, count, budget in zip(
-                    self.names, shapes, connections, budgets, strict=True
-                )
-            ],
-            "image_shape": list(dataset.image_shape) if dataset.image_shape else None,
-            "classes": list(dataset.classes),
-            "samples": {
-                "train": len(train_y),
-                "validation": len(self.held_out[1]),
-                "test": len(dataset.test_y),
-            },
-            "data_sha256": dict(dataset.sha256),
-        }
         # epochs completed, batches of this one, steps in all
         self.epoch, self.batch, self.step = 0, 0, 0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.correct = torch.zeros((), dtype=torch.int64)
-        self.before = self._counts()  # dropped and grown when this epoch began
+        self.before = parts.counts()  # dropped and grown when this epoch began
         self.metrics = EMPTY
         self.seconds_before, self.clock = 0.0, time.perf_counter()
 
     # --- state ------------------------------------------------------------------------------------
-
-    def _start_model(self) -> nn.Module:
-        """The network that training begins with."""
-        config, generator = self.config, make_generator(self.config.seed, "model")
-        if self.dense:
-            return build_dense(self.shapes, config.bias, generator)
-        return build(
-            self.shapes, self.starts_with, config.bias, generator, config.init, limits_of(config)
-        )
-
-    def _services(self, entry: methods.MethodInfo) -> dict[str, Any]:
-        """The score on held-out data, for methods that ask for it between epochs."""
-        if "evaluate" not in entry.services:
-            return {}
-        if not len(self.held_out[1]):
-            raise TrainError(
-                f"--validation: {entry.name} decides by the validation accuracy, so "
-                "it must not be 0"
-            )
-        return {"evaluate": lambda model: evaluate(model, *self.held_out)[1]}
-
-    def _connections(self) -> dict[str, int]:
-        return (
-            structure(self.model, self.method).connections
-            if self.dense
-            else self.method.connections()
-        )
-
-    def _counts(self) -> dict[str, dict[str, int]]:
-        if self.dense:
-            gone = {
-                n: m - k
-                for (n, k), m in zip(self._connections().items(), self.possible, strict=True)
-            }
-            return {"dropped": gone, "grown": dict.fromkeys(gone, 0)}
-        stats = self.method.stats()
-        return {"dropped": dict(stats["dropped"]), "grown": dict(stats["grown"])}
 
     @property
     def seconds(self) -> float:
@@ -240,7 +110,7 @@ class Trainer:
         saved = self.run_dir.read_checkpoint(self.config)
         state = saved.state
         try:
-            if self.dense:  # it may have fewer units by now
+            if self.parts.dense:  # it may have fewer units by now
                 load_resized(self.model, state["model"])
             else:
                 self.model.load_state_dict(state["model"])
@@ -337,8 +207,8 @@ class Trainer:
         return min(self.batch * self.config.batch_size, len(self.batches.y))
 
     def _progress(self) -> Progress:
-        connections = sum(self._connections().values())
-        grown = sum(self._counts()["grown"].values()) - sum(self.before["grown"].values())
+        connections = sum(self.parts.connections().values())
+        grown = sum(self.parts.counts()["grown"].values()) - sum(self.before["grown"].values())
         return Progress(
             epoch=self.epoch + 1,
             batch=self.batch,
@@ -362,13 +232,13 @@ class Trainer:
 
         lr = float(self.optimizer.param_groups[0]["lr"])
         last = self.epoch + 1 == config.epochs
-        found = sum(self._connections().values())
+        found = sum(self.parts.connections().values())
         try:
             self.method.end_epoch(accuracy if scores else None, last=last)
         except ValueError as error:  # a method that decides by a score, without a validation split
             raise TrainError(f"--method {config.method}: {error}") from None
-        counts = self._counts()
-        connections = list(self._connections().values())
+        counts = self.parts.counts()
+        connections = list(self.parts.connections().values())
         if scores and sum(connections) != found:  # cut or merged: the score is that of what is left
             scores = evaluate(self.model, held_x, held_y)
         if scores and not math.isfinite(scores[0]):
@@ -376,8 +246,8 @@ class Trainer:
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped
         # then.
         change = {
-            k: [max(0, counts[k][name] - self.before[k][name]) for name in self.names]
-            for k in counts
+            kind: [max(0, now - self.before[kind][name]) for name, now in counts[kind].items()]
+            for kind in counts
         }
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
@@ -428,7 +298,7 @@ class Trainer:
             raise TrainError(self._diverged(f"the loss on the test set is {loss}"))
         state = model.state_dict()
         written = tensor_file.write(self.run_dir.path / MODEL, state)
-        connections, possible = sum(layer_counts(model).values()), sum(self.possible)
+        connections, possible = sum(layer_counts(model).values()), sum(self.parts.possible)
         result = {
             "test_accuracy": accuracy,
             "test_loss": loss,
@@ -454,24 +324,14 @@ class Trainer:
         Before is the dense network where the start was one, or was so nearly that a dense one is no
         larger: stored with its positions, a connection takes three times the memory.
         """
-        left = list(layer_counts(model).values())
-        if not self.dense and left == self.starts_with:
+        parts = self.parts
+        if not parts.dense and list(layer_counts(model).values()) == parts.starts_with:
             return {}
-        dense = self.dense or 3 * sum(self.starts_with) >= sum(self.possible)
-        generator = make_generator(self.config.seed, "model")
-        before = (
-            build_dense(self.shapes, self.config.bias, generator) if dense else self._start_model()
-        )
+        dense = parts.dense or 3 * sum(parts.starts_with) >= sum(parts.possible)
+        before = parts.start_model(dense=dense)
         part = before_after.compare(before, model, self.dataset.test_x, file_bytes)
         part["before"]["network"] = "dense" if dense else "start"
         return part
-
-
-def _threads(products: int) -> int:
-    """Threads for steps of so many products (connections x batch): one where they would mostly
-    wait.
-    """
-    return 1 if products < ONE_THREAD else torch.get_num_threads()
 
 
 def run(

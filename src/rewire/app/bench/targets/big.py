@@ -1,4 +1,4 @@
-"""P10 and P11: layers far larger than their dense form could be."""
+"""P9 to P11: memory in training, and layers far larger than their dense form could be."""
 
 from __future__ import annotations
 
@@ -7,15 +7,56 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewire import methods
-from rewire.app.bench import child, machine
+from rewire.app.bench import machine
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.verdict import Figure, at_least, at_most, info, missing
+from rewire.app.bench.verdict import Figure, Measured, at_least, at_most, info, missing
 from rewire.app.errors import NotAvailable
 
-__all__ = ["fit", "line", "million", "updates", "with_sparse_memory"]
+__all__ = ["fit", "line", "million", "per_connection", "updates", "with_sparse_memory"]
 
-Measured = tuple[list[Figure], dict[str, Any]]
 LADDER = (10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8)
+
+
+#: The optimizers of P9.
+OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD + momentum", "adam": "Adam"}
+
+
+def per_connection(
+    setting: Setting,
+    size: int = 10_000,
+    connections: int | None = None,
+    batch: int = 8,
+    targets: tuple[float, float, float] = (36.0, 40.0, 44.0),
+    rebuild: float = 24.0,
+) -> Measured:
+    """P9: peak of training over its activations, for three optimizers; and what an index rebuild
+    needs besides.
+
+    With 10^7 connections or more every tensor is larger than what the C library keeps for reuse, so
+    resident memory is what is in use.
+    """
+    connections = connections or (10_000_000 if setting.quick else 20_000_000)
+    figures, data = [], {}
+    for (kind, shown), target in zip(OPTIMIZERS.items(), targets, strict=True):
+        measured = setting.apart(
+            "training", optimizer=kind, size=size, connections=connections, batch=batch
+        )
+        data[kind] = measured
+        figures.append(
+            at_most(f"training, {shown}", measured["training"] / connections, target, "B")
+        )
+        figures.append(
+            at_most(f"index rebuild, {shown}", measured["rebuild"] / connections, rebuild, "B more")
+        )
+    for key, shown in (
+        ("reorder", "reorder()"),
+        ("set", "SET update of 30 %"),
+        ("deep_r", "DEEP R step"),
+    ):
+        if key in data["sgd"]:
+            figures.append(info(f"{shown}, SGD", data["sgd"][key] / connections, "B more"))
+    figures.append(info("construction", data["sgd"]["built"] / connections, "B"))
+    return figures, data
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
@@ -53,17 +94,15 @@ def line(
                 f"K = {k:.0e} needs more memory than the {free / 2**30:.1f} GiB that are free"
             )
             break
-        arguments = {
-            "size": size,
-            "connections": k,
-            "batch": batch,
-            "steps": 5,
-            "seconds": setting.seconds / 2,
-        }
         try:
             points.append(
-                child.measure(
-                    "point", arguments, threads=setting.threads, cpu_time=setting.cpu_time
+                setting.apart(
+                    "point",
+                    size=size,
+                    connections=k,
+                    batch=batch,
+                    steps=5,
+                    seconds=setting.seconds / 2,
                 )
             )
         except NotAvailable as error:
@@ -123,14 +162,9 @@ def million(
     """P11: a layer of 10^6 x 10^6, trained and rewired by DEEP R; beside the random-row-read
     ceiling.
     """
-    arguments = {
-        "size": size,
-        "connections": connections,
-        "batch": batch,
-        "steps": 10,
-        "rounds": setting.rounds,
-    }
-    got = child.measure("million", arguments, threads=setting.threads, cpu_time=setting.cpu_time)
+    got = setting.apart(
+        "million", size=size, connections=connections, batch=batch, steps=10, rounds=setting.rounds
+    )
     note = (
         f"forward + backward {1e3 * got['pass_seconds']:.4g} ms; the rows alone "
         f"{1e3 * got['ceiling_seconds']:.4g} ms, "
@@ -184,10 +218,9 @@ def updates(
     figures: list[Figure] = []
     found: dict[str, Any] = {}
     for name in names:
-        arguments = {"method": name, "size": size, "connections": connections, "batch": batch}
         try:
-            got = child.measure(
-                "update", arguments, threads=setting.threads, cpu_time=setting.cpu_time
+            got = setting.apart(
+                "update", method=name, size=size, connections=connections, batch=batch
             )
         except NotAvailable as error:
             figures.append(missing(name, str(error)))

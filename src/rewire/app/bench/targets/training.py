@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,11 @@ from rewire.app.bench.contenders import Layer, Linear, make
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.networks import MaskedLinear, mlp
 from rewire.app.bench.timing import Clock, Contender, Timings, quartiles
-from rewire.app.bench.verdict import Figure, at_least, at_most, info, missing
+from rewire.app.bench.verdict import Figure, Measured, at_least, at_most, info, missing
 from rewire.nn import SparseLinear
 
 __all__ = ["deep_r_share", "lenet", "small", "update_share"]
 
-Measured = tuple[list[Figure], dict[str, Any]]
 #: The authors' setting of DEEP R on MNIST: 3552 connections of 266,200, that is 1.33 %.
 LENET, LENET_DENSITIES = (784, 300, 100, 10), (0.01, 0.03, 0.3)
 
@@ -67,7 +65,7 @@ def deep_r_share(
     connections: int = 1_000_000,
     batch: int = 128,
     flips: Sequence[float] = (0.001, 0.01),
-    bars: tuple[float, float] = (15.0, 35.0),
+    targets: tuple[float, float] = (15.0, 35.0),
 ) -> Measured:
     """P5: time of `method.step()` over that of forward, backward and `optimizer.step()`, without
     and with noise.
@@ -77,7 +75,7 @@ def deep_r_share(
     grows at 0, so it flips in the next step.
     """
     figures = []
-    for noise, bar in zip((0.0, 1e4), bars, strict=True):
+    for noise, target in zip((0.0, 1e4), targets, strict=True):
         for share in flips:
             layer, x, g = _layer(size, connections, batch)
             x.requires_grad_()
@@ -111,7 +109,7 @@ def deep_r_share(
             percent = Timings({"method": [100 * s for s in step], "training": base}).ratio(
                 "method", "training"
             )
-            figures.append(at_most(name, percent, bar, "%", note))
+            figures.append(at_most(name, percent, target, "%", note))
             method.finalize()
     return figures, {}
 
@@ -167,7 +165,7 @@ def _prepared(
 
 def _per_epoch(
     name: str,
-    bar: float | None,
+    target: float | None,
     size: int,
     connections: int,
     batch: int,
@@ -195,20 +193,22 @@ def _per_epoch(
     note = f"{1e3 * update:.3g} ms after {epoch} steps of {1e3 * step:.3g} ms"
     share = 100 * update / (update + epoch * step)
     name = f"{name}, {connections / size**2:.0%}, every epoch{where}"
-    return info(name, share, "%", note) if bar is None else at_most(name, share, bar, "%", note)
+    return (
+        info(name, share, "%", note) if target is None else at_most(name, share, target, "%", note)
+    )
 
 
 def _whole_set(
     name: str, size: int, connections: int, batch: int, epoch: int, setting: Setting
 ) -> Figure:
-    """Similarities from all rows of an epoch, as the authors compute them: no bar."""
+    """Similarities from all rows of an epoch, as the authors compute them: no target."""
     return _per_epoch(
         name, None, size, connections, batch, epoch, setting, rows=16 * batch, of=epoch * batch
     )
 
 
 def _per_steps(
-    name: str, bar: float, size: int, connections: int, batch: int, setting: Setting
+    name: str, target: float, size: int, connections: int, batch: int, setting: Setting
 ) -> Figure:
     """A method that rewires within an epoch, by its own default frequency: windows of 100 steps."""
     method, train = _prepared(name, size, connections, batch)
@@ -222,7 +222,7 @@ def _per_steps(
     updates = method.stats()["updates"]
     method.finalize()
     note = f"{updates} updates in {100 * len(shares)} steps"
-    return at_most(f"{name}, {connections / size**2:.0%}", quartiles(shares)[1], bar, "%", note)
+    return at_most(f"{name}, {connections / size**2:.0%}", quartiles(shares)[1], target, "%", note)
 
 
 def _classifier(
@@ -275,7 +275,7 @@ def _steps(batch: int) -> list[Contender]:
     ]
 
 
-def _whole_step(setting: Setting, batch: int, bar: float) -> list[Figure]:
+def _whole_step(setting: Setting, batch: int, target: float) -> list[Figure]:
     timings = setting.contest(_steps(batch))
     us = {name: 1e6 * timings.median(name) for name in timings.seconds}
     note = f"{us['masked dense']:.0f} / {us['rewire with DEEP R']:.0f} us"
@@ -286,7 +286,7 @@ def _whole_step(setting: Setting, batch: int, bar: float) -> list[Figure]:
         at_least(
             f"LeNet-300-100, batch {batch}, masked dense over rewire with DEEP R",
             with_method,
-            bar,
+            target,
             note=note,
         ),
         info(
@@ -297,14 +297,16 @@ def _whole_step(setting: Setting, batch: int, bar: float) -> list[Figure]:
     ]
 
 
-def lenet(setting: Setting, batch: int = 128, bar: float = 3.0) -> Measured:
+def lenet(setting: Setting, batch: int = 128, target: float = 3.0) -> Measured:
     """P7: a whole step with DEEP R against the masked dense step (which has no DEEP R)."""
-    return _whole_step(setting, batch, bar), {}
+    return _whole_step(setting, batch, target), {}
 
 
-def small(setting: Setting, batch: int = 10, bars: tuple[float, float] = (1.0, 40.0)) -> Measured:
+def small(
+    setting: Setting, batch: int = 10, targets: tuple[float, float] = (1.0, 40.0)
+) -> Measured:
     """P12: the same at batch 10, and forward + backward of an 8 x 8 layer on one thread."""
-    figures = _whole_step(setting, batch, bars[0])
+    figures = _whole_step(setting, batch, targets[0])
     problem = Linear(Layer(8, 8, 16, 8))
     kinds = ("dense", "masked", "rewire")
     timings = setting.contest([make(kind, problem, threads=1) for kind in kinds])
@@ -315,7 +317,7 @@ def small(setting: Setting, batch: int = 10, bars: tuple[float, float] = (1.0, 4
         at_most(
             "8 x 8 layer, batch 8, forward + backward, one thread",
             us["rewire"],
-            bars[1],
+            targets[1],
             "us",
             note,
         )

@@ -5,17 +5,15 @@ one thread.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rewire.app.bench import curves
 from rewire.app.bench.contenders import Layer, Linear, has_sparseprop, make
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.verdict import Figure, at_least, info, missing
+from rewire.app.bench.verdict import Figure, Measured, at_least, info, missing
 from rewire.app.errors import NotAvailable
 
 __all__ = ["against_dense", "against_sparse", "breaks_even", "second_thread"]
 
-Measured = tuple[list[Figure], dict[str, Any]]
 
 #: P1: least speed-up over nn.Linear by (size, density): feature-major, ordinary contiguous.
 P1: Mapping[tuple[int, float], tuple[float, float]] = {
@@ -31,19 +29,21 @@ P2: Mapping[float, float] = {0.01: 3.0, 0.05: 1.0, 0.10: 2.5, 0.20: 1.0, 0.50: 1
 
 
 def against_dense(
-    setting: Setting, bars: Mapping[tuple[int, float], tuple[float, float]] = P1, batch: int = 128
+    setting: Setting,
+    targets: Mapping[tuple[int, float], tuple[float, float]] = P1,
+    batch: int = 128,
 ) -> Measured:
     """P1: forward + backward against `nn.Linear`, for both layouts of x and gradient."""
     figures: list[Figure] = []
     data = []
-    for size in dict.fromkeys(size for size, _ in bars):
-        densities = [d for s, d in bars if s == size]
+    for size in dict.fromkeys(size for size, _ in targets):
+        densities = [d for s, d in targets if s == size]
         kinds = ("dense", "rewire", "rewire feature-major")
         curve = curves.measure(size, size, batch, densities, setting, kinds)
         data.append(curve.to_json())
         for density in densities:
-            for kind, bar in zip(
-                ("rewire feature-major", "rewire"), bars[size, density], strict=True
+            for kind, target in zip(
+                ("rewire feature-major", "rewire"), targets[size, density], strict=True
             ):
                 layout = "contiguous" if kind == "rewire" else "feature-major"
                 note = (
@@ -51,7 +51,7 @@ def against_dense(
                 )
                 ratio = curve.ratio("dense", kind, density)
                 figures.append(
-                    at_least(f"{size} x {size}, {density:.0%}, {layout}", ratio, bar, note=note)
+                    at_least(f"{size} x {size}, {density:.0%}, {layout}", ratio, target, note=note)
                 )
     return figures, {"curves": data}
 
@@ -59,14 +59,14 @@ def against_dense(
 def against_sparse(
     setting: Setting,
     sizes: Sequence[int] = (1024, 4096),
-    bars: Mapping[float, float] = P2,
+    targets: Mapping[float, float] = P2,
     batch: int = 128,
 ) -> Measured:
     """P2: against SparseProp and `torch.sparse.mm` on CSR, ordinary contiguous x and gradient."""
     figures: list[Figure] = []
     data = []
     for size in sizes:
-        densities = [d for d in bars if d < 0.5 or not setting.quick or size <= 1024]
+        densities = [d for d in targets if d < 0.5 or not setting.quick or size <= 1024]
         curve = curves.measure(
             size, size, batch, densities, setting, ("csr", "sparseprop", "rewire")
         )
@@ -80,7 +80,7 @@ def against_sparse(
                 )
                 ratio = curve.ratio(other, "rewire", density)
                 name = f"{size} x {size}, {density:.0%}, over {shown}"
-                figures.append(at_least(name, ratio, bars[density], note=note))
+                figures.append(at_least(name, ratio, targets[density], note=note))
     if not has_sparseprop():
         figures.append(missing("over SparseProp", "SparseProp is not installed"))
     return figures, {"curves": data}
@@ -98,7 +98,7 @@ def breaks_even(
     kinds = ("dense", "onednn", "rewire", "rewire feature-major")
     curve = curves.measure(size, size, batch, densities, setting, kinds)
     figures = []
-    for dense, shown, bar in (("dense", "nn.Linear", 60.0), ("onednn", "oneDNN", 25.0)):
+    for dense, shown, target in (("dense", "nn.Linear", 60.0), ("onednn", "oneDNN", 25.0)):
         if dense not in curve.kinds:
             continue
         for kind, layout in (("rewire", "contiguous"), ("rewire feature-major", "feature-major")):
@@ -107,7 +107,7 @@ def breaks_even(
             note = "still faster at the highest density tried" if found is None else ""
             name = f"break-even with {shown}, {layout}"
             figures.append(
-                at_least(name, value, bar, "%", note)
+                at_least(name, value, target, "%", note)
                 if kind == "rewire"
                 else info(name, value, "%", note)
             )
@@ -119,7 +119,7 @@ def second_thread(
     size: int = 4096,
     batch: int = 128,
     densities: Sequence[float] = (0.01, 0.05, 0.10, 0.50),
-    bar: float = 1.7,
+    target: float = 1.7,
 ) -> Measured:
     """P4: forward + backward on one thread over the same on two, for both layouts."""
     if setting.cpu_time:
@@ -140,7 +140,7 @@ def second_thread(
             one, two = (f"{kind} @ {density:g}, {threads}" for threads in (1, 2))
             note = f"{_ms(timings.median(one))} / {_ms(timings.median(two))}"
             name = f"{size} x {size}, {density:.0%}, {layout}"
-            figures.append(at_least(name, timings.ratio(one, two), bar, note=note))
+            figures.append(at_least(name, timings.ratio(one, two), target, note=note))
     return figures, {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from rewire import nn as sparse_nn
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.timing import Contender
-from rewire.app.bench.verdict import Figure, at_least
+from rewire.app.bench.verdict import Measured, at_least
 from rewire.app.errors import NotAvailable
 
 __all__ = ["against_dense", "channels_last", "step", "twin_class"]
 
-Measured = tuple[list[Figure], dict[str, Any]]
 #: Channels, height and width, batch.
 SHAPES = ((64, 32, 32), (128, 16, 32), (256, 8, 64))
 
@@ -55,7 +53,7 @@ def _block(conv: nn.Module, channels: int) -> nn.Module:
 def against_dense(
     setting: Setting,
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
-    bars: Sequence[tuple[float, float]] = ((0.10, 2.0), (0.05, 4.0)),
+    targets: Sequence[tuple[float, float]] = ((0.10, 2.0), (0.05, 4.0)),
     block: tuple[float, float] = (0.05, 1.5),
 ) -> Measured:
     """P8: the faster of dense NCHW and channels-last, over sparse, whose packing is inside; then
@@ -81,7 +79,7 @@ def against_dense(
             Contender(
                 f"sparse {d}", step(sparse_conv(channels, channels, 3, padding=1, density=d), last)
             )
-            for d, _ in bars
+            for d, _ in targets
         ]
         contenders += [
             Contender("dense block", step(block_dense, last)),
@@ -91,8 +89,8 @@ def against_dense(
         shape = f"{channels} channels {side} x {side}, batch {batch}"
         best = min(("dense NCHW", "dense last"), key=timings.median)
         figures += [
-            at_least(f"{shape}, {d:.0%}, over {best}", timings.ratio(best, f"sparse {d}"), bar)
-            for d, bar in bars
+            at_least(f"{shape}, {d:.0%}, over {best}", timings.ratio(best, f"sparse {d}"), target)
+            for d, target in targets
         ]
         figures.append(
             at_least(
