@@ -26,16 +26,18 @@ def test_tables_are_those_of_the_run(part):
     assert LINES[start : start + len(expected)] == expected
 
 
-def test_the_count_of_bars_that_are_met():
-    figures = [f for bar in RESULTS["bars"] for f in bar["figures"] if f["bar"] is not None]
+def test_the_count_of_targets_that_are_met():
+    figures = [
+        f for target in RESULTS["targets"] for f in target["figures"] if f["target"] is not None
+    ]
     met = sum(f["met"] for f in figures)
-    assert any(f"{met} of {len(figures)} figures with a bar are met" in line for line in LINES)
+    assert any(f"{met} of {len(figures)} figures with a target are met" in line for line in LINES)
 
 
 def test_a_full_run_of_a_quiet_machine():
     assert not RESULTS["setting"]["quick"]
     assert not RESULTS["setting"]["cpu_time"]
-    assert [bar["name"] for bar in RESULTS["bars"]] == [f"p{i}" for i in range(1, 13)]
+    assert [target["name"] for target in RESULTS["targets"]] == [f"p{i}" for i in range(1, 13)]
     assert RESULTS["others"] < 0.05
 
 
@@ -44,9 +46,9 @@ def test_readme_says_what_was_measured():
 
 
 def test_readme_says_what_p1_measured() -> None:
-    """Other bars have figures of the same names."""
+    """Other targets have figures of the same names."""
     text = (ROOT / "README.md").read_text()
-    (p1,) = (bar for bar in RESULTS["bars"] if bar["name"] == "p1")
+    (p1,) = (target for target in RESULTS["targets"] if target["name"] == "p1")
     for density in ("10", "5", "1"):
         found = [f["value"] for f in p1["figures"] if f", {density}%," in f["name"]]
         assert len(found) == 4

@@ -1,3 +1,1 @@
-"""The application around the library: command line, training loop, reports, data sets,
-benchmarks.
-"""
+"""The application around the library: command line, training, reports, data, benchmarks."""

@@ -232,9 +232,7 @@ def own_sum(commit: dict[str, Any]) -> str:
 
 
 def read_commit(folder: Path) -> dict[str, Any]:
-    """`checkpoint.json`, its form and its checksum verified; not whether the files that it names
-    are what it says.
-    """
+    """`checkpoint.json`, verified by itself; the files that it names are not."""
     path = folder / COMMIT
     commit = read_object(path, finite=False)
     _check_format(commit, path)
@@ -276,9 +274,7 @@ def metrics_prefix(folder: Path, wanted: Prefix) -> None:
 
 
 def write_checksums(folder: Path, config_sha256: str, result: bytes, known: dict[str, str]) -> None:
-    """Write `checksums.json` for a run that is about to be finished by ``result``; ``known`` sums
-    are not computed.
-    """
+    """Write `checksums.json` of a run that ``result`` is about to finish."""
     commit = read_commit(folder)
     names = (METRICS, MODEL, COMMIT, commit["file"])
     sums = {name: known.get(name) or files.sha256_file(folder / name) for name in names}
@@ -343,9 +339,7 @@ def _check_sum(folder: Path, name: str, wanted: str) -> None:
 
 
 def read_metrics(folder: Path, length: int | None = None) -> list[dict[str, Any]]:
-    """The lines of the first ``length`` bytes of `metrics.jsonl` (None: of all); epochs count from
-    1.
-    """
+    """The lines of the first ``length`` bytes of `metrics.jsonl` (None: all of them)."""
     path = folder / METRICS
     lines: list[dict[str, Any]] = []
     left = length
@@ -373,9 +367,7 @@ def read_metrics(folder: Path, length: int | None = None) -> list[dict[str, Any]
 def check_together(
     folder: Path, lines: Sequence[Mapping[str, Any]], info: Mapping[str, Any]
 ) -> None:
-    """Refuse lines of metrics that have not one number for each layer, or validation scores in some
-    epochs only.
-    """
+    """Refuse metrics that lack a layer's number, or validation scores in some epochs."""
     layers = len(info["layers"])
     for line in lines:
         for key in ("validation_loss", "validation_accuracy"):

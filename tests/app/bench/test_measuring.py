@@ -86,17 +86,11 @@ def test_as_many_connections_flip_in_p5_as_it_says() -> None:
     assert all(f.note.startswith("10.00% flipped a step") for f in figures)
 
 
-def test_conv_is_not_available_without_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(conv.sparse_nn, "SparseConv2d", raising=False)
-    with pytest.raises(NotAvailable, match="SparseConv2d"):
-        conv.against_dense(SETTING)
-
-
 def test_conv_compares_with_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     def stand_in(*args: Any, density: float, **more: Any) -> nn.Module:
         return nn.Conv2d(*args, **more)
 
-    monkeypatch.setattr(conv.sparse_nn, "SparseConv2d", stand_in, raising=False)
+    monkeypatch.setattr(conv, "SparseConv2d", stand_in)
     figures, _ = conv.against_dense(SETTING, shapes=((4, 8, 2),))
     assert len(figures) == 3
 

@@ -42,9 +42,7 @@ class Memory:
         return self._read("RssAnon")
 
     def peak(self) -> int:
-        """Highest since `reset`; off by what the pages of files changed since, so reset shortly
-        before.
-        """
+        """Highest since `reset`. Reset shortly before: the pages of files are subtracted."""
         return self._read("VmHWM") - self._read("RssFile")
 
     def total(self) -> int:
@@ -64,9 +62,7 @@ def measure(
     cpu_time: bool = False,
     timeout: float = 1800,
 ) -> dict[str, Any]:
-    """Run one of `_tasks` in a process of its own. Raises `NotAvailable` where that cannot be or it
-    was killed.
-    """
+    """Run one of `_tasks` in its own process. Raises `NotAvailable` where that cannot be done."""
     if not _STATUS.exists() or not _CLEAR.exists():
         raise NotAvailable("memory is measured through /proc, which this system does not have")
     folder = str(Path(__file__).parents[3])

@@ -62,9 +62,7 @@ class Layer:
 
 @dataclass
 class Linear:
-    """The tensors all contenders for one layer share; the dense ones are made when first asked
-    for.
-    """
+    """The tensors that all contenders for a layer share; dense ones are made on demand."""
 
     layer: Layer
     seed: int = 0
@@ -175,7 +173,5 @@ _MAKE: dict[str, Callable[[Linear], Callable[[], Result]]] = dict(
 def make(
     kind: str, problem: Linear, *, label: str | None = None, threads: int | None = None
 ) -> Contender:
-    """The contender ``kind`` (one of `LAYERS`) for a layer. Raises `NotAvailable` where it is not
-    installed.
-    """
+    """The contender ``kind`` (of `LAYERS`). Raises `NotAvailable` if it is not installed."""
     return Contender(label or kind, _MAKE[kind](problem), threads)

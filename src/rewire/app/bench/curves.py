@@ -1,6 +1,4 @@
-"""One layer over densities: all contenders in one contest, and the density at which sparse and
-dense break even.
-"""
+"""One layer over densities: all ways to compute it, and where sparse and dense break even."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ class Curve:
         return self.timings.ratio(self.label(slow, density), self.label(fast, density))
 
     def break_even(self, dense: str, sparse: str = "rewire") -> float | None:
-        """The density where ``sparse`` takes as long as ``dense``; 0: always longer, None: never
-        within those tried.
-        """
+        """`break_even` of ``sparse`` with ``dense``, over the densities of this curve."""
         return break_even(
             self.densities, [self.ratio(dense, sparse, d).median for d in self.densities]
         )

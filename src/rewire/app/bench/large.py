@@ -1,6 +1,4 @@
-"""What runs in a process of its own (`rewire.app.bench.child`): memory in training, large layers
-and networks.
-"""
+"""The tasks of `rewire.app.bench.child`: memory in training, large layers and networks."""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ def _step_of(
 
 
 def _warm(kind: str = "rewire") -> None:
-    """Let the libraries load all code that the measurement will use: its pages are resident memory
-    as well.
-    """
+    """Have all code loaded that the measurement will use: its pages are memory as well."""
     make(kind, Linear(Layer(64, 64, 500, 8))).run()
     x, g = _pair(64, 8)
     for name in ("sgd", "momentum", "adam"):
@@ -83,9 +79,7 @@ def _trim() -> None:
 
 
 def _peak_of(memory: Memory, call: Callable[[], object], base: int) -> int:
-    """Highest over ``base`` during a call. What the C library kept of freed memory goes back
-    first.
-    """
+    """Highest memory over ``base`` during a call, after freed memory was given back."""
     _trim()
     memory.reset()
     call()
@@ -182,9 +176,7 @@ def point(
     steps: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Build a size x size layer, train it for some steps (SGD), and say what time and memory a step
-    took.
-    """
+    """Build a size x size layer, train it with SGD, and measure time and memory of a step."""
     _warm()
     _trim()
     base = memory.now()

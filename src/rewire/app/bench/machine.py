@@ -23,9 +23,7 @@ OPENMP = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME")
 
 
 def pin(threads: int) -> list[int] | None:
-    """Keep this process on as many cores as it has threads, and start those; the cores, None where
-    that cannot be.
-    """
+    """Keep this process on ``threads`` cores and return them; None where that cannot be done."""
     torch.set_num_threads(threads)
     if not hasattr(os, "sched_setaffinity"):
         return None
@@ -37,29 +35,25 @@ def pin(threads: int) -> list[int] | None:
     return cores
 
 
-def _cpu() -> str:
+def _from_proc(file: str, key: str) -> str | None:
+    """What a file of /proc says after ``key``, the first time; None if it does not."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _meminfo(key: str) -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
         pass
     return None
 
 
+def _memory(key: str) -> int | None:
+    found = _from_proc("meminfo", f"{key}:")
+    return int(found.split()[0]) * 1024 if found else None
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, if known."""
-    return _meminfo("MemAvailable")
+    return _memory("MemAvailable")
 
 
 def describe(cores: list[int] | None) -> dict[str, Any]:
@@ -68,9 +62,9 @@ def describe(cores: list[int] | None) -> dict[str, Any]:
         sparseprop: str | None = metadata.version("sparseprop")
     except metadata.PackageNotFoundError:
         sparseprop = None
-    memory = _meminfo("MemTotal")
+    memory = _memory("MemTotal")
     return {
-        "cpu": _cpu(),
+        "cpu": _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "pinned_to": cores,
         "threads": torch.get_num_threads(),
@@ -90,18 +84,14 @@ def describe(cores: list[int] | None) -> dict[str, Any]:
 
 
 class Load:
-    """The share of the machine that other processes took since this object was made (with what a
-    hypervisor stole).
-    """
+    """The share of the machine that others (processes, hypervisor) took since construction."""
 
     def __init__(self) -> None:
         self._start = self._read()
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds so far: of all cores, of those in use, of this process and its finished
-        children.
-        """
+        """Seconds so far: of all cores, of the busy ones, of this process and its children."""
         try:
             fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
             tick = os.sysconf("SC_CLK_TCK")

@@ -31,9 +31,7 @@ _OTHERS = nn.RNNBase | nn.MultiheadAttention | nn.Conv1d | nn.Conv3d
 
 @dataclass(frozen=True)
 class Found:
-    """A linear layer or 2-D convolution: its module, the shape of its input at ``rows`` rows (or
-    images).
-    """
+    """A linear layer or 2-D convolution, and its input's shape for ``rows`` rows or images."""
 
     module: nn.Module
     shape: tuple[int, ...]

@@ -1,6 +1,4 @@
-"""Networks to measure: multi-layer perceptrons, a masked layer as mask-based sparse training has
-it, and ResNet-18.
-"""
+"""Networks to measure: perceptrons, a layer with a mask, and ResNet-18."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ __all__ = ["MaskedLinear", "mlp", "resnet18", "set_mlp"]
 
 
 class MaskedLinear(nn.Linear):
-    """A dense layer without bias whose weight is multiplied by a random mask in every forward
-    pass.
-    """
+    """A dense layer without bias that multiplies its weight by a random mask in each pass."""
 
     mask: Tensor
 

@@ -1,6 +1,4 @@
-"""What a run can hold besides the performance targets: the grid, one layer, a model's layers, and
-the wide network.
-"""
+"""What `rewire bench` measures besides its targets: a grid, a layer, a model, a wide network."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ def layer(
     memory: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The user's layer at its density (and at others, for the break-even), with each contender's
-    memory if asked.
-    """
+    """The user's layer at its density, and at others for the break-even."""
     progress(f"layer {outputs} x {inputs}, batch {batch}")
     free, case = machine.available_memory(), Layer.of(inputs, outputs, density, batch)
     if free is not None and free < 100 * case.connections:  # what construction takes at its highest
@@ -113,9 +109,7 @@ def model(
     batch: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Per layer of a model: is sparse or dense faster here? Layers of the same shape are measured
-    once.
-    """
+    """Is sparse or dense faster, for each layer of a model? Equal layers are measured once."""
     made, shape = models.load(source, shape)
     measured: dict[Any, dict[str, Any]] = {}
     rows = []

@@ -57,7 +57,7 @@ class Sheet:
 
 def _coloured(text: str) -> str:
     """A verdict in its colour; whatever follows it keeps the terminal's."""
-    words = re.match(r"[a-z]+( part)?(?=$|[ :,])", text)
+    words = re.match(r"[a-z]+( part)?(?=$|[ :;])", text)
     colour = _COLOURS.get(words[0]) if words else None
     if words is None or colour is None:
         return escape(text)
@@ -146,9 +146,11 @@ def target(result: dict[str, Any]) -> Sheet:
     busy = share(result["others"])
     return Sheet(
         f"{result['name'].upper()}: {result['title']}",
-        ("figure", "measured", "quartiles", "target", "", "note"),
+        ("figure", "measured", "quartiles", "target", "verdict", "note"),
         rows,
-        result["status"] + reason + (f", others took {busy} of the machine" if busy else ""),
+        result["status"]
+        + reason
+        + (f"; other programs took {busy} of the machine" if busy else ""),
     )
 
 

@@ -25,9 +25,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Contender:
-    """A thing to time: its name, one call of it, and how many threads it gets (None: as many as are
-    set).
-    """
+    """What is timed: its name, one call, and its number of threads (None: as many as are set)."""
 
     name: str
     run: Callable[[], object]
@@ -36,9 +34,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one contender takes as another: median, quartiles, ratio of the two
-    best times.
-    """
+    """How many times as long one contender takes as another; ``of_best`` of the best times."""
 
     median: float
     low: float
@@ -59,9 +55,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds per call, by contender and round; the i-th entries of all lists are of the same
-    round.
-    """
+    """Seconds per call, by contender and round; equal indices are of the same round."""
 
     seconds: Mapping[str, Sequence[float]]
     calls: Mapping[str, int] = field(default_factory=dict)
@@ -129,9 +123,7 @@ def _use(threads: int) -> None:
 
 
 def _calls(contender: Contender, threads: int, block: float, clock: Clock) -> int:
-    """Warm up, and find how many calls make a block; the faster of two, as the first may allocate
-    or be disturbed.
-    """
+    """Warm up, and return how many calls make a block: by the faster of two calls."""
     _use(contender.threads or threads)
     contender.run()
     once = []

@@ -52,9 +52,7 @@ class Figure:
 
     @property
     def margin(self) -> float | None:
-        """How many times better than the target (below 1: worse); None without a target, or where
-        the ratio has no meaning.
-        """
+        """How many times better than the target (below 1: worse); None without a ratio."""
         if self.met is None or not self.target or not self.value:
             return None
         if min(self.target, self.value) < 0:
@@ -125,9 +123,7 @@ class TargetResult:
 
 
 def judge(figures: Sequence[Figure]) -> Status:
-    """The verdict: "met" if every figure that has a target reaches it, "missed" if one does not,
-    "in part" if one could not be measured.
-    """
+    """The verdict; "in part": all targets are met, but a figure could not be measured."""
     verdicts = [f.met for f in figures if f.met is not None]
     if not verdicts:
         return "no target"

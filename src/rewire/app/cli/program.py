@@ -118,9 +118,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(line: str) -> None:
-    """Print the line of an error; the name of a file may hold line ends and other control
-    characters.
-    """
+    """Print the line of an error; names of files may hold line ends and control characters."""
     print(
         "error:",
         re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda c: repr(c[0])[1:-1], line),

@@ -1,6 +1,4 @@
-"""The UCI handwritten digits (E. Alpaydin, C. Kaynak): 1797 images of 8 x 8 pixels, part of the
-package.
-"""
+"""The UCI handwritten digits (Alpaydin, Kaynak): 1797 images of 8 x 8, part of the package."""
 
 from __future__ import annotations
 

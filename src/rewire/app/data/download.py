@@ -1,6 +1,4 @@
-"""Downloads that continue where they stopped, one process at a time, and are checked before they
-get their name.
-"""
+"""Downloads that continue where they stopped, by one process at a time, and are checked."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""MNIST and Fashion-MNIST: four idx files, from a folder of the user's or downloaded into a
-cache.
-"""
+"""MNIST and Fashion-MNIST: four idx files, from the user's folder or downloaded."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ from rewire.storage.files import sha256_bytes
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One file of the family: size and sha256 of the official .gz, sha256 and shape of what is
-    inside.
-    """
+    """One file: size and sha256 of the official .gz; sha256 and shape of its content."""
 
     name: str
     size: int
@@ -135,9 +131,7 @@ def cache_folder() -> Path:
 
 
 def read(path: Path, file: IdxFile) -> NDArray[np.uint8]:
-    """Read and check one file. A copy that someone compressed anew is accepted: what is inside
-    decides.
-    """
+    """Read and check one file. Its content decides: it may have been compressed anew."""
     size = idx.content_size(file.shape)
     try:
         # Compressed badly it may be a little larger than what is inside, but not much.

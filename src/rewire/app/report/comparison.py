@@ -40,16 +40,13 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         "-".join(str(layer["active_units"]) for layer in part["layers"]) for part in (before, after)
     ]
     return [
-        (
-            _pair(amount(before["bytes"]), amount(after["bytes"])),
-            "stored, with positions where sparse",
-        ),
+        (_pair(amount(before["bytes"]), amount(after["bytes"])), "weights, biases and positions"),
         (
             _pair(amount(before["multiply_adds"], ""), amount(after["multiply_adds"], "")),
-            "multiply-adds a sample",
+            "multiply-adds for a sample",
         ),
         (
-            f"{took['speedup']:.2f}x",
+            f"{took['speedup']:.2f} times",
             f"as fast: {took['before_ms']:.3g}{ARROW}{took['after_ms']:.3g} ms for "
             f"{took['samples']} samples",
         ),

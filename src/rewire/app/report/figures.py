@@ -1,6 +1,4 @@
-"""The charts of the report, as plotly's JSON. Colours of text and grid are set by the page, for
-light and dark.
-"""
+"""The charts of the report, as plotly's JSON; the page sets colours of text and grid."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ class Figure:
         return {"data": self.data, "layout": self.layout}
 
 
-def _line(
-    name: str, x: Sequence[float], y: Sequence[float | None], colour: str, **more: Any
-) -> dict[str, Any]:
+def _line(name: str, x: Sequence[float], y: Sequence[float], colour: str) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -44,7 +40,7 @@ def _line(
         "y": list(y),
         "line": {"color": colour, "width": 2},
         "marker": {"size": 6, "color": colour},
-    } | more
+    }
 
 
 def _axes(x: str, y: str, **more: Any) -> dict[str, Any]:
@@ -69,41 +65,41 @@ def layer_label(number: int, layer: Layer) -> str:
     return f"layer {number} ({layer.inputs} → {layer.outputs})"
 
 
+def _scores(run: Run, key: str, factor: float = 1) -> list[dict[str, Any]]:
+    """Lines of a score over time, and a diamond for that of the test set."""
+    epochs = [line["epoch"] for line in run.metrics]
+    data = []
+    for colour, part in zip(COLOURS, ("train", "validation"), strict=False):
+        values = [line[f"{part}_{key}"] for line in run.metrics]
+        if values[-1] is not None:
+            name = part.replace("train", "training")
+            data.append(_line(name, epochs, [factor * value for value in values], colour))
+    if run.result is not None:
+        value = [factor * run.result[f"test_{key}"]]
+        data.append(_line("test", epochs[-1:], value, COLOURS[2]) | _diamond(COLOURS[2]))
+    return data
+
+
+def _diamond(colour: str) -> dict[str, Any]:
+    return {"mode": "markers", "marker": {"size": 12, "symbol": "diamond", "color": colour}}
+
+
 def accuracy(run: Run) -> Figure:
     """Accuracy over time, and the one test score."""
-    epochs = [line["epoch"] for line in run.metrics]
-    data = [_line("training", epochs, [100 * m["train_accuracy"] for m in run.metrics], COLOURS[0])]
-    if run.metrics[-1]["validation_accuracy"] is not None:
-        values = [100 * m["validation_accuracy"] for m in run.metrics]
-        data.append(_line("validation", epochs, values, COLOURS[1]))
-    if run.result is not None:
-        star = {"size": 12, "symbol": "diamond", "color": COLOURS[2]}
-        value = [100 * run.result["test_accuracy"]]
-        data.append(_line("test", epochs[-1:], value, COLOURS[2], mode="markers", marker=star))
     return Figure(
         "Accuracy",
         "Training accuracy is the mean over the epoch; the test set is scored once, at the end.",
-        data,
+        _scores(run, "accuracy", 100),
         _epoch_axes(run, "accuracy (%)"),
     )
 
 
 def loss(run: Run) -> Figure:
     """Cross-entropy over time."""
-    epochs = [line["epoch"] for line in run.metrics]
-    data = [_line("training", epochs, [m["train_loss"] for m in run.metrics], COLOURS[0])]
-    if run.metrics[-1]["validation_loss"] is not None:
-        data.append(
-            _line("validation", epochs, [m["validation_loss"] for m in run.metrics], COLOURS[1])
-        )
-    if run.result is not None:
-        star = {"size": 12, "symbol": "diamond", "color": COLOURS[2]}
-        value = [run.result["test_loss"]]
-        data.append(_line("test", epochs[-1:], value, COLOURS[2], mode="markers", marker=star))
     return Figure(
         "Loss",
         "Mean cross-entropy per sample, without any term that the method adds.",
-        data,
+        _scores(run, "loss"),
         _epoch_axes(run, "cross-entropy (nats)", yaxis_rangemode="tozero"),
     )
 
@@ -122,8 +118,8 @@ def turnover(run: Run) -> Figure:
     ]
     return Figure(
         "Turnover",
-        "Connections grown in an epoch, relative to the layer's connections. Above 100 % some "
-        "were replaced often.",
+        "Connections grown in an epoch, as a share of the layer's. Above 100 %, some places were "
+        "filled more than once.",
         data,
         _epoch_axes(run, "turnover (% per epoch)", yaxis_rangemode="tozero", yaxis_tickformat=","),
     )
@@ -132,9 +128,7 @@ def turnover(run: Run) -> Figure:
 def _layer_lines(
     run: Run, key: str, start: Sequence[int], end: Sequence[int] | None
 ) -> list[dict[str, Any]]:
-    """One line a layer from epoch 0 on, and a diamond where the finished network differs from the
-    last epoch.
-    """
+    """A line for each layer from epoch 0, and a diamond where the end differs from it."""
     epochs = [0, *(line["epoch"] for line in run.metrics)]
     data = []
     for i, entry in enumerate(run.info["layers"]):
@@ -144,10 +138,9 @@ def _layer_lines(
         )
         data.append(_line(label, epochs, [start[i], *(m[key][i] for m in run.metrics)], colour))
         if end is not None and end[i] != run.metrics[-1][key][i]:
-            star = {"size": 12, "symbol": "diamond", "color": colour}
-            name = f"layer {i + 1} in the end"
-            more = {"mode": "markers", "marker": star, "showlegend": False, "cliponaxis": False}
-            data.append(_line(name, epochs[-1:], [end[i]], colour, **more))
+            name = f"layer {i + 1} at the end"
+            hidden = {"showlegend": False, "cliponaxis": False}
+            data.append(_line(name, epochs[-1:], [end[i]], colour) | _diamond(colour) | hidden)
     return data
 
 
@@ -182,9 +175,7 @@ def active(run: Run) -> Figure:
     """Number of connections over time."""
     start = [layer["connections"] for layer in run.info["layers"]]
     note = (
-        "Level lines where each layer keeps its budget, falling ones where the method "
-        "removes "
-        "connections."
+        "A level line: the layer keeps its budget. A falling line: the method removes connections."
     )
     lines = _layer_lines(run, "connections", start, _final(run, "connections"))
     return _over_time(run, "Active connections", "connections", note, lines)
@@ -195,23 +186,14 @@ def units(run: Run) -> Figure | None:
     if not all(len(line.get("units") or ()) == len(run.info["layers"]) for line in run.metrics):
         return None
     start = [layer["outputs"] for layer in run.info["layers"]]
-    note = (
-        "Units of each layer with connections in and, but in the last layer, out: the "
-        "others "
-        "take no part."
-    )
-    return _over_time(
-        run,
-        "Active units",
-        "units",
-        note,
-        _layer_lines(run, "units", start, _final(run, "active_units")),
-    )
+    note = "Units that take part: with connections in and out (in the last layer, in)."
+    lines = _layer_lines(run, "units", start, _final(run, "active_units"))
+    return _over_time(run, "Active units", "units", note, lines)
 
 
 def _over_time(run: Run, title: str, what: str, note: str, lines: list[dict[str, Any]]) -> Figure:
     if any(line["mode"] == "markers" for line in lines):
-        note += " Diamonds: what the end of training left."
+        note += " A diamond: what is left after training."
     return Figure(title, note, lines, _falling_axes(run, what, lines))
 
 
@@ -267,9 +249,7 @@ def fans(run: Run) -> list[Figure]:
 
 
 def pixels(run: Run) -> Figure | None:
-    """Connections of every pixel, in the shape of the image; None if the inputs are no image, or
-    all are read.
-    """
+    """Connections of every pixel, as an image; None if the inputs are no image."""
     shape = run.info.get("image_shape")
     if not shape or len(shape) != 2 or not run.layers or math.prod(shape) != run.layers[0].inputs:
         return None

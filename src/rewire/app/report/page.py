@@ -40,9 +40,7 @@ def render(run: Run) -> str:
 
 
 def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
-    """A self-contained page of HTML `body`, in which an element with a chart's name as id is where
-    it is drawn.
-    """
+    """A self-contained page of HTML `body`; charts are drawn in the elements of their names."""
     from plotly.offline import get_plotlyjs
 
     own = resources.files("rewire.app.report")
@@ -109,9 +107,7 @@ def _shrinks(run: Run) -> bool:
 
 
 def _changes(run: Run) -> list[Figure]:
-    """How the network changed over time; turnover only where there was any, or nothing else could
-    be seen.
-    """
+    """How the network changed; turnover where there was any, or nothing else to see."""
     charts = []
     if not _shrinks(run) or any(any(line["turnover"]) for line in run.metrics):
         charts.append(figures.turnover(run))
@@ -133,7 +129,9 @@ def _tiles(run: Run) -> str:
             (f"{run.metrics[-1]['validation_accuracy']:.2%}", "validation accuracy, last epoch")
         )
     if run.result is not None:
-        tiles.append((_duration(run.result["seconds"]), f"for {run.result['steps']:,} steps"))
+        tiles.append(
+            (_duration(run.result["seconds"]), f"training time, {run.result['steps']:,} steps")
+        )
     return _boxes(tiles) + (
         _boxes(comparison.tiles(run)) if run.before and run.after and run.inference else ""
     )

@@ -104,9 +104,7 @@ class Run:
 
     @property
     def before(self) -> dict[str, Any]:
-        """Size of the network that training began with, or of its dense twin; empty if the run has
-        not compared.
-        """
+        """Size of the network before training, or of its dense twin; empty if not compared."""
         return self._compared("before")
 
     @property

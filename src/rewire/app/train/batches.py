@@ -1,6 +1,4 @@
-"""Batches without a DataLoader: samples are in memory, their order is a pure function of (seed,
-epoch).
-"""
+"""Batches of samples in memory; their order is a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ BLOCK_NUMBERS = 1 << 22
 
 
 def derive_seed(seed: int, purpose: str, number: int = 0) -> int:
-    """A seed of its own for each purpose, so that no two parts of a run share a stream of random
-    numbers.
-    """
+    """A seed for each purpose, so that no two parts of a run share random numbers."""
     digest = hashlib.sha256(f"rewire/{seed}/{purpose}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -26,9 +26,7 @@ BLOCK = 0.001  # seconds of one measurement, long enough for the clock
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for a batch of so many samples; speedup is before / after within a round, with
-    its quartiles.
-    """
+    """Milliseconds for a batch of ``samples``; speedup is before / after within a round."""
 
     samples: int
     threads: int

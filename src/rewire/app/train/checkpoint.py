@@ -27,9 +27,7 @@ TENSORS = "checkpoint-*.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment: `state` is nested dicts and lists of tensors, numbers, strings and
-    None.
-    """
+    """A run at one moment; `state` holds tensors, numbers, strings, None, nested."""
 
     epoch: int
     step: int

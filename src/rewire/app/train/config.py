@@ -260,9 +260,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
 
 
 def read_options(values: Mapping[str, Any]) -> TrainConfig:
-    """Options, as typed or as read from `config.json`, each checked by itself. Raises
-    `TrainError`.
-    """
+    """Options as typed or as in `config.json`, each checked alone. Raises `TrainError`."""
     try:
         return TrainConfig(**values)
     except ValidationError as error:
@@ -388,9 +386,7 @@ def parse_config(text: str | bytes, where: str) -> TrainConfig:
 
 
 def difference(old: TrainConfig, given: Mapping[str, Any]) -> str | None:
-    """The first of the options ``given`` that would change a run made with ``old``, as one line;
-    None if there is none.
-    """
+    """The first option of ``given`` that would change the run of ``old``, as one line."""
     new = read_options(given)
     for field in given:
         before, after = getattr(old, field), getattr(new, field)

@@ -136,9 +136,7 @@ class LiveBar(Lines):
         self.bar.update(self.task, description=text, completed=done)
 
     def epoch_ended(self, record: EpochRecord) -> None:
-        """Print the epoch's line and bring the bar there: an epoch may be over before it ever
-        moved.
-        """
+        """Print the epoch's line and move the bar there: a short epoch never moved it."""
         super().epoch_ended(record)
         connections = sum(record.connections)
         turnover = sum(record.grown) / max(connections, 1)

@@ -1,6 +1,4 @@
-"""The loop behind `rewire train`: a pure function of the options and the data, whatever interrupts
-it.
-"""
+"""The loop behind `rewire train`: a function of options and data, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -178,9 +176,7 @@ class Trainer:
 
     @property
     def _rate_interval(self) -> int:
-        """Steps for which the learning rate stays as it is: an epoch, or where it falls along a
-        cosine a part of it.
-        """
+        """Steps until the learning rate changes: an epoch, or a part of the cosine."""
         batches = len(self.batches)
         return (
             batches
@@ -189,9 +185,7 @@ class Trainer:
         )
 
     def _set_lr(self) -> None:
-        """The rate of this step: by default it falls to 0 along half a cosine, else by ``lr_decay``
-        an epoch.
-        """
+        """Set this step's rate: ``lr_decay`` an epoch, by default half a cosine down to 0."""
         config = self.config
         assert config.lr is not None  # make_config filled it in
         if config.lr_decay is not None:
@@ -285,9 +279,7 @@ class Trainer:
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Score the test set, this once, and write model and result. The result is the last to be
-        written.
-        """
+        """Score the test set, once, and write the model and then the result."""
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             model = self.method.finalize()

@@ -23,9 +23,7 @@ WORDS: dict[str, bool | None] = {
 
 
 def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, MethodOption]:
-    """Turn `["l1=1e-5", ...]` into typed values; an unknown name or a value of the wrong kind is
-    refused.
-    """
+    """Turn `["l1=1e-5", ...]` into typed values; refuse unknown names and wrong values."""
     parameters = methods.info(method).parameters()
     parsed: dict[str, MethodOption] = {}
     for pair in pairs:
@@ -82,9 +80,7 @@ def _convert(name: str, text: str, annotation: Any) -> MethodOption:
 
 
 def _several(text: str, kinds: set[Any]) -> list[int | float] | dict[str, int | float] | None:
-    """Numbers per layer: "1e-5,1e-6" where a sequence is taken, "conv*:1e-5,fc*:1e-6" where a
-    mapping is.
-    """
+    """Numbers per layer: "1e-5,1e-6" for a sequence, "conv*:1e-5,fc*:1e-6" for a mapping."""
     parts = [part.strip() for part in text.split(",")]
     try:
         if Sequence in kinds and len(parts) > 1 and ":" not in text:

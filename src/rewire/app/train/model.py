@@ -25,9 +25,7 @@ def layer_shapes(inputs: int, hidden: Sequence[int], outputs: int) -> list[Shape
 
 
 def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]:
-    """Connections of each layer; every layer gets at least one and at most as many as it has room
-    for.
-    """
+    """Connections of each layer: at least one, at most as many as it has room for."""
     possible = [rows * cols for rows, cols in shapes]
     densities = config.density
     if densities is not None and len(densities) > 1:
@@ -162,9 +160,7 @@ def build(
 
 
 def build_dense(shapes: Sequence[Shape], bias: bool, generator: torch.Generator) -> nn.Sequential:
-    """`nn.Linear` layers with ReLU between them, with the initial distribution of PyTorch; numbers
-    from `generator`.
-    """
+    """`nn.Linear` layers with ReLU between them, initialised as PyTorch's default does."""
     modules: list[nn.Module] = []
     for outputs, inputs in shapes:
         if modules:

@@ -11,9 +11,7 @@ from rewire.app.train.metrics import EpochRecord
 
 @dataclass(frozen=True)
 class Progress:
-    """The run at one moment, for those who watch; `turnover` is that of the epoch so far, over all
-    layers.
-    """
+    """A run at one moment; `turnover` is of this epoch so far, over all layers."""
 
     epoch: int
     batch: int

@@ -1,6 +1,4 @@
-"""What is left of a network while it trains: the connections and the units of each layer that take
-part.
-"""
+"""The connections and units of each layer that take part while a network trains."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ _LAYERS = (nn.Linear, SparseLinear)
 
 @dataclass(frozen=True)
 class Structure:
-    """By name of the weight: connections, and units (outputs) with a connection in and, but in the
-    last layer, out.
-    """
+    """By weight: connections, and outputs with connections in and (but at the end) out."""
 
     connections: dict[str, int]
     units: dict[str, int]
@@ -73,9 +69,7 @@ def _marked(index: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def layer_counts(model: nn.Module) -> dict[str, int]:
-    """Connections of each linear layer by name of the weight: of sparse ones, and the nonzero
-    entries of dense ones.
-    """
+    """Connections of each linear layer by weight; of dense ones the nonzero entries."""
     return {
         f"{n}.weight": m.weight.connections
         if isinstance(m, SparseLinear)

@@ -1,6 +1,4 @@
-"""The folder of a run: its lock, and how its files are written (`rewire.app.run_files` says what
-they hold).
-"""
+"""The folder of a run: its lock, and how its files (`rewire.app.run_files`) are written."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ class RunDir:
         return any((self.path / name).exists() for name in (CONFIG, METRICS, RESULT, COMMIT))
 
     def is_finished(self) -> bool:
-        """Whether the run here came to its end: its result is the last thing that training
-        writes.
-        """
+        """Whether the run came to its end: training writes the result last."""
         return (self.path / RESULT).exists()
 
     def check_free(self, *, overwrite: bool) -> None:
@@ -62,9 +58,7 @@ class RunDir:
             self.read_config()  # refuses a config.json that is not a run's
 
     def start(self, config: TrainConfig, *, overwrite: bool) -> None:
-        """Make the folder, under its lock, ready for a new run; only files of a former run are ever
-        removed.
-        """
+        """Under the lock, make the folder ready; only files of a former run are removed."""
         with self.lock(create=True):
             self.check_free(overwrite=overwrite)
             # The result goes first: a run that is half removed must never look finished.

@@ -1,6 +1,4 @@
-"""The performance targets, one small function each, in files by theme; `run` measures and judges
-one.
-"""
+"""The performance targets: a function each, in files by theme. `run` measures and judges."""
 
 from __future__ import annotations
 

@@ -159,9 +159,7 @@ def million(
     gib: float = 4.0,
     share: float = 60.0,
 ) -> Measured:
-    """P11: a layer of 10^6 x 10^6, trained and rewired by DEEP R; beside the random-row-read
-    ceiling.
-    """
+    """P11: a 10^6 x 10^6 layer with DEEP R, beside how fast rows can be read at random."""
     got = setting.apart(
         "million", size=size, connections=connections, batch=batch, steps=10, rounds=setting.rounds
     )

@@ -7,24 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rewire import nn as sparse_nn
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.timing import Contender
 from rewire.app.bench.verdict import Measured, at_least
-from rewire.app.errors import NotAvailable
+from rewire.nn import SparseConv2d
 
-__all__ = ["against_dense", "channels_last", "step", "twin_class"]
+__all__ = ["against_dense", "channels_last", "step"]
 
 #: Channels, height and width, batch.
 SHAPES = ((64, 32, 32), (128, 16, 32), (256, 8, 64))
-
-
-def twin_class() -> Callable[..., nn.Module]:
-    """`rewire.nn.SparseConv2d`. Raises `NotAvailable` where there is none yet."""
-    made: Callable[..., nn.Module] | None = getattr(sparse_nn, "SparseConv2d", None)
-    if made is None:
-        raise NotAvailable("there is no rewire.nn.SparseConv2d yet")
-    return made
 
 
 def step(module: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -56,10 +47,7 @@ def against_dense(
     targets: Sequence[tuple[float, float]] = ((0.10, 2.0), (0.05, 4.0)),
     block: tuple[float, float] = (0.05, 1.5),
 ) -> Measured:
-    """P8: the faster of dense NCHW and channels-last, over sparse, whose packing is inside; then
-    the block.
-    """
-    sparse_conv = twin_class()
+    """P8: sparse convolutions, and a block around one, against the faster dense layout."""
     figures = []
     for channels, side, batch in shapes:
         plain = torch.randn(batch, channels, side, side)
@@ -69,7 +57,7 @@ def against_dense(
         density, at = block
         block_dense = channels_last(_block(nn.Conv2d(channels, channels, 3, padding=1), channels))
         block_sparse = _block(
-            sparse_conv(channels, channels, 3, padding=1, density=density), channels
+            SparseConv2d(channels, channels, 3, padding=1, density=density), channels
         )
         contenders = [
             Contender("dense NCHW", step(dense, plain)),
@@ -77,7 +65,7 @@ def against_dense(
         ]
         contenders += [
             Contender(
-                f"sparse {d}", step(sparse_conv(channels, channels, 3, padding=1, density=d), last)
+                f"sparse {d}", step(SparseConv2d(channels, channels, 3, padding=1, density=d), last)
             )
             for d, _ in targets
         ]

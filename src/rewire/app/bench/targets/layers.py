@@ -1,6 +1,4 @@
-"""P1 to P4: one linear layer against dense ones, against other sparse ones, and against itself on
-one thread.
-"""
+"""P1 to P4: a linear layer against dense ones, other sparse ones, and itself on one thread."""
 
 from __future__ import annotations
 
@@ -92,9 +90,7 @@ def breaks_even(
     batch: int = 128,
     densities: Sequence[float] = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0),
 ) -> Measured:
-    """P3: the density at which the layer takes as long as `nn.Linear` (MKL), and as oneDNN's dense
-    product.
-    """
+    """P3: the density where the layer takes as long as `nn.Linear` (MKL) and as oneDNN."""
     kinds = ("dense", "onednn", "rewire", "rewire feature-major")
     curve = curves.measure(size, size, batch, densities, setting, kinds)
     figures = []

@@ -15,7 +15,7 @@ from rewire.app.bench.contenders import Layer, Linear, make
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.networks import MaskedLinear, mlp
 from rewire.app.bench.timing import Clock, Contender, Timings, quartiles
-from rewire.app.bench.verdict import Figure, Measured, at_least, at_most, info, missing
+from rewire.app.bench.verdict import Figure, Measured, at_least, at_most, info
 from rewire.nn import SparseLinear
 
 __all__ = ["deep_r_share", "lenet", "small", "update_share"]
@@ -33,9 +33,7 @@ SIMILARITY_ROWS = 128
 
 
 def _layer(size: int, connections: int, batch: int) -> tuple[SparseLinear, Tensor, Tensor]:
-    """A layer without bias, with x and gradient feature-major: the least that a method's step can
-    be compared to.
-    """
+    """A layer without bias, with x and gradient feature-major: the fastest step there is."""
     problem = Linear(Layer(size, size, connections, batch))
     layer = SparseLinear.from_weight(problem.weight)
     x, g = (t.t().contiguous().t() for t in (problem.x, problem.g))
@@ -48,14 +46,10 @@ def _train(layer: nn.Module, x: Tensor, g: Tensor, optimizer: torch.optim.Optimi
     optimizer.step()
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
-    first()
-    second()
-
-
-def _timed(clock: Clock, call: Callable[[], object]) -> float:
+def _timed(clock: Clock, *calls: Callable[[], object]) -> float:
     start = clock()
-    call()
+    for call in calls:
+        call()
     return max(clock() - start, 1e-9)
 
 
@@ -121,35 +115,29 @@ def update_share(
     densities: Sequence[float] = (0.10, 0.05, 0.01),
     epoch: int = 391,
 ) -> Measured:
-    """P6: share of training time that updates take; an epoch is 391 steps (CIFAR-10 at batch
-    128).
-    """
+    """P6: share of training time that updates take, in epochs of 391 steps (CIFAR-10)."""
     figures = []
     for density in densities:
         connections = max(1, round(density * size * size))
         figures.append(_per_epoch("set", 10.0, size, connections, batch, epoch, setting))
-        if "rigl" in methods.available():
-            figures.append(
-                _per_steps(
-                    "rigl", 10.0 if density >= 0.05 else 25.0, size, connections, batch, setting
-                )
-            )
+        rigl = 10.0 if density >= 0.05 else 25.0
+        figures.append(_per_steps("rigl", rigl, size, connections, batch, setting))
         figures += [
             _per_epoch(name, 10.0, size, connections, batch, epoch, setting, rows=SIMILARITY_ROWS)
             for name in COSINE
         ]
-        figures.append(_whole_set("codacorset", size, connections, batch, epoch, setting))
-    if "rigl" not in methods.available():
-        figures.append(missing("RigL", "there is no such method yet"))
+        # similarities from all rows of an epoch, as the authors compute them: no target
+        rows = {"rows": 16 * batch, "of": epoch * batch}
+        figures.append(
+            _per_epoch("codacorset", None, size, connections, batch, epoch, setting, **rows)
+        )
     return figures, {}
 
 
 def _prepared(
     name: str, size: int, connections: int, batch: int, rows: int | None = None
 ) -> tuple[methods.Method, Callable[[], None]]:
-    """A method and a training step. Methods that look at activations look at so many ``rows`` of
-    data.
-    """
+    """A method and a training step; ``rows`` of data are for methods that look at them."""
     layer, x, g = _layer(size, connections, batch)
     x.requires_grad_()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, momentum=0.9, fused=True)
@@ -183,7 +171,7 @@ def _per_epoch(
     steps: list[float] = []
     updates: list[float] = []
     for _ in range(max(3, setting.rounds // 2)):
-        steps.extend(_timed(setting.clock, lambda: _both(train, method.step)) for _ in range(5))
+        steps.extend(_timed(setting.clock, train, method.step) for _ in range(5))
         updates.append(_timed(setting.clock, method.end_epoch))
     method.finalize()
     step, update = quartiles(steps)[1], quartiles(updates)[1]
@@ -195,15 +183,6 @@ def _per_epoch(
     name = f"{name}, {connections / size**2:.0%}, every epoch{where}"
     return (
         info(name, share, "%", note) if target is None else at_most(name, share, target, "%", note)
-    )
-
-
-def _whole_set(
-    name: str, size: int, connections: int, batch: int, epoch: int, setting: Setting
-) -> Figure:
-    """Similarities from all rows of an epoch, as the authors compute them: no target."""
-    return _per_epoch(
-        name, None, size, connections, batch, epoch, setting, rows=16 * batch, of=epoch * batch
     )
 
 
@@ -277,23 +256,13 @@ def _steps(batch: int) -> list[Contender]:
 
 def _whole_step(setting: Setting, batch: int, target: float) -> list[Figure]:
     timings = setting.contest(_steps(batch))
-    us = {name: 1e6 * timings.median(name) for name in timings.seconds}
-    note = f"{us['masked dense']:.0f} / {us['rewire with DEEP R']:.0f} us"
-    with_method, fixed = (
-        timings.ratio("masked dense", n) for n in ("rewire with DEEP R", "rewire, fixed")
-    )
+    us = {name: f"{1e6 * timings.median(name):.0f}" for name in timings.seconds}
+    dense, fixed, ours = "masked dense", "rewire, fixed", "rewire with DEEP R"
+    name, note = f"LeNet-300-100, batch {batch}", f"{us[dense]} / {us[ours]} us"
+    speedup = timings.ratio(dense, ours)
     return [
-        at_least(
-            f"LeNet-300-100, batch {batch}, masked dense over rewire with DEEP R",
-            with_method,
-            target,
-            note=note,
-        ),
-        info(
-            f"LeNet-300-100, batch {batch}, without a method",
-            fixed,
-            note=f"{us['rewire, fixed']:.0f} us",
-        ),
+        at_least(f"{name}, masked dense over rewire with DEEP R", speedup, target, note=note),
+        info(f"{name}, without a method", timings.ratio(dense, fixed), note=f"{us[fixed]} us"),
     ]
 
 
@@ -313,13 +282,5 @@ def small(
     us = {kind: 1e6 * timings.median(kind) for kind in kinds}
     best = 1e6 * timings.best("rewire")
     note = f"best {best:.1f}; nn.Linear {us['dense']:.1f}, masked {us['masked']:.1f}"
-    figures.append(
-        at_most(
-            "8 x 8 layer, batch 8, forward + backward, one thread",
-            us["rewire"],
-            targets[1],
-            "us",
-            note,
-        )
-    )
-    return figures, {}
+    name = "8 x 8 layer, batch 8, forward + backward, one thread"
+    return [*figures, at_most(name, us["rewire"], targets[1], "us", note)], {}
