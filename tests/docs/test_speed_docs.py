@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,13 @@ def test_readme_says_what_p1_measured() -> None:
         found = [f["value"] for f in p1["figures"] if f", {density}%," in f["name"]]
         assert len(found) == 4
         assert f"{min(found):.0f} to {max(found):.0f} times at {density} %" in text
+
+
+def test_the_guide_says_what_p1_measured() -> None:
+    guide = (ROOT / "docs" / "guides" / "when_is_sparse_faster.md").read_text()
+    rows = re.findall(r"^\| (\d+ x \d+) \| (\d+%) \| ([\d.]+) .*\| ([\d.]+) ", guide, re.MULTILINE)
+    assert len(rows) == 6
+    for size, density, row_major, feature_major in rows:
+        for kind, times in {"contiguous": row_major, "feature-major": feature_major}.items():
+            line = f"| P1 | {size}, {density}, {kind} | {times} x |"
+            assert any(found.startswith(line) for found in LINES)
