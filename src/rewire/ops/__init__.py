@@ -1,13 +1,16 @@
-"""The arithmetic of sparse layers: y = W x, its two gradients, and the layouts in between.
+"""The arithmetic of sparse layers: y = W x, its two gradients, and changes of memory layout.
 
-`spmm`, `sddmm`, `spmm_sddmm`, `feature_major` and `batch_major` are functional and know no
-autograd; `sparse_linear` is the differentiable product made of them, `sparse_conv` the same for
-convolutions (`rewire.ops.conv_kernels`); `in_runs` and `in_rows` are differentiable changes of
-layout; `Pair` is what a captured call of a layer can compute; `langevin_step_`, `regrow_` and
-`walk_and_regrow_` are what DEEP R does to a pool in a step, `add_normal_` is what soft-DEEP R
-needs; `above`, `extremes` and `weakest` choose by scores. On the CPU, in float32 and float64
-(`NARROW` dtypes too in the products), they run native kernels if the library is there; everywhere
-else, plain PyTorch.
+- `spmm`, `sddmm`, `spmm_sddmm`, `feature_major` and `batch_major` are plain functions, without
+  gradients. `sparse_linear` is the differentiable product made of them, `sparse_conv` the
+  differentiable convolution.
+- `in_runs` and `in_rows` change the layout of activations; gradients pass.
+- `Pair` is a captured call of a layer: input, and gradient of the output.
+- `langevin_step_`, `regrow_` and `walk_and_regrow_` are the steps of DEEP R, `add_normal_` is for
+  soft-DEEP R.
+- `above`, `above_drawn`, `extremes` and `weakest` choose by scores.
+
+On the CPU native kernels compute float32 and float64 (products also `NARROW` dtypes), if the C++
+library is there; everything else runs in plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv

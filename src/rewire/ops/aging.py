@@ -1,6 +1,4 @@
-"""The step of Adam and its relatives for connections that are younger than the optimizer: put right
-after it.
-"""
+"""Corrects the steps of Adam and its relatives for connections younger than the optimizer."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ __all__ = ["Tables", "age_step_"]
 
 
 class Tables(NamedTuple):
-    """By age (from 1), what a step makes of moments: see `age_step_`. Four 1-D tensors of one dtype
-    and length.
+    """The factors of an update by age, from age 1 on (see `age_step_`): four 1-D tensors of one
+    dtype and length.
     """
 
     m: Tensor
@@ -25,7 +23,7 @@ class Tables(NamedTuple):
     eps: Tensor
 
 
-#: Looked up once: a look-up takes as long as a small pool's step.
+#: Looked up once, because that takes as long as the step of a small pool.
 _NATIVE: Any = torch.ops.rewire.age_step_.default if _native.available("age_step_") else None
 
 
@@ -55,43 +53,33 @@ def age_step_(
     squared: bool,
     horizon: int,
 ) -> int:
-    """Move young connections (``ages != -1``) from where a step of all led to where one of their
-    own age leads.
+    """Replace the update of young connections (``ages != -1``) by the update for their own age.
 
-    A step takes ``lr u`` from a value that was w before, with ::
+    The optimizer's step has subtracted ``lr u`` from a value w, with ::
 
         u(m, g, root, eps) = (g (+-gradient + decay w) + m first) / (root sqrt(second) + eps)
 
-    so ``lr (u(own) - u(tables at the age))`` is added to young values, in place, and they become
-    one step older. From age ``horizon`` on they are old: -1. Returns how many are young still.
+    so this adds ``lr (u(own) - u(tables at the age))`` to young values, in place, and makes them
+    one step older. At age ``horizon`` a connection is old: its age becomes -1. Returns how many
+    connections are still young.
 
     Args:
-        ages: (C,) int16, read as unsigned, or int32. values, first, second, gradient: (C,), as the
-            step left them.
-        gradient: None where no table ``g`` is needed.
-        tables: as long as the oldest age, at least, or ``horizon``. own: the same four numbers of
-            the step just made.
+        ages: (C,) int16, read as unsigned, or int32.
+        values, first, second, gradient: (C,), as the step left them; no gradient if table ``g`` is
+            not needed.
+        tables: at least as long as the oldest age or ``horizon``.
+        own: the same four factors in the step just made.
         squared: whether the square root of ``second`` is taken.
 
-    Cost: a pass over the ages, and the young.
+    Cost: a pass over the ages, and over the young connections.
     """
     if (
         _is_native(values, first, second if gradient is None else gradient, second)
         and ages.is_contiguous()
     ):
+        moments = first, second, gradient
         young: int = _NATIVE(
-            ages,
-            values,
-            first,
-            second,
-            gradient,
-            *tables,
-            *own,
-            lr,
-            decay,
-            maximize,
-            squared,
-            horizon,
+            ages, values, *moments, *tables, *own, lr, decay, maximize, squared, horizon
         )
         return young
     slots = (ages != -1).nonzero().flatten()
@@ -99,7 +87,7 @@ def age_step_(
     age = ages[slots].long()
     if ages.dtype == torch.int16:
         age &= 0xFFFF
-    # the table begins with age 1, which is a newborn's now
+    # The table begins with age 1, and a connection that has just grown makes its first step now.
     at = age.clamp(max=tables.m.numel() - 1)
     variance, momentum, now = (t.detach()[slots].to(wide) for t in (second, first, values))
     root = variance.sqrt() if squared else variance

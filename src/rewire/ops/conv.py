@@ -1,5 +1,5 @@
-"""The differentiable sparse convolution: three autograd.Functions over the kernels, closed under
-differentiation.
+"""The differentiable sparse convolution: three autograd.Functions over the kernels, whose gradients
+are made of the three again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from rewire.topology import Index
 __all__ = ["sparse_conv"]
 
 Gradients = tuple[Tensor | None, ...]
-#: What backward hands back for the six lists of the index.
+#: The gradients of the six lists of the index: there are none.
 _LISTS = (None,) * 6
 
 
 def _recorded(*tensors: Tensor) -> bool:
     """Whether a backward pass must itself be differentiable (``create_graph=True``).
 
-    Never while a compiler traces: it differentiates the traced kernels once only, and says so.
+    Never while a compiler traces: it differentiates the traced kernels once only, and raises an
+    error of its own for more.
     """
     return (
         not torch.compiler.is_compiling()
@@ -45,22 +46,16 @@ class _Conv(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        row_ptr: Tensor,
-        row_cols: Tensor,
-        row_slots: Tensor,
-        col_ptr: Tensor,
-        col_rows: Tensor,
-        col_slots: Tensor,
         geometry: Geometry,
         capture: Capture | None,
+        *lists: Tensor,
     ) -> Tensor:
         # A compiled graph cannot fill a list.
         ctx.geometry, ctx.capture = geometry, None if torch.compiler.is_compiling() else capture
-        # Everything that backward reads goes through here: autograd then raises if any of it was
-        # changed since.
-        ctx.save_for_backward(x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots)
-        remember_versions(ctx, values, row_ptr)
-        return conv(row_ptr, row_cols, row_slots, values, x, bias, geometry, is_channels_last(x))
+        # Everything that backward reads is saved here, so autograd raises if any of it has changed.
+        ctx.save_for_backward(x, values, *lists)
+        remember_versions(ctx, values, lists[0])
+        return conv(lists[0], lists[1], lists[2], values, x, bias, geometry, is_channels_last(x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Gradients:
@@ -74,7 +69,7 @@ class _Conv(torch.autograd.Function):
             _value_gradient(g, x, values.shape[0], lists, ctx.geometry) if need_values else None
         )
         grad_bias = g.sum((0, *range(2, g.dim()))) if need_bias else None
-        return grad_x, grad_values, grad_bias, *_LISTS, None, None
+        return grad_x, grad_values, grad_bias, None, None, *_LISTS
 
 
 class _InputGradient(torch.autograd.Function):
@@ -139,7 +134,7 @@ def _forward(
     capture: Capture | None = None,
 ) -> Tensor:
     if _recorded(x, values):
-        y: Tensor = _Conv.apply(x, values, None, *lists, geometry, capture)  # type: ignore[no-untyped-call]
+        y: Tensor = _Conv.apply(x, values, None, geometry, capture, *lists)  # type: ignore[no-untyped-call]
         return y
     return conv(lists[0], lists[1], lists[2], values, x, None, geometry, is_channels_last(x))
 
@@ -153,29 +148,14 @@ def _input_gradient(
     capture: Capture | None = None,
 ) -> Tensor:
     """In the shape and memory format of ``x``."""
+    inputs, sizes, last = x.shape[1], tuple(x.shape[2:]), is_channels_last(x)
     if _recorded(g, values):
         out: Tensor = _InputGradient.apply(  # type: ignore[no-untyped-call]
-            g,
-            values,
-            x.shape[1],
-            tuple(x.shape[2:]),
-            is_channels_last(x),
-            geometry,
-            capture,
-            *lists,
+            g, values, inputs, sizes, last, geometry, capture, *lists
         )
         return out
-    return conv_input_gradient(
-        lists[3],
-        lists[4],
-        lists[5],
-        values,
-        g,
-        x.shape[2:],
-        x.shape[1],
-        geometry,
-        is_channels_last(x),
-    )
+    by_col = lists[3], lists[4], lists[5]
+    return conv_input_gradient(*by_col, values, g, sizes, inputs, geometry, last)
 
 
 def _value_gradient(
@@ -199,12 +179,14 @@ def sparse_conv(
     describe, plus bias.
 
     As a matrix the weight is (output channels) by (input channels / groups x kernel positions).
-    ``x`` is (batch, channels, d1, ...) with one to three dimensions as in ``geometry``, in any
-    strides; the result is channels-last if x is, else contiguous. If ``capture`` is given and
-    values want a gradient, backward appends a `Pair` of x and the gradient of the output to it.
-    Differentiable to any order (once under `torch.compile`). Cost: O(K * output positions * batch)
-    time for the product and for each gradient; beyond the result, keeps x itself for backward.
-    Where strides or dilations pass over most of x (and its padding), only what is read counts.
+    ``x`` is (batch, channels, d1, ...), with one to three dimensions as in ``geometry``, in any
+    strides; the result is channels-last if x is, else contiguous. If ``capture`` is given and the
+    values need a gradient, backward appends a `Pair` of x and the gradient of the output to it.
+    Differentiable to any order (once under `torch.compile`). Raises RuntimeError for dtypes and
+    shapes that do not fit.
+
+    Cost: O(K * output positions * batch) time for the product and for each gradient. Backward keeps
+    x itself, or what the kernel reads of it, if strides or dilations pass over most of x.
     """
     if not torch.compiler.is_compiling() and transformed():
         raise refuse_transforms()
@@ -223,9 +205,8 @@ def sparse_conv(
     if not all(geometry.output(x.shape[2:])):
         raise RuntimeError(
             f"the kernel {geometry.kernel} with dilation {geometry.dilation} is larger than the "
-            "padded input "
-            f"{tuple(x.shape[2:])} with padding {geometry.padding}"
+            f"padded input {tuple(x.shape[2:])} with padding {geometry.padding}"
         )
     x, geometry = gathered(x, geometry)
-    y: Tensor = _Conv.apply(x, values, bias, *index, geometry, capture)  # type: ignore[no-untyped-call]
+    y: Tensor = _Conv.apply(x, values, bias, geometry, capture, *index)  # type: ignore[no-untyped-call]
     return y

@@ -1,17 +1,17 @@
-"""Chooses between the native convolutions and the reference, and tells the compiler what the native
-ones return.
+"""Convolutions: native kernels where they can run, else plain PyTorch.
 
 ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md) of the weight as a matrix,
 (output channels) by (input channels of a group x kernel positions); ``x`` and ``g`` are (batch,
-channels, ...) with any strides. No native operation allocates more than its result, O(K) and a few
-MiB of scratch per thread, unless a source has neither its channels nor its last dimension
-contiguous: then also a copy of it.
+channels, ...) with any strides. A native operation allocates its result, O(K) and a few MiB of
+scratch per thread; and a copy of a source of which neither the channels nor the last dimension are
+contiguous.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from rewire import _native
 from rewire.ops import conv_reference, flops
 from rewire.ops.geometry import Geometry
+from rewire.ops.kernels import fake
 
 __all__ = ["conv", "conv_input_gradient", "conv_value_gradient"]
 
@@ -93,19 +94,12 @@ def conv_value_gradient(
     return conv_reference.conv_value_gradient(ptr, idx, slots, capacity, g, x, geometry)
 
 
-def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    register: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-    register = torch.library.register_fake(f"rewire::{name}")
-    return register
-
-
 def _like(x: Tensor, channels: int, sizes: Sequence[int], channels_last: bool) -> Tensor:
+    """An empty tensor for as many samples as x, of its dtype and device."""
     shape = [x.shape[0], channels, *sizes]
-    order = (
-        [1, *range(len(shape) - 1, 1, -1), 0] if channels_last else range(len(shape) - 1, -1, -1)
-    )
+    axes = range(len(shape) - 1, -1, -1)  # from the fastest to the slowest
     strides, step = [0] * len(shape), 1
-    for axis in order:
+    for axis in (1, *axes[:-2], 0) if channels_last else axes:
         strides[axis] = step
         step = step * shape[axis]
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
@@ -114,56 +108,19 @@ def _like(x: Tensor, channels: int, sizes: Sequence[int], channels_last: bool) -
 if _NATIVE:
     flops.announce(["conv", "conv_input_gradient", "conv_value_gradient"])
 
-    @_fake("conv")
-    def _(
-        ptr: Tensor,
-        idx: Tensor,
-        slots: Tensor,
-        values: Tensor,
-        x: Tensor,
-        bias: Tensor | None,
-        columns: int,
-        kernel: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-        channels_last: bool,
-    ) -> Tensor:
-        geometry = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-        return _like(x, ptr.shape[0] - 1, geometry.output(x.shape[2:]), channels_last)
+    @fake("conv")
+    def _(ptr: Tensor, idx: Any, slots: Any, values: Any, x: Tensor, *rest: Any) -> Tensor:
+        # rest: bias, columns, the five entries of a geometry, channels_last
+        kernel, stride, padding, dilation = (tuple(part) for part in rest[2:6])
+        geometry = Geometry(kernel, stride, padding, dilation, rest[6])
+        return _like(x, ptr.shape[0] - 1, geometry.output(x.shape[2:]), rest[7])
 
-    @_fake("conv_input_gradient")
+    @fake("conv_input_gradient")
     def _(
-        ptr: Tensor,
-        idx: Tensor,
-        slots: Tensor,
-        values: Tensor,
-        g: Tensor,
-        sizes: list[int],
-        inputs: int,
-        kernel: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-        channels_last: bool,
+        ptr: Any, idx: Any, slots: Any, values: Any, g: Tensor, sizes: Any, inputs: int, *rest: Any
     ) -> Tensor:
-        return _like(g, inputs, sizes, channels_last)
+        return _like(g, inputs, sizes, rest[-1])
 
-    @_fake("conv_value_gradient")
-    def _(
-        ptr: Tensor,
-        idx: Tensor,
-        slots: Tensor,
-        capacity: int,
-        g: Tensor,
-        x: Tensor,
-        columns: int,
-        kernel: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-    ) -> Tensor:
+    @fake("conv_value_gradient")
+    def _(ptr: Any, idx: Any, slots: Any, capacity: int, g: Any, x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((capacity,))

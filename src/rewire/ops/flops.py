@@ -1,9 +1,9 @@
-"""Tells `torch.utils.flop_counter.FlopCounterMode` what the products cost: 2 K N for K connections
-and N uses of each.
+"""Tells `torch.utils.flop_counter.FlopCounterMode` what products cost: 2 K N for K connections that
+are used N times each.
 
-As for the dense layers there, a multiply-add counts twice, additions of a bias not at all, and
-positions that a convolution reads from its padding as any others; each of the two gradients costs
-as much as the product.
+The rules are those that PyTorch has for dense layers: a multiply-add counts as two, adding a bias
+counts nothing, positions that a convolution reads from its padding count like others, and each of
+the two gradients costs as much as the product.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _connections(ptr: Tensor, idx: Tensor) -> int:
-    """K; where it cannot be read (meta and fake tensors), the slots there are, which is at least as
-    many.
-    """
+    """K; for meta and fake tensors, where it cannot be read, the number of slots."""
     if type(ptr) is not Tensor or ptr.device.type == "meta":
         return idx.shape[0]
     return int(ptr[-1].item())
@@ -77,11 +75,10 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def announce(operators: Sequence[str]) -> None:
-    """Register the formulas of the native operators of these names: now, or as soon as the counter
-    is imported.
+    """Register the formulas of these native operators, now or as soon as the counter is imported.
 
-    A counter knows what was registered before it was made. Importing its module here would make
-    every import of this library slower, for a tool that few programs use.
+    They must be registered before a counter is made. Importing its module here would slow down
+    every import of this library, for a tool that few programs use.
     """
     names = [name for name in operators if name in _FORMULAS]
     if not names:
@@ -101,8 +98,10 @@ def _register(module: ModuleType, names: Sequence[str]) -> None:
 
 
 class _WhenImported:
-    """Finds nothing itself: has the formulas registered when the counter's module has been
-    imported, then goes away.
+    """An entry of `sys.meta_path` that registers the formulas once the counter's module is
+    imported.
+
+    It takes itself off the list then, and leaves finding the module to the other entries.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -125,8 +124,8 @@ class _WhenImported:
 
 
 def note(name: str, *args: Any, out: Any = None) -> None:
-    """Count a product that plain PyTorch computes, whose operations the counter does not know.
-    Called beside it.
+    """Count a product that the reference computes, because the counter does not know some of its
+    operations.
     """
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return

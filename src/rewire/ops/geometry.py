@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Geometry", "gathered", "is_channels_last", "memory_format"]
+__all__ = ["Geometry", "gathered", "is_channels_last", "memory_format", "planes"]
 
-#: Strides and reaches of a kernel up to so many positions are never worth a look: what lies between
-#: is little.
+#: A kernel that reaches over at most so many positions, with a stride up to that, skips too little
+#: for `gathered` to be worth its cost.
 _WIDE = 64
 
 
 class Geometry(NamedTuple):
-    """Kernel, stride and dilation of each dimension; zero padding, low and high of each dimension;
-    groups.
+    """The arguments of a convolution; kernel, stride and dilation have a number for each dimension.
+
+    ``padding`` is of zeros: low and high of the first dimension, low and high of the second, ...
     """
 
     kernel: tuple[int, ...]
@@ -39,20 +41,19 @@ class Geometry(NamedTuple):
 
 
 def gathered(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """An input and a geometry of the same convolution, without positions that no connection reads,
-    if most are so.
+    """Input and geometry of the same convolution, with x reduced to the positions that it reads, if
+    those are few.
 
-    Kernels lay out all that lies between the first and the last position that a row of outputs
-    reads: with a stride or a dilation of millions, next to nothing of it counts. Then the positions
-    that count, k * dilation + q * stride for every kernel position k and output q, are put side by
-    side (zeros for padding), which makes the dilation the number of outputs. x: (batch, channels,
-    ...). Differentiable. O(kernel x outputs) memory along each axis it changes.
+    Kernels lay out everything between the first and the last position that a row of outputs reads;
+    with a stride or a dilation of millions they read next to nothing of that. In such a case this
+    puts the positions that they do read side by side: k * dilation + q * stride for every kernel
+    position k and output q, with zeros for padding. The dilation then is the number of outputs.
+
+    x: (batch, channels, ...). Differentiable. O(kernel x outputs) memory along each dimension that
+    it changes.
     """
-    stride, padding, dilation = (
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-    )
+    stride, dilation = list(geometry.stride), list(geometry.dilation)
+    padding = list(geometry.padding)
     changed = False
     for axis, kernel in enumerate(geometry.kernel):
         reach = dilation[axis] * (kernel - 1) + 1
@@ -66,7 +67,7 @@ def gathered(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
         taps = torch.arange(kernel, device=x.device) * dilation[axis] - low
         at = (taps.unsqueeze(1) + torch.arange(outputs, device=x.device) * stride[axis]).flatten()
         inside = ((at >= 0) & (at < size)).view(-1, *(1,) * (len(geometry.kernel) - axis - 1))
-        # Not a product: what stands for padding must be 0 where x is infinite.
+        # Not a product with `inside`: padding must be 0 even where x is infinite.
         x = torch.where(inside, x.index_select(2 + axis, at.clamp(0, size - 1)), 0)
         stride[axis], padding[2 * axis : 2 * axis + 2], dilation[axis] = 1, (0, 0), outputs
         changed = True
@@ -77,6 +78,21 @@ def gathered(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     )
 
 
+def planes(x: Tensor, geometry: Geometry) -> Tensor:
+    """``x`` (batch, channels, ...), padded, as a view [channel, *kernel position, *output position,
+    batch].
+
+    Negative padding crops.
+    """
+    kernel, stride, padding, dilation, _ = geometry
+    rank = len(kernel)
+    x = F.pad(x, [p for a in reversed(range(rank)) for p in padding[2 * a : 2 * a + 2]])
+    for axis in range(rank):
+        x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
+        x = x[..., :: dilation[axis]]
+    return x.permute(1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank), 0)
+
+
 def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
     """Of activations with ``rank`` dimensions beside batch and channels."""
     if not channels_last or rank == 1:
@@ -85,8 +101,8 @@ def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` (batch, channels, ...) is channels-last and not contiguous as well; never for
-    one dimension.
+    """Whether ``x`` (batch, channels, ...) is channels-last but not contiguous; False with one
+    dimension behind the channels.
     """
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False

@@ -1,10 +1,8 @@
-"""Chooses between the native kernels and the reference, and tells the compiler what the native ones
-return.
+"""The products: native kernels where they can run, else plain PyTorch (`rewire.ops.reference`).
 
-Arguments: ``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md), by row for ``y = W
-x``, by
-column for the input gradient; ``x`` is (batch, features) with any strides. Where x has 16 bits a
-number, values and bias may be float32 as well; sums are float32 anyway.
+``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md): by row for ``y = W x``, by
+column for the gradient of the input. ``x`` is (batch, features) with any strides. If x has 16 bits
+a number, values and bias may be float32; sums are float32 in any case.
 """
 
 from __future__ import annotations
@@ -18,14 +16,14 @@ from torch import Tensor
 from rewire import _native
 from rewire.ops import flops, reference
 
-__all__ = ["batch_major", "feature_major", "sddmm", "spmm", "spmm_sddmm"]
+__all__ = ["batch_major", "fake", "feature_major", "sddmm", "spmm", "spmm_sddmm"]
 
 _NATIVE = _native.available("spmm")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _operator(name: str) -> Any:
-    """The native operator, looked up once: a look-up takes as long as a small product."""
+    """The native operator. Looked up once, because that takes as long as a small product."""
     return getattr(torch.ops.rewire, name).default if _NATIVE else None
 
 
@@ -94,9 +92,9 @@ def batch_major(x: Tensor) -> Tensor:
     return reference.batch_major(x)
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what the compiler may know of a native kernel: shape, strides and dtype of its
-    result.
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for functions that tell the compiler what the native operator ``name`` returns:
+    an empty tensor of the right shape, strides and dtype.
     """
     register: Callable[[Callable[..., Any]], Callable[..., Any]]
     register = torch.library.register_fake(f"rewire::{name}")
@@ -111,26 +109,26 @@ if _NATIVE:
             (x.shape[0], ptr.shape[0] - 1), (1, x.shape[0]), dtype=x.dtype, device=x.device
         )
 
-    @_fake("spmm")
+    @fake("spmm")
     def _(
         ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         return _sums(ptr, x)
 
-    @_fake("sddmm")
+    @fake("sddmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
         return x.new_empty((capacity,), dtype=reference.sum_dtype(x.dtype))
 
-    @_fake("spmm_sddmm")
+    @fake("spmm_sddmm")
     def _(
         ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
         return _sums(ptr, x), x.new_empty(values.shape, dtype=reference.sum_dtype(x.dtype))
 
-    @_fake("feature_major")
+    @fake("feature_major")
     def _(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, (1, x.shape[0]), dtype=x.dtype, device=x.device)
 
-    @_fake("batch_major")
+    @fake("batch_major")
     def _(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device)

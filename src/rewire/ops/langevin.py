@@ -1,6 +1,4 @@
-"""Random walks: the fused pass of DEEP R over one pool (noise, L1 and the sign test), and noise
-alone.
-"""
+"""Random walks: DEEP R's pass over one pool (noise, L1 and the sign test), and noise alone."""
 
 from __future__ import annotations
 
@@ -25,16 +23,12 @@ def langevin_step_(
     """theta <- theta - shrink + noise * nu on every active slot, in place; return the slots with
     theta < 0.
 
-    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. Slots come back
-    (int64) in ascending order with value 0; empty slots (rows == -1) are left alone. values (C,)
-    float; rows (C,) int; signs (C,) int8 of +-1. One streaming pass; with ``noise == 0`` nothing is
-    drawn.
+    ``theta = signs * values`` and ``nu_k`` is `rewire.random.normal` number k. The slots returned
+    (int64, ascending) have the value 0 now; empty slots (rows == -1) stay as they are. values: (C,)
+    float. rows: (C,) int. signs: (C,) int8 of +-1. One streaming pass; nothing is drawn if ``noise
+    == 0``.
     """
-    if (
-        _native.available()
-        and values.device.type == "cpu"
-        and values.dtype in (torch.float32, torch.float64)
-    ):
+    if _native.available() and values.is_cpu and values.dtype in (torch.float32, torch.float64):
         dropped: Tensor = torch.ops.rewire.langevin_step_(
             values, rows, signs, shrink, noise, seed, step, stream
         )

@@ -1,6 +1,4 @@
-"""Differentiable changes of memory layout: the numbers stay, so the gradient passes through as it
-is.
-"""
+"""Differentiable changes of memory layout; the gradient passes through unchanged."""
 
 from __future__ import annotations
 
@@ -15,47 +13,36 @@ from rewire.ops.transforms import refuse_transforms, transformed
 __all__ = ["in_rows", "in_runs"]
 
 
-class _Runs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return kernels.feature_major(x)
+class _Copied(torch.autograd.Function):
+    """A copy with the batch contiguous, or in rows."""
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return kernels.batch_major(x)
+    def forward(ctx: Any, x: Tensor, rows: bool) -> Tensor:
+        return kernels.batch_major(x) if rows else kernels.feature_major(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+def _copied(x: Tensor, rows: bool) -> Tensor:
+    if not torch.compiler.is_compiling() and transformed():
+        raise refuse_transforms()
+    out: Tensor = _Copied.apply(x, rows)  # type: ignore[no-untyped-call]
+    return out
 
 
 def in_runs(x: Tensor) -> Tensor:
-    """``x`` (batch, features) with the batch contiguous, strides (1, batch) or alike; a copy only
-    if it is not.
+    """``x`` (batch, features) with the batch contiguous (strides (1, batch)); a copy only if it is
+    not so already.
 
-    For an input that several sparse products share: they then need no copies of their own.
+    Several sparse products that share the result need no copies of their own.
     """
-    if x.stride(0) == 1 or x.shape[0] == 1:
-        return x
-    if not torch.compiler.is_compiling() and transformed():
-        raise refuse_transforms()
-    out: Tensor = _Runs.apply(x)  # type: ignore[no-untyped-call]
-    return out
+    return x if x.stride(0) == 1 or x.shape[0] == 1 else _copied(x, rows=False)
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """``x`` (batch, features) in ordinary row-major memory, as dense layers and `.view` expect
-    it.
+    """``x`` (batch, features) in row-major memory, as dense layers and `.view` expect it; a copy
+    only if it is not so already.
     """
-    if x.is_contiguous():
-        return x
-    if not torch.compiler.is_compiling() and transformed():
-        raise refuse_transforms()
-    out: Tensor = _Rows.apply(x)  # type: ignore[no-untyped-call]
-    return out
+    return x if x.is_contiguous() else _copied(x, rows=True)

@@ -18,16 +18,20 @@ from rewire.topology import Index
 
 __all__ = ["NARROW", "sparse_linear"]
 
-#: Dtypes of 16 bits that the products take; they are computed with as float32.
+#: Dtypes of 16 bits that the products take; the arithmetic is that of float32.
 NARROW = (torch.bfloat16, torch.float16)
 
-#: What backward hands back for the arguments of `_Linear` behind x, values and bias.
+#: The gradients of the arguments of `_Linear` behind x, values and bias: there are none.
 _NO_GRADIENTS = (None,) * 8
 
-
-#: Inputs up to this many numbers are saved as they come: the kernels' own copies cost less than
-#: calls that make them.
+#: Inputs of at most so many numbers are saved as they come: the kernels then copy them, which costs
+#: less than separate calls.
 _SMALL = 4096
+
+#: From so many values on, and for runs of x of at most so many bytes, the two gradients are
+#: computed one after the other: writing the values' gradient by column, a line of memory at a time,
+#: then costs more than reading x again.
+_MANY, _SHORT = 1 << 24, 256
 
 
 def _in_runs(x: Tensor) -> Tensor:
@@ -39,18 +43,10 @@ def _small(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.numel() <= _SMALL
 
 
-#: From so many values on, and for runs of x of at most so many bytes, both gradients are computed
-#: one after the other: writing the values' gradient by column, a line of memory at a time, then
-#: costs more than reading x again.
-_MANY, _SHORT = 1 << 24, 256
-
-
 def _together(x: Tensor, values: Tensor) -> bool:
-    """Whether both gradients are computed in one walk. (A compiled graph must not depend on the
-    size of a batch.)
-    """
+    """Whether both gradients are computed in one walk."""
     if torch.compiler.is_compiling():
-        return True
+        return True  # a compiled graph must not depend on the size of a batch
     return values.shape[0] < _MANY or x.shape[0] * x.element_size() > _SHORT
 
 
@@ -64,7 +60,7 @@ def _apply(
 ) -> Tensor:
     y: Tensor
     if torch.compiler.is_compiling():
-        y = _Linear.apply(x, values, bias, *index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
+        y = _Linear.apply(x, values, bias, capture, contiguous_output, *index)[0]  # type: ignore[no-untyped-call]
         return y
     try:
         y = _Packed.apply(x, values, bias, index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
@@ -75,6 +71,11 @@ def _apply(
     return y
 
 
+def _pair(x: Tensor, g: Tensor, values: Tensor) -> Pair:
+    x, g = (_in_runs(t.detach().to(values.dtype)) for t in (x, g))
+    return Pair(x, g)
+
+
 def _plus(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else a + b
 
@@ -83,9 +84,9 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + bias.
 
     The transposed product is the same Function with the two index lists exchanged, and the gradient
-    of the values is `_Sample`, so derivatives of any order are made of these two. A copy of x with
-    the batch contiguous is a second output: saved as such, it keeps its place in the graph, which a
-    second derivative needs.
+    of the values is `_Sample`, so derivatives of any order are made of these two. If x had to be
+    copied to make its batch contiguous, the copy is a second output: saved as such, it keeps its
+    place in the graph, which second derivatives need.
     """
 
     @staticmethod
@@ -94,27 +95,19 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        row_ptr: Tensor,
-        row_cols: Tensor,
-        row_slots: Tensor,
-        col_ptr: Tensor,
-        col_rows: Tensor,
-        col_slots: Tensor,
         capture: Capture | None,
         contiguous_output: bool,
+        *lists: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         runs = x if _small(x) else _in_runs(x)
-        y = spmm(row_ptr, row_cols, row_slots, values, runs, bias)
+        y = spmm(lists[0], lists[1], lists[2], values, runs, bias)
         ctx.set_materialize_grads(False)
         ctx.copied = runs is not x
         # A compiled graph cannot fill a list.
         ctx.capture = None if torch.compiler.is_compiling() else capture
-        # Everything that backward reads goes through here: autograd then raises if any of it was
-        # changed since.
-        ctx.save_for_backward(
-            runs, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots
-        )
-        remember_versions(ctx, values, row_ptr)
+        # Everything that backward reads is saved here, so autograd raises if any of it has changed.
+        ctx.save_for_backward(runs, values, *lists)
+        remember_versions(ctx, values, lists[0])
         return batch_major(y) if contiguous_output else y, None if runs is x else runs
 
     @staticmethod
@@ -125,8 +118,8 @@ class _Linear(torch.autograd.Function):
         x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         if torch.compiler.is_compiling():
-            # Strides are not known while backward is traced; where they prove right this copies
-            # nothing.
+            # Strides are not known while backward is traced; this copies nothing where they are
+            # right.
             g = g.t().contiguous().t()
         elif torch.is_grad_enabled() and (
             g.requires_grad or x.requires_grad or values.requires_grad
@@ -135,9 +128,7 @@ class _Linear(torch.autograd.Function):
         elif not _small(g):
             g = _in_runs(g)
         if ctx.capture is not None and need_values:
-            ctx.capture.append(
-                Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype)))
-            )
+            ctx.capture.append(_pair(x, g, values))
         grad_x = grad_values = None
         if need_x and need_values and _together(x, values):
             grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g)
@@ -149,7 +140,7 @@ class _Linear(torch.autograd.Function):
         if grad_x is not None:
             grad_x = _plus(grad_x, grad_runs)
             if ctx.copied and not torch.compiler.is_compiling():
-                # Whatever made an ordinary x wants an ordinary gradient, and copies it more slowly.
+                # What made a row-major x needs a row-major gradient, and would copy more slowly.
                 grad_x = batch_major(grad_x)
         if grad_values is not None and grad_values.dtype != values.dtype:
             grad_values = grad_values.to(values.dtype)
@@ -158,9 +149,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Packed(torch.autograd.Function):
-    """`_Linear` with the index as one argument: autograd looks at every tensor among its arguments,
-    each time.
-    """
+    """`_Linear` with the index as one argument: autograd spends time on every tensor argument."""
 
     @staticmethod
     def forward(
@@ -172,8 +161,7 @@ class _Packed(torch.autograd.Function):
         capture: Capture | None,
         contiguous_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rest: list[Any] = [*index, capture, contiguous_output]
-        return _Linear.forward(ctx, x, values, bias, *rest)
+        return _Linear.forward(ctx, x, values, bias, capture, contiguous_output, *index)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,15 +193,11 @@ def _differentiable_backward(
     by_row, by_col = lists[:3], lists[3:]
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     if ctx.capture is not None and need_values:
-        ctx.capture.append(
-            Pair(_in_runs(x.detach().to(values.dtype)), _in_runs(g.detach().to(values.dtype)))
-        )
-    grad_x = (
-        _plus(_apply(g, values, None, by_col + by_row, exchanged(ctx.capture)), grad_runs)
-        if need_x
-        else None
-    )
-    grad_values = None
+        ctx.capture.append(_pair(x, g, values))
+    grad_x = grad_values = None
+    if need_x:
+        grad_x = _apply(g, values, None, by_col + by_row, exchanged(ctx.capture))
+        grad_x = _plus(grad_x, grad_runs)
     if need_values:
         grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col)  # type: ignore[no-untyped-call]
         grad_values = grad_values.to(values.dtype)
@@ -231,14 +215,20 @@ def sparse_linear(
 ) -> Tensor:
     """``x W^T + bias`` for the sparse weight W that ``values`` (capacity,) and ``index`` describe.
 
-    ``x`` is (..., in_features) with any strides. The result is (..., out_features); for 2-D x its
-    strides are (1, batch) (the layout in which the next sparse layer needs no copy), or ordinary
-    ones with ``contiguous_output``. Activations of 16 bits (`NARROW`) may go with float32 values:
-    sums are float32, results and gradients of activations of 16 bits, that of the values float32.
-    If ``capture`` is given and values want a gradient, backward appends to it a `Pair` of x and the
-    gradient of the output, both (batch, features) in the values' dtype with the batch contiguous.
-    Differentiable to any order. O(K batch) time; beyond the result, keeps x for backward, as a copy
-    unless its batch is contiguous already.
+    Args:
+        x: (..., in_features) with any strides. If it has 16 bits (`NARROW`), values may be float32:
+            then sums and the gradient of the values are float32, the result and the gradient of x
+            have 16 bits.
+        capture: if given, and the values need a gradient, backward appends a `Pair` of x and the
+            gradient of the output to it, both (batch, features) in the values' dtype with the batch
+            contiguous.
+        contiguous_output: return row-major memory.
+
+    Returns (..., out_features). For 2-D x its strides are (1, batch), in which the next sparse
+    layer needs no copy, unless ``contiguous_output``. Differentiable to any order. Raises
+    RuntimeError for dtypes and shapes that do not fit.
+
+    Cost: O(K batch) time. Backward keeps x, as a copy if its batch is not contiguous.
     """
     if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(
@@ -254,7 +244,7 @@ def sparse_linear(
         return _apply(x, values, bias, index, capture, contiguous_output)
     if x.dim() == 1:
         return _apply(x.unsqueeze(0), values, bias, index, capture, contiguous_output).squeeze(0)
-    # flatten, not reshape to a product of sizes: an exported program would take that product for a
+    # Not reshape with a product of sizes: an exported program would take the product for a
     # constant.
     flat = _apply(x.flatten(0, -2), values, bias, index, capture, contiguous_output)
     return flat.view(*x.shape[:-1], index.row_ptr.shape[0] - 1)

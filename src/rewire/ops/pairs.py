@@ -1,12 +1,12 @@
-"""What a captured call of a layer can compute: sums over samples of products of its two sides.
+"""What can be computed from a captured call of a layer: sums over samples of products of its sides.
 
 Backward appends one `Pair` per call of a layer to ``SparseWeight.capture``. Under
-``create_graph=True`` the products that a first backward pass is made of append theirs in the second
-one, so that sums are complete gradients.
+``create_graph=True``, the products within the first backward pass append theirs in the second one,
+so that the sums are complete gradients.
 
-With ``g`` the gradient of the output its sums are the gradients of all positions of the weight,
-active or dormant; with ``g`` the output itself they are the numerators of cosine similarities.
-Nothing here allocates rows x cols but what the caller asks for in one block.
+With ``g`` the gradient of the output, the sums are the gradients of all positions of the weight,
+active or dormant; with ``g`` the output itself, they are the numerators of cosine similarities.
+Nothing here allocates rows x cols numbers, except the block that a caller asks for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops.conv_kernels import conv_value_gradient
-from rewire.ops.conv_reference import _pad, _planes
-from rewire.ops.geometry import Geometry
+from rewire.ops.geometry import Geometry, planes
 from rewire.ops.kernels import sddmm
 from rewire.topology import Index
 
@@ -31,19 +30,17 @@ __all__ = ["Capture", "Exchanged", "Pair", "exchanged"]
 _UNFOLDED_ELEMENTS = 1 << 21
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Sums are kept in float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 #: Multiply-adds from which oneDNN is worth its call.
 _LARGE = 1 << 22
 
 
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float64 if it is, else in float32, for sums."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``. Of wide tiles with a short sum oneDNN's product takes half the time of
-    `torch.mm`'s (MKL).
-    """
+    """``a @ b``. For wide results of short sums oneDNN takes half the time of `torch.mm` (MKL)."""
     large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
     if large and a.is_cpu and a.dtype == b.dtype == torch.float32 and _has_onednn():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
@@ -64,12 +61,12 @@ def _has_onednn() -> bool:
 class Pair:
     """The input of one call of a layer, and its output or the gradient of it.
 
-    x, g: of a product, (batch, cols) and (batch, rows) in any strides; of a convolution
-        (``geometry`` is given) the padded-by-``geometry`` input (batch, channels, d1, ...) and
-        (batch, rows, output d1, ...). Detached.
+    x, g: of a product, (batch, cols) and (batch, rows) in any strides; of a convolution (with
+        ``geometry``), the input (batch, channels, d1, ...), which ``geometry`` pads, and (batch,
+        rows, output d1, ...). Detached.
 
-    As a matrix the weight is rows by cols. A convolution with groups has other inputs behind a
-    column in each group; row r belongs to group ``r // (rows / groups)``.
+    As a matrix the weight is rows by cols. In a convolution with groups, row r belongs to group ``r
+    // (rows / groups)``, and a column stands for another input in each group.
     """
 
     x: Tensor
@@ -92,9 +89,9 @@ class Pair:
         """``out[r - start, c] = sum over samples and positions of g[r] * x[c]`` for the rows from
         start to stop.
 
-        (stop - start, cols), float64 if the pair is, else float32. One dense product, for
-        convolutions over the unfolded input in pieces: O((stop - start) cols samples positions)
-        time, O(result + pieces of 8 MiB) memory.
+        The result is (stop - start, cols), float64 if the pair is, else float32. Computed as one
+        dense product; for convolutions, over the unfolded input in pieces. O((stop - start) cols
+        samples positions) time, O(result + pieces of 8 MiB) memory.
         """
         if self.geometry is None:
             return _product(_wide(self.g[:, start:stop]).t(), _wide(self.x))
@@ -109,8 +106,8 @@ class Pair:
         return out
 
     def _unfolded(self, group: int) -> Iterator[tuple[slice, int, int, Tensor]]:
-        """The input of a group in pieces: samples, columns from and to, (columns, output positions
-        x samples).
+        """The input of a group in pieces: which samples, first and last column, and the piece
+        (columns, output positions x samples).
         """
         geometry = self.geometry
         assert geometry is not None
@@ -125,10 +122,8 @@ class Pair:
             for channel in range(0, per_group, channels):
                 from_, to = channel, min(channel + channels, per_group)
                 x = _wide(self.x[samples, group * per_group + from_ : group * per_group + to])
-                planes = _planes(
-                    _pad(x, geometry.padding), geometry.kernel, geometry.stride, geometry.dilation
-                )
-                yield samples, from_ * kk, to * kk, planes.reshape((to - from_) * kk, -1)
+                piece = planes(x, geometry).reshape((to - from_) * kk, -1)
+                yield samples, from_ * kk, to * kk, piece
 
     def at(self, index: Index, capacity: int) -> Tensor:
         """The same sums at the positions of ``index`` only: (capacity,), by slot; 0 in slots that
@@ -154,19 +149,14 @@ class Pair:
         squares = _wide(self.x).square()
         if self.geometry is None:
             return squares.sum(0, keepdim=True)
-        kernel = self.geometry.kernel
-        planes = _planes(
-            _pad(squares, self.geometry.padding),
-            kernel,
-            self.geometry.stride,
-            self.geometry.dilation,
-        )
-        return planes.sum(tuple(range(1 + len(kernel), planes.dim()))).reshape(self.groups, -1)
+        each = planes(squares, self.geometry)
+        at = range(1 + len(self.geometry.kernel), each.dim())
+        return each.sum(tuple(at)).reshape(self.groups, -1)
 
 
 class Capture(Protocol):
-    """What `SparseWeight.capture` is while a step is captured: a list of pairs, or what takes them
-    like one.
+    """What `SparseWeight.capture` is while a step is captured: a list of pairs, or anything with
+    ``append``.
     """
 
     def append(self, pair: Pair, /) -> None:
@@ -174,8 +164,8 @@ class Capture(Protocol):
 
 
 class Exchanged:
-    """A capture for products with the transposed weight: their pairs are the weight's with sides
-    exchanged.
+    """A capture for products with the transposed weight: it exchanges the sides of their pairs and
+    hands them on.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -187,13 +177,7 @@ class Exchanged:
 
 
 def exchanged(capture: Capture | None) -> Capture | None:
-    """``capture`` for products with the transposed weight; where it is for those already, the one
-    for the weight.
-    """
-    return (
-        capture.capture
-        if isinstance(capture, Exchanged)
-        else capture
-        if capture is None
-        else Exchanged(capture)
-    )
+    """``capture`` for the transposed weight, whose transpose is the weight again."""
+    if isinstance(capture, Exchanged):
+        return capture.capture
+    return None if capture is None else Exchanged(capture)

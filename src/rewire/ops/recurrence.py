@@ -1,8 +1,8 @@
-"""A recurrent layer's walk through time, with a backward of its own.
+"""A recurrent layer through time, with its own backward pass.
 
 Everything is feature-major: states are (size, batch), a sequence is (size, positions) with the
-batch of a step contiguous. Backward is the same walk in the other direction, and as the states of
-all steps are known by then, the gradient of every weight is one product over the whole sequence
+batch of a step contiguous. Backward goes through time in the other direction. The states of all
+steps are known by then, so the gradient of each weight is one product over the whole sequence
 instead of one per step.
 """
 
@@ -48,15 +48,15 @@ class Cell(Protocol):
         """
 
     def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
-        """The same without autograd: the next state, and what `backward` wants to know; may
-        overwrite ``h``.
+        """The same without autograd: the next state, and what `backward` needs; may overwrite
+        ``h``.
         """
 
     def backward(
         self, grads: State, state: State, kept: State
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """From the gradients of the next state: those of x, of h, and of ``state`` beyond what
-        comes through h.
+        """From the gradients of the next state, those of x, of h, and of ``state`` (without what
+        passes through h).
         """
 
 
@@ -65,33 +65,28 @@ def _cut(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
     return tuple(tensor[i * size : (i + 1) * size] for i in range(parts))
 
 
-class _Tanh:
+class _Elman:
+    """h' = f(x + h), where f is tanh or relu."""
+
+    def __init__(self, tanh: bool) -> None:
+        self._tanh = tanh
+
     def step(self, x: Tensor, h: Tensor, state: State) -> State:
-        return ((x + h).tanh(),)
+        total = x + h
+        return (total.tanh() if self._tanh else total.relu(),)
 
     def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
-        new = h.add_(x).tanh_()
+        total = h.add_(x)
+        new = total.tanh_() if self._tanh else total.relu_()
         return (new,), (new,)
 
     def backward(
         self, grads: State, state: State, kept: State
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        g = torch.ops.aten.tanh_backward(grads[0], kept[0])
-        return g, g, (None,)
-
-
-class _Relu:
-    def step(self, x: Tensor, h: Tensor, state: State) -> State:
-        return ((x + h).relu(),)
-
-    def forward(self, x: Tensor, h: Tensor, state: State) -> tuple[State, State]:
-        new = h.add_(x).relu_()
-        return (new,), (new,)
-
-    def backward(
-        self, grads: State, state: State, kept: State
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        g = torch.ops.aten.threshold_backward(grads[0], kept[0], 0)
+        if self._tanh:
+            g = torch.ops.aten.tanh_backward(grads[0], kept[0])
+        else:
+            g = torch.ops.aten.threshold_backward(grads[0], kept[0], 0)
         return g, g, (None,)
 
 
@@ -167,8 +162,8 @@ class _LSTM:
         return g_h, g_h, (None, g_cell.mul_(forget))
 
 
-TANH: Cell = _Tanh()
-RELU: Cell = _Relu()
+TANH: Cell = _Elman(tanh=True)
+RELU: Cell = _Elman(tanh=False)
 GRU: Cell = _GRU()
 LSTM: Cell = _LSTM()
 
@@ -176,12 +171,12 @@ LSTM: Cell = _LSTM()
 def _walk(
     sequence: Tensor, sizes: Sequence[int], reverse: bool, start: State, step: Step
 ) -> tuple[list[Tensor], State]:
-    """Carry a state along a sequence; all first entries on the way, by step, and the state that
-    each column ends with.
+    """Carry a state along a sequence. Returns the first entry of the state after each step, and the
+    state that each column ends with.
 
-    In a packed batch the longest sequences come first, so that the sequences at a step are the
-    first columns: forward in time columns are cut off as sequences end, backward they are added as
-    sequences begin.
+    In a packed batch the longest sequences come first, so the sequences present at a step are the
+    first columns. Forward in time, columns are cut off as sequences end; backward in time, columns
+    are added as sequences begin.
     """
     pieces = sequence.split(list(sizes), 1)
     outputs = list(pieces)
@@ -214,7 +209,7 @@ def _plain(
     start: State,
     weights: Sequence[Weight],
 ) -> tuple[Tensor, ...]:
-    """The walk in operations that autograd and compilers follow."""
+    """One direction, in operations that autograd and compilers follow."""
     w_ih, w_hh, *projection = weights
 
     def step(t: int, piece: Tensor, state: State) -> State:
@@ -239,16 +234,18 @@ def _unflat(tensors: Sequence[Any], captures: Sequence[Capture | None]) -> list[
 
 
 def _forward_product(w: Weight, x: Tensor) -> Tensor:
-    return spmm(w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots, w.values, x.t(), w.bias).t()
+    return spmm(*w.lists[:3], w.values, x.t(), w.bias).t()
 
 
 def _backward_product(w: Weight, g: Tensor) -> Tensor:
-    return spmm(w.lists.col_ptr, w.lists.col_rows, w.lists.col_slots, w.values, g.t()).t()
+    return spmm(*w.lists[3:], w.values, g.t()).t()
 
 
 class _Recurrence(torch.autograd.Function):
-    """Arguments behind the captures: x, the initial states, then values, bias and six index tensors
-    of each weight.
+    """One direction as one Function.
+
+    The arguments behind ``states``, the number of states, are x, the initial states, and of each
+    weight its values, its bias and the six tensors of its index.
     """
 
     @staticmethod
@@ -298,8 +295,8 @@ class _Recurrence(torch.autograd.Function):
                 through += direct[0]
             return (through, *direct[1:])
 
-        # Backward in time is the walk the other way round: what the states end with here is what
-        # they began with.
+        # This goes through time the other way round, so it ends with the gradients of the initial
+        # states.
         _, of_start = _walk(grads[0], sizes, not reverse, grads[1:], step)
         g_input = torch.cat(of_input, 1)
         g_hidden = g_input if of_hidden[0] is of_input[0] else torch.cat(of_hidden, 1)
@@ -309,19 +306,15 @@ class _Recurrence(torch.autograd.Function):
             (w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1))
             for w in projection
         ]
-        result: list[Tensor | None] = [
-            _backward_product(w_ih, g_input).t() if needed[0] else None,
-            *of_start,
-        ]
+        g_x = _backward_product(w_ih, g_input).t() if needed[0] else None
+        result: list[Tensor | None] = [g_x, *of_start]
         for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
             if w.capture is not None and needed[at]:
                 w.capture.append(Pair(inputs.t().detach(), g.t()))
-            lists = w.lists.row_ptr, w.lists.row_cols, w.lists.row_slots
-            result.append(
-                sddmm(*lists, w.values.shape[0], g.t(), inputs.t()) if needed[at] else None
-            )
-            result.append(g.sum(1) if needed[at + 1] else None)
-            result.extend([None] * 6)
+            g_values = None
+            if needed[at]:
+                g_values = sddmm(*w.lists[:3], w.values.shape[0], g.t(), inputs.t())
+            result += [g_values, g.sum(1) if needed[at + 1] else None, *(None,) * 6]
         return (*(None,) * 5, *result)
 
 
@@ -334,8 +327,8 @@ def _quick(
     weights: Sequence[Weight],
     tape: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, State]:
-    """The walk without autograd; ``tape``, if there is one, takes what backward needs of each
-    step.
+    """One direction without autograd; what backward needs of each step goes to ``tape``, if there
+    is one.
     """
     w_ih, w_hh, *projection = weights
 
@@ -352,9 +345,9 @@ def _quick(
 
 
 class _Relay:
-    """Keeps what the products of a backward pass within the backward pass tell a capture, until the
-    inner pass is over: a capture tells the passes apart, and what the inner one gives belongs to
-    the outer one.
+    """Holds back the pairs of a backward pass inside a backward pass until the inner one is over.
+
+    A capture tells passes apart, and the pairs of the inner pass belong to the outer one.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -369,7 +362,7 @@ class _Relay:
             self._held.append(pair)
 
     def open(self) -> None:
-        """Pass on what is held, and from now on everything at once."""
+        """Pass on the pairs held back, and from now on every pair at once."""
         held, self._held = self._held or [], None
         for pair in held:
             self._capture.append(pair)
@@ -381,11 +374,13 @@ def _differentiable_backward(
     needed: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Backward under ``create_graph=True``: walk again in operations that autograd follows."""
+    """Backward under ``create_graph=True``: compute forward again in operations that autograd
+    follows.
+    """
     cell, sizes, reverse, captures, states = settings
     relays = [None if capture is None else _Relay(capture) for capture in captures]
-    # Views stand for the arguments, so that a path from one of them to another is not counted here
-    # as well.
+    # Differentiate by views of the arguments: if one argument was computed from another, that path
+    # is not part of this Function.
     own = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
     outputs = _plain(
         cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], relays)
@@ -413,12 +408,11 @@ def recurrence(
             sizes increasing.
         reverse: go from the last step to the first.
         start: the initial state, (size, batch) each.
-        weights: of the input, of the hidden state and, if there is one, of the projection of the
-            hidden state.
+        weights: of the input, of the hidden state and, if there is one, of the projection.
 
-    Returns the hidden states (size, positions) and the final state. Differentiable to any order;
-    capture lists get one entry per weight for the whole sequence (per step when compiled or under
-    ``create_graph=True``). O(K positions). Raises RuntimeError where dtypes differ.
+    Returns the hidden states (size, positions) and the final state. Differentiable to any order. A
+    capture gets one pair per weight for the whole sequence (under ``create_graph=True``, one per
+    step). O(K positions) time. Raises RuntimeError where dtypes differ.
     """
     if not torch.compiler.is_compiling() and transformed():
         raise refuse_transforms()

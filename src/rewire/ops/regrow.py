@@ -1,6 +1,4 @@
-"""DEEP R over one pool: dormant connections drawn, signed and put where others went; or all of a
-step at once.
-"""
+"""DEEP R over one pool: replace connections by random dormant ones, or make a whole step."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from rewire.topology.index import OK
 __all__ = ["regrow_", "walk_and_regrow_"]
 
 
-#: Looked up once: a look-up takes as long as a small pool's step.
+#: Looked up once, because that takes as long as the step of a small pool.
 _WALK: Any = (
     torch.ops.rewire.walk_and_regrow_.default if _native.available("walk_and_regrow_") else None
 )
@@ -39,12 +37,13 @@ def regrow_(
 ) -> int:
     """Put new connections into ``slots`` (int64, distinct, active), in place; return K afterwards.
 
-    They are drawn by `rewire.topology.sample_dormant` from stream ``grow_stream``, get the sign of
-    their position (`rewire.topology.position_signs`; ``fixed``) or a new one, bit 0 of
-    `rewire.random.bits`, from ``sign_stream``, and start at a zero of that sign. values (C,) float;
-    signs (C,) int8; rows, cols and the index as in `rewire.topology`. Raises `TopologyError` on a
-    bad slot (nothing changed), or where rows and cols are no topology in the first place. Costs
-    what `rewire.topology.replace_` does.
+    The connections are drawn by `rewire.topology.sample_dormant` from stream ``grow_stream``. With
+    ``fixed`` each gets the sign of its position (`rewire.topology.position_signs`), else a new one,
+    bit 0 of `rewire.random.bits`, both from ``sign_stream``. Its value is a zero of that sign.
+
+    values: (C,) float. signs: (C,) int8. rows, cols and index: as in `rewire.topology`. Raises
+    `TopologyError` on a bad slot, with nothing changed, or if rows and cols are not a topology.
+    Costs what `rewire.topology.replace_` does.
     """
     topology.check_integers(slots=slots)
     n_rows, n_cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
@@ -98,12 +97,11 @@ def walk_and_regrow_(
     sign_stream: int,
     fixed: bool,
 ) -> Tensor:
-    """`langevin_step_`, and `regrow_` in the slots that crossed zero, which are returned;
-    ``gradient`` is 0 there then.
+    """`langevin_step_`, and `regrow_` in the slots that crossed zero; returns those slots.
 
-    One call for all that DEEP R does to a pool whose budget is its own. gradient: None, or as
-    values; the rest, results and errors as in the two. Without noise and changes, values and signs
-    are all that is read.
+    One call for all that DEEP R does in a step to a pool whose budget is its own. gradient: None,
+    or like values; set to 0 in the slots that crossed. Other arguments, results and errors as in
+    the two functions. With no noise and no slot crossing, only values and signs are read.
     """
     if (
         _WALK is not None

@@ -1,8 +1,8 @@
-"""The best of many scores and the weakest of many values, without sorting: what drop and grow
-criteria are made of.
+"""The best of many scores and the weakest of many values, without sorting: for drop and grow
+criteria.
 
 On the CPU, in float32 and float64, native kernels give the same bits as the plain PyTorch here, on
-any number of threads. Among equals the first win, everywhere.
+any number of threads. Of equal numbers the first are chosen.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class Draw(NamedTuple):
 
 
 def uniforms(draw: Draw, positions: Tensor) -> Tensor:
-    """A number in (0, 1] for each of ``positions`` (int64 >= 0): float32, (n,). Each depends on its
-    position alone.
+    """A random number in (0, 1] for each of ``positions`` (int64 >= 0, (n,)); float32, (n,).
 
-    It is (word + 1/2) / 2**32, rounded, where four positions share one call of the generator, a
-    32-bit word each.
+    A number depends on the draw and its position alone. It is (word + 1/2) / 2**32, rounded; one
+    call of the generator gives the 32-bit words of four positions.
     """
     if _NATIVE and positions.is_cpu:
         drawn: Tensor = torch.ops.rewire.uniforms(
@@ -60,13 +59,14 @@ def above(
     *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Keys (row * cols + col, int64, ascending) and scores of the positions that are not kept and
-    score above ``bar``.
+    """Keys (row * cols + col, int64, ascending) and scores of the positions that score above
+    ``bar``.
 
     Args:
         scores: (t, cols), of the rows from ``first_row`` on; their magnitudes count if
             ``absolute``. NaN and -inf count as the lowest finite number.
-        index: of the pool. kept: bool, (capacity,); positions of slots with True are passed over.
+        index: of the pool.
+        kept: bool, (capacity,); positions of slots with True are left out.
         bar: a number of the scores' dtype, or -inf.
 
     One pass, O(t cols) time and memory. Raises RuntimeError on a bad index.
@@ -86,12 +86,12 @@ def above(
 def above_drawn(
     scores: Tensor, first_row: int, index: Index, kept: Tensor, bar: float, draw: Draw
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `above`, by the magnitude s of scores (``draw.least`` at least, also of NaN): where s / u
-    may exceed ``bar``.
+    """As `above`, for a draw in proportion to scores: positions where s / e may exceed ``bar``.
 
-    u is the position's `uniforms`, float32, and is returned as well. "May": those with ``s >= c bar
-    * u``, where c is 1 - 2**-20; u is at most the exponential number -log(1 - u), so nothing is
-    missed that exceeds the bar by that, even where it is rounded.
+    s is the magnitude of the score, at least ``draw.least`` (also for NaN), u the position's number
+    from `uniforms`, which is returned as well (float32), and e = -log(1 - u) an exponential number.
+    Since u <= e, every position with s / e > bar has ``s >= c * bar * u``, where c = 1 - 2**-20
+    makes up for rounding; the positions returned are those.
     """
     lists = index.row_ptr, index.row_cols, index.row_slots
     factor = bar * (1.0 - 2.0**-20)
@@ -110,7 +110,7 @@ def above_drawn(
 
 
 def _strike_out(values: Tensor, first_row: int, index: Index, kept: Tensor) -> None:
-    """-inf at the kept positions."""
+    """Put -inf at the kept positions."""
     ptr = index.row_ptr[first_row : first_row + values.shape[0] + 1].long()
     low, high = int(ptr[0].item()), int(ptr[-1].item())
     row = torch.repeat_interleave(torch.arange(values.shape[0], device=ptr.device), ptr.diff())
@@ -119,10 +119,10 @@ def _strike_out(values: Tensor, first_row: int, index: Index, kept: Tensor) -> N
 
 
 def extremes(scores: Tensor, count: int, *, largest: bool) -> Tensor:
-    """Places (int64, ascending) of the ``count`` largest or smallest of 1-D ``scores``; among
-    equals the first.
+    """Places (int64, ascending) of the ``count`` largest or smallest of 1-D ``scores``; of equal
+    ones the first.
 
-    NaN comes last in both. RuntimeError unless 0 <= count <= scores. O(scores) time.
+    NaN comes last in both. Raises RuntimeError unless 0 <= count <= scores. O(scores) time.
     """
     if _NATIVE and scores.is_cpu and scores.dtype in _DTYPES:
         places: Tensor = torch.ops.rewire.extremes(scores, count, largest)
@@ -153,11 +153,12 @@ def weakest(
     """``floor(fraction n)`` of the n ``slots`` (int), in their order: those of smallest
     ``abs(values factors)``; int64.
 
-    by_sign: the same share of those that are at least 0, and then of those below; NaN belongs to
-        neither.
+    Args:
+        values, factors: (capacity,).
+        by_sign: take the same share of the slots with a number of at least 0, and then of those
+            below; NaN belongs to neither.
 
-    values, and factors if given: (capacity,). RuntimeError for a bad slot. O(slots) time and
-    memory.
+    Raises RuntimeError for a bad slot. O(slots) time and memory.
     """
     native = _NATIVE and values.is_cpu and values.dtype in _DTYPES
     if native and (factors is None or factors.dtype == values.dtype):

@@ -1,4 +1,4 @@
-"""Function transforms of `torch.func`, which the layers' own backward passes do not know."""
+"""Function transforms of `torch.func`, which sparse layers do not support."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ def transformed() -> bool:
 
 
 def refuse_transforms() -> RuntimeError:
-    """What to say under them."""
+    """The error to raise under them."""
     return RuntimeError(
         "sparse layers do not work inside torch.vmap, torch.func.grad, vjp, jvp and the like (nor "
-        "with the models that "
-        "torch.func.stack_module_state stacks): use torch.autograd.grad (with create_graph=True "
-        "for higher "
-        "derivatives) on the result of torch.func.functional_call, and a loop over samples or "
-        "models instead of vmap"
+        "with the models that torch.func.stack_module_state stacks): use torch.autograd.grad "
+        "(with create_graph=True for higher derivatives) on the result of "
+        "torch.func.functional_call, and a loop over samples or models instead of vmap"
     )

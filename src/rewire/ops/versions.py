@@ -1,6 +1,4 @@
-"""Finds a pool that changed between forward and backward where autograd's own check does not
-look.
-"""
+"""Finds pools that changed between forward and backward, also where autograd does not check."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ __all__ = ["check_versions", "remember_versions"]
 def remember_versions(ctx: Any, *tensors: Tensor) -> None:
     """Note the version counters of a pool's tensors in forward, for `check_versions` in backward.
 
-    Autograd checks what it saves itself, but not what hooks unpack: activation checkpointing
-    computes saved tensors again, with whatever topology there is by then. Nothing is noted while a
-    compiler traces, or in inference mode.
+    Autograd checks the tensors that it saves itself, but not those that hooks unpack: activation
+    checkpointing computes saved tensors again, with the topology there is by then. Notes nothing
+    while a compiler traces, or in inference mode.
     """
     if torch.compiler.is_compiling():
         ctx.versions = ()
@@ -37,6 +35,6 @@ def check_versions(ctx: Any) -> None:
         if tensor._version != version:
             raise RuntimeError(
                 "a sparse weight was modified by an inplace operation (rewired, loaded or "
-                "stepped) between forward and "
-                "backward: its gradient would be wrong; run the forward again"
+                "stepped) between forward and backward: its gradient would be wrong; run the "
+                "forward again"
             )

@@ -39,7 +39,6 @@ from rewire.methods.core.settings import choice
 from rewire.nn import SparseWeight
 from rewire.nn.forward.tensors import first_input, first_tensor, tensors_in
 from rewire.nn.layers.base import SparseLayer
-from rewire.nn.layers.conv import _SparseConv
 from rewire.ops.kernels import spmm
 from rewire.ops.pairs import Pair
 
@@ -285,23 +284,13 @@ class _Run:
         if self.which == "pre":
             return (before.y if before is not None and before.y.shape == x.shape else x), y
         if last and len(self.numbers) > 1:
-            channel = (
-                1 if isinstance(call.layer, _SparseConv) and y.dim() > call.layer._rank + 1 else -1
-            )
-            return x, y.sigmoid() if y.shape[channel] == 1 else y.softmax(channel)
+            axis = call.layer.rows_axis if isinstance(call.layer, SparseLayer) else -1
+            return x, y.sigmoid() if y.shape[axis] == 1 else y.softmax(axis)
         return x, after.x if after is not None and after.x.shape == y.shape else F.relu(y)
 
     def _keep(self, layer: SparseLayer, x: Tensor, y: Tensor) -> None:
-        geometry = None
-        if isinstance(layer, _SparseConv):
-            geometry = layer._geometry
-            if y.dim() == layer._rank + 1:
-                x, y = x.unsqueeze(0), y.unsqueeze(0)
-            if layer._pad is not None:
-                x = F.pad(x, layer._pad, mode=layer.padding_mode)
-        else:
-            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        self._add(self.numbers[id(layer.weight)], x, y, geometry)
+        pair = layer.pair(x, y)
+        self._add(self.numbers[id(layer.weight)], pair.x, pair.g, pair.geometry)
 
     def _add(self, number: int, x: Tensor, y: Tensor, geometry: Any = None) -> None:
         lists = self.kept.setdefault(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rewire.nn.layers.initial import Init, check_init, draw_values
 from rewire.nn.weight.pool import SparseWeight
 from rewire.nn.weight.twin import Twin
+from rewire.ops import Pair
 
 __all__ = ["SparseLayer", "autocast_dtype"]
 
@@ -84,6 +85,15 @@ class SparseLayer(Twin):
             return self._product(input)
         with torch.autocast(input.device.type, enabled=False):
             return self._product(input.to(self._input_dtype(narrow))).to(narrow)
+
+    #: Which dimension of the output counts the rows of the weight.
+    rows_axis: ClassVar[int] = -1
+
+    def pair(self, x: Tensor, y: Tensor) -> Pair:
+        """Input and output of a call as a `rewire.ops.Pair` has them: with one batch dimension, and
+        padded where the layer pads with other numbers than zeros. Views where possible.
+        """
+        return Pair(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
         """What x is converted to under autocast, whose dtype is ``narrow``."""

@@ -182,6 +182,13 @@ class _SparseConv(SparseLayer):
         totals = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         return tuple(p for total in totals for p in (total // 2, total - total // 2))
 
+    def pair(self, x: Tensor, y: Tensor) -> ops.Pair:
+        if y.dim() == self._rank + 1:
+            x, y = x.unsqueeze(0), y.unsqueeze(0)
+        if self._pad is not None:
+            x = F.pad(x, self._pad, mode=self.padding_mode)
+        return ops.Pair(x, y, self._geometry)
+
     def _product(self, x: Tensor) -> Tensor:
         if x.dim() == self._rank + 1:
             return self._product(x.unsqueeze(0)).squeeze(0)
@@ -217,16 +224,16 @@ _DESCRIPTION = cleandoc(_SparseConv.__doc__ or "")
 
 class SparseConv1d(_SparseConv):
     __doc__ = f"The twin of `torch.nn.Conv1d`: (batch, channels, length).\n\n{_DESCRIPTION}"
-    _rank = 1
+    _rank, rows_axis = 1, -2
 
 
 class SparseConv2d(_SparseConv):
     __doc__ = f"The twin of `torch.nn.Conv2d`: (batch, channels, height, width).\n\n{_DESCRIPTION}"
-    _rank = 2
+    _rank, rows_axis = 2, -3
 
 
 class SparseConv3d(_SparseConv):
     __doc__ = (
         f"The twin of `torch.nn.Conv3d`: (batch, channels, depth, height, width).\n\n{_DESCRIPTION}"
     )
-    _rank = 3
+    _rank, rows_axis = 3, -4
