@@ -66,9 +66,8 @@ def _load() -> _State:
             reason = f"the C++ extension does not load: {error}"
     warnings.warn(
         "rewire computes in plain PyTorch, many times slower than with native kernels, because "
-        f"{reason}. "
-        "Reinstall it where a C++17 compiler is present, or set REWIRE_NATIVE=0 to accept this "
-        "silently.",
+        f"{reason}. Reinstall it where a C++17 compiler is present, or set REWIRE_NATIVE=0 to "
+        "accept this silently.",
         NativeKernelsUnavailable,
         stacklevel=2,
     )

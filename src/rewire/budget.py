@@ -77,8 +77,8 @@ def connections_of(density: float, size: int) -> int:
     connections = round(density * size)
     if connections < 1:
         raise ValueError(
-            f"density {density} gives a weight of {size} potential connections none: "
-            f"use at least {1 / size:.3g}, or say connections="
+            f"density {density} gives a weight of {size} potential connections none: use at least "
+            f"{1 / size:.3g}, or say connections="
         )
     return connections
 
@@ -106,8 +106,8 @@ def _checked(shapes: Shapes) -> Shapes:
     for shape in shapes:
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(
-                "a weight needs at least two dimensions, all of them at least 1, "
-                f"not {tuple(shape)}"
+                "a weight needs at least two dimensions, all of them at least 1, not "
+                f"{tuple(shape)}"
             )
     return shapes
 
@@ -120,8 +120,7 @@ def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
     if not len(sizes) <= total <= sum(sizes):
         raise ValueError(
             f"a total of {total} connections cannot be spread over {len(sizes)} weights of sizes "
-            f"{sizes}: "
-            f"choose between {len(sizes)} (one each) and {sum(sizes)} (all)"
+            f"{sizes}: choose between {len(sizes)} (one each) and {sum(sizes)} (all)"
         )
     share = [w * n for w, n in zip(weights, sizes, strict=True)]
     fixed: dict[int, int] = {}
@@ -254,8 +253,7 @@ class Limits:
         if connections > most:
             raise ValueError(
                 f"{connections} connections do not fit a {rows} x {cols} matrix within {self}: at "
-                f"most {most} do; "
-                "allow fewer connections or raise the limits"
+                f"most {most} do; allow fewer connections or raise the limits"
             )
 
     def __str__(self) -> str:

@@ -28,17 +28,14 @@ _ALONE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 _DIVERGED = (
     "the ranks' topologies have diverged: rewire only through a method, or identically on all "
-    "ranks, and let all ranks "
-    "make the same steps; reload the last checkpoint on all of them"
+    "ranks, and let all ranks make the same steps; reload the last checkpoint on all of them"
 )
 _UNEVEN = (
     "within torch.distributed.algorithms.join.Join, ranks that have run out of batches make no "
-    "more steps, so weights "
-    "cannot be rewired and nothing can be summed over ranks there: let all ranks make the same "
-    "steps "
-    "(DistributedSampler), use Join(..., throw_on_early_termination=True), or a method that "
-    "rewires at the ends of "
-    "epochs, with end_epoch() after the Join"
+    "more steps, so weights cannot be rewired and nothing can be summed over ranks there: let all "
+    "ranks make the same steps (DistributedSampler), use Join(..., "
+    "throw_on_early_termination=True), or a method that rewires at the ends of epochs, with "
+    "end_epoch() after the Join"
 )
 
 
@@ -90,8 +87,8 @@ def prepare(
         raise ValueError(f"check_every must be a number of steps of at least 1, not {check_every}")
     if isinstance(model, DistributedDataParallel):
         raise RuntimeError(
-            "the model is wrapped in DistributedDataParallel already: call "
-            "model = rewire.distributed.prepare(model) before wrapping it"
+            "the model is wrapped in DistributedDataParallel already: call model = "
+            "rewire.distributed.prepare(model) before wrapping it"
         )
     refuse_sharded(model)
     pools = list(sparse_weights(model))
@@ -144,8 +141,8 @@ def alone(model: nn.Module) -> nn.Module:
     pools = [weight for _, weight in sparse_weights(model)]
     if any(weight.shared_seed is not None for weight in pools):
         raise RuntimeError(
-            "this model is prepared for DDP, so its ranks train together: use a "
-            "copy (copy.deepcopy)"
+            "this model is prepared for DDP, so its ranks train together: use a copy "
+            "(copy.deepcopy)"
         )
     for module in (model, *pools):
         _ALONE.add(module)
@@ -171,20 +168,16 @@ def refuse_unprepared(
     if not in_ranks and inner not in _ALONE:
         raise RuntimeError(
             f"{what} changes the shapes of parameters by what each rank sees for itself, and "
-            "DistributedDataParallel "
-            "knows nothing of it: train in one process, or, where every rank trains a model of "
-            "its own, call "
-            "model = rewire.distributed.alone(model) first"
+            "DistributedDataParallel knows nothing of it: train in one process, or, where every "
+            "rank trains a model of its own, call model = rewire.distributed.alone(model) first"
         )
     for name, weight in pools:
         if weight.shared_seed is None and weight not in _ALONE:
             raise RuntimeError(
                 f"{dist.get_world_size()} ranks train, and {name} is not prepared for it, so "
-                f"{what} would give each "
-                "another topology: before wrapping the model and making the method, write\n"
-                "    model = rewire.distributed.prepare(model)\n"
-                "or, where every rank trains a model of its own, model = "
-                "rewire.distributed.alone(model)"
+                f"{what} would give each another topology: before wrapping the model and making "
+                "the method, write\n    model = rewire.distributed.prepare(model)\nor, where every "
+                "rank trains a model of its own, model = rewire.distributed.alone(model)"
             )
 
 
@@ -358,8 +351,8 @@ class _Guard:
         except RuntimeError as error:
             raise RuntimeError(
                 "another rank did not come to this step, or has ended: all ranks must make the "
-                "same optimizer steps "
-                f"and the same calls of end_epoch ({str(error).splitlines()[0]})"
+                "same optimizer steps and the same calls of end_epoch "
+                f"({str(error).splitlines()[0]})"
             ) from error
         first, second, steps = found.tolist()
         if first != self._hash or second != top - self._hash:

@@ -94,16 +94,16 @@ class ExponentialMovingAverage:
         theirs = dict(model.named_parameters())
         if {n: p.shape for n, p in theirs.items()} != {n: t.shape for n, t in averages.items()}:
             raise ValueError(
-                "names or shapes of this model's parameters are not those of the "
-                "averages: copy to a copy"
+                "names or shapes of this model's parameters are not those of the averages: copy to "
+                "a copy"
             )
         mine = dict(sparse_weights(self._model))
         for name, weight in sparse_weights(model):
             same = name in mine and torch.equal(weight.rows, mine[name].rows.to(weight.rows))
             if not same or not torch.equal(weight.cols, mine[name].cols.to(weight.cols)):
                 raise ValueError(
-                    f"{name} has other connections than the averages are of: copy to "
-                    "a copy made now"
+                    f"{name} has other connections than the averages are of: copy to a copy made "
+                    "now"
                 )
         for name, parameter in theirs.items():
             parameter.copy_(averages[name])
@@ -132,14 +132,14 @@ class ExponentialMovingAverage:
         ]
         if odd:
             raise ValueError(
-                f"this state of an average is damaged: {odd[0]!r} is no tensor of "
-                "floating-point numbers"
+                f"this state of an average is damaged: {odd[0]!r} is no tensor of floating-point "
+                "numbers"
             )
         pairs = self._pairs()
         if {n: t.shape for n, t in new.items()} != {n: p.shape for n, p, _ in pairs}:
             raise ValueError(
-                "these averages belong to another model: names or shapes differ; "
-                "load the model first"
+                "these averages belong to another model: names or shapes differ; load the model "
+                "first"
             )
         self.decay = decay
         self._average.update({p: new[n].detach().to(p.device, copy=True) for n, p, _ in pairs})
@@ -164,14 +164,12 @@ class ExponentialMovingAverage:
         if any(parameter not in present for parameter in self._arrived):
             raise RuntimeError(
                 "the model is one layer and was replaced as a whole: make a new average, of the "
-                "model that finalize() "
-                "or to_sparse() returned"
+                "model that finalize() or to_sparse() returned"
             )
         if lost and new:
             raise RuntimeError(
                 f"parameters of the model were replaced ({', '.join(new)} are new): make a new "
-                "average after "
-                "layers were converted (rewire.sparsify, rewire.densify)"
+                "average after layers were converted (rewire.sparsify, rewire.densify)"
             )
         self._arrived.clear()
         for parameter in lost:
@@ -188,8 +186,8 @@ class ExponentialMovingAverage:
             if average.shape != parameter.shape:
                 raise RuntimeError(
                     f"{name} was of shape {tuple(average.shape)} and is of shape "
-                    f"{tuple(parameter.shape)} now, and "
-                    "nothing announced it: make a new average after tensors were exchanged by hand"
+                    f"{tuple(parameter.shape)} now, and nothing announced it: make a new average "
+                    "after tensors were exchanged by hand"
                 )
             found.append((name, parameter, average))
         return found
@@ -335,8 +333,7 @@ class MultiAverage:
         if self._replaced:
             raise RuntimeError(
                 "parameters of the model were cut or replaced since this averaging function was "
-                "made: make a new "
-                "AveragedModel, with a new function"
+                "made: make a new AveragedModel, with a new function"
             )
         fed = {w: births for births in self._pools for w in births.copies()}
         by_values = {w.values.data_ptr(): w for w in fed}
@@ -351,8 +348,8 @@ class MultiAverage:
             elif average.shape != parameter.shape:
                 raise RuntimeError(
                     f"an average of shape {tuple(average.shape)} meets a parameter of shape "
-                    f"{tuple(parameter.shape)}: "
-                    "the model is not what it was, so make a new AveragedModel"
+                    f"{tuple(parameter.shape)}: the model is not what it was, so make a new "
+                    "AveragedModel"
                 )
             elif average.is_floating_point() or average.is_complex():
                 average.lerp_(parameter.to(average), rate)

@@ -123,8 +123,8 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
             else "it has no sparse weights"
         )
         raise ValueError(
-            f"no weight of this model is sparse and ternary: {what}; train it with "
-            "the method ternary"
+            f"no weight of this model is sparse and ternary: {what}; train it with the method "
+            "ternary"
         )
     keys = ("name", "shape", "connections", "code", "bits", "entries")
     listed = json.dumps([{key: getattr(w, key) for key in keys} for w in packed])
@@ -181,8 +181,8 @@ def _pack(
     positions: _Numbers = (rows * weight.matrix_shape[1] + cols).numpy()
     if (weight.size - 1).bit_length() > _WIDEST:
         raise ValueError(
-            f"{name} has {weight.size} potential connections, and positions have at "
-            f"most {_WIDEST} bits"
+            f"{name} has {weight.size} potential connections, and positions have at most {_WIDEST} "
+            "bits"
         )
     chosen, bits, fields = _encode(positions, weight.size, code)
     index, signs = (

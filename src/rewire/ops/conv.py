@@ -193,8 +193,8 @@ def sparse_conv(
     rank = len(geometry.kernel)
     if x.dtype != values.dtype:
         raise RuntimeError(
-            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that "
-            "both agree"
+            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both "
+            "agree"
         )
     columns = index.col_ptr.shape[0] - 1
     if x.dim() != rank + 2 or x.shape[1] * math.prod(geometry.kernel) != columns * geometry.groups:

@@ -232,8 +232,8 @@ def sparse_linear(
     """
     if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(
-            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that "
-            "both agree"
+            f"x is {x.dtype} but the weight's values are {values.dtype}: convert one, so that both "
+            "agree"
         )
     in_features = index.col_ptr.shape[0] - 1
     if not x.dim() or x.shape[-1] != in_features:

@@ -17,7 +17,7 @@ def refuse_transforms() -> RuntimeError:
     """The error to raise under them."""
     return RuntimeError(
         "sparse layers do not work inside torch.vmap, torch.func.grad, vjp, jvp and the like (nor "
-        "with the models that torch.func.stack_module_state stacks): use torch.autograd.grad "
-        "(with create_graph=True for higher derivatives) on the result of "
-        "torch.func.functional_call, and a loop over samples or models instead of vmap"
+        "with the models that torch.func.stack_module_state stacks): use torch.autograd.grad (with "
+        "create_graph=True for higher derivatives) on the result of torch.func.functional_call, "
+        "and a loop over samples or models instead of vmap"
     )

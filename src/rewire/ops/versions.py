@@ -34,7 +34,6 @@ def check_versions(ctx: Any) -> None:
     for tensor, version in ctx.versions:
         if tensor._version != version:
             raise RuntimeError(
-                "a sparse weight was modified by an inplace operation (rewired, loaded or "
-                "stepped) between forward and backward: its gradient would be wrong; run the "
-                "forward again"
+                "a sparse weight was modified by an inplace operation (rewired, loaded or stepped) "
+                "between forward and backward: its gradient would be wrong; run the forward again"
             )

@@ -252,8 +252,7 @@ class Posterior:
         if not self.samples:
             raise ValueError(
                 f"there is no sample yet, after {self.steps} of {self.burn_in} steps of burn-in: "
-                "train on, with "
-                "update() after every step, or call collect()"
+                "train on, with update() after every step, or call collect()"
             )
 
     # --- saving -----------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ __all__ = [
 def _check(probabilities: Tensor, labels: Tensor) -> None:
     if probabilities.dim() != 2 or labels.shape != probabilities.shape[:1] or not labels.numel():
         raise ValueError(
-            "probabilities must be (samples, classes) and labels (samples,), at least one, "
-            f"not {tuple(probabilities.shape)} and {tuple(labels.shape)}"
+            "probabilities must be (samples, classes) and labels (samples,), at least one, not "
+            f"{tuple(probabilities.shape)} and {tuple(labels.shape)}"
         )
     if (
         labels.is_floating_point()

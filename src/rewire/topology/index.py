@@ -148,8 +148,8 @@ def replace_(
     """
     if not slots.shape == new_rows.shape == new_cols.shape or slots.dim() != 1:
         raise TopologyError(
-            "slots, rows and cols must be 1-D and equally long, "
-            f"not {tuple(slots.shape)}, {tuple(new_rows.shape)} and {tuple(new_cols.shape)}"
+            f"slots, rows and cols must be 1-D and equally long, not {tuple(slots.shape)}, "
+            f"{tuple(new_rows.shape)} and {tuple(new_cols.shape)}"
         )
     check_integers(slots=slots, rows=new_rows, cols=new_cols)
     if _native.available() and rows.device.type == "cpu":
@@ -206,24 +206,22 @@ def raise_problem(
 
 def _out_of_range(row: int, col: int, n_rows: int, n_cols: int) -> str:
     return (
-        f"connection ({row}, {col}) is outside the {n_rows} x {n_cols} matrix: "
-        f"rows are 0 to {n_rows - 1}, columns 0 to {n_cols - 1}, and (-1, -1) is an empty slot"
+        f"connection ({row}, {col}) is outside the {n_rows} x {n_cols} matrix: rows are 0 to "
+        f"{n_rows - 1}, columns 0 to {n_cols - 1}, and (-1, -1) is an empty slot"
     )
 
 
 def _duplicate(row: int, col: int) -> str:
     return (
-        f"connection ({row}, {col}) occurs more than once: every connection may "
-        "occupy one "
-        "slot only"
+        f"connection ({row}, {col}) occurs more than once: every connection may occupy one slot "
+        "only"
     )
 
 
 def _bad_slot(slot: int, capacity: int) -> str:
     return (
-        f"slot {slot} is out of range or given twice: slots are 0 to {capacity - 1}, "
-        "each at "
-        "most once"
+        f"slot {slot} is out of range or given twice: slots are 0 to {capacity - 1}, each at most "
+        "once"
     )
 
 

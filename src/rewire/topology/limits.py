@@ -30,9 +30,8 @@ def violation(index: Index, n_rows: int, n_cols: int, limits: Limits) -> str | N
         worst = int(room.argmin()) if room.numel() else 0
         if room.numel() and int(room[worst]) < 0:
             return (
-                f"{name} {worst} has {-int(room[worst])} connections more than "
-                "allowed: the "
-                f"limits are {limits}"
+                f"{name} {worst} has {-int(room[worst])} connections more than allowed: the limits "
+                f"are {limits}"
             )
     return None
 
@@ -151,8 +150,7 @@ def grow(
         if whole.numel() < count and not chosen.numel():
             raise TopologyError(
                 f"cannot grow {count} connections where {gone.numel()} are dropped and "
-                f"{kept.numel()} stay, "
-                f"within {limits}"
+                f"{kept.numel()} stay, within {limits}"
             )
         chosen = whole if whole.numel() == count else chosen[: chosen.numel() // 2]
     return chosen // n_cols, chosen % n_cols

@@ -195,8 +195,8 @@ def sample_in_rows(
     """
     if need.shape != (n_rows,) or bool((need < 0).any()):
         raise TopologyError(
-            f"need must have a number of at least 0 for each of the {n_rows} "
-            f"rows, not {need.tolist()}"
+            f"need must have a number of at least 0 for each of the {n_rows} rows, not "
+            f"{need.tolist()}"
         )
     index = build_index(rows, cols, n_rows, n_cols)
     free = n_cols - (index.row_ptr[1:] - index.row_ptr[:-1]).long()

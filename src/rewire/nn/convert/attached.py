@@ -72,22 +72,19 @@ def disguised(module: nn.Module) -> str | None:
         return _parametrized(module)
     if type(module) is nn.MultiheadAttention and kind_of(module) is None:
         return (
-            f"has a {type(module.out_proj).__name__} for its out_proj: put a plain "
-            "layer "
-            "there, or exclude the layer"
+            f"has a {type(module.out_proj).__name__} for its out_proj: put a plain layer there, or "
+            "exclude the layer"
         )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become in bases:
         return (
-            f"is a {type(module).__name__}, which has no weight yet: run the model "
-            "once on a "
-            "batch first"
+            f"is a {type(module).__name__}, which has no weight yet: run the model once on a batch "
+            "first"
         )
     if type(module).__module__.startswith("torch.ao.nn") and any(
         k.dense.__name__ in _names(module) for k in KINDS
     ):
         return (
-            f"is a quantized {type(module).__name__}: make the model sparse before "
-            "it is "
+            f"is a quantized {type(module).__name__}: make the model sparse before it is "
             "quantized, or exclude it"
         )
     return None
@@ -103,8 +100,8 @@ def _parametrized(module: nn.Module) -> str:
     kinds = " and ".join(type(p).__name__ for p in chain)
     return (
         f"has a parametrization of {name} ({kinds}), which would be lost: call "
-        "torch.nn.utils.parametrize."
-        f"remove_parametrizations(layer, {name!r}) first, or exclude the layer"
+        f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first, or exclude "
+        "the layer"
     )
 
 
@@ -129,14 +126,14 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
         parameter = source_of(module, attribute)
         if parameter is None:
             raise ValueError(
-                f"{where} is no parameter but computed from others: remove what computes it "
-                "first, or exclude the layer"
+                f"{where} is no parameter but computed from others: remove what computes it first, "
+                "or exclude the layer"
             )
         _check_parameter(where, f"{where}.values", parameter)
         if parameter.dtype not in _FLOATS:
             raise ValueError(
-                f"{where} is {parameter.dtype}, and sparse weights are real: "
-                "float32, float64 or 16 bits"
+                f"{where} is {parameter.dtype}, and sparse weights are real: float32, float64 or "
+                "16 bits"
             )
         if not parameter.numel():
             raise ValueError(
@@ -145,8 +142,8 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
             )
         if parameter.device.type == "meta" and module._buffers.get(f"{attribute}_mask") is not None:
             raise ValueError(
-                f"{where} is on the meta device, where its prune mask has no values: "
-                "load the model first"
+                f"{where} is on the meta device, where its prune mask has no values: load the "
+                "model first"
             )
 
 
@@ -163,9 +160,8 @@ def check_sparse(name: str, layer: nn.Module) -> None:
             continue
         if not isinstance(own._parameters.get("values"), nn.Parameter):
             raise ValueError(
-                f"{where}.values is no parameter but computed from others "
-                "(torch.nn.utils.prune?), which would be "
-                f"lost: call torch.nn.utils.prune.remove(pool, 'values') first"
+                f"{where}.values is no parameter but computed from others (torch.nn.utils.prune?), "
+                "which would be lost: call torch.nn.utils.prune.remove(pool, 'values') first"
             )
         _check_parameter(f"{where}.values", where, own.values)
         hooks = [kind for kind in _HOOKS if getattr(own, kind) and kind != "_is_full_backward_hook"]
@@ -183,28 +179,25 @@ def _check_module(name: str, module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise ValueError(
             f"{_title(name)} has a forward of its own (one that was assigned), which belongs to "
-            "the layer it was made "
-            "for: take it off first, or exclude the layer"
+            "the layer it was made for: take it off first, or exclude the layer"
         )
     if module.__dict__.get("_compiled_call_impl") is not None:
         raise ValueError(
-            f"{_title(name)} was compiled by its compile(): convert the model first "
-            "and compile it then"
+            f"{_title(name)} was compiled by its compile(): convert the model first and compile it "
+            "then"
         )
 
 
 def _check_parameter(name: str, new: str, parameter: Tensor) -> None:
     if type(parameter.data) is not Tensor:
         raise ValueError(
-            f"{name} is a {type(parameter.data).__name__} (sharded, quantized or the like), not "
-            "an ordinary tensor: "
-            "convert the model before whatever wraps its weights"
+            f"{name} is a {type(parameter.data).__name__} (sharded, quantized or the like), not an "
+            "ordinary tensor: convert the model before whatever wraps its weights"
         )
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         raise ValueError(
             f"{name} has a hook on its gradient, and the gradient of {new} has another shape: "
-            "remove the hook, convert "
-            f"the model and register it on {new}"
+            f"remove the hook, convert the model and register it on {new}"
         )
 
 
@@ -326,8 +319,7 @@ def _check_name(made: nn.Module, layer: nn.Module, name: str) -> None:
     if hasattr(made, name):
         raise ValueError(
             f"a {type(layer).__name__} was given {name!r}, a name that {type(made).__name__} uses "
-            "for itself: "
-            "rename or delete it, or exclude the layer"
+            "for itself: rename or delete it, or exclude the layer"
         )
 
 

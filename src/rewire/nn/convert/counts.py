@@ -68,11 +68,10 @@ def connection_counts(
             kept, names = sum(pruned.values()), ", ".join(join(*key) for key in pruned)
             raise ValueError(
                 f"the prune masks of {names} keep {kept} connections, which does not agree with "
-                f"{kept + total}, what "
-                f"{title} may have{' together with other weights' if members else ''}: leave "
-                "density= and connections= "
-                "out to take the masks as they are, or call torch.nn.utils.prune.remove(layer, "
-                "name) to choose anew"
+                f"{kept + total}, what {title} may "
+                f"have{' together with other weights' if members else ''}: leave density= and "
+                "connections= out to take the masks as they are, or call "
+                "torch.nn.utils.prune.remove(layer, name) to choose anew"
             )
         counts |= pruned
         shapes = [tuple(every[key].shape) for key in members]

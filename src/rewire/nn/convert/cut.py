@@ -148,8 +148,7 @@ def _chosen(
         if key in pruned and not torch.equal(given[key].to(pruned[key].device), pruned[key]):
             raise ValueError(
                 f"the mask of {join(*key)} is not the prune mask that it has: leave masks= out to "
-                "take that one, or "
-                "call torch.nn.utils.prune.remove(layer, name) first"
+                "take that one, or call torch.nn.utils.prune.remove(layer, name) first"
             )
     chosen: dict[str, tuple[nn.Module, Kind, list[_Cut]]] = {}
     for name in dict.fromkeys(layer for layer, _ in (pruned if masks is None else given)):
@@ -328,10 +327,8 @@ def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) 
         elif isinstance(value, Tensor) and value.dim():
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a "
-                "weight of shape "
-                f"{tuple(parameter.shape)}, which cannot be cut along with it: use SGD or Adam, "
-                "or make a new "
-                "optimizer after the cut"
+                f"weight of shape {tuple(parameter.shape)}, which cannot be cut along with it: use "
+                "SGD or Adam, or make a new optimizer after the cut"
             )
         else:
             rest[key] = value

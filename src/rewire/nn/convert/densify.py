@@ -192,10 +192,9 @@ def moves_to_dense(optimizers: Iterable[Optimizer], targets: Mapping[int, Target
                     if len(parts) != len(whole):
                         raise ValueError(
                             f"{parts[0].name} is made of {len(whole)} pools, and "
-                            f"{type(optimizer).__name__} has "
-                            f"{len(parts)} of them in one parameter group: put them into the same "
-                            "group, or make a new "
-                            "optimizer after densify()"
+                            f"{type(optimizer).__name__} has {len(parts)} of them in one parameter "
+                            "group: put them into the same group, or make a new optimizer after "
+                            "densify()"
                         )
                     found.append(_move(member, group, parts))
         check_optimizer(optimizer)
@@ -209,8 +208,7 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
         if kept.parameter is not None and id(kept.parameter) in values:
             raise ValueError(
                 f"{title} keeps {kept.name} of {targets[0].name} beside optimizer.state, where it "
-                "cannot be made "
-                "dense: make a new optimizer after densify(), or keep it in "
+                "cannot be made dense: make a new optimizer after densify(), or keep it in "
                 "optimizer.state[parameter]"
             )
     states = [dict(optimizer.state.get(target.pool.values, {})) for target in targets]
@@ -231,9 +229,9 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
             per_slot[key] = parts
         elif isinstance(value, Tensor) and value.dim():
             raise ValueError(
-                f"{title} keeps {key} of shape {tuple(value.shape)} for "
-                f"{targets[0].pool.capacity} slots, which cannot "
-                f"be made dense along with {targets[0].name}: make a new optimizer after densify()"
+                f"{title} keeps {key} of shape {tuple(value.shape)} for {targets[0].pool.capacity} "
+                f"slots, which cannot be made dense along with {targets[0].name}: make a new "
+                "optimizer after densify()"
             )
         else:
             rest[key] = value
@@ -250,14 +248,12 @@ def refuse_followed(pools: Mapping[str, SparseWeight], optimizers: Iterable[Opti
         if owner is not None and getattr(owner, "attached", False):
             raise ValueError(
                 f"a method still rewires {name}: call its finalize() before densify(), or densify "
-                "a copy.deepcopy of "
-                "the model"
+                "a copy.deepcopy of the model"
             )
         for optimizer in following(pool):
             if id(optimizer) not in given:
                 raise ValueError(
-                    f"{type(optimizer).__name__} trains {name} and would train nothing "
-                    "afterwards: give it to "
-                    "densify(model, optimizers), which carries its state over, or densify a "
-                    "copy.deepcopy of the model"
+                    f"{type(optimizer).__name__} trains {name} and would train nothing afterwards: "
+                    "give it to densify(model, optimizers), which carries its state over, or "
+                    "densify a copy.deepcopy of the model"
                 )

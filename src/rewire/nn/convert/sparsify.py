@@ -97,15 +97,15 @@ def sparsify(
         found = {name: layer for name, layer in found.items() if masks[name]}
         if not found:
             raise ValueError(
-                "give exactly one of density= and connections=: no layer has a prune "
-                "mask to take instead"
+                "give exactly one of density= and connections=: no layer has a prune mask to take "
+                "instead"
             )
     weights = {name: kind.weights(module) for name, (module, kind) in found.items()}
     for name, path, weight in ((n, p, w) for n, parts in weights.items() for p, w in parts.items()):
         if not weight.numel():
             raise ValueError(
-                f"{join(name, path)} has the shape {tuple(weight.shape)}, with nothing to "
-                "connect: exclude it"
+                f"{join(name, path)} has the shape {tuple(weight.shape)}, with nothing to connect: "
+                "exclude it"
             )
     if density is None and connections is None:
         counts = {
@@ -118,8 +118,7 @@ def sparsify(
         kinds = ", ".join(kind.dense.__name__ for kind in KINDS)
         raise ValueError(
             f"no layer to convert: sparsify converts layers of torch.nn ({kinds}), and only=, "
-            "exclude= or the patterns "
-            "of the budget leave none of them"
+            "exclude= or the patterns of the budget leave none of them"
         )
     refuse_shared(model, {name: found[name][0] for name in counts})
     for name in counts:
@@ -127,8 +126,8 @@ def sparsify(
         meta = next((p for p, w in weights[name].items() if w.device.type == "meta"), None)
         if meta is not None and select == "magnitude":
             raise ValueError(
-                f"{join(name, meta)} is on the meta device, where no value is the "
-                "largest: load it first"
+                f"{join(name, meta)} is on the meta device, where no value is the largest: load it "
+                "first"
             )
     if isinstance(limits, Mapping):
         names = {

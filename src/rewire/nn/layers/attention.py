@@ -174,8 +174,7 @@ class SparseMultiheadAttention(Twin):
 
     def extra_repr(self) -> str:
         return (
-            f"embed_dim={self.embed_dim}, "
-            f"num_heads={self.num_heads}, "
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
             f"batch_first={self.batch_first}"
         )
 
@@ -267,8 +266,8 @@ class SparseMultiheadAttention(Twin):
                 )
         if key.shape[:-1] != value.shape[:-1]:
             raise RuntimeError(
-                f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in "
-                "positions or batch"
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in positions or "
+                "batch"
             )
         if (
             query.dim() == 3
@@ -316,8 +315,7 @@ class SparseMultiheadAttention(Twin):
             if mask.shape not in ((targets, sources), (batch * heads, targets, sources)):
                 raise RuntimeError(
                     f"attn_mask must have the shape {(targets, sources)} or "
-                    f"{(batch * heads, targets, sources)}, "
-                    f"not {tuple(mask.shape)}"
+                    f"{(batch * heads, targets, sources)}, not {tuple(mask.shape)}"
                 )
             mask = mask.view(
                 -1 if mask.dim() == 2 else batch, 1 if mask.dim() == 2 else heads, targets, sources

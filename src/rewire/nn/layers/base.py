@@ -108,8 +108,8 @@ class SparseLayer(Twin):
             error_msgs: list[str] = arguments[-1]
             error_msgs.append(
                 f"{prefix}weight is dense, and a sparse weight is saved as values, rows and cols: "
-                "load it into a dense "
-                "model, and use rewire.sparsify(model, select='magnitude') on that"
+                "load it into a dense model, and use rewire.sparsify(model, select='magnitude') on "
+                "that"
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 

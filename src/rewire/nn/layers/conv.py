@@ -78,8 +78,7 @@ class _SparseConv(SparseLayer):
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups must be at least 1 and divide in_channels and out_channels, but {groups} "
-                "groups were given "
-                f"for {in_channels} and {out_channels} channels"
+                f"groups were given for {in_channels} and {out_channels} channels"
             )
         weight = SparseWeight(
             (out_channels, in_channels // groups, *self._sizes("kernel_size", kernel_size, 1)),
@@ -163,8 +162,8 @@ class _SparseConv(SparseLayer):
         sizes = (given,) * cls._rank if isinstance(given, int) else tuple(int(n) for n in given)
         if len(sizes) != cls._rank or min(sizes) < least:
             raise ValueError(
-                f"{name} must be a number or {cls._rank} numbers, each at least "
-                f"{least}, not {given}"
+                f"{name} must be a number or {cls._rank} numbers, each at least {least}, not "
+                f"{given}"
             )
         return sizes
 
@@ -194,8 +193,8 @@ class _SparseConv(SparseLayer):
             return self._product(x.unsqueeze(0)).squeeze(0)
         if x.dim() != self._rank + 2:
             raise RuntimeError(
-                f"x has shape {tuple(x.shape)}, but {type(self).__name__} takes ({self.in_channels}"
-                f"{', ...' * self._rank}), with or without a batch in front"
+                f"x has shape {tuple(x.shape)}, but {type(self).__name__} takes "
+                f"({self.in_channels}{', ...' * self._rank}), with or without a batch in front"
             )
         if self._pad is not None:
             x = F.pad(x, self._pad, mode=self.padding_mode)

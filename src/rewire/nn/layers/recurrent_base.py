@@ -64,8 +64,8 @@ class Recurrent(Twin):
         hidden_size, proj_size, dropout = form.hidden_size, form.proj_size, form.dropout
         if not 0 <= proj_size < hidden_size:
             raise ValueError(
-                f"proj_size must be 0 (no projection) or below hidden_size={hidden_size}, "
-                f"not {proj_size}"
+                f"proj_size must be 0 (no projection) or below hidden_size={hidden_size}, not "
+                f"{proj_size}"
             )
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability between 0 and 1, not {dropout}")
@@ -309,6 +309,6 @@ def _check_input(x: Tensor, dims: tuple[int, ...], features: int) -> None:
     if x.dim() not in dims or x.shape[-1] != features:
         kinds = " or ".join(f"{d}-D" for d in dims)
         raise RuntimeError(
-            f"the input must be {kinds} with {features} features last, not of "
-            f"shape {tuple(x.shape)}"
+            f"the input must be {kinds} with {features} features last, not of shape "
+            f"{tuple(x.shape)}"
         )

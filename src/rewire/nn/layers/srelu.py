@@ -42,8 +42,8 @@ class SReLU(nn.Module):
         self.shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
         if not self.shape or min(self.shape) < 1:
             raise ValueError(
-                "shape must be a number of units or the shape of a sample, each at "
-                f"least 1, not {shape}"
+                "shape must be a number of units or the shape of a sample, each at least 1, not "
+                f"{shape}"
             )
         for name in ("t_left", "a_left", "t_right", "a_right"):
             self.register_parameter(

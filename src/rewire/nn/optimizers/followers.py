@@ -117,8 +117,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             inside = "" if member is optimizer else f" ({type(optimizer).__name__} has it inside)"
             raise ValueError(
                 f"{name} cannot train sparse weights{inside}: {_REFUSED[name]}; use it for the "
-                "dense parameters "
-                "and another optimizer, such as SGD or Adam, for the sparse ones"
+                "dense parameters and another optimizer, such as SGD or Adam, for the sparse ones"
             )
 
 
@@ -322,8 +321,8 @@ class OptimizerFollower:
             elif self._moments == "aged":
                 raise ValueError(
                     "moments='aged' is for Adam, AdamW, NAdam, RAdam and Adamax of torch.optim, "
-                    f"and {why}: use one of "
-                    "them, or moments='auto' (aged where that can be), or 'cleared'"
+                    f"and {why}: use one of them, or moments='auto' (aged where that can be), or "
+                    "'cleared'"
                 )
 
     def leave(self, weight: SparseWeight) -> None:
@@ -344,10 +343,9 @@ def _warn_of_bias(whole: Optimizer, optimizer: Optimizer, parameter: Tensor) -> 
         _WARNED.add(optimizer)
         warnings.warn(
             f"{cannot_age(optimizer)}, so connections that grow get the bias correction of the "
-            "optimizer's step, not "
-            "of their own age, and their first updates may be too large: use Adam, AdamW, NAdam, "
-            "RAdam or Adamax of "
-            "torch.optim, or say moments='cleared' to have it so",
+            "optimizer's step, not of their own age, and their first updates may be too large: use "
+            "Adam, AdamW, NAdam, RAdam or Adamax of torch.optim, or say moments='cleared' to have "
+            "it so",
             stacklevel=2,
         )
 

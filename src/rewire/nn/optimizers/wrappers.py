@@ -46,8 +46,7 @@ def listed(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
         if not isinstance(one, Optimizer):
             raise TypeError(
                 f"an optimizer must be a torch.optim.Optimizer, and {type(one).__name__} is none: "
-                "give the optimizer "
-                "that it wraps, or several of them as a list"
+                "give the optimizer that it wraps, or several of them as a list"
             )
         if not getattr(one, "param_groups", None):
             raise ValueError(
@@ -289,18 +288,15 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
             f"{title} with overlap_with_ddp=True steps within the backward pass, where no method "
-            "can follow: leave it "
-            "False"
+            "can follow: leave it False"
         )
     for member in members[1:]:
         for key, parameter in _parameters(member).items():
             if key not in own and parameter.dim() == 1 and parameter.numel() in lengths:
                 raise ValueError(
-                    f"{title} has an optimizer inside ({type(member).__name__}) that trains a "
-                    "copy of "
-                    f"{lengths[parameter.numel()]}.values, which does not follow its connections: "
-                    "use an optimizer "
-                    "that trains the model's own parameters"
+                    f"{title} has an optimizer inside ({type(member).__name__}) that trains a copy "
+                    f"of {lengths[parameter.numel()]}.values, which does not follow its "
+                    "connections: use an optimizer that trains the model's own parameters"
                 )
     storages = {_storage(p) for p in own.values()}
     for member in members:
@@ -319,10 +315,9 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
                 )
                 raise ValueError(
                     f"{type(member).__name__} keeps {count} numbers in {kept.name}, as many as "
-                    f"{whose} has, and does "
-                    "not say for which parameter: where connections change they could not follow. "
-                    "Keep them in "
-                    "optimizer.state[parameter], or in a list with one tensor for each parameter"
+                    f"{whose} has, and does not say for which parameter: where connections change "
+                    "they could not follow. Keep them in optimizer.state[parameter], or in a list "
+                    "with one tensor for each parameter"
                 )
 
 

@@ -92,8 +92,8 @@ class UnitGraph:
     def __init__(self, model: nn.Module, inputs: Any, tried: Iterable[str] = ()) -> None:
         if isinstance(model, DistributedDataParallel):
             raise ValueError(
-                "DistributedDataParallel has buckets of a fixed size: cut units "
-                "before wrapping the model"
+                "DistributedDataParallel has buckets of a fixed size: cut units before wrapping "
+                "the model"
             )
         self.model, self.inputs = model, inputs
         self._trace = Trace(model, inputs)
@@ -229,8 +229,8 @@ class UnitGraph:
         least = group.least
         if n - index.numel() < least:
             raise ValueError(
-                f"{group.name} has {n} units and cannot lose {index.numel()}: at "
-                f"least {least} must stay"
+                f"{group.name} has {n} units and cannot lose {index.numel()}: at least {least} "
+                "must stay"
             )
         return group.alive[index]
 
@@ -332,8 +332,7 @@ class UnitGraph:
                 if len(names) > 1:
                     raise ValueError(
                         f"the units of {group.name} cannot be cut: {site.name}.{axis.name} is "
-                        "shared "
-                        f"({', '.join(sorted(names))} are one parameter)"
+                        f"shared ({', '.join(sorted(names))} are one parameter)"
                     )
 
     def _try(self, group: Group) -> None:

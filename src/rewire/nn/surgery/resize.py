@@ -74,10 +74,9 @@ def check_state(optimizer: Optimizer, name: str, parameter: Tensor, keep: Keep) 
             known = value is None or isinstance(value, bool | int | float | str)
         if not known:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps state {key!r} of {name} that has not one "
-                "number per weight, so it "
-                "cannot be cut with it: del optimizer.state[parameter] to start it afresh, or "
-                "use another optimizer"
+                f"{type(optimizer).__name__} keeps state {key!r} of {name} that has not one number "
+                "per weight, so it cannot be cut with it: del optimizer.state[parameter] to start "
+                "it afresh, or use another optimizer"
             )
 
 

@@ -74,9 +74,8 @@ def why_not(module: nn.Module) -> str | None:
         for name in ({a.name for side in ("in", "out") for a in axes(module, side)})
     ):
         return (
-            "has a weight that is computed from other tensors (weight_norm, "
-            "spectral_norm, "
-            "pruning masks)"
+            "has a weight that is computed from other tensors (weight_norm, spectral_norm, pruning "
+            "masks)"
         )
     if isinstance(module, _ConvNd) and module.groups > 1 and not depthwise(module):
         return f"is a convolution with groups={module.groups}, whose groups must keep equal sizes"

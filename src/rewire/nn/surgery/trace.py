@@ -284,8 +284,8 @@ class _Walk:
             if failed:
                 raise ValueError(
                     f"the network does not run in {self._mode} on the example ({failed[0]}): give "
-                    "data (or an example) "
-                    "with all arguments that it needs, a dict of them where there are several"
+                    "data (or an example) with all arguments that it needs, a dict of them where "
+                    "there are several"
                 ) from None
             raise ValueError(
                 f"no unit can be cut: torch-pruning cannot follow this network in {self._mode} "
@@ -311,8 +311,7 @@ class _Walk:
         except Exception as error:
             raise ValueError(
                 f"the units of {name} cannot be cut: torch-pruning cannot follow them in "
-                f"{self._mode} "
-                f"({type(error).__name__}: {in_words(error)})"
+                f"{self._mode} ({type(error).__name__}: {in_words(error)})"
             ) from None
         kinds, found = self._types, []
         passing = {
@@ -339,8 +338,8 @@ class _Walk:
             if node.type == kinds.PARAMETER:
                 parameter = self._parameters.get(id(node.module), "a parameter")
                 raise ValueError(
-                    f"the units of {name} meet {parameter}, which belongs to no "
-                    "layer that can be cut"
+                    f"the units of {name} meet {parameter}, which belongs to no layer that can be "
+                    "cut"
                 )
             side: Side = "in" if group[i].dep.handler.__name__ == "prune_in_channels" else "out"
             found.append(
@@ -395,8 +394,8 @@ class Trace:
                 raise ValueError(f"{name} took no part in the forward pass of the example")
             raise ValueError(
                 f"the outputs of {name} cannot be followed to an output of the network: nothing "
-                "uses them, or autograd "
-                "has no graph of them (torch.no_grad, a reentrant checkpoint)"
+                "uses them, or autograd has no graph of them (torch.no_grad, a reentrant "
+                "checkpoint)"
             )
         for walk in there:
             for one in walk.reach(name, count):

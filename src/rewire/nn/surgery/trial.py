@@ -90,8 +90,7 @@ def _compare(
         ):
             raise Different(
                 f"something between it and {readers or 'the output'} mixes them or uses weights "
-                "outside their layer "
-                f"(in {mode})"
+                f"outside their layer (in {mode})"
             )
 
 

@@ -185,8 +185,8 @@ class Changes(Storage):
         """
         if capacity < self._connections:
             raise ValueError(
-                f"capacity {capacity} is below the {self._connections} active connections: "
-                "drop connections first, or choose a larger capacity"
+                f"capacity {capacity} is below the {self._connections} active connections: drop "
+                "connections first, or choose a larger capacity"
             )
         if capacity > self.size:
             raise ValueError(
@@ -257,6 +257,6 @@ class Changes(Storage):
             if bool((rows >= 0).all()) and bool((keys[1:] > keys[:-1]).all()):
                 return rows, cols
         raise TopologyError(
-            "the index does not list the pool's connections: something has written to its "
-            "buffers; change a weight through rewire() or load_state_dict only"
+            "the index does not list the pool's connections: something has written to its buffers; "
+            "change a weight through rewire() or load_state_dict only"
         )

@@ -100,8 +100,8 @@ def read(
         raise TopologyError(f"saved with shape {theirs}, but this weight is {tuple(shape)}")
     if not values.shape == rows.shape == cols.shape or values.dim() != 1:
         raise TopologyError(
-            "values, rows and cols must be 1-D and equally long, "
-            f"not {tuple(values.shape)}, {tuple(rows.shape)} and {tuple(cols.shape)}"
+            f"values, rows and cols must be 1-D and equally long, not {tuple(values.shape)}, "
+            f"{tuple(rows.shape)} and {tuple(cols.shape)}"
         )
     for name, tensor in zip(_POOL, (values, rows, cols), strict=True):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:

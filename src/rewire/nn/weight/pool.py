@@ -101,8 +101,8 @@ class SparseWeight(Changes):
         """
         if not rows.shape == cols.shape == values.shape or rows.dim() != 1:
             raise TopologyError(
-                "rows, cols and values must be 1-D and equally long, "
-                f"not {tuple(rows.shape)}, {tuple(cols.shape)} and {tuple(values.shape)}"
+                f"rows, cols and values must be 1-D and equally long, not {tuple(rows.shape)}, "
+                f"{tuple(cols.shape)} and {tuple(values.shape)}"
             )
         topology.matrix_size(shape)
         self = cls.__new__(cls)
@@ -187,8 +187,7 @@ class SparseWeight(Changes):
         limits = f", {self.limits}" if self.limits is not None else ""
         spare = f", capacity={self.capacity}" if self.capacity != self._connections else ""
         return (
-            f"{tuple(self._shape)}, "
-            f"connections={self._connections}, "
+            f"{tuple(self._shape)}, connections={self._connections}, "
             f"density={self.density:.4g}{spare}{limits}"
         )
 
@@ -263,8 +262,8 @@ class SparseWeight(Changes):
         try:
             if local_metadata.get("assign_to_params_buffers", False):
                 raise TopologyError(
-                    "load_state_dict(assign=True) would replace the tensors that the optimizer "
-                    "and the index belong to: load without assign"
+                    "load_state_dict(assign=True) would replace the tensors that the optimizer and "
+                    "the index belong to: load without assign"
                 )
             self._take(loading.read(state_dict, prefix, self._shape, self.limits, self.device))
         except (ValueError, RuntimeError) as error:  # TopologyError is a ValueError
@@ -278,8 +277,8 @@ class SparseWeight(Changes):
         if capacity != self.capacity:
             if self.shared_seed is not None:
                 raise TopologyError(
-                    f"the file has {capacity} slots and this pool {self.capacity}, and under DDP "
-                    "a pool cannot be resized: load before rewire.distributed.prepare"
+                    f"the file has {capacity} slots and this pool {self.capacity}, and under DDP a "
+                    "pool cannot be resized: load before rewire.distributed.prepare"
                 )
             self.values.grad = None
             blank = torch.zeros(capacity, device=self.device, dtype=self.dtype)

@@ -170,12 +170,9 @@ def refusal(shape: tuple[int, ...]) -> TopologyError:
     """What to say where positions were written that the values do not belong to."""
     return TopologyError(
         f"the positions of a sparse weight of shape {shape} were written behind its back, so its "
-        "values belong to "
-        "other connections: averages over state_dict() or buffers, and copies tensor by tensor, "
-        "mix connections slot "
-        "by slot. Average with rewire.ema.ExponentialMovingAverage, or with "
-        "torch.optim.swa_utils.AveragedModel(model, "
-        "multi_avg_fn=rewire.ema.get_ema_multi_avg_fn(model)); copy with "
-        "load_state_dict or copy.deepcopy; for DistributedDataParallel call "
-        "rewire.distributed.prepare(model) first"
+        "values belong to other connections: averages over state_dict() or buffers, and copies "
+        "tensor by tensor, mix connections slot by slot. Average with "
+        "rewire.ema.ExponentialMovingAverage, or with torch.optim.swa_utils.AveragedModel(model, "
+        "multi_avg_fn=rewire.ema.get_ema_multi_avg_fn(model)); copy with load_state_dict or "
+        "copy.deepcopy; for DistributedDataParallel call rewire.distributed.prepare(model) first"
     )

@@ -38,9 +38,8 @@ def refuse_torchscript(what: str, module: nn.Module) -> NoReturn:
     raise RuntimeError(
         f"{what} cannot record {type(module).__name__}: TorchScript knows no sparse layers. Use "
         "torch.export.export(model, args) to save a model as a program (torch.onnx.export with "
-        "dynamo=True goes that "
-        "way), torch.compile(model) for speed, or rewire.densify(model) for a dense model that "
-        "TorchScript takes"
+        "dynamo=True goes that way), torch.compile(model) for speed, or rewire.densify(model) for "
+        "a dense model that TorchScript takes"
     )
 
 
@@ -48,7 +47,7 @@ def refuse_data_parallel(module: nn.Module) -> NoReturn:
     """Raise RuntimeError with the way that works."""
     raise RuntimeError(
         f"torch.nn.DataParallel cannot replicate {type(module).__name__}: its copies live for one "
-        "forward pass, and "
-        "what a sparse weight knows of its gradients and topology would be lost with them. Use "
-        "torch.nn.parallel.DistributedDataParallel after rewire.distributed.prepare(model)"
+        "forward pass, and what a sparse weight knows of its gradients and topology would be lost "
+        "with them. Use torch.nn.parallel.DistributedDataParallel after "
+        "rewire.distributed.prepare(model)"
     )
