@@ -130,7 +130,7 @@ class Odd(optim.SGD):
         ("beside", "Odd keeps slow of 0.weight beside optimizer.state"),
         ("shape", r"Odd keeps pairs of shape \(12, 2\)"),
         ("groups", "0.in_proj_weight is made of 3 pools, and SGD has 1 of them"),
-        ("no optimizer", "an optimizer must be a torch.optim.Optimizer, and dict is none"),
+        ("no optimizer", "an optimizer must be a torch.optim.Optimizer, not a dict"),
     ],
 )
 def test_what_cannot_go_back_is_refused_and_nothing_changes(case: str, message: str) -> None:

@@ -1,14 +1,16 @@
-"""Adam and its relatives on connections that grew later: the bias correction of each is that of its
-own age.
+"""Adam and its relatives on connections that grew later: each gets the bias correction of its own
+age.
 
-Adam divides its moments by ``1 - beta ** step``, because they began at 0. A connection that grows
-at step 1000 begins there too, but `torch.optim` keeps one step for the whole parameter: its first
-update is then ``(1 - beta1) / sqrt(1 - beta2)`` = 3.16 times the rate. Here every connection that
-grew has an *age*, the number of steps it has taken, as one more tensor of the optimizer's state
-(`KEY`), so it is saved, loaded, moved, cut and reset with the moments. The moments do not depend on
-the step; only what is made of them does. So the optimizer steps as it always does, and then the
-values of young connections are moved by the difference between what their own age makes of the
-moments and what the optimizer made of them.
+Adam divides its moments by ``1 - beta ** step``, because they began at 0. The moments of a
+connection that grows at step 1000 begin at 0 too, but `torch.optim` has one step for the whole
+parameter, so the connection's first update is ``(1 - beta1) / sqrt(1 - beta2)`` = 3.16 times the
+rate. Here every connection that grew has an *age*, the number of steps it has taken. Ages are one
+more tensor of the optimizer's state (`KEY`), so they are saved, loaded, moved, cut and reset with
+the moments.
+
+The moments themselves do not depend on the step, only the update made of them does. So the
+optimizer steps as always, and then the values of young connections move by the difference between
+the update for their own age and the optimizer's update.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["KEY", "Ages", "Moments", "ages_of", "cannot_age", "looks_biased", "start_ages"]
 
-#: How a grown connection's optimizer state begins (`rewire.nn.follow_optimizer`).
+#: The bias correction of grown connections (`rewire.nn.follow_optimizer`).
 Moments = Literal["auto", "aged", "cleared"]
 
-#: The name of the ages in the optimizer's state: 16 bits a slot (32 where correction takes longer),
-#: read as unsigned: steps that the connection has taken since it grew, or all ones where the
+#: The name of the ages in the optimizer's state: the steps that a connection has taken since it
+#: grew, as unsigned 16 bits per slot (32 if correction takes longer); all bits are ones where the
 #: optimizer's own step counts.
 KEY = "age"
 
@@ -52,14 +54,15 @@ _LONGEST = 0x7FFFFFFE
 
 @dataclass(frozen=True)
 class _Rule:
-    """How values follow from moments: ``w <- decay w - lr (m[age] m + g[age] grad) / (root[age]
-    sqrt(v) + eps[age])``.
+    """How an optimizer updates values from moments: ``w <- decay w - lr (m[age] m + g[age] grad) /
+    (root[age] sqrt(v) + eps[age])``.
 
-    second: the name of v in the state. squared: whether its square root is taken.
+    second: the name of v in the state.
+    squared: whether the square root of v is taken.
+    gradient: whether g is not 0.
     tables: (parameter group, ages as float64, dtype of the optimizer's counters) -> m, g, root, eps
         by age.
-    horizon: parameter group, precision -> the age from which all of them are those of an infinite
-        age.
+    horizon: (parameter group, precision) -> the age from which these equal those of infinite age.
     """
 
     second: Callable[[Mapping[str, Any]], str]
@@ -92,7 +95,7 @@ def _nadam(group: Mapping[str, Any], age: np.ndarray, counters: Any) -> tuple[An
     one, two = _betas(group)
     decay = float(group["momentum_decay"])
     mu = one * (1.0 - 0.5 * 0.96 ** (np.append(age, age[-1] + 1) * decay))
-    product = np.cumprod(mu[:-1].astype(counters)).astype(np.float64)  # as the optimizer sums it up
+    product = np.cumprod(mu[:-1].astype(counters)).astype(np.float64)  # rounded as in the optimizer
     now, following = mu[:-1], mu[1:]
     m = following / (1.0 - product * following)
     return m, (1.0 - now) / (1.0 - product), 1 / np.sqrt(1 - two**age), float(group["eps"])
@@ -101,9 +104,7 @@ def _nadam(group: Mapping[str, Any], age: np.ndarray, counters: Any) -> tuple[An
 def _nadam_now(
     group: Mapping[str, Any], state: Mapping[str, Any], step: int
 ) -> tuple[float, float, float, float]:
-    """What the optimizer's own step ``step`` made of the moments: of its product of mu, as it
-    stands.
-    """
+    """m, g, root and eps of the optimizer's own step, from the product of mu in its state."""
     one, two = _betas(group)
     now, following = (
         one * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"]))) for t in (step, step + 1)
@@ -114,9 +115,9 @@ def _nadam_now(
 
 
 def _nadam_horizon(group: Mapping[str, Any], precision: float) -> float:
-    # The schedule of mu goes on for 10^5 steps, and its end hardly matters: what it gives to the
-    # gradient it takes from the moment, which is the gradient's average.
-    # tests/nn/optimizers/test_ages.py measures it.
+    # The schedule of mu takes 10^5 steps, but its end hardly matters: it shifts weight from the
+    # moment, which averages the gradient, to the gradient. tests/nn/optimizers/test_ages.py
+    # measures the error.
     schedule = _fades(0.96 ** float(group["momentum_decay"]), precision)
     return max(_both(group, precision), min(schedule, _LONGEST_SHORT))
 
@@ -144,6 +145,10 @@ def _adamax(group: Mapping[str, Any], age: np.ndarray, counters: Any) -> tuple[A
     return 1 / (1 - _betas(group)[0] ** age), 0.0, 1.0, 0.0
 
 
+def _first_only(group: Mapping[str, Any], precision: float) -> float:
+    return _fades(_betas(group)[0], precision)
+
+
 def _variance(group: Mapping[str, Any]) -> str:
     return "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
 
@@ -152,13 +157,7 @@ _RULES: dict[type[Optimizer], _Rule] = {
     Adam: _Rule(_variance, True, False, _adam, _both),  # AdamW is a subclass
     NAdam: _Rule(lambda group: "exp_avg_sq", True, True, _nadam, _nadam_horizon),
     RAdam: _Rule(lambda group: "exp_avg_sq", True, False, _radam, _radam_horizon),
-    Adamax: _Rule(
-        lambda group: "exp_inf",
-        False,
-        False,
-        _adamax,
-        lambda group, precision: _fades(_betas(group)[0], precision),
-    ),
+    Adamax: _Rule(lambda group: "exp_inf", False, False, _adamax, _first_only),
 }
 
 
@@ -169,7 +168,7 @@ def _own_step(kind: type[Optimizer], base: type[Optimizer]) -> bool:
     )
 
 
-#: What has been found for classes of optimizers.
+#: A cache of `_rule`.
 _FOUND: dict[Any, _Rule | None] = {}
 
 
@@ -181,9 +180,7 @@ def _rule(kind: type[Optimizer]) -> _Rule | None:
 
 
 def cannot_age(optimizer: Optimizer) -> str | None:
-    """Why grown connections cannot have the bias correction of their own age with this optimizer;
-    None if they can.
-    """
+    """Why this optimizer does not support ages; None if it does."""
     name = type(optimizer).__name__
     if _rule(type(optimizer)) is None:
         if isinstance(optimizer, tuple(_RULES)):
@@ -195,7 +192,9 @@ def cannot_age(optimizer: Optimizer) -> str | None:
 
 
 def looks_biased(state: Mapping[str, Any]) -> bool:
-    """Whether it seems to be the state of a relative of Adam, whose updates depend on a step."""
+    """Whether this seems to be the state of a relative of Adam, with updates that depend on a
+    step.
+    """
     return "step" in state and ("exp_avg" in state or "exp_avg_sq" in state)
 
 
@@ -213,12 +212,12 @@ def _horizon(rule: _Rule, group: Mapping[str, Any], dtype: torch.dtype) -> int:
 
 
 def ages_of(state: dict[Any, Any], parameter: Tensor, horizon: int = 0) -> Tensor | None:
-    """The ages in an optimizer's state of a pool (int16 or int32, changes in place count), or None
-    if it has none.
+    """The ages in an optimizer's state of a weight (int16 or int32; write to them in place), if
+    there are any.
 
-    ``optimizer.load_state_dict`` turns all state into the parameter's dtype: this turns it back.
-    Values of 16 bits have the ages' bits under their own dtype, because they could not represent
-    such numbers.
+    ``optimizer.load_state_dict`` converts all state to the parameter's dtype; this converts it
+    back. For values of 16 bits, whose dtype could not represent such numbers, the state keeps the
+    bits of the ages under that dtype.
     """
     kept = state.get(KEY)
     if kept is None:
@@ -237,12 +236,11 @@ def ages_of(state: dict[Any, Any], parameter: Tensor, horizon: int = 0) -> Tenso
 
 
 def start_ages(optimizer: Optimizer, weight: SparseWeight, slots: Tensor, *, moved: bool) -> bool:
-    """Let the connections in ``slots``, whose other state has been reset already, be new; empty
-    slots have no age.
+    """Let the connections in ``slots``, whose other state has been reset already, start at age 0.
 
-    moved: the whole pool has moved. Returns whether the optimizer's state has ages now (without
-        state it needs none:
-    its first step is that of all).
+    Empty slots have no age. ``moved``: the whole pool has moved. Returns whether the optimizer's
+    state has ages now. An optimizer without state needs none, because its first step is the first
+    step of all connections.
     """
     parameter = weight.values
     state = optimizer.state.get(parameter)
@@ -257,12 +255,10 @@ def start_ages(optimizer: Optimizer, weight: SparseWeight, slots: Tensor, *, mov
         group = _group(optimizer, parameter)
         rule = _rule(type(optimizer))
         assert rule is not None
-        short = (
-            parameter.element_size() == 2
-            or _horizon(rule, group, parameter.dtype) <= _LONGEST_SHORT
-        )
+        narrow = parameter.element_size() == 2
+        short = narrow or _horizon(rule, group, parameter.dtype) <= _LONGEST_SHORT
         ages = torch.full_like(rows, _OLD, dtype=torch.int16 if short else torch.int32)
-        state[KEY] = ages.view(parameter.dtype) if parameter.element_size() == 2 else ages
+        state[KEY] = ages.view(parameter.dtype) if narrow else ages
         ages.index_fill_(0, slots, 0)
     if not full:
         empty = (rows < 0).nonzero().flatten() if moved else slots[rows[slots] < 0]
@@ -276,26 +272,26 @@ def _group(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 @dataclass
 class _Watched:
-    """A pool's values, who wants them watched, and what is known of them between steps."""
+    """The values of a weight, who asked to watch them, and what is known of them between steps."""
 
     parameter: Tensor
     users: set[int]
-    settled: Tensor | None = None  # ages that are known to be all old
-    counter: float | None = None  # the optimizer's step when the ages were last seen to
-    # the optimizer's list of groups, and the parameter's
+    settled: Tensor | None = None  # ages that are all old
+    counter: float | None = None  # the optimizer's step at the last correction
+    # the optimizer's list of groups, and the parameter's group
     group: tuple[Any, dict[str, Any]] | None = None
 
 
-#: What sees to the ages in each optimizer.
+#: By optimizer.
 _AGES: weakref.WeakKeyDictionary[Optimizer, Ages] = weakref.WeakKeyDictionary()
 
 
 class Ages:
-    """Sees to the ages in one optimizer, by a hook after its steps. Holds the optimizer weakly.
+    """Corrects the updates of young connections after each step of one optimizer, by a hook.
 
-    Cost of a step: nothing but a look if no connection is young; else a pass over the ages and work
-    for the young alone. One that has taken so many steps that its correction is the optimizer's own
-    to the last bit is old again.
+    A connection is old once its correction equals the optimizer's own up to rounding. Holds the
+    optimizer weakly. Cost of a step: one comparison if no connection is young, else a pass over the
+    ages and work for the young connections.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -305,7 +301,7 @@ class Ages:
 
     @classmethod
     def watch(cls, optimizer: Optimizer, parameter: Tensor, user: int) -> None:
-        """See to the ages of ``parameter`` until ``user`` says `leave`; again is fine."""
+        """Correct ``parameter`` after each step until ``user`` calls `leave`; may be repeated."""
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             return
         ages = _AGES.get(optimizer)
@@ -319,7 +315,7 @@ class Ages:
 
     @classmethod
     def leave(cls, optimizer: Optimizer, parameter: Tensor, user: int) -> None:
-        """End `watch`; the hooks go with the last one."""
+        """End `watch`; the last one to leave removes the hook."""
         ages = _AGES.get(optimizer)
         watched = None if ages is None else ages._pools.get(id(parameter))
         if ages is None or watched is None:
@@ -338,17 +334,16 @@ class Ages:
             if not state or KEY not in state or state[KEY] is watched.settled:
                 continue
             before, watched.counter = watched.counter, float(state["step"])
-            # Where the counter stands still it took no part, or a GradScaler had the step skipped.
-            stepped = (
-                watched.parameter.grad is not None if before is None else before != watched.counter
-            )
+            # The counter stands still if the parameter took no part, or a GradScaler skipped the
+            # step.
+            stepped = before != watched.counter
+            if before is None:
+                stepped = watched.parameter.grad is not None
             if stepped and not self._correct(optimizer, watched, state):
                 watched.settled = state[KEY]
 
     def _correct(self, optimizer: Optimizer, watched: _Watched, state: dict[Any, Any]) -> int:
-        """Put young connections where a step of their own age leads, one step older; returns how
-        many stay young.
-        """
+        """Correct the last update of young connections; returns how many are still young."""
         rule = _rule(type(optimizer))
         assert rule is not None
         parameter, groups = watched.parameter, optimizer.param_groups
@@ -383,11 +378,9 @@ class Ages:
         state: Mapping[str, Any],
         step: int,
     ) -> tuple[int, Tables, tuple[float, float, float, float]]:
-        """The horizon, what a step makes of the moments by age, and what the optimizer's own
-        ``step`` made of them.
-        """
+        """The horizon, the tables by age, and the four factors of the optimizer's own ``step``."""
         horizon, tables, lists = self._lists(rule, group, parameter, state, step)
-        if rule.gradient and step > lists.shape[1]:  # NAdam's table ends before its schedule does
+        if rule.gradient and step > lists.shape[1]:  # NAdam's schedule is longer than its table
             return horizon, tables, _nadam_now(group, state, step)
         m, g, root, eps = lists[:, min(step, lists.shape[1]) - 1].tolist()
         return horizon, tables, (m, g, root, eps)
@@ -400,8 +393,9 @@ class Ages:
         state: Mapping[str, Any],
         step: int,
     ) -> tuple[int, Tables, Any]:
-        """Made anew only where the group's numbers change."""
-        # No connection is older than the optimizer; so tables grow with its step, in powers of two.
+        """The horizon and the tables, from a cache unless the group's numbers have changed."""
+        # No connection is older than the optimizer, so tables are as long as the next power of two
+        # above its step.
         longest = 1 << max(10, step.bit_length())
         numbers = _betas(group), group["eps"], group.get("momentum_decay"), longest
         place = rule, parameter.dtype, parameter.device
@@ -409,11 +403,8 @@ class Ages:
         if known is None or known[0] != numbers:
             horizon = _horizon(rule, group, parameter.dtype)
             length = min(longest, horizon)
-            counters = (
-                np.float64
-                if getattr(state.get("mu_product"), "dtype", None) == torch.float64
-                else np.float32
-            )
+            wide = getattr(state.get("mu_product"), "dtype", None) == torch.float64
+            counters = np.float64 if wide else np.float32
             lists = rule.tables(group, np.arange(1, length + 1, dtype=np.float64), counters)
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             rows = np.stack([np.broadcast_to(x, length) for x in lists])

@@ -1,5 +1,5 @@
-"""Optimizers follow the pools they train: state moves with the connections and starts afresh with
-new ones.
+"""Optimizers follow the sparse weights they train: state moves with connections, and starts afresh
+for new ones.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ __all__ = [
     "restart_optimizer_state",
 ]
 
-#: What a per-connection state tensor starts at, where that is not 0: a function of the parameter
-#: group, or "values" for a copy of the connection's own value.
+#: The initial value of state that has a number for each connection, if it is not 0: a function of
+#: the parameter group, or "values" for a copy of the connection's own value.
 _INITIAL: dict[tuple[str, str], Callable[[dict[str, Any]], float] | Literal["values"]] = {
     ("Rprop", "step_size"): lambda group: float(group["lr"]),
     ("Adagrad", "sum"): lambda group: float(group["initial_accumulator_value"]),
@@ -57,11 +57,11 @@ _INITIAL: dict[tuple[str, str], Callable[[dict[str, Any]], float] | Literal["val
 #: gradients.
 _COPY = re.compile(r"slow|master|anchor|old_p$|p0$|(^|_)(param|weight|value)s?(_|$)")
 
-#: Of each optimizer, the names of what was equal to the values when a follower was made: copies of
-#: them, then.
+#: Of each optimizer, the names of state that was equal to the values when it began to follow:
+#: copies of them, therefore.
 _COPIES: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
-#: Optimizers whose state or update rule is not one number per connection.
+#: Optimizers that cannot train sparse weights, and why.
 _REFUSED = {
     "LBFGS": "its history mixes all connections, so one of them cannot start afresh",
     "Muon": "it orthogonalises 2-D matrices, and a pool's values are 1-D",
@@ -75,25 +75,23 @@ def register_initial_state(
     """Declare that state ``key`` of the optimizer class named ``optimizer`` starts at
     ``value(param_group)``, not at 0.
 
-    "values" says that it is a copy of the values, such as Lookahead's slow weights: a new
-    connection's starts at its own value. For optimizers from other packages; those of `torch.optim`
-    are known, and so are copies that were equal to the values when the method was made or whose
-    name says it (slow, master, old_p, ..._param, ..._weight).
+    "values" declares a copy of the values, such as Lookahead's slow weights: for a new connection
+    it starts at the connection's value. This is for optimizers from other packages: those of
+    `torch.optim` are known. So are copies whose name tells (slow, master, old_p, ..._param,
+    ..._weight), or that equal the values when the optimizer begins to follow.
     """
     _INITIAL[optimizer, key] = value
     _DECLARED.clear()
 
 
-#: What `_declared` has found.
+#: A cache of `_declared`.
 _DECLARED: dict[tuple[type[Optimizer], str], Any] = {}
 
 
 def _declared(
     kind: type[Optimizer], key: str
 ) -> Callable[[dict[str, Any]], float] | Literal["values"] | None:
-    """What is declared of state ``key`` of a class of optimizers, or of one above it. Asked for at
-    every growth.
-    """
+    """What is declared of state ``key`` of a class of optimizers or one of its base classes."""
     if (kind, key) not in _DECLARED:
         found = (_INITIAL.get((c.__name__, key)) for c in kind.__mro__)
         rule = next((rule for rule in found if rule is not None), None)
@@ -108,8 +106,8 @@ def _known_name(optimizer: Optimizer, table: Iterable[str]) -> str | None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer that cannot train a pool, or has such a one inside, by name
-    and why.
+    """Raise ValueError, which says why, if the optimizer or one inside it cannot train a sparse
+    weight.
     """
     for member in inner_optimizers(optimizer):
         name = _known_name(member, _REFUSED)
@@ -122,9 +120,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _kept(optimizer: Optimizer, parameter: Tensor, *, resized: bool = False) -> Iterator[Kept]:
-    """All tensors that an optimizer keeps for a parameter, those of optimizers inside it left out.
+    """All tensors that an optimizer itself, not one inside it, keeps for a parameter.
 
-    Not what shares its storage: SAM hands a tensor it kept back as the parameter's data.
+    Tensors that share the parameter's storage are left out: SAM makes a tensor that it kept the
+    parameter's data.
     """
     state = optimizer.state.get(parameter)
     if state:
@@ -138,7 +137,7 @@ def _kept(optimizer: Optimizer, parameter: Tensor, *, resized: bool = False) -> 
 
 
 def _start(optimizer: Optimizer, kept: Kept) -> float | None:
-    """What a new connection's number starts at; None for its own value."""
+    """The initial value for a new connection; None for the connection's own value."""
     if _declared(type(optimizer), kept.name) is None:
         return initial_of(optimizer, kept.name, {})
     group = next(
@@ -148,8 +147,8 @@ def _start(optimizer: Optimizer, kept: Kept) -> float | None:
 
 
 def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float | None:
-    """What state ``key`` of a new connection starts at, in a parameter group; None for the
-    connection's own value.
+    """The initial value of state ``key`` for a new connection; None for the connection's own
+    value.
     """
     rule = _declared(type(optimizer), key)
     if rule is None:
@@ -158,24 +157,23 @@ def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float |
 
 
 def following(weight: SparseWeight) -> list[Optimizer]:
-    """The optimizers that follow a pool and are alive."""
-    mine = [f for f in weight.followers if isinstance(f, OptimizerFollower)]
-    return [optimizer for f in mine if (optimizer := f._optimizer()) is not None]
+    """The optimizers that follow a weight and are alive."""
+    found = (f.optimizer for f in weight.followers if isinstance(f, OptimizerFollower))
+    return [optimizer for optimizer in found if optimizer is not None]
 
 
 def _per_slot(
     optimizer: Optimizer, parameter: Tensor, length: int
 ) -> Iterator[tuple[Kept, float | None]]:
-    """What has one number per slot, with what a new connection's starts at."""
+    """The tensors with one number per slot, with the initial value for a new connection."""
     for kept in _kept(optimizer, parameter, resized=length != parameter.numel()):
-        # A pool with one slot: a step counter is 0-dim in torch.optim, so a 1-D tensor is state all
-        # the same.
+        # This also holds for a single slot: a step counter is 0-dim in torch.optim, not 1-D.
         if kept.tensor.dim() == 1 and kept.tensor.numel() == length:
             yield kept, _start(optimizer, kept)
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None:
-    """Put the optimizer's state of ``slots`` to its initial value, which is not always 0."""
+    """Set the optimizer's state of ``slots`` to its initial value, which is not always 0."""
     for kept, initial in _per_slot(optimizer, parameter, parameter.numel()):
         if initial is not None:
             kept.tensor.index_fill_(0, slots, initial)
@@ -184,16 +182,16 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor, slots: Tensor
 
 
 def restart_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
-    """Put all state of a parameter, its counters too, to what it was before the first step."""
+    """Set all state of a parameter, counters as well, to what it was before the first step."""
     for member in inner_optimizers(optimizer):
         if is_plain(member):
             state = member.state.get(parameter, {})
-            # a wrapper's, in its inner one's state
+            # A wrapper's copies of the values lie in the state of the optimizer inside it.
             copies = {k: v for k, v in state.items() if _COPY.search(str(k))}
             if not copies:
                 member.state.pop(parameter, None)
                 continue
-        # Some make their state at construction only, and would miss it.
+        # Others may make their state at construction only, so it must stay.
         for kept in list(_kept(member, parameter)):
             initial = _start(member, kept) if kept.tensor.shape == parameter.shape else 0.0
             if initial is None:
@@ -201,27 +199,22 @@ def restart_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
             else:
                 kept.tensor.fill_(initial)
         for key, value in member.state.get(parameter, {}).items():
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and key in ("step", "steps", "t")
-            ):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and key in ("step", "steps", "t"):
                 member.state[parameter][key] = type(value)(0)
 
 
 def carry_optimizer_state(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
-    """Move per-slot state as the pool moved: slot k takes what slot ``source[k]`` had, -1 starts
-    afresh.
+    """Move state as the slots moved: slot k takes what slot ``source[k]`` had; -1 starts afresh.
 
-    State whose length is already the pool's new one is taken to have been carried before.
-    Optimizers inside another are carried along.
+    State that has the new length already counts as moved. Includes optimizers inside this one.
     """
     for member in inner_optimizers(optimizer):
         _carry(member, parameter, source)
 
 
 def _carry(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
-    least = None  # the old length is not known, but it was at least this
+    least = None  # the old length is unknown, but it was at least this
     for kept in list(_kept(optimizer, parameter, resized=True)):
         length = kept.tensor.numel()
         if kept.tensor.dim() != 1 or length == source.numel():
@@ -232,8 +225,9 @@ def _carry(optimizer: Optimizer, parameter: Tensor, source: Tensor) -> None:
 
 
 def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = False) -> Tensor:
-    """Number k is what ``value`` has at ``source[k]`` (int64); ``initial`` where that is -1
-    (nowhere, if ``full``).
+    """``value[source[k]]`` for each k, and ``initial`` where source[k] (int64) is -1.
+
+    ``full``: no entry of source is -1.
     """
     if full:
         return value.detach().index_select(0, source)
@@ -242,21 +236,18 @@ def gathered(value: Tensor, source: Tensor, initial: float, *, full: bool = Fals
     return value.detach().index_select(0, source.clamp(min=0)).masked_fill_(source < 0, initial)
 
 
-#: The last event that reached each optimizer: where two of us follow for one (a user and a method),
-#: the second one must not move its state again.
+#: The last event handled for each optimizer: if a user and a method both made it follow, its state
+#: must move only once.
 _DONE: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Event]] = weakref.WeakKeyDictionary()
 
-
-#: Optimizers whose users know that grown connections start with the bias correction of an old
-#: parameter.
+#: Optimizers that `_warn_of_bias` has warned of.
 _WARNED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 class OptimizerFollower:
-    """Keeps one optimizer, and all inside it, in step with the pools it follows. Holds the
-    optimizer weakly.
+    """Keeps the state of one optimizer, and of those inside it, in line with the weights followed.
 
-    ``moments``: see `follow_optimizer`.
+    Holds the optimizer weakly. ``moments``: see `follow_optimizer`.
     """
 
     def __init__(self, optimizer: Optimizer, moments: Moments = "auto") -> None:
@@ -266,16 +257,21 @@ class OptimizerFollower:
         self._optimizer = weakref.ref(optimizer)
         self._moments = moments
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, if it is alive."""
+        return self._optimizer()
+
     def __call__(self, event: Event) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
             return
         if is_plain(optimizer):
-            # not plain SGD, nor before the first step
+            # Plain SGD has no state, and before the first step there is none.
             if optimizer.state.get(event.weight.stored_values()):
                 self._follow(optimizer, optimizer, event)
             return
-        # looked for anew: some are made in the first step
+        # Looked for each time, because some wrappers make their optimizers in the first step.
         for member in inner_optimizers(optimizer):
             self._follow(optimizer, member, event)
 
@@ -306,10 +302,9 @@ class OptimizerFollower:
             _warn_of_bias(whole, optimizer, parameter)
 
     def watch(self, weight: SparseWeight) -> None:
-        """See to the ages that there are in the state of this pool, or will be loaded, at every
-        step from now on.
+        """From now on, correct the updates of young connections after every step (`Ages`).
 
-        Raises ValueError if that must be and cannot.
+        Raises ValueError for moments="aged" with an optimizer for which that is impossible.
         """
         optimizer = self._optimizer()
         if optimizer is None or self._moments == "cleared":
@@ -334,9 +329,7 @@ class OptimizerFollower:
 
 
 def _warn_of_bias(whole: Optimizer, optimizer: Optimizer, parameter: Tensor) -> None:
-    """Once: that ``optimizer``, inside ``whole``, is like Adam, but not one that grown connections
-    can be young in.
-    """
+    """Warn, once, that ``optimizer``, inside ``whole``, is like Adam but does not support ages."""
     if optimizer in _WARNED or not looks_biased(optimizer.state.get(parameter, {})):
         return
     if any(one is optimizer for one in movers(whole, parameter)):
@@ -351,9 +344,7 @@ def _warn_of_bias(whole: Optimizer, optimizer: Optimizer, parameter: Tensor) -> 
 
 
 class _Following(RemovableHandle):
-    """Ends what a follower does for one pool: it is told of changes no longer, and no longer sees
-    to ages.
-    """
+    """A handle that ends all that a follower does for one weight."""
 
     def __init__(
         self, handle: RemovableHandle, follower: OptimizerFollower, weight: SparseWeight
@@ -367,8 +358,9 @@ class _Following(RemovableHandle):
 
 
 def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
-    """Loading leaves optimizer state to optimizer.load_state_dict, before or after; state of
-    another length belongs to the pool that was there before, and is created anew.
+    """Drop state of another length, which belongs to the connections before loading.
+
+    State of the right length stays: ``optimizer.load_state_dict`` may have loaded it before.
     """
     state = optimizer.state.get(parameter, {})
     if any(
@@ -376,13 +368,10 @@ def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
         for v in state.values()
     ):
         del optimizer.state[parameter]
-    if not is_plain(optimizer):  # what no state_dict has
+    if not is_plain(optimizer):  # tensors that are in no state_dict
         for kept in list(kept_beside(optimizer, parameter)):
-            if (
-                kept.parameter is parameter
-                and kept.tensor.dim() == 1
-                and kept.tensor.numel() != parameter.numel()
-            ):
+            stale = kept.tensor.dim() == 1 and kept.tensor.numel() != parameter.numel()
+            if kept.parameter is parameter and stale:
                 initial = _start(optimizer, kept)
                 new = parameter.detach().to(kept.tensor, copy=True)
                 kept.put(new if initial is None else new.fill_(initial))
@@ -392,22 +381,22 @@ def _loaded(optimizer: Optimizer, parameter: Tensor) -> None:
 def follow_optimizer(
     optimizer: Optimizer, weights: Iterable[SparseWeight], *, moments: Moments = "auto"
 ) -> list[RemovableHandle]:
-    """Let ``optimizer``, and all inside it, follow every pool that it trains; returns the handles
-    that end it.
+    """Let ``optimizer``, and optimizers inside it, follow every sparse weight that it trains.
 
     Args:
-        moments: what a grown connection starts from; its state is cleared in any case. "aged": it
-            then takes the same steps as a parameter whose optimizer was made when it grew, because
-            Adam, AdamW, NAdam, RAdam and Adamax of `torch.optim` correct its bias for its own age
-            (docs/adam.md). That is 2 bytes a slot of optimizer state, 4 for betas above 0.9997.
-            "cleared": its bias correction is that of the whole parameter, so its first updates are
-            too large. "auto": aged where the optimizer (of a wrapper, the one inside) is one of
-            those or a subclass that keeps its ``step``, without ``differentiable=True``; else
-            cleared, with a warning if its state looks like Adam's. `torch.optim`'s others have no
-            bias to correct; Adafactor's decay follows its step.
+        moments: the bias correction for a connection that has grown; its state is cleared in any
+            case. "aged": that of its own age (docs/adam.md), so it takes the same steps as a
+            parameter of an optimizer made when it grew. This is possible with Adam, AdamW, NAdam,
+            RAdam and Adamax of `torch.optim`, and takes 2 bytes per slot of optimizer state (4 for
+            betas above 0.9997). "cleared": that of the whole parameter, so its first updates are
+            too large. "auto": "aged" if the optimizer (of a wrapper, the one inside) is one of
+            those, or a subclass with the same ``step``, without ``differentiable=True``; else
+            "cleared", with a warning if its state looks like Adam's. The other optimizers of
+            `torch.optim` have no bias to correct; Adafactor's decay follows its step.
 
-    Raises ValueError for an optimizer that cannot train pools, or keeps numbers that could not
-    follow, and for "aged" with one that is none of those.
+    Returns the handles, one for each weight, whose ``.remove()`` ends it. Raises ValueError for an
+    optimizer that cannot train sparse weights or keeps numbers that could not follow, and for
+    "aged" with any other optimizer.
     """
     members = inner_optimizers(optimizer)
     trained = {

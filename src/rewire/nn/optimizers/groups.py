@@ -15,22 +15,19 @@ def param_groups(
     model: nn.Module, weight_decay: float, *, decay_sparse: bool = True
 ) -> list[dict[str, Any]]:
     """Two optimizer groups: sparse values and tensors of two or more dimensions with
-    ``weight_decay``, others without.
+    ``weight_decay``, other parameters without.
 
-    A pool's values are 1-D, so the usual rule "no decay for 1-D parameters" would leave them out.
-    With ``decay_sparse=False`` they are left out: for methods that forbid decay of sparse values,
-    such as DEEP R.
+    The values of a sparse weight are 1-D, so the usual rule "no decay for 1-D parameters" would
+    leave them out. ``decay_sparse=False`` leaves them out, for methods that forbid decay of sparse
+    values, such as DEEP R.
     """
     pools = {id(weight.values) for _, weight in sparse_weights(model)}
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (
-                decayed
-                if parameter.dim() >= 2 or (decay_sparse and id(parameter) in pools)
-                else plain
-            ).append(parameter)
+            decays = parameter.dim() >= 2 or (decay_sparse and id(parameter) in pools)
+            (decayed if decays else plain).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},

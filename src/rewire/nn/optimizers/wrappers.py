@@ -1,8 +1,8 @@
-"""Optimizers that have others inside, and what an optimizer keeps beside its ``state``.
+"""Optimizers with other optimizers inside, and what an optimizer keeps outside its ``state``.
 
 A wrapper (Lookahead, SAM, `torch.distributed.optim.ZeroRedundancyOptimizer`, an optimizer made of
-several) is one optimizer for its user. For a pool it is several: each of them may have state of the
-pool's values, and the innermost one that has them is the one that moves them.
+several) is one optimizer for its user. For a sparse weight it is several: each may keep state for
+the weight's values, and the innermost one that has the values moves them.
 """
 
 from __future__ import annotations
@@ -26,57 +26,52 @@ __all__ = [
     "trainers",
 ]
 
-#: Attributes of an optimizer that are no state of its parameters beside ``state``.
+#: Attributes of every optimizer, which `kept_beside` does not search.
 _OWN = frozenset({"state", "param_groups", "defaults"})
-#: A list of more entries is data, not state of parameters or a list of optimizers.
+#: A list with more entries holds data, not state of parameters or optimizers.
 _LONGEST = 100_000
 
 
 def listed(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     """One optimizer or several, as a list.
 
-    Raises TypeError for what is no `torch.optim.Optimizer`, ValueError for one that has others but
-    no parameters.
+    Raises TypeError for anything but a `torch.optim.Optimizer`, ValueError for one that has no
+    parameters itself.
     """
     given: Any = optimizers
-    several = (
-        list(given) if isinstance(given, Iterable) and not isinstance(given, Optimizer) else [given]
-    )
-    for one in several:
-        if not isinstance(one, Optimizer):
+    one = isinstance(given, Optimizer) or not isinstance(given, Iterable)
+    several = [given] if one else list(given)
+    for each in several:
+        if not isinstance(each, Optimizer):
             raise TypeError(
-                f"an optimizer must be a torch.optim.Optimizer, and {type(one).__name__} is none: "
+                f"an optimizer must be a torch.optim.Optimizer, not a {type(each).__name__}: "
                 "give the optimizer that it wraps, or several of them as a list"
             )
-        if not getattr(one, "param_groups", None):
+        if not getattr(each, "param_groups", None):
             raise ValueError(
-                f"{type(one).__name__} has no parameter groups of its own: give the optimizers "
+                f"{type(each).__name__} has no parameter groups of its own: give the optimizers "
                 "inside it, as a list"
             )
     return several
 
 
 def is_plain(optimizer: Optimizer) -> bool:
-    """Whether it is one of `torch.optim`'s own, which have nothing inside and all their state in
-    ``state``.
-    """
+    """Whether it is from `torch.optim`: no optimizer inside, and all its state in ``state``."""
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer and all that are inside it, at any depth, each once; outer ones come first.
+    """The optimizer and all optimizers inside it, at any depth, each once; outer ones first.
 
-    Found among its attributes: an optimizer, a list or dict of them, or an object that has one for
-    the same parameters.
+    They are looked for in attributes: an optimizer, a list or dict of them, or an object that has
+    one for the same parameters.
     """
     found = [optimizer]
     if is_plain(optimizer):
         return found
     ids = {id(optimizer)}
     for outer in found:
-        if is_plain(outer):
-            continue
-        for inner in _held(outer):
+        for inner in () if is_plain(outer) else _held(outer):
             if id(inner) not in ids:
                 ids.add(id(inner))
                 found.append(inner)
@@ -93,14 +88,12 @@ def _held(outer: Optimizer) -> Iterator[Optimizer]:
                 yield item
             elif not isinstance(item, (Tensor, nn.Module, type, str, bytes)) and not callable(item):
                 for inner in getattr(item, "__dict__", {}).values():
-                    if isinstance(inner, Optimizer) and not known.keys().isdisjoint(
-                        _parameters(inner)
-                    ):
+                    if isinstance(inner, Optimizer) and known.keys() & _parameters(inner).keys():
                         yield inner
 
 
 def _flat(value: Any, depth: int) -> Iterator[Any]:
-    """The value, or what is in it if it is a container."""
+    """The value, or the entries if it is a container."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple, set, deque)):
@@ -116,10 +109,10 @@ def _parameters(optimizer: Optimizer) -> dict[int, Tensor]:
 
 
 def trainers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers whose steps are steps: those that have parameters which none inside them has.
+    """The optimizers whose steps count: those with parameters that no optimizer inside them has.
 
-    Of Lookahead or SAM, the optimizer they are made of. Of ZeroRedundancyOptimizer both: the one
-    inside it has this rank's share of the parameters, and the outer one brings the others.
+    For Lookahead or SAM, the optimizer inside. For ZeroRedundancyOptimizer both: the optimizer
+    inside has this rank's share of the parameters, and the outer one brings the others.
     """
     members = inner_optimizers(optimizer)
     if len(members) == 1:
@@ -133,8 +126,8 @@ def trainers(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def movers(optimizer: Optimizer, parameter: Tensor | None) -> list[Optimizer]:
-    """Those of `trainers` whose steps move ``parameter``: normally one; none if the optimizer does
-    not have it.
+    """The members of `trainers` whose steps move ``parameter``: normally one; no one if the
+    optimizer does not have it.
     """
     key = id(parameter)
     return [
@@ -146,8 +139,8 @@ def movers(optimizer: Optimizer, parameter: Tensor | None) -> list[Optimizer]:
 
 
 class Kept(NamedTuple):
-    """A tensor that an optimizer keeps: where (``holder[key]``), under what name, and for which
-    parameter (or None).
+    """A tensor that an optimizer keeps, at ``holder[key]``; its name, and the parameter that it
+    belongs to, if that is known.
     """
 
     holder: Any
@@ -157,7 +150,7 @@ class Kept(NamedTuple):
     parameter: Tensor | None
 
     def put(self, tensor: Tensor) -> None:
-        """Let ``tensor``, of any length, take its place."""
+        """Put ``tensor``, of any length, in its place."""
         if isinstance(self.holder, tuple):
             self.tensor.data = tensor
         else:
@@ -165,12 +158,12 @@ class Kept(NamedTuple):
 
 
 def kept_beside(optimizer: Optimizer, resized: Tensor | None = None) -> Iterator[Kept]:
-    """The tensors that an optimizer keeps elsewhere than in ``state[parameter]`` itself.
+    """The tensors that an optimizer keeps anywhere but directly in ``state[parameter]``.
 
-    Which parameter each is for follows from where it is: in a dict by parameter (or its id), in a
-    list or tuple with one entry for each parameter (of all groups, of the trained ones, or list by
-    list of each group) with the parameters' shapes, or deeper in ``state[parameter]``. ``resized``
-    has another length than its tensors still have. `torch`'s own optimizers keep nothing there.
+    The place of a tensor tells its parameter: a dict by parameter (or its id); a list or tuple with
+    an entry of the right shape for each parameter (of all groups, of those trained, or one list per
+    group); or deeper in ``state[parameter]``. The parameter ``resized`` has another length already
+    than its tensors. Optimizers of PyTorch itself keep nothing in other places.
     """
     if type(optimizer).__module__.startswith("torch."):
         return
@@ -178,6 +171,8 @@ def kept_beside(optimizer: Optimizer, resized: Tensor | None = None) -> Iterator
 
 
 class _Beside:
+    """The search of `kept_beside`."""
+
     def __init__(self, optimizer: Optimizer, resized: Tensor | None) -> None:
         self.optimizer, self.resized = optimizer, resized
         self.groups: list[list[Tensor]] = [
@@ -186,7 +181,7 @@ class _Beside:
         self.all_parameters = [p for group in self.groups for p in group]
         self.known = {id(p): p for p in self.all_parameters}
         self.trained = [p for p in self.all_parameters if p.requires_grad]
-        # What the optimizers inside have is found there.
+        # What the optimizers inside keep is found when they are searched.
         self.visited = {
             id(x)
             for member in inner_optimizers(optimizer)
@@ -226,31 +221,23 @@ class _Beside:
                 self.visited.add(id(value))
                 yield Kept(holder, key, value, name, parameter)
             return
-        if (
-            not isinstance(value, (dict, list, tuple, deque))
-            or len(value) > _LONGEST
-            or id(value) in self.visited
-        ):
+        container = isinstance(value, (dict, list, tuple, deque)) and len(value) <= _LONGEST
+        if not container or id(value) in self.visited:
             return
         self.visited.add(id(value))
         if isinstance(value, dict):
             for k in list(value):
-                found = (
-                    parameter
-                    if parameter is not None
-                    else self.known.get(id(k) if isinstance(k, Tensor) else k)
-                )
-                yield from self.visit(
-                    value, k, name if found is not None else f"{name}[{k!r}]", found
-                )
+                found = parameter
+                if found is None:
+                    found = self.known.get(id(k) if isinstance(k, Tensor) else k)
+                deeper = name if found is not None else f"{name}[{k!r}]"
+                yield from self.visit(value, k, deeper, found)
             return
         places: list[Tensor | None] = [parameter] * len(value)
         lists: list[list[Tensor] | None] = [None] * len(value)
         if parameter is None:
-            parallel = next(
-                (p for p in (own, self.all_parameters, self.trained) if p and self.fit(value, p)),
-                None,
-            )
+            candidates = own, self.all_parameters, self.trained
+            parallel = next((p for p in candidates if p and self.fit(value, p)), None)
             if parallel is not None:
                 places = list(parallel)
             elif len(value) == len(self.groups):
@@ -259,9 +246,7 @@ class _Beside:
             yield from self.visit(value, i, name, place, lists[i])
 
     def fit(self, values: Sequence[Any], parameters: list[Tensor]) -> bool:
-        """Whether there is one entry for each parameter, with a tensor of its shape or with other
-        things.
-        """
+        """Whether there is one entry for each parameter: a tensor of its shape, a dict or None."""
         return len(values) == len(parameters) and all(
             isinstance(v, dict) or v is None or (isinstance(v, Tensor) and self.fits(v, p))
             for v, p in zip(values, parameters, strict=True)
@@ -272,12 +257,11 @@ class _Beside:
 
 
 def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if an optimizer keeps per-connection numbers of pools that cannot be told
-    apart.
+    """Raise ValueError if an optimizer keeps numbers for each connection that could not follow.
 
-    ``values``: of the pools it trains, by name. Meant are tensors of a pool's length, or of all
-    parameters together, that no place says the parameter of, and optimizers inside it that train
-    copies of the parameters.
+    Those are tensors as long as a pool, or as all parameters together, whose place does not tell
+    the parameter; and the tensors of an optimizer inside that trains copies of the parameters.
+    ``values``: of the weights that the optimizer trains, by name.
     """
     if is_plain(optimizer) or not values:
         return
@@ -310,9 +294,8 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
                 continue
             count = tensor.numel()
             if count in lengths or (count == total and len(parameters) > 1):
-                whose = (
-                    f"{lengths[count]}.values" if count in lengths else ("all parameters together")
-                )
+                one = f"{lengths.get(count)}.values"
+                whose = one if count in lengths else "all parameters together"
                 raise ValueError(
                     f"{type(member).__name__} keeps {count} numbers in {kept.name}, as many as "
                     f"{whose} has, and does not say for which parameter: where connections change "
@@ -326,7 +309,5 @@ def _storage(tensor: Tensor) -> int:
 
 
 def shares_storage(one: Tensor, other: Tensor) -> bool:
-    """Whether a change of one is a change of the other (SAM hands the tensor it kept back as the
-    parameter's data).
-    """
+    """Whether both are the same memory (SAM makes a tensor that it kept the parameter's data)."""
     return one.data_ptr() == other.data_ptr() and one.numel() > 0 and one.device.type != "meta"

@@ -1,1 +1,1 @@
-"""A sparse weight: its pool of connections, what it tells its followers, loading and sealing."""
+"""A sparse weight: its slots and index, its changes and who is told of them, loading."""

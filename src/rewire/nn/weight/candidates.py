@@ -1,6 +1,4 @@
-"""Dormant connections on trial: a temporary pool of zeros beside a weight's own, for one step or a
-few.
-"""
+"""Dormant connections on trial, as zeros beside a weight's own values, for one step or a few."""
 
 from __future__ import annotations
 
@@ -23,22 +21,22 @@ class Candidates:
     """Zero-valued connections that a layer computes along with its own, so that autograd gives
     their gradients.
 
-    While ``weight.candidates`` is set, `SparseWeight.operand` hands layers its values with zeros
-    behind them and the index of both together. Nothing else knows of them, so every layer type,
-    autocast, GradScaler, DDP and compiled graphs work as ever; the outputs are the same. They
-    vanish as soon as the weight changes.
+    While ``weight.candidates`` is set, `SparseWeight.operand` hands layers the values with zeros
+    behind them, and the index of both together. Outputs stay the same, and every layer type,
+    autocast, GradScaler, DDP and compiled graphs work as usual, because nothing else depends on the
+    candidates. They vanish when the weight changes.
 
     Args:
-        weight: the weight. rows, cols: int64, (n,), distinct and dormant; raises `TopologyError`
-            otherwise.
+        weight: the weight.
+        rows, cols: int64, (n,), distinct and dormant; raises `TopologyError` otherwise.
 
     Attributes:
         probe: a leaf of zeros, (capacity + n,), added to values and candidates. Its gradient,
-            summed over backward passes, is that of all connections, unclipped and in one scale:
-            those of the optimizer may have been unscaled or clipped, and belong to active
-            connections only. Whoever put the candidates there collects it.
+            summed over backward passes, is that of all connections, unclipped and in one scale. The
+            gradient that the optimizer sees is of active connections only, and may have been
+            unscaled or clipped. Whoever sets the candidates reads it.
 
-    Cost: O((K + n) log) time once, O(K + n) memory; products cost as much as with K + n
+    Cost: O((K + n) log (K + n)) time once and O(K + n) memory; products cost as much as with K + n
     connections.
     """
 
@@ -61,5 +59,5 @@ class Candidates:
         return F.pad(own, (0, self.count)) + self.probe
 
     def spoil(self) -> None:
-        """The weight has changed: a graph that was recorded with these raises on backward."""
+        """Let graphs that were recorded with these candidates raise on backward."""
         increment_version([self.probe.detach(), *self.index])

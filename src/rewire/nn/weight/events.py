@@ -18,12 +18,12 @@ class Event:
     """One change of a pool.
 
     weight: the pool, already changed.
-    slots: int64, slots that hold another connection than before (or none); whatever is kept per
-        connection starts afresh there.
+    slots: int64, slots that hold another connection than before, or are empty now; numbers kept
+        for each connection start afresh there.
     source: None, or int64 of length capacity: everything moved, and slot k now holds what slot
         ``source[k]`` held (-1: nothing). ``slots`` then counts in the new order.
-    loaded: the pool was replaced from a state_dict. Per-connection state that is saved elsewhere
-        (an optimizer's) is then the business of who loads it, in whatever order.
+    loaded: whether the pool was replaced from a state_dict. Whoever loads the pool then also loads
+        what is saved elsewhere for each connection (an optimizer's state), before or after.
     """
 
     weight: SparseWeight

@@ -12,8 +12,8 @@ __all__ = ["sparse_weights"]
 
 
 def sparse_weights(model: nn.Module) -> Iterator[tuple[str, SparseWeight]]:
-    """Every pool of ``model`` once, with its name (``"0.weight"``), in module order; shared ones by
-    first name.
+    """Every sparse weight of ``model`` once, with its (first) name, such as ``"0.weight"``, in
+    module order.
     """
     for name, module in model.named_modules():
         if isinstance(module, SparseWeight):

@@ -1,6 +1,4 @@
-"""A pool's entries in a ``state_dict``: which there are, and what they say, checked before anything
-changes.
-"""
+"""The entries of a sparse weight in a ``state_dict``, checked before anything changes."""
 
 from __future__ import annotations
 
@@ -19,16 +17,14 @@ __all__ = ["Keys", "Saved", "keys", "note", "read"]
 
 _POOL = ("values", "rows", "cols")
 _FACTS = ("shape", "limits")
-#: What most often makes a topology that cannot be.
+#: The most frequent reason for an invalid topology.
 _AVERAGE = (
     " (an average of state_dicts would be like that: it mixes connections; average with rewire.ema)"
 )
 
 
 class Keys(NamedTuple):
-    """Which of a pool's entries there are (their short names), which lack, and what else has its
-    prefix.
-    """
+    """The short names of the entries found, and the keys that are missing or unexpected."""
 
     found: list[str]
     missing: list[str]
@@ -36,9 +32,7 @@ class Keys(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A pool as saved, found to be sound: int64 positions on the weight's device, and the index
-    lists made of them.
-    """
+    """A valid saved pool: int64 positions on the weight's device, and the index made of them."""
 
     values: Tensor
     rows: Tensor
@@ -50,17 +44,16 @@ class Saved(NamedTuple):
 def note(
     destination: MutableMapping[str, Tensor], prefix: str, shape: torch.Size, limits: Limits | None
 ) -> None:
-    """Write what a file needs besides the pool, so that it cannot be mistaken for that of another
-    weight.
-    """
+    """Add shape and limits, so that the entries cannot be loaded into another weight."""
     destination[prefix + "shape"] = torch.tensor(shape, dtype=torch.int64)
     if limits is not None:
         destination[prefix + "limits"] = torch.tensor(limits.as_numbers(), dtype=torch.int64)
 
 
 def keys(state_dict: Mapping[str, Tensor], prefix: str, strict: bool) -> Keys:
-    """Look for the entries below ``prefix``. One that lacks beside others is for `read` to refuse,
-    not "missing".
+    """Look for the entries below ``prefix``.
+
+    If only some are there, none counts as missing here, because `read` raises for them.
     """
     found = [name for name in _POOL if prefix + name in state_dict]
     known = {prefix + name for name in (*_POOL, *_FACTS)}
@@ -78,11 +71,10 @@ def read(
     limits: Limits | None,
     device: torch.device,
 ) -> Saved:
-    """What is saved below ``prefix``, for a weight of ``shape``; its own ``limits``, if any, go
-    before the file's.
+    """What is saved below ``prefix``, for a weight of ``shape``.
 
-    Raises `TopologyError` where the entries are incomplete, of another shape, no valid topology or
-    beyond the limits.
+    ``limits`` of the weight, if it has any, count instead of those saved. Raises `TopologyError` if
+    the entries are incomplete, of another shape, not a valid topology, or exceed the limits.
     """
     lacking = [prefix + name for name in _POOL if prefix + name not in state_dict]
     if lacking:
@@ -92,7 +84,7 @@ def read(
         )
     values, rows, cols = (state_dict[prefix + name] for name in _POOL)
     saved_shape, saved_limits = (state_dict.get(prefix + name) for name in _FACTS)
-    # Flattened, because a damaged file may have a single number there.
+    # Flattened, because a damaged file may have a 0-dim tensor there.
     if limits is None and saved_limits is not None:
         limits = Limits.from_numbers(saved_limits.flatten().tolist())
     theirs = tuple(shape if saved_shape is None else saved_shape.flatten().tolist())
@@ -105,16 +97,11 @@ def read(
         )
     for name, tensor in zip(_POOL, (values, rows, cols), strict=True):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-            kind = (
-                ("on the meta device, without numbers")
-                if tensor.is_meta
-                else f"of layout {tensor.layout}"
-            )
+            meta = "on the meta device, without numbers"
+            kind = meta if tensor.is_meta else f"of layout {tensor.layout}"
             raise TopologyError(f"{prefix}{name} must be an ordinary tensor, not one {kind}")
-    if (
-        any(t.is_floating_point() or t.is_complex() for t in (rows, cols))
-        or not values.is_floating_point()
-    ):
+    whole = not any(t.is_floating_point() or t.is_complex() for t in (rows, cols))
+    if not whole or not values.is_floating_point():
         raise TopologyError(f"rows and cols must be integers and values floating-point{_AVERAGE}")
     rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
     size = topology.matrix_size(shape)

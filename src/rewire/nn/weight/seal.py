@@ -1,9 +1,8 @@
-"""Whether a pool's positions are still those that its values belong to: writes behind its back are
-found.
+"""Whether a weight's values still belong to its positions: finds writes by other code.
 
-Every change that a pool makes itself is followed by a `Seal`: the tensors of its topology with
-their version counters, which every in-place write moves. A forward pass compares two counters. Only
-where they differ the contents are looked at, because the same positions may have been written again
+After every change of its own, a weight takes a `Seal`: the tensors of its topology with their
+version counters, which count in-place writes. A forward pass compares two counters. If they differ,
+the contents are compared, because other code may have written the same positions again
 (`AveragedModel` copies all buffers).
 """
 
@@ -30,17 +29,16 @@ __all__ = [
     "written_once",
 ]
 
-#: Copies of pools that an averaging function feeds, by what stands for it (`rewire.ema`).
+#: By averaging function (`rewire.ema`), or what stands for it: the copies of weights that it
+#: updates.
 _FED: dict[object, weakref.WeakSet[nn.Module]] = {}
 
-#: Slots that `mark_of` reads at a time, so that it needs no memory to speak of.
+#: Slots that `mark_of` reads at a time, so that it needs little memory.
 _BLOCK = 1 << 18
 
 
 class Seal(NamedTuple):
-    """A topology at one moment: rows, cols, their versions, the lists by row, and the versions of
-    those.
-    """
+    """A topology at one moment: rows, cols and the lists by row, and the versions of all."""
 
     rows: Tensor
     cols: Tensor
@@ -50,39 +48,34 @@ class Seal(NamedTuple):
     list_versions: tuple[int, int, int]
 
 
-#: What no topology fits.
+#: A seal that fits no topology.
 BROKEN: Any = Seal(*(None,) * 6)  # type: ignore[arg-type]
 
 
 def fed(feeder: object) -> weakref.WeakSet[nn.Module]:
-    """The pools that are copies of one fed by ``feeder``; may be added to."""
+    """The copies that the averaging function ``feeder`` updates; callers may add to the set."""
     return _FED.setdefault(feeder, weakref.WeakSet())
 
 
 def forget(feeder: object) -> None:
-    """There is nothing any more that feeds."""
+    """Forget an averaging function that is gone."""
     _FED.pop(feeder, None)
 
 
 def seal_of(rows: Tensor, cols: Tensor, index: Index) -> Seal | None:
     """The seal of this moment; None for inference tensors, which count no versions."""
-    a, b, c = index.row_ptr, index.row_cols, index.row_slots
+    a, b, c = lists = index.row_ptr, index.row_cols, index.row_slots
     try:
-        return Seal(
-            rows,
-            cols,
-            rows._version,
-            cols._version,
-            (a, b, c),
-            (a._version, b._version, c._version),
-        )
+        versions = a._version, b._version, c._version
+        return Seal(rows, cols, rows._version, cols._version, lists, versions)
     except RuntimeError:
         return None
 
 
 def mark_of(rows: Tensor, cols: Tensor) -> int | None:
-    """A 63-bit hash of which connection is in which slot; None where contents cannot be read. Cost:
-    O(capacity).
+    """A 63-bit hash of which connection is in which slot; None if contents cannot be read.
+
+    Cost: O(capacity).
     """
     if not _readable(rows, cols):
         return None
@@ -97,8 +90,8 @@ def mark_of(rows: Tensor, cols: Tensor) -> int | None:
 
 
 def _readable(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors with contents: not on meta, not fake, not inside a
-    function transform.
+    """Whether these tensors have contents: not on the meta device, not fake, not inside a function
+    transform.
     """
     return all(
         type(t) is Tensor
@@ -116,17 +109,17 @@ def unchanged(
     index: Index,
     shape: tuple[int, int],
 ) -> bool:
-    """Whether ``rows`` and ``cols``, which the seal does not fit, still say what they said, and
+    """Whether ``rows`` and ``cols``, which the seal does not fit, still hold what they held, and
     ``index`` fits them.
 
-    Known by ``mark``, or else by lists that nobody has touched. Tensors that were all exchanged for
-    others (`torch.func.functional_call` with the buffers of another model) must fit one another
-    only. True as well where contents cannot be read. Cost: an index is built, O(K log K).
+    ``mark`` tells, or else lists that nobody has written to. If all tensors were exchanged for
+    others (`torch.func.functional_call` with the buffers of another model), these must fit each
+    other only. Also True if contents cannot be read. Cost: builds an index, O(K log K).
     """
     if not _readable(rows, cols, *index):
         return True
     lists = (index.row_ptr, index.row_cols, index.row_slots)
-    if seal is None:  # inference tensors cannot be followed: what they hold must at least fit
+    if seal is None:  # inference tensors have no versions: at least their contents must fit
         return rows.is_inference() or _fits(rows, cols, index, shape)
     exchanged = rows is not seal.rows and cols is not seal.cols
     exchanged = exchanged and not any(a is b for a, b in zip(lists, seal.lists, strict=True))
@@ -154,9 +147,7 @@ def _fits(rows: Tensor, cols: Tensor, index: Index, shape: tuple[int, int]) -> b
 def written_once(
     seal: Seal | None, rows: Tensor, cols: Tensor, index: Index, shape: tuple[int, int]
 ) -> bool:
-    """Whether every tensor has been written exactly once since the seal, and what was written is
-    one topology.
-    """
+    """Whether every tensor has been written exactly once since the seal, and all fit together."""
     if seal is None or rows is not seal.rows or cols is not seal.cols:
         return False
     lists = (index.row_ptr, index.row_cols, index.row_slots)
@@ -167,9 +158,9 @@ def written_once(
 
 
 def refusal(shape: tuple[int, ...]) -> TopologyError:
-    """What to say where positions were written that the values do not belong to."""
+    """The error to raise when other code has written positions."""
     return TopologyError(
-        f"the positions of a sparse weight of shape {shape} were written behind its back, so its "
+        f"the positions of a sparse weight of shape {shape} were written by other code, so its "
         "values belong to other connections: averages over state_dict() or buffers, and copies "
         "tensor by tensor, mix connections slot by slot. Average with "
         "rewire.ema.ExponentialMovingAverage, or with torch.optim.swa_utils.AveragedModel(model, "

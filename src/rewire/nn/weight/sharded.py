@@ -1,4 +1,4 @@
-"""Parameters that are cut up between ranks (FSDP, tensor parallelism), which pools cannot be."""
+"""Refuses models whose parameters are sharded (FSDP, tensor parallelism): pools cannot be."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ __all__ = ["refuse_sharded"]
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise RuntimeError, by name, where parameters are cut up between ranks: pools must be whole
-    on every rank.
-    """
+    """Raise RuntimeError, with the name, if sparse weights are cut up between ranks."""
     found = _sharding(model)
     if found is not None:
         raise RuntimeError(found + SHARDED)
 
 
 def _sharding(model: nn.Module) -> str | None:
-    """What cuts up the parameters of a model's pools, in words; None for nothing."""
+    """What cuts up the sparse weights of a model, in words; None if nothing does."""
     pools = list(sparse_weights(model))
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # without it nothing can be wrapped in it
     if fsdp is not None and pools:

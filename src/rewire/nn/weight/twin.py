@@ -1,6 +1,4 @@
-"""What every layer says where PyTorch would take it for one that TorchScript or data-parallel
-threads can read.
-"""
+"""`Twin`: the base class of all layers, which refuses TorchScript and `torch.nn.DataParallel`."""
 
 from __future__ import annotations
 
@@ -12,21 +10,20 @@ __all__ = ["Twin"]
 
 
 class Twin(nn.Module):
-    """A layer of `rewire.nn`; its ``forward`` takes the arguments of its twin in `torch.nn`, by the
-    same names.
+    """A layer whose ``forward`` takes the arguments of its twin in `torch.nn`, by the same names.
 
-    TorchScript is refused: a trace would keep the topology of one moment as constants and lose the
-    custom operators' gradients, and a script cannot read them. `torch.compile` and `torch.export`
-    can.
+    It refuses TorchScript, because a trace would keep the topology of one moment as constants and
+    lose the gradients of the custom operators, and a script cannot call them. `torch.compile` and
+    `torch.export` work.
     """
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        # What `nn.Module` calls instead of forward while torch.jit.trace (or the old ONNX exporter,
-        # by it) records.
+        # `nn.Module` calls this instead of forward while torch.jit.trace records (also for the old
+        # ONNX exporter).
         refuse_torchscript("torch.jit.trace", self)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        # What torch.jit.script asks of every module before it reads its code.
+        # torch.jit.script calls this on every module before it reads its code.
         refuse_torchscript("torch.jit.script", self)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -34,7 +31,7 @@ class Twin(nn.Module):
 
 
 def refuse_torchscript(what: str, module: nn.Module) -> NoReturn:
-    """Raise RuntimeError with the way that works."""
+    """Raise RuntimeError, which says what to use instead."""
     raise RuntimeError(
         f"{what} cannot record {type(module).__name__}: TorchScript knows no sparse layers. Use "
         "torch.export.export(model, args) to save a model as a program (torch.onnx.export with "
@@ -44,7 +41,7 @@ def refuse_torchscript(what: str, module: nn.Module) -> NoReturn:
 
 
 def refuse_data_parallel(module: nn.Module) -> NoReturn:
-    """Raise RuntimeError with the way that works."""
+    """Raise RuntimeError, which says what to use instead."""
     raise RuntimeError(
         f"torch.nn.DataParallel cannot replicate {type(module).__name__}: its copies live for one "
         "forward pass, and what a sparse weight knows of its gradients and topology would be lost "
