@@ -1,4 +1,4 @@
-"""`Absent`: what is left of a module that was switched off."""
+"""`Absent`: takes the place of a module that was switched off."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Absent"]
 
 
 class Absent(nn.Module):
-    """Takes the place of a module whose output is always 0: returns a 0-dim zero, which any sum
-    takes in.
+    """Takes the place of a module whose output is always 0: returns a 0-dim zero, which can be
+    added to anything.
 
-    Neither computes nor stores anything; dtype and device are those of its first tensor argument.
+    It has no parameters. Dtype and device are those of its first tensor argument.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -23,11 +23,11 @@ def allot(
 
     Args:
         shapes: the weights by name, in the layer's order.
-        connections, density: exactly one of them. A number is for all weights together and spread
-            by ``distribution`` (see `rewire.budget`); a list (in order) or a dict (by name) says it
-            for each.
+        connections, density: exactly one of them. A number is for all weights together and is
+            spread by ``distribution`` (see `rewire.budget`); a list (in order) or a dict (by name)
+            has one for each weight.
 
-    Raises ValueError for a budget that cannot be met, a list of the wrong length or names that do
+    Raises ValueError for a budget that cannot be met, a list of the wrong length, or names that do
     not match.
     """
     if (connections is None) == (density is None):
@@ -42,10 +42,8 @@ def allot(
                 )
         return {name: int(count) for name, count in counts.items()}
     if isinstance(density, (Sequence, Mapping)):
-        return {
-            name: budget.connections_of(d, sizes[name])
-            for name, d in _named(shapes, density).items()
-        }
+        named = _named(shapes, density)
+        return {name: budget.connections_of(d, sizes[name]) for name, d in named.items()}
     if density is not None:
         total = budget.connections_of(density, sum(sizes.values()))
     else:
@@ -53,9 +51,8 @@ def allot(
         if int(connections) != connections:
             raise ValueError(f"connections must be a whole number, not {connections}")
         total = int(connections)
-    return dict(
-        zip(shapes, budget.distribute(distribution, list(shapes.values()), total), strict=True)
-    )
+    spread = budget.distribute(distribution, list(shapes.values()), total)
+    return dict(zip(shapes, spread, strict=True))
 
 
 def _named(

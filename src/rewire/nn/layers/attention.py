@@ -5,6 +5,7 @@ budget.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +23,28 @@ __all__ = ["SparseMultiheadAttention"]
 
 
 class SparseMultiheadAttention(Twin):
-    """Attention of several heads whose projections have a connection budget.
+    """Multi-head attention whose projections have a connection budget.
 
     Arguments are those of `torch.nn.MultiheadAttention`, plus:
         connections, density: the budget, exactly one of them. A number counts for all weights
             together and is spread over them by ``distribution``; a list (in the order of
-            `weight_shapes`) or a dict (by weight name) says it for each.
+            `weight_shapes`) or a dict (by weight name) has one for each.
         distribution: "erk", "er" or "uniform", see `rewire.budget`.
         generator: draws topology and values; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
-    ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight`` are a `SparseWeight` each, also where
-    PyTorch stacks the three in one matrix, and ``out_proj`` is a `SparseLinear`; ``in_proj_bias``,
-    ``bias_k``, ``bias_v`` are as there. Equal to the twin on ``to_dense()`` up to rounding. Nested
-    tensors are refused: PyTorch takes them in a fused kernel for dense weights only.
+    ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight`` are a `SparseWeight` each, even where
+    PyTorch stacks the three in one matrix; ``out_proj`` is a `SparseLinear`; ``in_proj_bias``,
+    ``bias_k``, ``bias_v`` are as in PyTorch. Equal to the twin with the weights of ``to_dense()``
+    up to rounding. Refuses nested tensors, which PyTorch supports only in a fused kernel for dense
+    weights.
 
-    Cost: O(K positions) for the projections; attention itself as in PyTorch, by
-    `scaled_dot_product_attention` where
-    the weights of the attention are not asked for.
+    Cost: O(K positions) for the projections. Attention itself costs what it costs in PyTorch;
+    without ``need_weights`` it is `scaled_dot_product_attention`.
     """
 
-    #: PyTorch's Transformer layers read these to find out whether their fused kernels for dense
-    #: weights apply.
+    #: PyTorch's Transformer layers read these two to decide on their fused kernels for dense
+    #: weights.
     _qkv_same_embed_dim = False
     in_proj_weight: None = None
 
@@ -87,37 +88,20 @@ class SparseMultiheadAttention(Twin):
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
         counts = allot(self.weight_shapes(), connections, density, distribution)
         for name, shape in self.weight_shapes().items():
+            made: Any = {"generator": generator, "device": device, "dtype": dtype}
             if name == "out_proj.weight":
-                self.out_proj = SparseLinear(
-                    embed_dim,
-                    embed_dim,
-                    bias,
-                    device,
-                    dtype,
-                    connections=counts[name],
-                    generator=generator,
-                    contiguous_output=True,
-                    init=init,
-                )
+                made |= {"connections": counts[name], "init": init}
+                self.out_proj = SparseLinear(*shape, bias, contiguous_output=True, **made)
             else:
-                weight = SparseWeight(
-                    shape, counts[name], generator=generator, device=device, dtype=dtype
-                )
-                setattr(self, name, weight)
-        like = self.q_proj_weight
-        sizes: dict[str, tuple[int, ...]] = {
-            "in_proj_bias": (3 * embed_dim,),
-            "bias_k": (1, 1, embed_dim),
-            "bias_v": (1, 1, embed_dim),
-        }
-        for name, size in sizes.items():
-            wanted = bias if name == "in_proj_bias" else add_bias_kv
-            blank = (
-                nn.Parameter(torch.zeros(size, device=like.device, dtype=like.dtype))
-                if wanted
-                else None
-            )
-            self.register_parameter(name, blank)
+                setattr(self, name, SparseWeight(shape, counts[name], **made))
+        biases: tuple[tuple[str, bool, tuple[int, ...]], ...] = (
+            ("in_proj_bias", bias, (3 * embed_dim,)),
+            ("bias_k", add_bias_kv, (1, 1, embed_dim)),
+            ("bias_v", add_bias_kv, (1, 1, embed_dim)),
+        )
+        for name, wanted, size in biases:
+            blank = torch.zeros(size, device=device, dtype=self.q_proj_weight.dtype)
+            self.register_parameter(name, nn.Parameter(blank) if wanted else None)
         self.reset_parameters(generator, init=init)
 
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
@@ -134,11 +118,11 @@ class SparseMultiheadAttention(Twin):
     def reset_parameters(
         self, generator: torch.Generator | None = None, *, init: Init = "auto"
     ) -> None:
-        """Draw values at the scale that PyTorch has (Glorot uniform for q, k, v), biases 0; the
+        """Draw values at PyTorch's scale (Glorot uniform for q, k, v), set biases to 0; the
         topology stays.
 
-        ``init`` says what becomes of that scale where a unit has fewer connections than in the
-        dense twin, see `rewire.nn.layers.initial.draw_values`.
+        ``init``: how this scale depends on the number of connections, see
+        `rewire.nn.layers.initial.draw_values`.
         """
         if self.q_proj_weight.device.type == "meta":
             return
@@ -164,8 +148,7 @@ class SparseMultiheadAttention(Twin):
 
     def _reset_inputs(self, generator: torch.Generator | None, init: Init) -> None:
         e = self.embed_dim
-        # PyTorch stacks q, k and v in one matrix where their inputs have one size, and draws it as
-        # one.
+        # If the inputs have one size, PyTorch stacks q, k and v in one matrix and draws it as one.
         rows = 3 * e if self.kdim == self.vdim == e else e
         for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             if not weight.drawn:
@@ -194,13 +177,15 @@ class SparseMultiheadAttention(Twin):
         Args:
             query, key, value: (L, N, embed_dim), (S, N, kdim), (S, N, vdim); with ``batch_first``
                 the batch N leads; or all without a batch.
-            key_padding_mask: (N, S) or (S,); attn_mask: (L, S) or (N num_heads, L, S). Boolean
-                (True: not allowed) or added to the scores.
+            key_padding_mask: (N, S) or (S,).
+            attn_mask: (L, S) or (N num_heads, L, S). Both masks are boolean (True: not allowed) or
+                added to the scores.
             need_weights: return the attention weights too, per head unless
                 ``average_attn_weights``.
             is_causal: a hint that ``attn_mask``, which must be given as well, is the causal mask.
 
-        Returns the output, shaped as ``query``, and (N, L, S), (N, num_heads, L, S) or no weights.
+        Returns the output, shaped as ``query``, and the weights (N, L, S), (N, num_heads, L, S) or
+        None.
         Raises RuntimeError for shapes that do not fit.
         """
         if query.is_nested or key.is_nested or value.is_nested:
@@ -221,14 +206,10 @@ class SparseMultiheadAttention(Twin):
         k, v = self._extended(k, v)
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask, which must be given as well")
-        # The hint may replace the mask where there is nothing else to mask and no column that the
-        # mask lacks.
-        hint = is_causal and not need_weights and key_padding_mask is None and k.shape[2] == sources
-        mask = (
-            None
-            if hint
-            else self._mask(attn_mask, key_padding_mask, q, sources, k.shape[2] - sources)
-        )
+        # The hint replaces the mask if there is no other mask, and no position that was added.
+        extra = k.shape[2] - sources
+        hint = is_causal and not need_weights and key_padding_mask is None and not extra
+        mask = None if hint else self._mask(attn_mask, key_padding_mask, q, sources, extra)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -243,9 +224,7 @@ class SparseMultiheadAttention(Twin):
         batch, _, targets, _ = q.shape
         y = y.transpose(1, 2) if batch_first else y.permute(2, 0, 1, 3)
         y = self.out_proj(y.reshape(batch * targets, self.embed_dim))
-        y = y.view(
-            (batch, targets, self.embed_dim) if batch_first else (targets, batch, self.embed_dim)
-        )
+        y = y.view(*((batch, targets) if batch_first else (targets, batch)), self.embed_dim)
         if not batched:
             y, weights = y.squeeze(1), None if weights is None else weights.squeeze(0)
         return y, weights
@@ -269,17 +248,15 @@ class SparseMultiheadAttention(Twin):
                 f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in positions or "
                 "batch"
             )
-        if (
-            query.dim() == 3
-            and query.shape[0 if batch_first else 1] != key.shape[0 if batch_first else 1]
-        ):
+        at = 0 if batch_first else 1
+        if query.dim() == 3 and query.shape[at] != key.shape[at]:
             raise RuntimeError(
                 f"query {tuple(query.shape)} and key {tuple(key.shape)} have different batch sizes"
             )
         runs: list[tuple[Tensor, Tensor]] = []
         heads = []
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
-            # One copy in the kernels' layout for as many products as share the input.
+            # Products that share an input share one copy in the kernels' layout.
             laid_out = next((copy for original, copy in runs if original is x), None)
             if laid_out is None:
                 laid_out = ops.in_runs(x.reshape(-1, x.shape[-1]).to(_dtype(x, weight)))
@@ -305,9 +282,7 @@ class SparseMultiheadAttention(Twin):
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, sources: int, extra: int
     ) -> Tensor | None:
-        """Both masks as one that is added to scores (N, num_heads, L, S + extra); None if there is
-        none.
-        """
+        """Both masks as one to add to scores (N, num_heads, L, S + extra); None without masks."""
         batch, heads, targets, _ = q.shape
         mask = None
         if attn_mask is not None:
@@ -317,9 +292,8 @@ class SparseMultiheadAttention(Twin):
                     f"attn_mask must have the shape {(targets, sources)} or "
                     f"{(batch * heads, targets, sources)}, not {tuple(mask.shape)}"
                 )
-            mask = mask.view(
-                -1 if mask.dim() == 2 else batch, 1 if mask.dim() == 2 else heads, targets, sources
-            )
+            lead = (1, 1) if mask.dim() == 2 else (batch, heads)
+            mask = mask.view(*lead, targets, sources)
         if padding is not None:
             if padding.shape != (batch, sources):
                 raise RuntimeError(
@@ -331,9 +305,7 @@ class SparseMultiheadAttention(Twin):
 
 
 def _dtype(x: Tensor, weight: SparseWeight) -> torch.dtype:
-    """Of a product's input: under autocast what it says, else its own (which must then be the
-    weight's).
-    """
+    """The dtype of a product's input: autocast's, or that of x, which must be the weight's."""
     narrow = autocast_dtype(x, weight)
     return x.dtype if narrow is None else input_dtype(weight, narrow)
 

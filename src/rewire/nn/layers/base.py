@@ -1,4 +1,4 @@
-"""What the layers with one weight share: weight and bias, their initial values, autocast."""
+"""What layers with one weight share: weight and bias, their initial values, autocast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ __all__ = ["SparseLayer", "autocast_dtype"]
 
 
 def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
-    """What autocast narrows a product to; None where it is off and, as in torch.nn, for float64."""
+    """The dtype that autocast gives products; None if it is off and, as in torch.nn, for float64.
+    """
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:
         return None
@@ -26,17 +27,17 @@ def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
 
 
 class SparseLayer(Twin):
-    """A layer of one `SparseWeight` and perhaps a bias of one number per row of it; subclasses say
-    how to apply them.
+    """A layer with one `SparseWeight` and perhaps a bias, one number for each row of the weight.
 
-    Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
+    Subclasses apply them. Under autocast the result has autocast's dtype, while values and sums
+    keep the weight's dtype.
     """
 
     weight: SparseWeight
     bias: nn.Parameter
 
     def _hold(self, weight: SparseWeight, bias: bool | Tensor | None) -> None:
-        """Take ``weight`` and make a bias: none, zeros (True), or a copy of a tensor."""
+        """Take ``weight``, and a bias: zeros (True), a copy of a tensor, or no bias."""
         rows = weight.shape[:1]
         if isinstance(bias, Tensor) and bias.shape != rows:
             raise ValueError(f"bias must have shape {tuple(rows)}, not {tuple(bias.shape)}")
@@ -53,11 +54,11 @@ class SparseLayer(Twin):
     def reset_parameters(
         self, generator: torch.Generator | None = None, *, init: Init = "auto"
     ) -> None:
-        """Draw new values, and a bias as the dense twin has it, for the connections there are.
+        """Draw values for the present connections, and a bias as in the dense twin.
 
         The dense twin in `torch.nn` draws both from U(-b, b), b = 1 / sqrt(inputs of a row).
-        ``init`` says what becomes of b where a row has fewer: "auto" (its own number of connections
-        counts), "dense" (b stays) or "sparse" (the mean number counts); see
+        ``init`` is what b depends on for a row with fewer inputs: its own number of connections
+        ("auto"), the mean number ("sparse"), or b stays ("dense"); see
         `rewire.nn.layers.initial.draw_values`.
         """
         self.reset_weights(generator, init=init)
@@ -96,7 +97,7 @@ class SparseLayer(Twin):
         return Pair(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
-        """What x is converted to under autocast, whose dtype is ``narrow``."""
+        """The dtype that x is converted to under autocast with the dtype ``narrow``."""
         return self.weight.dtype
 
     @abstractmethod

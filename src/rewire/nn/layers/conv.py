@@ -32,23 +32,22 @@ class _SparseConv(SparseLayer):
         connections, density: the budget, exactly one of them; a connection is one number of the
             dense weight (out_channels, in_channels / groups, *kernel_size), of which there are M.
         capacity: slots of the pool (K by default), see `SparseWeight`.
-        limits: most connections of an output channel, of an input (a channel at one place of the
-            kernel) and of a block of the matrix of output channels by those, see
+        limits: most connections of an output channel, of an input (a channel at one position of the
+            kernel) and of a block of the matrix of output channels by inputs, see
             `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
 
     Shapes: input (batch, in_channels, ...) or (in_channels, ...) with any strides, output (batch,
-    out_channels, ...)
-    or (out_channels, ...), channels-last if the input is. Values start so that an output has the
-    variance that it has in the twin, see `reset_parameters`.
+    out_channels, ...) or (out_channels, ...), channels-last if the input is. The first values give
+    an output the variance that it has in the twin, see `reset_parameters`.
 
-    Under autocast the result has autocast's dtype, while values and sums stay in the weight's own.
-    What ``weight.capture`` collects is the padded input if ``padding_mode`` is not "zeros".
+    Under autocast the result has autocast's dtype; values and sums keep the weight's dtype. If
+    ``padding_mode`` is not "zeros", ``weight.capture`` collects the padded input.
 
-    Cost: O(K * output positions * batch) time in each of the three products. O(K) memory and a few
-    MiB per thread
-    besides activations; padding modes other than zeros keep a padded copy of the input.
+    Cost: O(K * output positions * batch) time in each of the three products, O(K) memory and a few
+    MiB per thread besides activations; padding modes other than zeros keep a padded copy of the
+    input.
     """
 
     _rank: ClassVar[int]
@@ -136,11 +135,8 @@ class _SparseConv(SparseLayer):
             raise ValueError(
                 f"padding_mode must be one of {', '.join(_MODES)}, not {padding_mode!r}"
             )
-        self.in_channels, self.out_channels, self.groups = (
-            weight.shape[1] * groups,
-            weight.shape[0],
-            groups,
-        )
+        self.in_channels, self.out_channels = weight.shape[1] * groups, weight.shape[0]
+        self.groups = groups
         self.kernel_size = tuple(weight.shape[2:])
         self.stride = self._sizes("stride", stride, 1)
         self.dilation = self._sizes("dilation", dilation, 1)
@@ -177,7 +173,7 @@ class _SparseConv(SparseLayer):
             raise ValueError(f"padding must be numbers, 'same' or 'valid', not {self.padding!r}")
         if any(s != 1 for s in self.stride):
             raise ValueError(f"padding='same' needs stride 1, not {self.stride}")
-        # As in torch.nn: what cannot be split evenly goes to the high end.
+        # As in torch.nn, an odd number goes to the high end.
         totals = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         return tuple(p for total in totals for p in (total // 2, total - total // 2))
 

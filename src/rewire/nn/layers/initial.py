@@ -1,4 +1,4 @@
-"""Initial values of sparse weights: how large they are for the inputs that a neuron has."""
+"""Initial values of sparse weights: how large they are, given the number of inputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rewire.nn.weight.pool import SparseWeight
 
 __all__ = ["INITS", "Init", "check_init", "draw_values"]
 
-#: Of how many inputs the first values of a weight are drawn: see `draw_values`.
+#: The number of inputs that first values are drawn for: see `draw_values`.
 Init: TypeAlias = Literal["auto", "dense", "sparse"]
 INITS: tuple[Init, ...] = get_args(Init)
 
 
 def check_init(init: str) -> None:
-    """ValueError with what is allowed if ``init`` is none of `INITS`."""
+    """Raise ValueError unless ``init`` is one of `INITS`."""
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
 
@@ -26,21 +26,22 @@ def check_init(init: str) -> None:
 def draw_values(
     weight: SparseWeight, bound: float, init: Init, generator: torch.Generator | None
 ) -> None:
-    """Draw U(-b, b) for every connection; ``bound`` is b of the dense twin, whose rows have
-    ``cols`` connections.
+    """Draw U(-b, b) for every connection, where b follows from ``bound``, the b of the dense twin,
+    whose rows have ``cols`` connections each.
 
-    init:
-        "auto": b = bound sqrt(cols / n) in a row of n connections. A neuron then has the variance
-        that it has in the
-            dense twin, whatever the density, so signals reach the last layer of a deep network and
-            gradients the first one. At density 1 it is the dense twin's.
-        "dense": b = bound. Signals shrink by the square root of the density in every layer.
-        Connections are small
-            beside what a step of training adds, so that those which no gradient moves (on pixels
-            that are always 0) are soon the weakest, and rewired: right for long training at the
-            settings of DEEP R's authors.
-        "sparse": as "auto" with the mean number of connections of a row, of at least 1, for all
-        rows.
+    Args:
+        init: "auto": b = bound sqrt(cols / n) in a row of n connections. An output then has the
+            variance that it has in the dense twin, whatever the density, so signals reach the last
+            layer of a deep network, and gradients the first.
+            "dense": b = bound. Signals shrink by the square root of the density in every layer.
+            Values are small compared to what training adds in a step, so connections without a
+            gradient (of pixels that are always 0) soon are the weakest and get replaced: good for
+            long training with the settings of DEEP R's authors.
+            "sparse": as "auto", with the mean number of connections of a row (at least 1) for all
+            rows.
+        generator: draws; torch's default generator otherwise.
+
+    Raises ValueError for another ``init``.
     """
     check_init(init)
     rows, cols = weight.matrix_shape

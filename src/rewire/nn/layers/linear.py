@@ -17,8 +17,8 @@ __all__ = ["SparseLinear", "input_dtype", "product"]
 
 
 def input_dtype(weight: SparseWeight, narrow: torch.dtype) -> torch.dtype:
-    """What autocast, whose dtype is ``narrow``, converts the input of a product with ``weight``
-    to.
+    """The dtype of the input of a product with ``weight`` under autocast with the dtype
+    ``narrow``.
     """
     return narrow if weight.dtype == torch.float32 and narrow in ops.NARROW else weight.dtype
 
@@ -26,18 +26,17 @@ def input_dtype(weight: SparseWeight, narrow: torch.dtype) -> torch.dtype:
 def product(
     x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False
 ) -> Tensor:
-    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it: also captured, also
-    under autocast.
+    """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it, with capture and
+    autocast.
 
-    Autocast narrows x and the result; values and sums stay in the weight's own dtype. See
+    Autocast narrows x and the result; values and sums keep the weight's dtype. See
     `rewire.ops.sparse_linear`.
     """
     narrow = autocast_dtype(x, weight)
     if narrow is not None:
         with torch.autocast(x.device.type, enabled=False):
-            return product(x.to(input_dtype(weight, narrow)), weight, bias, contiguous_output).to(
-                narrow
-            )
+            x = x.to(input_dtype(weight, narrow))
+            return product(x, weight, bias, contiguous_output).to(narrow)
     values, index = weight.operand()
     return ops.sparse_linear(x, values, bias, index, weight.capture, contiguous_output)
 
@@ -53,17 +52,16 @@ class SparseLinear(SparseLayer):
             `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
-        contiguous_output: return row-major memory. By default the result is a (..., out_features)
-            tensor laid out feature-major, which a following sparse layer, ReLU, dropout or residual
-            sum keeps, so chains of layers never transpose; `.view` on it may need `.reshape`.
+        contiguous_output: return row-major memory. By default the result (..., out_features) is
+            feature-major in memory. Sparse layers, ReLU, dropout and residual sums keep this
+            layout, so chains of layers never transpose; instead of `.view` it may need `.reshape`.
 
-    Shapes: input (..., in_features) with any strides, output (..., out_features). Values start so
-    that an output has
-    the variance that it has in `torch.nn.Linear`: U(-b, b) with b = 1 / sqrt(connections of the
-    output).
+    Shapes: input (..., in_features) with any strides, output (..., out_features). The first values
+    are U(-b, b) with b = 1 / sqrt(connections of the output), so an output has the variance that it
+    has in `torch.nn.Linear`; see `reset_parameters`.
 
-    Under autocast activations and their gradients have autocast's dtype; values and sums stay in
-    the weight's own.
+    Under autocast, activations and their gradients have autocast's dtype; values and sums keep the
+    weight's dtype.
 
     Cost: O(K batch) time in each of the three products, O(K + in + out) memory besides activations.
     """
@@ -118,11 +116,12 @@ class SparseLinear(SparseLayer):
         self._hold(weight, bias)
 
     def _product(self, x: Tensor) -> Tensor:
-        # this is part of every forward pass: no attribute look-ups
+        # This is part of every forward pass, so it avoids the attribute look-ups of
+        # torch.nn.Module.
         weight: Any = self._modules["weight"]
         values, index = weight.operand()
         parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # parametrized; the look-up is slow
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # a parametrized one is no parameter; the look-up is slow
         return ops.sparse_linear(x, values, bias, index, weight.capture, self.contiguous_output)
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
@@ -131,5 +130,5 @@ class SparseLinear(SparseLayer):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, " + self._budget_repr()
+            f"bias={self.bias is not None}, {self._budget_repr()}"
         )

@@ -22,7 +22,7 @@ _SHARED = """
     Arguments are those of `torch.nn.{twin}`, plus:
         connections, density: the budget, exactly one of them. A number counts for all weights
             together and is spread over them by ``distribution``; a list (in the order of
-            `weight_shapes`) or a dict (by weight name) says it for each.
+            `weight_shapes`) or a dict (by weight name) has one for each.
         distribution: "erk", "er" or "uniform", see `rewire.budget`.
         generator: draws topology, values and biases; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
@@ -30,13 +30,12 @@ _SHARED = """
     Every ``weight_*`` (all gates stacked, as in PyTorch) is a `SparseWeight`; biases are as in
     PyTorch. Takes and returns what the twin does: (time, batch, features), (batch, time, features),
     (time, features) or a packed sequence, and states of (layers x directions, batch, size). Equal
-    to the twin on ``to_dense()`` up to rounding (dropout draws other numbers). Under autocast
-    results have autocast's dtype; values, states and sums stay in the weight's own.
+    to the twin with the weights of ``to_dense()`` up to rounding (dropout draws other numbers).
+    Under autocast results have autocast's dtype; values, states and sums keep the weight's dtype.
+    Raises RuntimeError for shapes that do not fit.
 
-    Cost: O(K time batch) in each of the three products. The inputs of a layer are one product over
-    all time; the hidden
-    states are one per step, in the layout the kernels run in, without copies. Raises RuntimeError
-    for shapes that do not fit.
+    Cost: O(K time batch) in each of the three products. The product with the inputs of a layer is
+    one over all time; that with the hidden state is one per step, without copies.
 """
 
 

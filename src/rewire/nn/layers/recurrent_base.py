@@ -92,29 +92,22 @@ class Recurrent(Twin):
 
     @property
     def output_size(self) -> int:
-        """Features of the hidden state that is put out: proj_size if there is a projection, else
-        hidden_size.
-        """
+        """Features of the output: proj_size if there is a projection, else hidden_size."""
         return self.proj_size or self.hidden_size
 
     def _suffixes(self) -> list[str]:
-        """Of the parameters, layer by layer, as PyTorch names them."""
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        return [
-            f"l{layer}{direction}" for layer in range(self.num_layers) for direction in directions
-        ]
+        """The ends of PyTorch's parameter names, layer by layer."""
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"l{layer}{end}" for layer in range(self.num_layers) for end in ends]
 
     def weight_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of the sparse weights by name, in PyTorch's order (the order of a budget given as
         a list).
         """
         shapes: dict[str, tuple[int, int]] = {}
-        rows = self.gates * self.hidden_size
+        rows, later = self.gates * self.hidden_size, self.output_size * (1 + self.bidirectional)
         for suffix in self._suffixes():
-            first = suffix in ("l0", "l0_reverse")
-            inputs = (
-                self.input_size if first else self.output_size * (2 if self.bidirectional else 1)
-            )
+            inputs = self.input_size if suffix in ("l0", "l0_reverse") else later
             shapes[f"weight_ih_{suffix}"] = (rows, inputs)
             shapes[f"weight_hh_{suffix}"] = (rows, self.output_size)
             if self.proj_size:
@@ -122,12 +115,9 @@ class Recurrent(Twin):
         return shapes
 
     def bias_names(self) -> list[str]:
-        """Names of the biases, none with ``bias=False``."""
-        return (
-            [f"bias_{kind}_{s}" for s in self._suffixes() for kind in ("ih", "hh")]
-            if self.bias
-            else []
-        )
+        """Names of the biases; empty with ``bias=False``."""
+        suffixes = self._suffixes() if self.bias else []
+        return [f"bias_{kind}_{suffix}" for suffix in suffixes for kind in ("ih", "hh")]
 
     @torch.no_grad()
     def reset_parameters(
@@ -136,8 +126,8 @@ class Recurrent(Twin):
         """Draw biases as PyTorch does, U(-b, b) with b = 1 / sqrt(hidden_size), and values; the
         topology stays.
 
-        Values of the dense twin have the same b; ``init`` says what becomes of it where a unit has
-        fewer connections than there, see `rewire.nn.layers.initial.draw_values`.
+        Values of the dense twin have the same b. ``init``: how it depends on the number of
+        connections here, see `rewire.nn.layers.initial.draw_values`.
         """
         self._reset(generator, init, biases=True)
 
@@ -171,33 +161,25 @@ class Recurrent(Twin):
         """Does nothing; models written for PyTorch's recurrent layers call it."""
 
     def extra_repr(self) -> str:
-        parts = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0.0,
-            "bidirectional": False,
-        }
-        for name, default in (defaults | {"proj_size": 0}).items():
-            if getattr(self, name) != default:
-                parts.append(f"{name}={getattr(self, name)}")
-        return ", ".join(parts)
+        defaults = Form(self.input_size, self.hidden_size, 1, True, False, 0.0, False, 0)._asdict()
+        given = {name: getattr(self, name) for name in defaults}
+        parts = [f"{name}={value}" for name, value in given.items() if value != defaults[name]]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *parts])
 
     # --- forward ----------------------------------------------------------------------------------
 
     def _states(self) -> tuple[int, ...]:
-        """Sizes of the states that are carried."""
+        """Sizes of the states that go from step to step."""
         return (self.output_size,)
 
     def _cell(self) -> Cell:
         raise NotImplementedError
 
     def _biases(self, suffix: str) -> tuple[Tensor | None, Tensor | None]:
-        """Of the product with all inputs and of the product of a step.
+        """The biases of the product with all inputs, and of the product of each step.
 
-        Where both are only added, their sum goes to the first: one sum over all positions instead
-        of one per step.
+        If both are only added, the first gets their sum, so that it is added once, not in each
+        step.
         """
         if not self.bias:
             return None, None
@@ -206,8 +188,8 @@ class Recurrent(Twin):
     def _forward(
         self, x: Tensor | PackedSequence, initial: State | None
     ) -> tuple[Tensor | PackedSequence, State]:
-        """Output and final states, shaped as PyTorch's: the states (layers x directions, batch,
-        size) each.
+        """Output and final states, shaped as in PyTorch: the states are (layers x directions,
+        batch, size).
         """
         data = x.data if isinstance(x, PackedSequence) else x
         weight = cast(SparseWeight, self.weight_ih_l0)
@@ -215,9 +197,8 @@ class Recurrent(Twin):
         if narrow is not None:
             wide = weight.dtype
             with torch.autocast(data.device.type, enabled=False):
-                y, states = self._sequence(
-                    x.to(wide), initial and tuple(s.to(wide) for s in initial)
-                )
+                initial = initial and tuple(s.to(wide) for s in initial)
+                y, states = self._sequence(x.to(wide), initial)
             return y.to(narrow), tuple(s.to(narrow) for s in states)
         return self._sequence(x, initial)
 
@@ -246,18 +227,15 @@ class Recurrent(Twin):
         length, batch = x.shape[:2]
         if not length:
             raise RuntimeError("the sequence has no steps")
-        y, states = self._layers(
-            x.reshape(length * batch, self.input_size), [batch] * length, initial
-        )
+        x = x.reshape(length * batch, self.input_size)
+        y, states = self._layers(x, [batch] * length, initial)
         y = y.view(length, batch, y.shape[1])
         if not batched:
             return y.squeeze(1), tuple(s.squeeze(1) for s in states)
         return (y.transpose(0, 1) if self.batch_first else y), states
 
     def _layers(self, x: Tensor, sizes: list[int], initial: State | None) -> tuple[Tensor, State]:
-        """All layers over (positions, features), ``sizes[t]`` positions of which belong to step
-        t.
-        """
+        """All layers over (positions, features); ``sizes[t]`` positions belong to step t."""
         suffixes = self._suffixes()
         directions = 2 if self.bidirectional else 1
         shapes = [(len(suffixes), sizes[0], size) for size in self._states()]
@@ -296,12 +274,10 @@ class Recurrent(Twin):
         final state.
         """
         b_ih, b_hh = self._biases(suffix)
-        weights = [
-            self._weight(f"weight_ih_{suffix}", b_ih),
-            self._weight(f"weight_hh_{suffix}", b_hh),
-        ]
+        named = [("ih", b_ih), ("hh", b_hh)]
         if self.proj_size:
-            weights.append(self._weight(f"weight_hr_{suffix}", None))
+            named.append(("hr", None))
+        weights = [self._weight(f"weight_{kind}_{suffix}", bias) for kind, bias in named]
         return recurrence(self._cell(), x, sizes, suffix.endswith("_reverse"), initial, weights)
 
 
