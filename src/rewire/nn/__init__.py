@@ -1,4 +1,4 @@
-"""Sparse weights, the layers made of them, and conversion of models."""
+"""Sparse weights, layers made of them, and the conversion of models."""
 
 from rewire.nn.convert.cut import to_sparse
 from rewire.nn.convert.densify import densify

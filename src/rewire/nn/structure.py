@@ -1,9 +1,8 @@
-"""Changes of a model's structure: parameters that shrink, become pools or mean something else, and
-who is told of them.
+"""Changes of a model's structure: parameters that shrink, become sparse weights or change scale.
 
-A pool tells its followers itself (`rewire.nn.weight.events`). This is the same for all other
-parameters: whatever cuts, replaces or rescales one announces it here, and what keeps numbers for
-each of its entries (a weight average) follows.
+A sparse weight tells its followers itself (`rewire.nn.weight.events`). For other parameters,
+whatever cuts, replaces or rescales one announces it here, and whatever keeps a number for each
+entry (a weight average) follows.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ __all__ = ["Part", "StructureFollower", "announce", "follow_structure"]
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter that holds (some of) what another one held, or what it held itself in another
-    shape or scale.
+    """A parameter that holds contents of an old one, or its own contents in another shape or scale.
 
-    parameter: with its new contents. take: what a tensor that goes with the old contents, entry by
-        entry, is now; None
-    where nothing goes on and numbers kept for each entry start afresh, from what the parameter
-    holds when they are needed next. weight: the pool whose values these are, if they are.
+    parameter: with its new contents.
+    take: (a tensor with a number for each entry of the old contents) -> the same for the new
+        contents; None if such numbers start afresh, from the parameter's contents when they are
+        needed next.
+    weight: the sparse weight, if these are the values of one.
     """
 
     parameter: Tensor
@@ -37,29 +36,26 @@ class Part:
     weight: SparseWeight | None = None
 
 
-#: Told of the parameter that changed and of what there is in its place.
+#: Called with the parameter that changed and what is in its place.
 StructureFollower = Callable[[Tensor, Sequence[Part]], None]
 
 _FOLLOWERS = WeakTensorKeyDictionary()
 
 
 def follow_structure(parameter: Tensor, follower: StructureFollower) -> RemovableHandle:
-    """Tell ``follower`` whenever ``parameter`` is cut, replaced or rescaled; ``.remove()`` on the
-    handle ends it.
+    """Tell ``follower`` when ``parameter`` is cut, replaced or rescaled; ``.remove()`` ends it.
 
-    Followers belong to the tensor object: copies have none.
+    Followers belong to the tensor object: copies do not have them.
     """
     followers = _FOLLOWERS.get(parameter)
     if followers is None:
-        followers = _FOLLOWERS[parameter] = OrderedDict()  # a plain dict takes no weak references
+        followers = _FOLLOWERS[parameter] = OrderedDict()  # handles refer to it weakly
     handle = RemovableHandle(followers)
     followers[handle.id] = follower
     return handle
 
 
 def announce(parameter: Tensor, parts: Sequence[Part]) -> None:
-    """Tell all that follow ``parameter`` that its contents are those of ``parts`` now. Call it when
-    that is done.
-    """
+    """Tell the followers of ``parameter`` that ``parts`` hold its contents; call it afterwards."""
     for follower in tuple((_FOLLOWERS.get(parameter) or {}).values()):
         follower(parameter, parts)

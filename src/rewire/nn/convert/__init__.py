@@ -1,1 +1,1 @@
-"""From dense layers to sparse ones and back."""
+"""Converts dense layers to sparse ones and back."""

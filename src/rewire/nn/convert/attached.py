@@ -1,5 +1,4 @@
-"""What PyTorch and its users attach to a layer besides its weights: moved to the layer's twin, or
-refused in words.
+"""Moves what PyTorch and users attach to a layer to the layer's twin, or refuses it with a reason.
 """
 
 from __future__ import annotations
@@ -28,30 +27,24 @@ __all__ = [
     "source_of",
 ]
 
-#: What a module's hooks are kept in; handed on as the objects they are, so that the handles users
-#: hold stay valid.
+#: The attributes that hold a module's hooks. The twin gets the same objects, so that handles which
+#: users hold stay valid.
 _HOOKS = (
-    *(
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-    ),
-    *(
-        "_forward_pre_hooks_with_kwargs",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_is_full_backward_hook",
-    ),
-    *(
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-    ),
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
-#: Ways of old to compute a weight before each forward pass, and what takes them off again.
+#: Older hooks that compute a weight before each forward pass, and the functions that remove them.
 _NORMS: tuple[tuple[type, str], ...] = (
     (WeightNorm, "torch.nn.utils.remove_weight_norm"),
     (SpectralNorm, "torch.nn.utils.remove_spectral_norm"),
@@ -64,8 +57,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def disguised(module: nn.Module) -> str | None:
-    """Why a module is none of `KINDS` although it is made of one: in words, or None if it is
-    something else.
+    """Why a module that was made of one of `KINDS` is not one of them; None for any other module.
     """
     bases = {kind.dense for kind in KINDS} | {kind.sparse for kind in KINDS}
     if parametrize.is_parametrized(module) and type(module).__bases__[0] in bases:
@@ -106,9 +98,7 @@ def _parametrized(module: nn.Module) -> str:
 
 
 def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
-    """Raise ValueError if the dense layer ``name`` has something that its sparse twin could not
-    have.
-    """
+    """Raise ValueError if the dense layer ``name`` has something that cannot move to its twin."""
     plain = kind.plain()
     for path, _ in plain.named_modules():
         own = layer.get_submodule(path)
@@ -148,9 +138,7 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
 
 
 def check_sparse(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the sparse layer ``name`` has something that its dense twin could not
-    have.
-    """
+    """Raise ValueError if the sparse layer ``name`` has something that cannot move to its twin."""
     for path, own in layer.named_modules():
         where = join(name, path)
         if parametrize.is_parametrized(own):
@@ -205,8 +193,8 @@ def _check_parameter(name: str, new: str, parameter: Tensor) -> None:
 
 
 def parameter(layer: nn.Module, kind: Kind, path: str) -> nn.Parameter:
-    """The parameter behind a weight of a dense layer that `check_dense` passed, by the pool's
-    name.
+    """The parameter of a weight of a dense layer that `check_dense` passed, by the name of the
+    sparse weight.
     """
     found = source_of(*kind.places(layer)[path])
     assert found is not None
@@ -214,15 +202,12 @@ def parameter(layer: nn.Module, kind: Kind, path: str) -> nn.Parameter:
 
 
 def source_of(module: nn.Module, attribute: str) -> nn.Parameter | None:
-    """The parameter behind a weight: itself or what a prune mask is over; None where something else
-    computes it.
+    """The parameter of a weight, which may be under a prune mask; None if it is computed otherwise.
     """
     own = module._parameters.get(attribute)
-    return (
-        module._parameters.get(f"{attribute}_orig")
-        if own is None and _pruning(module, attribute)
-        else own
-    )
+    if own is None and _pruning(module, attribute):
+        own = module._parameters.get(f"{attribute}_orig")
+    return own
 
 
 def _pruning(module: nn.Module, attribute: str) -> list[int]:
@@ -235,8 +220,8 @@ def _pruning(module: nn.Module, attribute: str) -> list[int]:
 
 
 def prune_masks(layer: nn.Module, kind: Kind) -> dict[str, Tensor]:
-    """The prune masks of a dense layer's weights, boolean and of the weights' shapes, by the pools'
-    names.
+    """The prune masks of a dense layer's weights, boolean and of the weights' shapes, by the names
+    of the sparse weights.
 
     Raises ValueError for a mask with other entries than 0 and 1.
     """
@@ -247,7 +232,7 @@ def prune_masks(layer: nn.Module, kind: Kind) -> dict[str, Tensor]:
             continue
         if mask.device.type != "meta" and not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(
-                f"the prune mask of {path} has other entries than 0 and 1: it is no topology"
+                f"the prune mask of {path} has other entries than 0 and 1: it is not a topology"
             )
         found[path] = kind.part(layer, path, mask) != 0
     return found
@@ -259,46 +244,44 @@ def prune_masks(layer: nn.Module, kind: Kind) -> dict[str, Tensor]:
 def move(
     made: nn.Module, layer: nn.Module, plain: nn.Module, replaced: set[tuple[nn.Module, str]]
 ) -> None:
-    """Give ``made`` what ``layer`` has besides its weights: biases, hooks, mode, and whatever was
-    set on it.
+    """Give ``made`` what ``layer`` has besides its weights: biases, hooks, mode, and anything set
+    on it.
 
-    All are handed on as the objects they are. ``plain`` is a fresh layer of the type of ``layer``:
-    what it has as well is no addition. replaced: the parameters of ``layer`` that became weights of
-    ``made``, as (module, name). Raises ValueError where an addition has a name that the twin needs.
-    ``layer`` stays as it is; see `settle`.
+    ``made`` gets the same objects, and ``layer`` stays as it is; see `settle`.
+
+    Args:
+        plain: a fresh layer of the type of ``layer``. What it does not have was added by somebody.
+        replaced: the parameters of ``layer`` that became weights of ``made``, as (module, name).
+
+    Raises ValueError if an addition has a name that the twin needs.
     """
     fresh = dict(plain.named_modules())
-    made.train(layer.training)  # pools too
-    for own, target in _pairs(layer, made):  # each part has a mode of its own
+    made.train(layer.training)  # sparse weights as well
+    for own, target in _pairs(layer, made):  # each part has its own mode
         target.training = own.training
     for own, target in list(_pairs(layer, made)):
         path = next(path for path, module in layer.named_modules() if module is own)
         if path in fresh and not isinstance(target, SparseWeight):
-            _move_part(
-                target,
-                own,
-                fresh[path],
-                {attribute for module, attribute in replaced if module is own},
-            )
+            gone = {attribute for module, attribute in replaced if module is own}
+            _move_part(target, own, fresh[path], gone)
 
 
 def _move_part(made: nn.Module, layer: nn.Module, plain: nn.Module, gone: set[str]) -> None:
     hidden = {f"{name}{end}" for name in gone for end in ("", "_orig", "_mask")}
     for name in [n for n in made._parameters if isinstance(layer.__dict__.get(n), Tensor)]:
-        # a pruned bias: a parameter of another name, and its mask, are below
+        # A pruned bias: its parameter, of another name, and its mask follow below.
         del made._parameters[name]
     for name, parameter in layer._parameters.items():
         if name not in hidden and parameter is not None:
             if name not in made._parameters:
                 _check_name(made, layer, name)
-            # not by register_parameter: recurrent layers of torch.nn keep a list too
+            # Not register_parameter: recurrent layers of torch.nn also keep a list.
             setattr(made, name, parameter)
     for name, buffer in layer._buffers.items():
         if name not in hidden:
             _check_name(made, layer, name)
-            made.register_buffer(
-                name, buffer, persistent=name not in layer._non_persistent_buffers_set
-            )
+            kept = name not in layer._non_persistent_buffers_set
+            made.register_buffer(name, buffer, persistent=kept)
     for name, module in layer._modules.items():
         if name not in plain._modules and not isinstance(module, SparseWeight):
             _check_name(made, layer, name)
@@ -308,8 +291,7 @@ def _move_part(made: nn.Module, layer: nn.Module, plain: nn.Module, gone: set[st
             _check_name(made, layer, name)
             if isinstance(value, Tensor):
                 setattr(made, name, value)
-            # a module there is no part of the layer (its parent, say), so it must not become one
-            else:
+            else:  # also a module that is not part of the layer, such as its parent
                 made.__dict__[name] = value
     for hooks in _HOOKS:
         setattr(made, hooks, getattr(layer, hooks))
@@ -324,7 +306,7 @@ def _check_name(made: nn.Module, layer: nn.Module, name: str) -> None:
 
 
 def settle(made: nn.Module, layer: nn.Module, replaced: set[tuple[nn.Module, str]]) -> None:
-    """What `move` leaves until nothing can go wrong any more: ``made`` has taken the place of
+    """The rest of `move`, for when nothing can fail any more: ``made`` takes the place of
     ``layer``.
     """
     for module, attribute in replaced:

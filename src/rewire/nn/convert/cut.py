@@ -1,4 +1,5 @@
-"""From a dense model and masks to truly sparse layers, with the optimizers following."""
+"""Cut a dense model to the connections of masks: truly sparse layers, and optimizers that follow.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ __all__ = ["dense_weights", "to_sparse"]
 
 @dataclass(frozen=True)
 class _Cut:
-    """A weight to be cut: the parameter it is (a part of) and the connections that stay.
+    """A weight to cut, the parameter that contains it, and the connections that stay.
 
     first: place of the weight's first entry in the flattened parameter (attention stacks three
-        weights in one).
+        weights in one parameter).
     kept: int64, ascending positions in the flattened weight.
     """
 
@@ -45,33 +46,30 @@ def to_sparse(
     masks: Mapping[str, Tensor] | None = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> nn.Module:
-    """Replace dense layers by sparse ones that hold exactly the connections of ``masks``, in place;
-    returns the model.
+    """Replace dense layers by sparse ones with exactly the connections of ``masks``, in place.
 
     Args:
-        model: any model; a model that is itself such a layer is not replaced in place, so use what
-            is returned.
-        masks: boolean tensor of the weight's shape by the name of the weight (``"fc1.weight"``,
-            ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for layers of one weight, of
-            the layer (``"fc1"``). True stays, also where the value is 0. The other weights of a
-            chosen layer (a layer is sparse as a whole) stay complete. A weight that
-            `torch.nn.utils.prune` masks has its prune mask, which a mask given for it must equal;
-            None (the default) takes the layers that have prune masks.
-        optimizers: those that train the model. The pool's values take the place of the dense
-            parameter in its parameter group, with the state and the gradient of the entries that
-            stay, so training goes on as that of the masked dense model would. Every elementwise
-            optimizer of `torch.optim` can; Adafactor's factored second moment is multiplied out.
+        model: any model. If it is a layer to be replaced itself, use the module returned.
+        masks: boolean tensors of the weights' shapes, by the name of the weight
+            (``"fc1.weight"``, ``"lstm.weight_hh_l0"``, ``"attention.q_proj_weight"``) or, for
+            layers of one weight, of the layer (``"fc1"``). True stays, even where the value is 0.
+            A layer becomes sparse as a whole: its weights without a mask keep all connections. A
+            weight with a mask of `torch.nn.utils.prune` uses that, and a mask given for it must be
+            equal. None (the default) takes all layers with such prune masks.
+        optimizers: those that train the model. The values of the sparse weight take the place of
+            the dense parameter in its group, with state and gradient of the entries that stay, so
+            training goes on as it would with the masked dense model. Every elementwise optimizer of
+            `torch.optim` will do; Adafactor's factored second moment is multiplied out.
 
-    Values, gradients and state are exact copies, in (row, column) order of the slots; biases and
-    all other parameters stay the objects they are, and so do a layer's hooks and whatever else was
-    set on it. A weight of which nothing stays keeps a pool of one empty slot: its layer then gives
-    its bias alone.
+    Values, gradients and state are exact copies, with the slots in (row, column) order. Biases and
+    all other parameters, a layer's hooks, and anything else set on it stay the objects they are. A
+    weight of which nothing stays gets one empty slot, so its layer returns its bias.
 
-    Layers that can be cut are those `sparsify` converts. Raises ValueError for a name or shape that
-    does not fit, a layer of another type (also one with a parametrization), a weight that something
-    else computes or whose gradient has a hook, a parameter that layers share, an optimizer that
-    cannot train pools or keeps state of another shape; the model and the optimizers are then
-    unchanged. Cost: O(M) time, as for reading the masks.
+    Returns the model. The layer types are those of `sparsify`. Raises ValueError, and leaves model
+    and optimizers unchanged, for a name or shape that does not fit, a layer of another type (or
+    with a parametrization), a weight that something else computes or whose gradient has a hook, a
+    parameter that layers share, and an optimizer that cannot train sparse weights or keeps state of
+    another shape. Cost: O(M) time.
     """
     optimizers = listed(optimizers)
     chosen = _chosen(model, masks)
@@ -92,19 +90,7 @@ def to_sparse(
         attached.move(made, layer, kind.plain(), places[name])
         return made
 
-    model = swap(
-        model,
-        chosen,
-        sparse,
-        lambda name, made: attached.settle(made, chosen[name][0], places[name]),
-    )
-    for module in model.modules():
-        # An encoder asks its first layer alone whether nested tensors will do, and they do for
-        # dense layers only.
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, SparseWeight) for m in module.modules()
-        ):
-            module.use_nested_tensor = False
+    model = swap(model, chosen, sparse, places)
     for move in moves:
         move.to(values[id(move.parameter)])
     pools = {id(weight.values): weight for _, weight in sparse_weights(model)}
@@ -115,11 +101,10 @@ def to_sparse(
 
 
 def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
-    """What could be cut: (name of the weight, of its layer, the layer, the weight) for every dense
-    layer of `KINDS`.
+    """The weights that `to_sparse` can cut: (name of the weight, of its layer, the layer, the
+    weight).
 
-    The tensor is the parameter, or the view of a parameter that attention stacks
-    (`torch.nn.MultiheadAttention`).
+    The weight is the parameter, or a view of it if `torch.nn.MultiheadAttention` stacks several.
     """
     for name, layer, kind in layers_of(model, kind_of):
         for path, weight in kind.weights(layer).items():
@@ -129,9 +114,7 @@ def dense_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Tenso
 def _chosen(
     model: nn.Module, masks: Mapping[str, Tensor] | None
 ) -> dict[str, tuple[nn.Module, Kind, list[_Cut]]]:
-    """The layers that masks are for, with what stays of each of their weights; everything about
-    names and shapes.
-    """
+    """The layers that masks are for, with what stays of each weight; checks names and shapes."""
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, kind_of)}
     pruned = {
         (name, path): mask
@@ -184,7 +167,7 @@ def _given(
             if what is not None:
                 raise ValueError(f"{layer or 'the model'} {what}")
             raise ValueError(
-                f"{name!r} is no weight that can be cut: there are "
+                f"{name!r} is not a weight that can be cut: there are "
                 f"{', '.join(map(repr, names)) or 'none'} (layers "
                 f"{', '.join(kind.dense.__name__ for kind in KINDS)} of torch.nn themselves, "
                 "without parametrization)"
@@ -194,11 +177,8 @@ def _given(
             raise ValueError(f"two masks are for {join(*key)}: give one")
         shape = tuple(weights[key].shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            got = (
-                (f"{mask.dtype} {tuple(mask.shape)}")
-                if isinstance(mask, Tensor)
-                else type(mask).__name__
-            )
+            tensor = isinstance(mask, Tensor)
+            got = f"{mask.dtype} {tuple(mask.shape)}" if tensor else type(mask).__name__
             raise ValueError(
                 f"the mask of {name} must be a boolean tensor of shape {shape}, not {got}"
             )
@@ -218,7 +198,7 @@ def _cut(layer: nn.Module, kind: Kind, path: str, weight: Tensor, mask: Tensor |
 
 
 def _pool(cut: _Cut) -> SparseWeight:
-    """The pool of what stays, in (row, column) order, with its part of the gradient."""
+    """The sparse weight of what stays, in (row, column) order, with its part of the gradient."""
     columns = cut.shape[1:].numel()
     flat = cut.parameter.detach().reshape(-1)
     rows, cols = cut.kept // columns, cut.kept % columns
@@ -233,22 +213,21 @@ def _pool(cut: _Cut) -> SparseWeight:
 
 
 def _gather(cut: _Cut, dense: Tensor) -> Tensor:
-    """What a tensor of the dense parameter's shape has for each slot."""
+    """The entry for each slot of a tensor of the dense parameter's shape."""
     found = dense.detach().reshape(-1)[cut.first + cut.kept]
     return found if found.numel() else found.new_zeros(1)
 
 
 def _taken(cut: _Cut, dense: Tensor) -> Tensor:
-    """`_gather`, with 0 in the empty slot of a pool of nothing."""
+    """`_gather`, with 0 in the empty slot of a weight without connections."""
     return _gather(cut, dense) if cut.kept.numel() else dense.new_zeros(1)
 
 
 def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
-    """The sparse layer with its settings and biases; its pools, of one connection each, are to be
-    replaced.
+    """The sparse layer with its settings and biases, and weights of one connection to be replaced.
     """
     device = next(layer.parameters()).device
-    # what is drawn is thrown away, and nobody's random numbers may depend on it
+    # What is drawn here is thrown away, and no other random numbers may depend on it.
     with contextlib.ExitStack() as stack:
         if device.type != "meta":
             devices = [] if device.type == "cpu" else [device]
@@ -262,8 +241,8 @@ def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Move:
-    """One place where an optimizer has a dense parameter, and what it keeps for it (of the
-    parameter's shape).
+    """A dense parameter in a group of an optimizer, and its state: tensors of the parameter's shape
+    (``dense``), and the rest.
     """
 
     optimizer: Optimizer
@@ -273,7 +252,7 @@ class _Move:
     rest: dict[str, Any]
 
     def to(self, parts: list[tuple[_Cut, nn.Parameter]]) -> None:
-        """Put the pools' values where the parameter is."""
+        """Put the values of the sparse weights in the parameter's place."""
         members: list[Tensor] = self.group["params"]
         at = next(i for i, member in enumerate(members) if member is self.parameter)
         members[at : at + 1] = [values for _, values in parts]
@@ -289,18 +268,16 @@ class _Move:
         del self.optimizer.state[self.parameter]
         for cut, values in parts:
             state: dict[str, Any] = {k: _gather(cut, v) for k, v in self.dense.items()}
-            # Step counters and the like: one of its own for each, because optimizers count in
-            # place.
+            # Each gets a copy of step counters and the like, because optimizers count in place.
             state |= {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rest.items()}
             self.optimizer.state[values] = state
             if not cut.kept.numel():
-                reset_optimizer_state(
-                    self.optimizer, values, torch.zeros(1, dtype=torch.int64, device=values.device)
-                )
+                slot = torch.zeros(1, dtype=torch.int64, device=values.device)
+                reset_optimizer_state(self.optimizer, values, slot)
 
 
 def _moves(optimizer: Optimizer, parameters: set[int]) -> list[_Move]:
-    """All that has to be done to one optimizer; ValueError if it cannot be."""
+    """What to do to one optimizer; raises ValueError if that is impossible."""
     found = [
         _move(optimizer, group, parameter)
         for group in optimizer.param_groups
@@ -316,7 +293,7 @@ def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) 
     state = dict(optimizer.state.get(parameter, {}))
     dense: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
-    # Adafactor: its estimate, as it would use it for this matrix
+    # Adafactor: the estimate that it would use for this matrix.
     if {"row_var", "col_var"} <= state.keys():
         row, col = state.pop("row_var"), state.pop("col_var")
         least = group["eps"][0] or torch.finfo(row.dtype).eps

@@ -25,20 +25,20 @@ __all__ = ["densify"]
 
 
 def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> nn.Module:
-    """Replace sparse layers by dense ones with zeros where no connection is, in place; returns the
-    model.
+    """Replace sparse layers by dense ones, with zeros where there is no connection, in place;
+    returns the model.
 
-    Biases, hooks, modes and what else belongs to a layer stay with it. A model that is itself a
-    sparse layer is not replaced in place: use the returned module.
+    Biases, hooks, modes and anything else set on a layer stay with it. If the model is a sparse
+    layer itself, use the module returned.
 
     Args:
-        optimizers: those that train the model and go on doing so. The dense parameter takes the
-            place of the pool's values in its parameter group, with their gradient and state, and
-            the state of positions without a connection is what it starts at.
+        optimizers: those that train the model and will go on. The dense parameter takes the place
+            of the sparse weight's values in its group, with gradient and state; the state of
+            positions without a connection gets its initial value.
 
-    Raises ValueError, and changes nothing, while a method or an optimizer not given still follows a
-    pool, where an optimizer keeps what cannot be made dense, and for a layer with a
-    parametrization, a hook on the gradient of its values, or a forward of its own.
+    Raises ValueError, and changes nothing, while a method or an optimizer that was not given still
+    follows a sparse weight, if an optimizer keeps state that cannot be made dense, and for a layer
+    with a parametrization, a hook on the gradient of its values, or an assigned forward.
     """
     optimizers = listed(optimizers)
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
@@ -54,7 +54,7 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
         for path, weight in kind.weights(made).items():
             pool = layer.get_submodule(path)
             trained = layer.get_parameter(f"{path}.values").requires_grad
-            if isinstance(weight, nn.Parameter):  # a pool that layers share stays shared
+            if isinstance(weight, nn.Parameter):  # what layers share stays shared
                 parent, _, leaf = path.rpartition(".")
                 weight.requires_grad_(trained)
                 setattr(made.get_submodule(parent), leaf, parameters.setdefault(id(pool), weight))
@@ -67,9 +67,7 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
 
     made = {name: dense(name) for name in found}
     moves = moves_to_dense(optimizers, targets)
-    model = swap(
-        model, made, made.__getitem__, lambda name, new: attached.settle(new, found[name][0], set())
-    )
+    model = swap(model, made, made.__getitem__)
     for move in moves:
         move.make()
     return model
@@ -79,9 +77,8 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
 def _hand_over(
     name: str, made: nn.Module, layer: nn.Module, kind: Kind, targets: dict[int, Target]
 ) -> None:
-    """Let a dense layer have the gradients of the sparse one's pools; note what goes where.
-
-    ``targets``: by the ``id`` of a pool's values.
+    """Give a dense layer the gradients of the sparse one, and note in ``targets``, by the ``id`` of
+    the values, where each weight goes.
     """
     names = {id(parameter): path for path, parameter in made.named_parameters()}
     for path, weight in kind.weights(made).items():
@@ -99,8 +96,8 @@ def _hand_over(
 
 @dataclass(frozen=True)
 class Target:
-    """Where a pool goes: the dense parameter, its name, and the place of the pool's first entry in
-    it (attention stacks three weights in one).
+    """The dense parameter for a sparse weight, its name, and the place of the weight's first entry
+    in it (attention stacks three weights in one parameter).
     """
 
     name: str
@@ -109,7 +106,7 @@ class Target:
     first: int
 
     def scatter(self, per_slot: Tensor, into: Tensor) -> None:
-        """Write what slots have to where their connections are."""
+        """Write the numbers of slots to the positions of their connections."""
         slots = self.pool.active()
         columns = self.pool.matrix_shape[1]
         places = self.pool.rows[slots].long() * columns + self.pool.cols[slots].long() + self.first
@@ -118,8 +115,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Move:
-    """One place where an optimizer has pools that become one dense parameter, and what it keeps for
-    them.
+    """Sparse weights in a group of an optimizer that become one dense parameter, and their state:
+    tensors with a number per slot, and the rest.
     """
 
     optimizer: Optimizer
@@ -130,12 +127,13 @@ class Move:
 
     @torch.no_grad()
     def make(self) -> None:
-        """Put the dense parameter where the first of the pools' values is."""
+        """Put the dense parameter in the place of the values (of the first, if there are several).
+        """
         parameter = self.targets[0].parameter
         gone = {id(target.pool.values) for target in self.targets}
         members: list[Tensor] = self.group["params"]
         places = [i for i, member in enumerate(members) if id(member) in gone]
-        if places:  # else another optimizer that shares the group has done it
+        if places:  # else it was done for another optimizer that shares the group
             members[places[0]] = parameter
             names: list[str] | None = self.group.get("param_names")
             if names is not None:
@@ -160,10 +158,8 @@ class Move:
             made[key] = dense
         if _factored(self.optimizer) and "variance" in made and parameter.dim() > 1:
             variance = made.pop("variance")
-            made["row_var"], made["col_var"] = (
-                variance.mean(-1, keepdim=True),
-                variance.mean(-2, keepdim=True),
-            )
+            made["row_var"] = variance.mean(-1, keepdim=True)
+            made["col_var"] = variance.mean(-2, keepdim=True)
         for target in self.targets:
             state.pop(target.pool.values, None)
         state[parameter] = made
@@ -174,10 +170,10 @@ def _factored(optimizer: Optimizer) -> bool:
 
 
 def moves_to_dense(optimizers: Iterable[Optimizer], targets: Mapping[int, Target]) -> list[Move]:
-    """All that has to be done to the optimizers; ``targets`` by the ``id`` of a pool's values.
+    """What to do to the optimizers; ``targets`` by the ``id`` of the values.
 
-    Raises ValueError where it cannot be: a weight whose parts are in several groups, or what an
-    optimizer keeps that has not one number for each connection.
+    Raises ValueError if the parts of a weight are in several groups, or if an optimizer keeps
+    tensors that do not have one number for each connection.
     """
     found = []
     for optimizer in optimizers:
@@ -239,8 +235,8 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
 
 
 def refuse_followed(pools: Mapping[str, SparseWeight], optimizers: Iterable[Optimizer]) -> None:
-    """Raise ValueError if a method or an optimizer that is not among ``optimizers`` still works on
-    one of the pools.
+    """Raise ValueError if a method, or an optimizer not among ``optimizers``, still follows one of
+    the weights.
     """
     given = {id(member) for optimizer in optimizers for member in inner_optimizers(optimizer)}
     for name, pool in pools.items():

@@ -1,4 +1,5 @@
-"""The layer types that `sparsify` and `densify` know: one entry each, how to go there and back."""
+"""The layer types that `sparsify` and `densify` convert: one entry for each, with both directions.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ class Kind:
 
     Attributes:
         dense, sparse: the two classes.
-        names: of the tensors of a dense layer that become pools, by the names that the pools have
-            in the sparse layer. Several pools with one name are stacked in that tensor, along its
-            rows.
-        sizes: first arguments of both classes for the smallest layer there is.
+        names: (dense layer) -> the names of its tensors that become sparse weights, by the names
+            that these have in the sparse layer. If several have the same tensor, it stacks them
+            along its rows.
+        sizes: first arguments of both classes for the smallest layer.
         to_sparse: (dense layer, connections of each weight, generator) -> a sparse layer with a
-            random topology and fresh values, and the other parameters (biases) of the dense one.
+            random topology, fresh values, and copies of the other parameters (biases).
         to_dense: sparse layer -> the dense layer that computes the same.
     """
 
@@ -45,8 +46,7 @@ class Kind:
     to_dense: Callable[[Any], nn.Module]
 
     def plain(self) -> nn.Module:
-        """A fresh dense layer without values, to compare with: what another has beyond it was added
-        by somebody.
+        """A fresh dense layer without values; what other layers have beyond it was added to them.
         """
         return self.dense(*self.sizes, device="meta")
 
@@ -57,8 +57,7 @@ class Kind:
         return made
 
     def places(self, layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-        """Where each weight of a dense layer is, by the pool's name: the module and its
-        attribute.
+        """Module and attribute of each weight of a dense layer, by the name of the sparse weight.
         """
         found = {}
         for path, name in self.names(layer).items():
@@ -67,30 +66,26 @@ class Kind:
         return found
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        """The tensors of a dense layer that become pools, by the pools' names; views where several
-        are stacked.
+        """The tensors of a dense layer that become sparse weights, by the names of these; views of
+        tensors that stack several.
         """
-        return {
-            path: self.part(layer, path, getattr(*place))
-            for path, place in self.places(layer).items()
-        }
+        places = self.places(layer).items()
+        return {path: self.part(layer, path, getattr(*place)) for path, place in places}
 
     def part(self, layer: nn.Module, path: str, tensor: Tensor) -> Tensor:
-        """The part of a weight in ``tensor``, which is of the shape of the parameter that holds
-        it.
-        """
+        """The part for one weight of a tensor that has the shape of the parameter."""
         names = self.names(layer)
         stacked = [other for other, name in names.items() if name == names[path]]
         return tensor if len(stacked) == 1 else tensor.chunk(len(stacked))[stacked.index(path)]
 
 
 def join(layer: str, name: str) -> str:
-    """The full name of something within a layer; the layer of no name is the model itself."""
+    """The full name of something in a layer; the layer named "" is the model itself."""
     return f"{layer}.{name}" if layer and name else layer or name
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """The entry of a dense layer; of subclasses none, because their forward may differ."""
+    """The entry of a dense layer; None for subclasses too, because their forward may differ."""
     if type(layer) is nn.MultiheadAttention and type(layer.out_proj) not in _OUTPUTS:
         return None
     return next((kind for kind in KINDS if type(layer) is kind.dense), None)
@@ -102,7 +97,7 @@ def sparse_kind_of(layer: nn.Module) -> Kind | None:
 
 
 def _copy(targets: nn.Module, sources: nn.Module, *names: str) -> None:
-    """Copy parameters of the same name, those that there are."""
+    """Copy the values of the parameters of these names, as far as they exist."""
     there = dict(targets.named_parameters())
     here = dict(sources.named_parameters())
     with torch.no_grad():
@@ -111,10 +106,12 @@ def _copy(targets: nn.Module, sources: nn.Module, *names: str) -> None:
                 there[name].copy_(here[name])
 
 
+def _like(weight: Any) -> dict[str, Any]:
+    return {"device": weight.device, "dtype": weight.dtype}
+
+
 def _blank(like: SparseWeight, make: Callable[..., Module], *args: Any, **kwargs: Any) -> Module:
-    """A dense layer on the device of ``like`` without values yet: nothing is drawn that would be
-    thrown away.
-    """
+    """A dense layer on the device of ``like``, without values: drawing them would be wasted."""
     made = make(*args, **kwargs, device="meta", dtype=like.dtype)
     return made.to_empty(device=like.device)
 
@@ -130,34 +127,23 @@ def _layer_kind(
 ) -> Kind:
     """The entry of a type with one weight and perhaps a bias.
 
-    sizes: first arguments of both classes; settings: further ones, by keyword; both are kept as
-        attributes.
+    sizes: first arguments of both classes. settings: further ones, by keyword. Layers have
+    attributes of the same names.
     """
 
+    def arguments(layer: Any) -> dict[str, Any]:
+        given = {name: getattr(layer, name) for name in (*sizes, *settings)}
+        return given | {"bias": layer.bias is not None}
+
     def to_sparse(layer: nn.Module, counts: Counts, generator: torch.Generator | None) -> nn.Module:
-        weight: Any = layer.weight
         make: Any = sparse
-        made: nn.Module = make(
-            *(getattr(layer, name) for name in sizes),
-            **{name: getattr(layer, name) for name in settings},
-            bias=layer.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-            connections=counts["weight"],
-            generator=generator,
-        )
+        drawn = {"connections": counts["weight"], "generator": generator}
+        made: nn.Module = make(**arguments(layer), **_like(layer.weight), **drawn)
         _copy(made, layer, "bias")
         return made
 
     def to_dense(layer: SparseLayer) -> nn.Module:
-        arguments = {name: getattr(layer, name) for name in settings}
-        made: nn.Module = _blank(
-            layer.weight,
-            dense,
-            *(getattr(layer, name) for name in sizes),
-            **arguments,
-            bias=layer.bias is not None,
-        )
+        made: nn.Module = _blank(layer.weight, dense, **arguments(layer))
         with torch.no_grad():
             made.get_parameter("weight").copy_(layer.weight.to_dense())
         _copy(made, layer, "bias")
@@ -186,7 +172,8 @@ def _recurrent_weights(layer: nn.RNNBase) -> dict[str, str]:
 
 
 def _recurrent_arguments(layer: nn.RNNBase | Recurrent) -> dict[str, Any]:
-    """What both constructors take. Dropout is set afterwards: a useless one would warn again."""
+    """The arguments of both constructors, without dropout, because a useless one would warn again.
+    """
     names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional"]
     if isinstance(layer, nn.LSTM | SparseLSTM):
         names.append("proj_size")
@@ -201,14 +188,8 @@ def _recurrent_to_sparse(
     def to_sparse(
         layer: nn.RNNBase, counts: Counts, generator: torch.Generator | None
     ) -> nn.Module:
-        weight: Any = layer.weight_ih_l0
-        made = sparse(
-            **_recurrent_arguments(layer),
-            device=weight.device,
-            dtype=weight.dtype,
-            connections=counts,
-            generator=generator,
-        )
+        given = _recurrent_arguments(layer) | _like(layer.weight_ih_l0)
+        made = sparse(**given, connections=counts, generator=generator)
         made.dropout = layer.dropout
         _copy(made, layer, *made.bias_names())
         return made
@@ -258,14 +239,8 @@ def _attention_arguments(layer: nn.MultiheadAttention | SparseMultiheadAttention
 def _sparse_attention(
     layer: nn.MultiheadAttention, counts: Counts, generator: torch.Generator | None
 ) -> SparseMultiheadAttention:
-    weight = layer.out_proj.weight
-    made = SparseMultiheadAttention(
-        **_attention_arguments(layer),
-        device=weight.device,
-        dtype=weight.dtype,
-        connections=counts,
-        generator=generator,
-    )
+    given = _attention_arguments(layer) | _like(layer.out_proj.weight)
+    made = SparseMultiheadAttention(**given, connections=counts, generator=generator)
     _copy(made, layer, *_ATTENTION_REST)
     return made
 

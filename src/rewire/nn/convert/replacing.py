@@ -1,13 +1,15 @@
-"""Which layers a conversion replaces, and putting others in their places."""
+"""Finds the layers that a conversion replaces, and puts others in their places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from torch import nn
 
+from rewire.nn.convert import attached
 from rewire.nn.convert.kinds import Kind, join
+from rewire.nn.weight.listing import sparse_weights
 
 __all__ = ["layers_of", "refuse_shared", "swap", "ties"]
 
@@ -15,7 +17,7 @@ __all__ = ["layers_of", "refuse_shared", "swap", "ties"]
 def layers_of(
     model: nn.Module, kind: Callable[[nn.Module], Kind | None]
 ) -> Iterator[tuple[str, nn.Module, Kind]]:
-    """Modules that are of some kind, each once, without what is inside of them."""
+    """Modules for which ``kind`` gives a kind, each once, without the modules inside of them."""
     inner: set[int] = set()
     for name, module in model.named_modules():
         if id(module) not in inner and (found := kind(module)) is not None:
@@ -24,7 +26,7 @@ def layers_of(
 
 
 def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Replacing one of two layers that share a parameter would quietly untie them."""
+    """Raise ValueError if a chosen layer shares a parameter, which replacing it would untie."""
     tied = ties(model)
     for layer in chosen.values():
         for module in layer.modules():
@@ -34,8 +36,8 @@ def refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 
 
 def ties(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """The modules (by ``id``) that share a parameter: their name, and "weight with other.weight" in
-    words.
+    """The modules (by ``id``) that share a parameter: their name, and words such as "weight with
+    other.weight".
     """
     owners: dict[int, list[tuple[int, str, str]]] = {}
     for path, owner in model.named_modules():
@@ -53,23 +55,29 @@ def ties(model: nn.Module) -> dict[int, tuple[str, str]]:
 
 def swap(
     model: nn.Module,
-    names: Sequence[str] | Mapping[str, Any],
+    names: Iterable[str],
     make: Callable[[str], nn.Module],
-    settle: Callable[[str, nn.Module], None],
+    replaced: Mapping[str, set[tuple[nn.Module, str]]] = MappingProxyType({}),
 ) -> nn.Module:
-    """Make all replacements first, then put them in, under every name a module has: on an error
-    nothing has changed.
+    """Replace the layers of these names, under every name that a module has; returns the model.
 
-    ``settle`` does what must not be done before, with the name and what was made.
+    All replacements are made before the first is put in its place, so nothing has changed on an
+    error. ``replaced``: see `rewire.nn.convert.attached.move`.
     """
-    made = {name: make(name) for name in names}
-    old = {id(model.get_submodule(name)): module for name, module in made.items()}
-    for name in made:
-        settle(name, made[name])
-    if id(model) in old:
-        return old[id(model)]
+    layers = {name: model.get_submodule(name) for name in names}
+    made = {name: make(name) for name in layers}
+    for name, layer in layers.items():
+        attached.settle(made[name], layer, replaced.get(name, set()))
+    new = {id(layer): made[name] for name, layer in layers.items()}
+    if id(model) in new:
+        return new[id(model)]
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
-            if module is not None and id(module) in old:
-                setattr(parent, child, old[id(module)])
+            if module is not None and id(module) in new:
+                setattr(parent, child, new[id(module)])
+    for parent in model.modules():
+        # An encoder asks only its first layer whether it supports nested tensors, which no encoder
+        # with sparse layers does.
+        if isinstance(parent, nn.TransformerEncoder) and any(sparse_weights(parent)):
+            parent.use_nested_tensor = False
     return model

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from rewire.budget import Limits
 from rewire.nn.convert import attached
-from rewire.nn.convert.counts import Patterns, connection_counts, kept_by, matches
+from rewire.nn.convert.counts import Patterns, chosen, connection_counts, kept_by, matches
 from rewire.nn.convert.kinds import KINDS, join, kind_of
 from rewire.nn.convert.replacing import layers_of, refuse_shared, swap
 from rewire.nn.layers.initial import Init, check_init
-from rewire.nn.weight.listing import sparse_weights
 from rewire.nn.weight.pool import SparseWeight
 from rewire.topology import limits as limited
 
@@ -35,14 +34,14 @@ def sparsify(
     generator: torch.Generator | None = None,
     init: Init = "auto",
 ) -> nn.Module:
-    """Replace dense layers by sparse ones that keep within a budget, in place; returns the model.
+    """Replace dense layers by sparse ones within a budget, in place; returns the model.
 
     Args:
-        density: share of the chosen layers' potential connections to have in total, spread by
-            ``distribution``; or a dict from glob pattern to the density of each layer
-            (``"encoder.lstm"``) or single weight (``"encoder.lstm.weight_hh_l0"``) it matches. The
-            first match counts, layers without one stay dense. Where a layer of several weights is
-            matched by its own name, ``distribution`` spreads its budget over them.
+        density: the share of the chosen layers' potential connections, spread by ``distribution``;
+            or a dict from glob pattern to the density of each layer (``"encoder.lstm"``) or single
+            weight (``"encoder.lstm.weight_hh_l0"``) that it matches. The first match counts, and
+            layers without one stay dense. If a pattern matches the name of a layer with several
+            weights, ``distribution`` spreads the layer's budget over them.
         connections: the same as a number of connections.
         distribution: a name in `rewire.budget.DISTRIBUTIONS` ("erk", "er", "uniform").
         only, exclude: glob patterns over layer names (``"encoder.*"``), one or several.
@@ -50,29 +49,29 @@ def sparsify(
             "magnitude" keeps the largest weights and their values, for a trained model. Biases are
             kept in both.
         limits: on fan-in, fan-out and blocks of each weight (`rewire.budget.Limits`), or a dict
-            from glob pattern to the limits of the layers or weights it matches. With
+            from glob pattern to the limits of the layers or weights that it matches. For
             select="random" only.
         generator: for the random draws.
-        init: how large fresh values are: "auto" keeps the variance that outputs have in the dense
-            layer, "dense" draws as that does, "sparse" goes by the mean fan-in; see
-            `rewire.nn.layers.initial.draw_values`. With select="random" only.
+        init: how large fresh values are: "auto" gives outputs the variance that they have in the
+            dense layer, "dense" draws as the dense layer does, "sparse" depends on the mean fan-in;
+            see `rewire.nn.layers.initial.draw_values`. For select="random" only.
 
-    A weight with a mask of `torch.nn.utils.prune` gets the mask for its topology and the masked
-    weights for its values, whatever ``select`` says, and is pruned no more. Without ``density`` and
-    ``connections`` only layers with such masks are converted (their other weights stay complete). A
-    budget beside masks must agree with them: other layers get what the masks leave of it. To choose
-    anew, make the masks permanent first (`torch.nn.utils.prune.remove`).
+    Layers converted are `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, `RNN`, `LSTM`, `GRU` and
+    `MultiheadAttention` themselves, not subclasses, whose forward may differ. Make the optimizer
+    afterwards, because the old parameters are gone. Biases (the same parameters), hooks, mode and
+    anything else set on a layer stay with it. Transformer encoders stop using nested tensors, which
+    need fused kernels for dense weights.
 
-    What else belongs to a layer stays with it: biases (the same parameters), hooks, mode, whatever
-    was set on it. A layer whose weight is computed (parametrizations, weight norm, spectral norm),
-    has a hook on its gradient, or has a forward of its own is refused by name.
+    A weight with a mask of `torch.nn.utils.prune` takes its topology from the mask and its values
+    from the masked weight, whatever ``select`` is, and is not pruned any more. Without ``density``
+    and ``connections``, only layers with such masks are converted; their other weights keep all
+    connections. A budget given beside masks must agree with them: other layers share what the masks
+    leave of it. To choose anew, make the masks permanent first (`torch.nn.utils.prune.remove`).
 
-    Layers converted: `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, `RNN`, `LSTM`, `GRU` and
-    `MultiheadAttention` themselves (not subclasses, whose forward may differ). Make the optimizer
-    afterwards: the old parameters are gone. Transformer encoders stop using nested tensors, which
-    their fused kernels for dense weights need. Raises ValueError if nothing matches, the budget
-    cannot be met or a parameter to be replaced is shared with another layer; the model is then
-    unchanged.
+    Raises ValueError, and leaves the model unchanged, if nothing matches, if the budget cannot be
+    met, if a parameter to be replaced is shared with another layer, and for a layer whose weight is
+    computed (parametrizations, weight norm, spectral norm), whose gradient has a hook, or whose
+    forward was assigned.
     """
     if density is not None and connections is not None:
         raise ValueError("give exactly one of density= and connections=")
@@ -88,8 +87,7 @@ def sparsify(
     found = {
         name: (module, kind)
         for name, module, kind in layers_of(model, kind_of)
-        if (only is None or matches(name, only))
-        and not (exclude is not None and matches(name, exclude))
+        if chosen(name, only, exclude)
     }
     _refuse_disguised(model, only, exclude, density if density is not None else connections)
     masks = {name: attached.prune_masks(module, kind) for name, (module, kind) in found.items()}
@@ -130,14 +128,9 @@ def sparsify(
                 "first"
             )
     if isinstance(limits, Mapping):
-        names = {
-            name
-            for layer in counts
-            for path in weights[layer]
-            for name in (layer, join(layer, path))
-        }
+        names = [join(layer, path) for layer in counts for path in weights[layer]]
         for pattern in limits:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in (*counts, *names)):
                 raise ValueError(
                     f"pattern {pattern!r} of limits= matches no layer; there are "
                     f"{', '.join(counts)}"
@@ -149,8 +142,8 @@ def sparsify(
             layer, {path: max(count, 1) for path, count in counts[name].items()}, generator
         )
         drawn = [path for path in weights[name] if path not in masks[name]]
-        _restrict(made, name, drawn, limits, generator, {})
-        # made with the default; or other rows have more connections by now
+        _restrict(made, name, drawn, limits, generator, pruned=False)
+        # Values were drawn with the default, and limits may have changed the connections of rows.
         if init != "auto" or limits is not None:
             redrawn: Any = made
             redrawn.reset_weights(generator, init=init)
@@ -158,33 +151,21 @@ def sparsify(
             parent, _, leaf = path.rpartition(".")
             pool = None
             if path in masks[name]:
-                pool = _masked(
-                    kind.part(layer, path, attached.parameter(layer, kind, path)), masks[name][path]
-                )
+                whole = attached.parameter(layer, kind, path)
+                pool = _masked(kind.part(layer, path, whole), masks[name][path])
             elif select == "magnitude" or density is connections is None:
                 pool = SparseWeight.from_dense(dense, connections=counts[name][path])
             if pool is not None:
                 setattr(made.get_submodule(parent), leaf, pool)
-        _restrict(made, name, masks[name], limits, generator, masks[name])
+        _restrict(made, name, masks[name], limits, generator, pruned=True)
         for path in weights[name]:
             trained = attached.parameter(layer, kind, path).requires_grad
             made.get_parameter(f"{path}.values").requires_grad_(trained)
-        attached.move(made, layer, kind.plain(), set(kind.places(layer).values()))
+        attached.move(made, layer, kind.plain(), places[name])
         return made
 
     places = {name: set(found[name][1].places(found[name][0]).values()) for name in counts}
-    model = swap(
-        model,
-        counts,
-        sparse,
-        lambda name, made: attached.settle(made, found[name][0], places[name]),
-    )
-    for module in model.modules():
-        # An encoder asks its first layer alone whether nested tensors will do, and they do for
-        # dense layers only.
-        if isinstance(module, nn.TransformerEncoder) and any(True for _ in sparse_weights(module)):
-            module.use_nested_tensor = False
-    return model
+    return swap(model, counts, sparse, places)
 
 
 def _restrict(
@@ -193,27 +174,19 @@ def _restrict(
     paths: Iterable[str],
     limits: Limits | Mapping[str, Limits] | None,
     generator: torch.Generator | None,
-    masks: Mapping[str, Tensor],
+    *,
+    pruned: bool,
 ) -> None:
-    """Give the pools of a layer that was just made the limits that are meant for them."""
+    """Give the weights of a new layer their limits; those that prune masks fixed must keep them."""
     for path in paths:
         both = layer, join(layer, path)
+        own = limits
         if isinstance(limits, Mapping):
-            own = next(
-                (
-                    w
-                    for pattern, w in limits.items()
-                    if any(fnmatchcase(name, pattern) for name in both)
-                ),
-                None,
-            )
-        else:
-            own = limits
+            matching = (w for p, w in limits.items() if any(fnmatchcase(name, p) for name in both))
+            own = next(matching, None)
         pool = made.get_submodule(path)
-        if own is not None and isinstance(pool, SparseWeight):
-            broken = (
-                limited.violation(pool.index, *pool.matrix_shape, own) if path in masks else None
-            )
+        if isinstance(own, Limits) and isinstance(pool, SparseWeight):
+            broken = pruned and limited.violation(pool.index, *pool.matrix_shape, own)
             if broken:
                 raise ValueError(f"the prune mask of {both[1]} does not keep the limits: {broken}")
             try:
@@ -225,22 +198,19 @@ def _restrict(
 def _refuse_disguised(
     model: nn.Module, only: Patterns | None, exclude: Patterns | None, given: Any
 ) -> None:
-    """A layer that is meant but has become of another type must not stay dense in silence."""
-    for name, module in model.named_modules():
+    """Raise ValueError for a layer that the patterns choose, but that has become of another type.
+    """
+    for name, module in model.named_modules() if given is not None else ():
         what = attached.disguised(module)
-        meant = what is not None and (only is None or matches(name, only))
+        meant = what is not None and chosen(name, only, exclude)
         if isinstance(given, Mapping):
-            meant = meant and any(
-                fnmatchcase(n, p) for n in (name, join(name, "weight")) for p in given
-            )
-        if meant and given is not None and not (exclude is not None and matches(name, exclude)):
+            meant = meant and matches(name, list(given), join(name, "weight"))
+        if meant:
             raise ValueError(f"{name or 'the model'} {what}")
 
 
 def _masked(weight: Tensor, mask: Tensor) -> SparseWeight:
-    """A pool of the entries of ``weight`` where ``mask`` is true; of one empty slot if it is
-    nowhere.
-    """
+    """A sparse weight of the entries where ``mask`` is true; of one empty slot if there is none."""
     kept = mask.reshape(-1).nonzero().flatten()
     columns = weight.shape[1:].numel()
     values = weight.detach().reshape(-1)[kept]

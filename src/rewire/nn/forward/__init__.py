@@ -1,1 +1,1 @@
-"""Running a model aside from its training: its modes, and the tensors it takes and gives."""
+"""Running a model outside its training: modes, and the tensors among inputs and outputs."""

@@ -1,6 +1,4 @@
-"""Training and eval mode, put back afterwards; forward passes as in training that leave no
-trace.
-"""
+"""Eval mode for a while; and forward passes as in training, but without chance or side effects."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ __all__ = ["evaluating", "in_backward", "rehearsing"]
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; every module's own mode is as before afterwards."""
+    """Eval mode and no gradients inside the ``with``; afterwards each module has its mode back."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -36,18 +34,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def in_backward() -> bool:
-    """Whether autograd computes gradients now: a forward pass in there is a checkpoint's, and was
-    seen before.
+    """Whether autograd computes gradients now: a forward pass then is a repetition for activation
+    checkpointing.
     """
     return int(torch._C._current_graph_task_id()) != -1
 
 
 class _Expected(TorchDispatchMode):
-    """Random operations give the same numbers whatever the shape: masks their expectation, so
-    dropout does nothing.
-    """
+    """Random operations give fixed numbers; dropout and random masks give their expectation."""
 
-    #: The least exact floating dtype that any operation gave.
+    #: The least exact floating dtype of any result.
     coarsest = torch.float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,12 +52,8 @@ class _Expected(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
         for x in (result,) if isinstance(result, Tensor) else tensors_in(result):
-            if (
-                x.dtype is not self.coarsest
-                and x.is_floating_point()
-                and torch.finfo(x.dtype).eps > torch.finfo(self.coarsest).eps
-            ):
-                self.coarsest = x.dtype
+            if x.dtype is not self.coarsest and x.is_floating_point():
+                self.coarsest = max(self.coarsest, x.dtype, key=lambda d: torch.finfo(d).eps)
         return result
 
     def _instead(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -72,44 +64,31 @@ class _Expected(TorchDispatchMode):
         if name in ("bernoulli_", "bernoulli"):
             chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             expected = args[0] if name == "bernoulli" and len(args) == 1 else chance
-            return (
-                result.copy_(expected) if isinstance(expected, Tensor) else result.fill_(expected)
-            )
-        if name in _DRAWN and result.is_floating_point():
+            number = not isinstance(expected, Tensor)
+            return result.fill_(expected) if number else result.copy_(expected)
+        if name.removesuffix("_").removesuffix("_like") in _DRAWN and result.is_floating_point():
             return result.fill_(0.5)
-        return result  # whole numbers, orders: the generators are seeded
+        return result  # integers and permutations; the generators are seeded
 
 
-_DRAWN = (
-    "rand",
-    "rand_like",
-    "randn",
-    "randn_like",
-    "normal",
-    "normal_",
-    "normal_functional",
-    "uniform",
-    "uniform_",
-)
+#: Without the ends "_" and "_like".
+_DRAWN = ("rand", "randn", "normal", "normal_functional", "uniform")
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code runs eagerly. Importing the compiler takes seconds, and without it nothing is
-    compiled.
-    """
-    return (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else contextlib.nullcontext()
-    )
+    """Let compiled code run eagerly."""
+    eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+        eager = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, *, train: bool) -> Iterator[_Expected]:
-    """Forward passes as in training (or in eval mode) without consequences and without chance.
+    """Forward passes as in training (or in eval mode) without side effects and without chance.
 
-    Dropout and other random factors are at their expectation. Afterwards modes, buffers and all
-    random generators are what they were; buffers are other objects meanwhile, so graphs of earlier
+    Dropout and other random factors have their expected values. Afterwards modes, buffers and all
+    random generators are as before. Meanwhile buffers are other tensors, so graphs of earlier
     forward passes stay valid. Compiled code runs eagerly.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -123,7 +102,7 @@ def rehearsing(model: nn.Module, *, train: bool) -> Iterator[_Expected]:
     python, numpy = python_random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(sorted(devices)), _eager(), _Expected() as expected:  # type: ignore[no-untyped-call]
-            # torch.manual_seed also looks for machines that are not there
+            # Not torch.manual_seed, which also looks for devices that may not be there.
             torch.default_generator.manual_seed(0)
             for device in devices:
                 torch.cuda.default_generators[device].manual_seed(0)
@@ -131,9 +110,8 @@ def rehearsing(model: nn.Module, *, train: bool) -> Iterator[_Expected]:
             np.random.seed(0)  # noqa: NPY002
             model.train(train)
             for module, own in buffers:
-                module._buffers.update(
-                    {name: None if t is None else t.clone() for name, t in own.items()}
-                )
+                for name, t in own.items():
+                    module._buffers[name] = None if t is None else t.clone()
             yield expected
     finally:
         python_random.setstate(python)

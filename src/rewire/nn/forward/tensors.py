@@ -1,6 +1,4 @@
-"""What modules take and give, whatever it comes in: positional or keyword arguments, tuples, dicts,
-dataclasses.
-"""
+"""The tensors among the inputs and outputs of modules, in arguments, tuples, dicts, dataclasses."""
 
 from __future__ import annotations
 
@@ -18,10 +16,9 @@ __all__ = ["first_input", "first_tensor", "head", "map_tensors", "rows", "tensor
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The input of a layer from what a forward hook is given: its first argument, by position or by
-    its name.
+    """The first argument of a layer, positional or by name, from the arguments of a forward hook.
 
-    For hooks that are registered with ``with_kwargs=True``.
+    The hook is registered with ``with_kwargs=True``. Raises ValueError without any argument.
     """
     if args:
         return args[0]
@@ -34,7 +31,7 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def _parts(x: Any) -> Iterable[Any] | None:
-    """What a container holds, in order; None for anything else."""
+    """The entries of a container, in order; None for anything else."""
     if isinstance(x, PackedSequence):
         return (x.data,)
     if isinstance(x, Mapping):
@@ -52,7 +49,7 @@ def tensors_in(x: Any) -> list[Tensor]:
     """The tensors within tuples, lists, dicts, dataclasses, packed sequences and plain objects, in
     order.
 
-    Of a packed sequence its data. What refers to itself is gone through once.
+    For a packed sequence that is its data. Objects that refer to themselves are visited once.
     """
     found: list[Tensor] = []
     stack, seen = [x], set()
@@ -67,7 +64,7 @@ def tensors_in(x: Any) -> list[Tensor]:
 
 
 def first_tensor(x: Any) -> Tensor | None:
-    """The first of `tensors_in`, which is a layer's output proper; None if there is none."""
+    """The first of `tensors_in`, which is the output itself of a layer; None without tensors."""
     found = tensors_in(x)
     return found[0] if found else None
 
@@ -102,9 +99,7 @@ def _like(x: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
 
 
 def rows(x: Any) -> int:
-    """How many samples a batch holds: the length of its first tensor, or the sequences that are
-    packed.
-    """
+    """The number of samples in a batch: the length of its first tensor, or the packed sequences."""
     if isinstance(x, PackedSequence):
         return int(x.batch_sizes[0])
     if isinstance(x, tuple | list) and x and isinstance(x[0], PackedSequence):
@@ -114,10 +109,9 @@ def rows(x: Any) -> int:
 
 
 def head(x: Any, count: int) -> Any:
-    """The first samples of a batch: of its first tensor, and of each other as long as that.
-    Detached copies.
+    """The first ``count`` samples of a batch, as detached copies.
 
-    Packed sequences stay whole.
+    Tensors that are not as long as the first, and packed sequences, stay whole.
     """
     length = rows(x)
 

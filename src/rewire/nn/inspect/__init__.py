@@ -1,1 +1,1 @@
-"""What a model costs and consists of."""
+"""What a model costs, and a table of its sparse weights."""

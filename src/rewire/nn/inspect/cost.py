@@ -1,6 +1,4 @@
-"""What a network costs: parameters, bytes, multiply-adds, by layer; dense and sparse layers
-alike.
-"""
+"""What a network costs: parameters, bytes, multiply-adds, for dense and sparse layers alike."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ _COUNTED = (nn.Linear, SparseLinear, _ConvNd, *_SPARSE_CONV, *_RECURRENT, *_ATTE
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: outputs (neurons, channels), connections (weights that are not zero),
+    """One layer: outputs (neurons, channels), connections (weights that are not 0), and
     multiply-adds of one sample.
     """
 
@@ -45,10 +43,9 @@ class LayerCost:
 class Cost:
     """A whole network.
 
-    parameters: trained numbers, a pool's values among them. bytes: what ``state_dict`` holds,
-        sparse positions
-    included. multiply_adds: of one sample, in layers with weights; a dense layer pays for its zeros
-    too.
+    parameters: trained numbers, with the values of sparse weights.
+    bytes: of the ``state_dict``, with the positions of sparse weights.
+    multiply_adds: of one sample, in layers with weights; in a dense layer zeros count as well.
     """
 
     parameters: int
@@ -62,11 +59,11 @@ class Cost:
 
 
 def cost(model: nn.Module, x: Tensor) -> Cost:
-    """What ``model`` costs for inputs like ``x`` (a batch); runs it once, in eval mode.
+    """The cost of ``model`` for inputs like ``x`` (a batch); runs it once, in eval mode.
 
-    Attention's products of queries, keys and values are not counted, nor activations and norms.
-    Works while a method is attached: weights are those that the layers use now, and what a gate or
-    threshold has set to 0 is no connection.
+    Does not count attention's products of queries, keys and values, activations and norms. May be
+    called while a method trains the model: the weights are those that the layers use now, and a
+    weight that a gate or threshold has set to 0 is not a connection.
     """
     positions: dict[str, int] = {}
 
@@ -75,7 +72,7 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             y = first_tensor(output)
-            assert y is not None  # layers with weights give one
+            assert y is not None  # layers with weights return a tensor
             features = y.shape[1] if isinstance(module, (_ConvNd, *_SPARSE_CONV)) else y.shape[-1]
             uses = y.numel() // max(features, 1)
             if isinstance(module, _ConvTransposeNd):
@@ -85,11 +82,8 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
 
         return hook
 
-    found = [
-        (n, m)
-        for n, m in model.named_modules()
-        if isinstance(m, _COUNTED) and not _within_attention(model, n)
-    ]
+    counted = ((n, m) for n, m in model.named_modules() if isinstance(m, _COUNTED))
+    found = [(name, module) for name, module in counted if not _within_attention(model, name)]
     handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in found]
     try:
         with evaluating(model):
@@ -101,50 +95,44 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
     for name, module in found:
         stored = active = 0
         for weight in _weights(module):
-            stored += weight.connections if isinstance(weight, SparseWeight) else weight.numel()
-            active += (
-                weight.connections
-                if isinstance(weight, SparseWeight)
-                else int(torch.count_nonzero(weight))
-            )
+            if isinstance(weight, SparseWeight):
+                stored += weight.connections
+                active += weight.connections
+            else:
+                stored += weight.numel()
+                active += int(torch.count_nonzero(weight))
         uses = positions.get(name, 0) // max(len(x), 1)
         layers.append(
             LayerCost(name or "model", type(module).__name__, _units(module), active, stored * uses)
         )
-    size = sum(
-        t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor)
-    )
+    tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        bytes=size,
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
         multiply_adds=sum(layer.multiply_adds for layer in layers),
         layers=tuple(layers),
     )
 
 
 def _within_attention(model: nn.Module, name: str) -> bool:
-    """Whether the layer is the output projection of an attention layer, which counts it itself."""
+    """Whether the layer is the output projection of an attention layer, which counts with that."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return name != "" and isinstance(parent, _ATTENTION)
 
 
 def _weights(module: nn.Module) -> Iterator[Tensor | SparseWeight]:
-    """The weights of a layer, of every layer and direction of recurrent ones, as it uses them."""
+    """The weights of a layer as it uses them, of all layers and directions of a recurrent one."""
     pools = [child for child in module.modules() if isinstance(child, SparseWeight)]
     if pools:
         yield from pools
     elif isinstance(module, nn.MultiheadAttention):
-        stacked = module.in_proj_weight
-        yield from (
-            [stacked]
-            if stacked is not None
-            else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-        )
-        yield module.out_proj.weight
+        inputs = module.in_proj_weight, module.q_proj_weight, module.k_proj_weight
+        weights = (*inputs, module.v_proj_weight, module.out_proj.weight)
+        yield from (weight for weight in weights if weight is not None)  # stacked, or three
     elif isinstance(module, nn.RNNBase):
         yield from (p for name, p in module.named_parameters() if name.startswith("weight"))
     else:
-        weight = module.weight  # parametrized ones are computed here
+        weight = module.weight  # a parametrized one is computed here
         assert isinstance(weight, Tensor)
         yield weight
 

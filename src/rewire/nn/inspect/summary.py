@@ -16,8 +16,8 @@ __all__ = ["Summary", "WeightSummary", "summary"]
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One pool: its size, budget and degrees (minimum, mean, maximum), and the bytes of values,
-    topology and index.
+    """One sparse weight: size, budget, degrees (minimum, mean, maximum), and the bytes of values,
+    positions and index.
     """
 
     name: str
@@ -39,74 +39,46 @@ class Summary:
 
     @property
     def connections(self) -> int:
-        """Connections of all pools."""
+        """Connections of all sparse weights."""
         return sum(w.connections for w in self.weights)
 
     @property
     def density(self) -> float:
-        """Connections over potential connections, of all pools."""
+        """Connections over potential connections, of all sparse weights."""
         total = sum(math.prod(w.shape) for w in self.weights)
         return self.connections / total if total else 0.0
 
     @property
     def bytes(self) -> int:
-        """Of all pools."""
+        """Of all sparse weights."""
         return sum(w.bytes for w in self.weights)
 
     def __str__(self) -> str:
-        head = (
-            "weight",
-            "shape",
-            "connections",
-            "density",
-            "fan-in min/mean/max",
-            "fan-out min/mean/max",
-            "bytes",
-        )
-        rows = [
-            (
-                w.name,
+        ranges = "fan-in min/mean/max", "fan-out min/mean/max"
+        table = [("weight", "shape", "connections", "density", *ranges, "bytes")]
+        for w in self.weights:
+            shape, degrees = (
                 " x ".join(map(str, w.shape)),
-                f"{w.connections:,}",
-                f"{w.density:.4%}",
-                _degrees(w.fan_in),
-                _degrees(w.fan_out),
-                f"{w.bytes:,}",
+                (_degrees(w.fan_in), _degrees(w.fan_out)),
             )
-            for w in self.weights
-        ]
-        total = (
-            "total",
-            "",
-            f"{self.connections:,}",
-            f"{self.density:.4%}",
-            "",
-            "",
-            f"{self.bytes:,}",
-        )
-        table = [head, *rows, total]
-        width = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i < 2 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(row, width, strict=True))
-            )
-            for row in table
-        ]
+            table.append((w.name, shape, *_budget(w), *degrees, f"{w.bytes:,}"))
+        table.append(("total", "", *_budget(self), "", "", f"{self.bytes:,}"))
+        width = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for row in table:
+            cells = [cell.rjust(w) for cell, w in zip(row, width, strict=True)]
+            cells[:2] = [cell.ljust(w) for cell, w in zip(row[:2], width[:2], strict=True)]
+            lines.append("  ".join(cells))
         rule = "-" * len(lines[0])
-        body = [
-            lines[0].rstrip(),
-            rule,
-            *(line.rstrip() for line in lines[1:-1]),
-            rule,
-            lines[-1].rstrip(),
-        ]
-        return "\n".join([*body, f"other parameters: {self.dense_parameters:,}"])
+        head, *body, total = (line.rstrip() for line in lines)
+        rest = f"other parameters: {self.dense_parameters:,}"
+        return "\n".join([head, rule, *body, rule, total, rest])
 
 
 def summary(model: nn.Module) -> Summary:
-    """Connections, density, fan-in, fan-out and bytes of every sparse weight of ``model``. O(rows +
-    cols).
+    """Connections, density, fan-in, fan-out and bytes of every sparse weight of ``model``.
+
+    Cost: O(rows + cols) for each.
     """
     pools = list(sparse_weights(model))
     mine = {id(weight.values) for _, weight in pools}
@@ -128,6 +100,10 @@ def _describe(name: str, weight: SparseWeight) -> WeightSummary:
         _range(weight.fan_out()),
         sum(t.numel() * t.element_size() for t in tensors),
     )
+
+
+def _budget(w: WeightSummary | Summary) -> tuple[str, str]:
+    return f"{w.connections:,}", f"{w.density:.4%}"
 
 
 def _range(degrees: Tensor) -> tuple[int, float, int]:
