@@ -59,8 +59,8 @@ def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "five").write_bytes(b"12345")
     for path, error, message in (
-        (tmp_path / "pipe", FileError, "no ordinary file"),
-        (Path("/dev/zero"), FileError, "no ordinary file"),
+        (tmp_path / "pipe", FileError, "not an ordinary file"),
+        (Path("/dev/zero"), FileError, "not an ordinary file"),
         (Path("a\0b"), FileError, "cannot be the name of a file"),
         (tmp_path, IsADirectoryError, "Is a directory"),
         (tmp_path / "loop", OSError, "Too many levels of symbolic links"),

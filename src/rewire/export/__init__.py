@@ -1,4 +1,4 @@
-"""Models in files for other purposes than training on."""
+"""Models in files that are not for further training."""
 
 from rewire.export.ternary import PackedWeight, PackResult, load_ternary, pack_ternary, save_ternary
 

@@ -1,8 +1,8 @@
 """Sparse ternary weights in a file: a sign bit and an index for each connection.
 
-The file is a safetensors file (no pickle). Its metadata say ``format`` = ``rewire-ternary-1`` and,
-in ``weights``, as JSON, one object per packed weight: ``name``, ``shape``, ``connections`` (K),
-``code``, ``bits``, ``entries``. A packed weight has three tensors, of which the first two are
+The file is a safetensors file (no pickle). Its metadata have ``format`` = ``rewire-ternary-1``
+and, in ``weights``, as JSON, one object per packed weight: ``name``, ``shape``, ``connections``
+(K), ``code``, ``bits``, ``entries``. A packed weight has three tensors, of which the first two are
 fields of bits, least significant bit first, in bytes (uint8):
 
     name.index   ``entries`` fields of ``bits`` bits: positions in M = rows x cols, row by row
@@ -13,8 +13,8 @@ fields of bits, least significant bit first, in bytes (uint8):
     name.signs   K fields of one bit, 1 for negative, in the same order
     name.scale   one number of the weight's dtype, the magnitude of all values
 
-Everything else of the model's state_dict (biases, normalization, weights of other layers) is there
-as it is. The metadata ``sha256`` is the checksum of all the rest
+All other entries of the model's state_dict (biases, normalization, weights of other layers) are
+stored unchanged. The metadata ``sha256`` is the checksum of everything else
 (`rewire.storage.tensors.content_sha256`).
 """
 
@@ -41,7 +41,7 @@ __all__ = ["PackResult", "PackedWeight", "load_ternary", "pack_ternary", "save_t
 FORMAT = "rewire-ternary-1"
 Code = Literal["auto", "delta", "position"]
 
-#: Fields may have up to so many bits: positions stay exact in every JSON reader, and sums in int64.
+#: The most bits of a field, so that positions are exact in every JSON reader, and sums in int64.
 _WIDEST = 53
 
 _Numbers = NDArray[np.int64]
@@ -51,9 +51,9 @@ _Numbers = NDArray[np.int64]
 class PackedWeight:
     """One packed weight: code, width of an index field in bits, number of fields, and bytes.
 
-    bytes: of index, signs and scale. binary_bytes, ternary_bytes: of the same dense matrix at 1 and
-        at 2 bits per
-    weight and one scale.
+    bytes: of index, signs and scale.
+    binary_bytes, ternary_bytes: of the same matrix stored densely, with 1 and 2 bits per weight
+        and one scale.
     """
 
     name: str
@@ -69,7 +69,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PackResult:
-    """What packing gave: the weights, and the bytes of the whole file."""
+    """The packed weights, and the bytes of the whole file."""
 
     weights: tuple[PackedWeight, ...]
     file_bytes: int
@@ -91,16 +91,16 @@ class PackResult:
 
 
 def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackResult]:
-    """The content of the file `save_ternary` writes, and its accounts.
+    """The content of the file that `save_ternary` writes, and its sizes.
 
     Args:
         model: with at least one sparse weight whose values are all plus or minus one number. Sparse
-            weights of several magnitudes, and all else, are kept as they are.
-        code: of the index, "delta" or "position"; "auto" takes the smaller for each weight. "delta"
-            chooses the width that makes it smallest.
+            weights of several magnitudes, and everything else, are stored unchanged.
+        code: of the index, "delta" or "position"; "auto" takes the smaller one for each weight.
+            "delta" uses the field width that makes it smallest.
 
-    Raises ValueError for another code or if no weight is ternary. Slots are packed in (row, col)
-    order; empty ones are left out. Cost: O(K bits) time and memory.
+    Connections are packed in (row, col) order; empty slots are left out. Raises ValueError for
+    another code or if no weight is ternary. Cost: O(K bits) time and memory.
     """
     if code not in ("auto", "delta", "position"):
         raise ValueError(f"code must be 'auto', 'delta' or 'position', not {code!r}")
@@ -117,11 +117,8 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
         state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
         packed.append(entry)
     if not packed:
-        what = (
-            (f"{', '.join(several)} have values of several magnitudes")
-            if several
-            else "it has no sparse weights"
-        )
+        magnitudes = f"{', '.join(several)} have values of several magnitudes"
+        what = magnitudes if several else "it has no sparse weights"
         raise ValueError(
             f"no weight of this model is sparse and ternary: {what}; train it with the method "
             "ternary"
@@ -135,9 +132,10 @@ def pack_ternary(model: nn.Module, *, code: Code = "auto") -> tuple[bytes, PackR
 
 
 def save_ternary(model: nn.Module, path: str | Path, *, code: Code = "auto") -> PackResult:
-    """Write ``model`` with its ternary weights packed (see the module), and return what it takes.
+    """Write ``model`` with its ternary weights packed (see the module), and return the sizes.
 
-    Arguments and errors are `pack_ternary`'s. The file is whole or absent at every moment.
+    Arguments and errors are those of `pack_ternary`. The file is complete or absent at every
+    moment.
     """
     content, result = pack_ternary(model, code=code)
     files.write_atomic(Path(path), content)
@@ -145,12 +143,11 @@ def save_ternary(model: nn.Module, path: str | Path, *, code: Code = "auto") -> 
 
 
 def load_ternary(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_ternary` wrote: a state_dict for ``model.load_state_dict``, values exact to
-    the last bit.
+    """Read what `save_ternary` wrote: a state_dict for ``model.load_state_dict``, exact to the bit.
 
-    The model must have sparse layers of the same shapes; their topology and number of connections
-    come from the file. Raises OSError if there is no such file, ValueError for one that is not of
-    this kind or was changed; everything is checked. Cost: O(K bits).
+    The model must have sparse layers of the same shapes; topology and number of connections come
+    from the file. Raises OSError if there is no such file, ValueError for one that is of another
+    kind, damaged or changed. Cost: O(K bits).
     """
     state, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT:
@@ -185,10 +182,8 @@ def _pack(
             "bits"
         )
     chosen, bits, fields = _encode(positions, weight.size, code)
-    index, signs = (
-        _to_bits(fields, bits),
-        _to_bits(torch.signbit(values).numpy().astype(np.int64), 1),
-    )
+    index = _to_bits(fields, bits)
+    signs = _to_bits(torch.signbit(values).numpy().astype(np.int64), 1)
     overhead = scale.element_size()
     entry = PackedWeight(
         name=name,
@@ -210,29 +205,20 @@ def _unpack(
     shape = [int(n) for n in entry["shape"]]
     rows, cols = topology.matrix_size(shape)
     count, bits, entries, code = (entry[key] for key in ("connections", "bits", "entries", "code"))
-    if not all(isinstance(n, int) for n in (count, bits, entries)) or code not in (
-        "delta",
-        "position",
-    ):
+    size, whole = rows * cols, all(isinstance(n, int) for n in (count, bits, entries))
+    if not whole or code not in ("delta", "position"):
         raise ValueError(f"its entry is {entry}")
-    if not (
-        1 <= bits <= _WIDEST
-        and 0 <= count <= min(rows * cols, entries)
-        and rows * cols <= 2**_WIDEST
-    ):
+    if not (1 <= bits <= _WIDEST and 0 <= count <= min(size, entries) and size <= 2**_WIDEST):
         raise ValueError(
-            f"{count} connections of {rows * cols} in {entries} fields of {bits} bits cannot be"
+            f"{count} connections of {size} cannot be in {entries} fields of {bits} bits"
         )
-    if (
-        scale.numel() != 1
-        or not scale.is_floating_point()
-        or not bool(torch.isfinite(scale).all() and (scale > 0).all())
-    ):
+    one = scale.numel() == 1 and scale.is_floating_point()
+    if not one or not bool(torch.isfinite(scale).all() and (scale > 0).all()):
         raise ValueError("the scale is not one positive number")
     fields = _from_bits(index, bits, entries)
     if code == "delta":
         largest = 2**bits - 1
-        if entries and (math.log2(entries) + bits > 62 or int(fields.sum()) > rows * cols):
+        if entries and (math.log2(entries) + bits > 62 or int(fields.sum()) > size):
             raise ValueError("connections lie outside of the matrix")
         ends = fields < largest
         positions = (np.cumsum(fields + ends) - 1)[ends]
@@ -240,15 +226,14 @@ def _unpack(
         positions = fields
     if len(positions) != count:
         raise ValueError(f"the index has {len(positions)} connections, not {count}")
-    if count and (
-        positions[0] < 0 or positions[-1] >= rows * cols or bool((np.diff(positions) <= 0).any())
-    ):
+    inside = not count or (positions[0] >= 0 and positions[-1] < size)
+    if not inside or bool((np.diff(positions) <= 0).any()):
         raise ValueError("connections are out of order or lie outside of the matrix")
     values = torch.where(torch.from_numpy(_from_bits(signs, 1, count)) > 0, -scale, scale)
     at = torch.from_numpy(positions)
     kind = topology.index_dtype(rows, cols, max(count, 1))
     found = {"values": values, "rows": (at // cols).to(kind), "cols": (at % cols).to(kind)}
-    if not count:  # as `rewire.to_sparse` leaves an empty weight: one empty slot
+    if not count:  # one empty slot, as in `rewire.to_sparse`
         found = {"values": torch.zeros_like(scale), "rows": torch.full((1,), -1, dtype=kind)}
         found["cols"] = found["rows"].clone()
     return found | {"shape": torch.tensor(shape, dtype=torch.int64)}
@@ -270,7 +255,7 @@ def _encode(positions: _Numbers, size: int, code: Code) -> tuple[str, int, _Numb
 
 
 def _deltas(gaps: _Numbers, largest: int) -> _Numbers:
-    """Each gap as fields of at most ``largest``, of which only the last is below it."""
+    """Each gap as fields of at most ``largest``, of which only the last is smaller."""
     fields = np.full(len(gaps) + int((gaps // largest).sum()), largest, dtype=np.int64)
     fields[np.cumsum(gaps // largest + 1) - 1] = gaps % largest
     return fields
@@ -282,16 +267,11 @@ def _to_bits(fields: _Numbers, bits: int) -> Tensor:
 
 
 def _from_bits(packed: Tensor, bits: int, entries: int) -> _Numbers:
-    if (
-        packed.dtype != torch.uint8
-        or packed.dim() != 1
-        or packed.numel() != -(-entries * bits // 8)
-    ):
+    if packed.dtype != torch.uint8 or packed.shape != (-(-entries * bits // 8),):
         raise ValueError(
             f"{entries} fields of {bits} bits are not {tuple(packed.shape)} of {packed.dtype}"
         )
-    flat = np.unpackbits(packed.numpy(), count=entries * bits, bitorder="little").reshape(
-        entries, bits
-    )
-    found: _Numbers = (flat.astype(np.int64) << np.arange(bits)).sum(1)
+    flat = np.unpackbits(packed.numpy(), count=entries * bits, bitorder="little")
+    each = flat.reshape(entries, bits).astype(np.int64)
+    found: _Numbers = (each << np.arange(bits)).sum(1)
     return found

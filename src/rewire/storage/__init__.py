@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks and checksums; bounded reading of JSON and tensors."""
+"""Files: atomic writes, locks and checksums; reading of JSON and tensors within limits."""

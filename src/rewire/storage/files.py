@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and that no two processes write at once: atomic writes, locks,
+"""Files that are complete or absent, and that only one process writes: atomic writes, locks,
 checksums.
 
-The five functions that touch the disk for a write stand alone and by name, so that tests can crash
-a run at every single one of them.
+Five small functions do all that a write does to the disk, so that tests can crash a run at each
+call.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-#: Files whose names begin so are writes that never finished; nothing ever reads them.
+#: Names of files that are still being written, or whose writing was killed, begin so.
 TEMPORARY_PREFIX = ".unfinished-"
 
 #: Bytes that are written or hashed at a time.
 PIECE = 1 << 20
 
-# A file system that has no locks answers with one of these.
+#: The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -40,24 +40,26 @@ def write_bytes(file: BinaryIO, data: bytes) -> None:
 
 
 def sync_file(file: BinaryIO) -> None:
-    """Bring the file's content to the disk."""
+    """Make sure that the file's content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give `source` the name `target`, in one step."""
+    """Give `source` the name `target`, atomically."""
     os.replace(source, target)
 
 
 def remove(path: Path) -> None:
-    """Delete a file; that it is gone already is no error."""
+    """Delete a file, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the folder's list of names to the disk (a rename is only safe after this)."""
-    if os.name == "nt":  # Windows cannot open a folder; its file system journals names
+    """Make sure that the folder's list of names is on the disk, without which a rename is not
+    safe.
+    """
+    if os.name == "nt":  # Windows cannot open a folder, and its file system journals names
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -70,24 +72,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> str:
-    """Write a file so that at every moment `path` holds its old content or its new one, never a
-    part.
+    """Write a file so that at every moment `path` has its old content or its new one.
 
-    A write that fails (a full disk) leaves the old content and removes the temporary file. Returns
-    the sha256 of the content.
+    If the write fails (a full disk), the old content stays and the temporary file is removed.
+    Returns the sha256 of the content. Raises OSError with the name `path`.
     """
     return write_pieces(path, [data])
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-    """`write_atomic` of content that comes in pieces and is never held as a whole.
+    """`write_atomic` of content that comes in pieces, so that memory never holds all of it.
 
-    Small pieces are put together, so that a file of many of them is written in few calls. The
-    temporary file has a name of its own, so two processes may write the same file at once: the last
-    to finish wins.
+    Small pieces are joined, so that few calls write many of them. Each call has its own temporary
+    file, so if two processes write the same file at once, the last to finish wins.
     """
-    # The name is cut to 200 bytes: with the target's own the temporary one could exceed the
-    # system's 255.
+    # Cut to 200 bytes, because names may have 255.
     short = os.fsdecode(os.fsencode(path.name)[:200])
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{short}-{secrets.token_hex(4)}")
     digest = hashlib.sha256()
@@ -102,16 +101,15 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     except BaseException as error:
         with contextlib.suppress(OSError):
             remove(temporary)
-        # what the user asked for, not the temporary name or none at all
-        if isinstance(error, OSError):
+        if isinstance(error, OSError):  # with the name that the user knows
             error.filename, error.filename2 = str(path), None
         raise
     return digest.hexdigest()
 
 
 def _blocks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """The pieces, small ones joined and large ones cut, in blocks of at most about `PIECE` bytes;
-    at least one.
+    """The pieces in at least one block of about `PIECE` bytes: small ones joined, large ones
+    cut.
     """
     waiting = bytearray()
     any_yet = False
@@ -128,7 +126,7 @@ def _blocks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what writes that were killed left behind; call it while holding the folder's lock."""
+    """Remove the files of writes that were killed; call it while holding the folder's lock."""
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
         remove(path)
 
@@ -138,16 +136,15 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, *, wait: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Hold the folder's lock inside the ``with``; the system lets go when this process ends,
-    however it ends.
+    """Hold the folder's lock inside the ``with``; the system releases it when this process ends.
 
     Args:
         folder: an existing folder.
         wait: called every tenth of a second until the lock is free; None raises `LockedError`
             instead of waiting.
 
-    Yields whether the lock is held: Windows and some network file systems have none. Raises OSError
-    for a folder that cannot be opened. No file is made, so nothing stale can be left behind.
+    Yields whether the lock is held, because Windows and some network file systems have no locks.
+    Makes no file that could stay behind. Raises OSError for a folder that cannot be opened.
     """
     try:
         import fcntl
@@ -191,10 +188,8 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_prefix(path: Path, length: int | None) -> hashlib._Hash:
-    """The checksum, to go on with, of the first `length` bytes of a file (None: of all), read in
-    pieces.
-
-    The file may be shorter than `length`.
+    """The hash, to be continued, of the first `length` bytes of a file (None: of all), or of all if
+    it is shorter.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -1,8 +1,7 @@
-"""Reading files that may hold anything: bounded by their size, checked, and one clear line for
-whatever is wrong.
+"""Reads files with any content, within limits, and says in one line what is wrong with them.
 
-All readers of the project begin here. What the system refuses (no such file, no permission) stays
-an OSError that names the file; what is in the file and should not be is a `FileError`. Nothing is
+All readers of the project begin here. If the system refuses (no such file, no permission), the
+error is an OSError that names the file; if the content is wrong, it is a `FileError`. Nothing is
 unpickled.
 """
 
@@ -21,21 +20,20 @@ __all__ = ["FileError", "brief", "parse_json", "parse_metadata", "read_bytes", "
 
 MEBIBYTE = 1 << 20
 
-#: Most brackets within brackets in a JSON file of ours: ten would do.
+#: The deepest nesting of brackets in a JSON file; ours need ten.
 DEPTH = 64
 
-_LONGEST_INTEGER = 40  # digits; the largest that is ever written, an unsigned 64-bit number, has 20
+#: Digits; unsigned 64-bit numbers, the largest that we write, have 20.
+_LONGEST_INTEGER = 40
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class FileError(ValueError):
-    """A file whose content is not what it should be; the message is one line that begins with the
-    file.
-    """
+    """A file with wrong content; the message is one line that begins with the file's name."""
 
 
 def brief(text: object, most: int = 300) -> str:
-    """A text of whatever length and lines as at most ``most`` characters of one line."""
+    """A text of any length as one line of at most ``most`` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else line[: most - 4] + " ..."
 
@@ -44,17 +42,15 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """The content of an ordinary file.
 
     Args:
-        path: any path; a folder, a device or a pipe is refused, without waiting for anyone to write
-            to it.
+        path: any path. Refuses a folder or a device, and a pipe without waiting for its writer.
         limit: the most bytes that the file may have; None for no limit.
 
     Raises OSError, with the file's name, or FileError. Memory: the size of the file.
     """
     try:
-        # Opening a pipe would wait for a writer.
-        handle = os.open(
-            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        )
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        extra = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, os.O_RDONLY | extra)
     except ValueError:  # a null character
         raise FileError(f"{str(path)!r} cannot be the name of a file") from None
     status = os.fstat(handle)
@@ -62,14 +58,14 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         os.close(handle)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        raise FileError(f"{path} is no ordinary file")
+        raise FileError(f"{path} is not an ordinary file")
     with open(handle, "rb", buffering=0) as file:
         size = status.st_size
         if limit is not None and size > limit:
             raise FileError(f"{path} has {size} bytes, allowed are {limit}")
         content = bytearray()
         try:
-            # One byte more than there should be: a file that grows while it is read has no size.
+            # Ask for one byte more, to find out whether the file grows.
             while len(content) <= size and (piece := file.read(size + 1 - len(content))):
                 content += piece
         except OSError as error:
@@ -89,31 +85,27 @@ def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
     """Parse strict JSON in UTF-8.
 
     Args:
-        data: the text. where: what it is from, for messages.
+        data: the text.
+        where: where it is from, for messages.
         finite: refuse NaN, Infinity and numbers that are too large for a float.
 
-    Refused as well: names that occur twice in an object, nesting deeper than `DEPTH`, integers of
-    more than 40 digits, and half a surrogate pair, which no file could be written with. Raises
-    FileError.
+    Raises FileError, also for names that occur twice in an object, nesting deeper than `DEPTH`,
+    integers of more than 40 digits, and half a surrogate pair, which cannot be written to a file.
     """
 
     def refuse(reason: str) -> NoReturn:
         raise FileError(f"{where} is damaged: {reason}")
 
     def integer(text: str) -> int:
-        return (
-            int(text)
-            if len(text) <= _LONGEST_INTEGER
-            else refuse(f"an integer of {len(text)} digits")
-        )
+        if len(text) > _LONGEST_INTEGER:
+            refuse(f"an integer of {len(text)} digits")
+        return int(text)
 
     def number(text: str) -> float:
         value = float(text)
-        return (
-            value
-            if math.isfinite(value) or not finite
-            else refuse(f"the number {text[:40]} is too large")
-        )
+        if finite and not math.isfinite(value):
+            refuse(f"the number {text[:40]} is too large")
+        return value
 
     def constant(text: str) -> float:
         return float(text) if not finite else refuse(f"{text} is not a number of JSON")
@@ -122,9 +114,8 @@ def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
-            refuse(
-                f"{next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice in an object"
-            )
+            twice = next(name for name in names if names.count(name) > 1)
+            refuse(f"{twice[:100]!r} occurs twice in an object")
         return found
 
     try:
@@ -153,27 +144,22 @@ def parse_json(data: bytes, where: str, *, finite: bool = True) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """Most containers within each other, without recursion."""
+    """The deepest nesting of dicts and lists, without recursion."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        inner = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [item for items in inner for item in items]
     return depth
 
 
 def parse_metadata(content: bytes, where: str) -> dict[str, str]:
     """The metadata of a safetensors file: strings by name. Raises FileError."""
     length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or length > len(content) - 8:
-        raise FileError(f"{where} is damaged: it is no safetensors file")
-    header = parse_json(content[8 : 8 + length], where)
+    header = None
+    if 8 + length <= len(content):
+        header = parse_json(content[8 : 8 + length], where)
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
-        raise FileError(f"{where} is damaged: it is no safetensors file")
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise FileError(f"{where} is damaged: it is not a safetensors file")
     return metadata

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: written piece by piece, read whole and checked.
+"""Tensors in safetensors files: written piece by piece, read as a whole and checked.
 
-The writer is our own because the library's makes two copies of everything, in Rust, where running
-out of memory ends the process instead of raising an error.
+The library's own writer copies everything twice, in Rust, where running out of memory ends the
+process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ _NAMES = {
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Widest numbers first, so that every tensor begins where its numbers are aligned; then by
-    name.
-    """
+    """By width of the numbers, widest first, so that all are aligned; then by name."""
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
@@ -70,7 +68,9 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's numbers, row by row; a copy only where they do not lie so in the CPU's memory."""
+    """A tensor's numbers, row by row; a copy only if they are not so in the CPU's memory
+    already.
+    """
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array.data
@@ -90,14 +90,14 @@ def write(
     """Write a safetensors file atomically and return its sha256.
 
     Tensors may be on any device, have any strides and share memory: each is written in full.
-    Memory: one tensor's at most, and nothing where tensors are contiguous on the CPU. Raises
-    OSError, or TypeError for a dtype without a name in the format.
+    Memory: that of one tensor, and none for tensors that are contiguous on the CPU. Raises OSError,
+    or TypeError for a dtype that the format does not have.
     """
     return files.write_pieces(path, _pieces(tensors, metadata))
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The content that `write` writes."""
+    """The content of the file that `write` writes."""
     return b"".join(_pieces(tensors, metadata))
 
 
@@ -107,29 +107,32 @@ def size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises OSError and FileError. Memory: twice the
-    file's size.
+    """Tensors and metadata of a safetensors file. Raises OSError or FileError.
+
+    Memory: twice the file's size.
     """
     return parse(reading.read_bytes(path), str(path))
 
 
 def parse(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file's content; ``where`` it is from, for messages.
-    Raises FileError.
+    """Tensors and metadata from the content of a safetensors file. Raises FileError.
+
+    ``where``: where the content is from, for messages.
     """
     metadata = reading.parse_metadata(content, where)
     try:
         return safetensors.torch.load(content), metadata
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise FileError(
-            f"{where} is damaged: it is no safetensors file ({reading.brief(error)})"
+            f"{where} is damaged: it is not a safetensors file ({reading.brief(error)})"
         ) from None
 
 
 def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Checksum of names, dtypes, shapes, numbers and metadata, however they are laid out in a file.
+    """Checksum of names, dtypes, shapes, numbers and metadata, independent of their layout in a
+    file.
 
-    The metadata ``sha256`` itself does not count, so that a file can carry its own checksum there.
+    Leaves out the metadata ``sha256``, where a file can have its own checksum.
     """
     digest = hashlib.sha256()
     rest = {key: text for key, text in metadata.items() if key != "sha256"}
@@ -141,7 +144,7 @@ def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 
 def check_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
-    """Refuse content that is not what its metadata ``sha256`` says. Raises FileError."""
+    """Raise FileError unless the content has the checksum in its metadata ``sha256``."""
     if "sha256" not in metadata:
         raise FileError(
             f"{where} is damaged or of an earlier version of rewire: it has no checksum"

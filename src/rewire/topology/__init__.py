@@ -1,5 +1,6 @@
-"""Which connections exist: index algebra, sampling, and topologies within limits. Knows no weights
-and no autograd.
+"""Which connections exist: positions and their index, sampling, and topologies within limits.
+
+Nothing here depends on weights or autograd.
 """
 
 from rewire.topology.index import (

@@ -1,4 +1,4 @@
-"""A topology within limits up to the maximum itself: connections dealt out evenly, then mixed."""
+"""Topologies with up to the most connections that limits allow: dealt out evenly, then mixed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIX = 6
 
 
 class Grid(NamedTuple):
-    """A matrix cut into blocks; without a limit on blocks it is one."""
+    """A matrix cut into blocks; without a limit on blocks, one block."""
 
     rows: int
     cols: int
@@ -49,7 +49,7 @@ class Grid(NamedTuple):
         return [rows, cols, rows // self.height * self.across + cols // self.width]
 
     def room(self, rows: Tensor, cols: Tensor) -> list[Tensor]:
-        """How many more connections each group can have beside those given, by family; int64."""
+        """How many connections each group can have beside those given, by family; int64."""
         limits = self.limits
         most = (limits.fan_in, limits.fan_out, limits.block[2] if limits.block else None)
         sizes = (self.rows, self.cols, self.down * self.across)
@@ -62,8 +62,8 @@ class Grid(NamedTuple):
 def dealt(
     n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Connections dealt out evenly: the counts of blocks of a kind differ by at most 1, and so do
-    those of rows and columns of a band.
+    """Connections dealt out evenly: counts of blocks of a size differ by at most 1, and so do those
+    of the rows, and of the columns, of a band.
     """
     grid = Grid.of(n_rows, n_cols, limits)
     counts = _block_counts(grid, connections)
@@ -72,19 +72,17 @@ def dealt(
     ]
     heights = torch.full((grid.down,), grid.height)
     widths = torch.full((grid.across,), grid.width)
-    heights[-1], widths[-1] = (
-        n_rows - (grid.down - 1) * grid.height,
-        n_cols - (grid.across - 1) * grid.width,
-    )
+    heights[-1] = n_rows - (grid.down - 1) * grid.height
+    widths[-1] = n_cols - (grid.across - 1) * grid.width
     flat = counts.flatten()
     block = torch.repeat_interleave(torch.arange(flat.numel()), flat)
     t = torch.arange(block.numel()) - (flat.cumsum(0) - flat)[block]
     down, across = block // grid.across, block % grid.across
     h, w = heights[down], widths[across]
-    # Rows of a band go on where the block before ended, and columns where the block above did.
+    # Rows of a band continue where the block before ended, columns where the block above ended.
     row_start = (counts.cumsum(1) - counts).flatten()[block]
     col_start = (counts.cumsum(0) - counts).flatten()[block]
-    cycle = h * w // torch.gcd(h, w)  # so many steps along a diagonal, then one aside
+    cycle = h * w // torch.gcd(h, w)  # so many steps along a diagonal, then one to the side
     aside = (flat[block] // cycle) - t // cycle
     row = (row_start + t) % h + down * grid.height
     col = (col_start + t + aside) % w + across * grid.width
@@ -92,21 +90,18 @@ def dealt(
 
 
 def _block_counts(grid: Grid, connections: int) -> Tensor:
-    """Connections of every block (down x across), evenly: full blocks alike up to 1, and so on at
-    the ends.
+    """Connections of every block (down x across), evenly: counts of blocks of a size differ by at
+    most 1.
     """
     limits = grid.limits
     fan_in = min(limits.fan_in or grid.cols, grid.cols)
     fan_out = min(limits.fan_out or grid.rows, grid.rows)
     count = limits.block[2] if limits.block else grid.rows * grid.cols
-    rows = [
-        (grid.rows // grid.height, grid.height),
-        (int(grid.rows % grid.height > 0), grid.rows % grid.height),
-    ]
-    cols = [
-        (grid.cols // grid.width, grid.width),
-        (int(grid.cols % grid.width > 0), grid.cols % grid.width),
-    ]
+    # (bands, size of each): the whole ones, and a last one if there is a remainder
+    rows, cols = (
+        [(length // size, size), (int(length % size > 0), length % size)]
+        for length, size in ((grid.rows, grid.height), (grid.cols, grid.width))
+    )
     supply = [n * h * fan_in for n, h in rows]
     demand = [n * w * fan_out for n, w in cols]
     most = [[n * m * min(count, h * w) for m, w in cols] for n, h in rows]
@@ -116,7 +111,7 @@ def _block_counts(grid: Grid, connections: int) -> Tensor:
     for i, (n, _) in enumerate(rows):
         for j, (m, _) in enumerate(cols):
             if n and m:
-                # Remainders go on where those of the neighbouring kind ended, so that sums stay
+                # Remainders continue where those of the neighbouring size ended, so that sums are
                 # even too.
                 start_row = flow[i][0] % n if j else 0
                 start_col = flow[0][j] % m if i else 0
@@ -126,8 +121,8 @@ def _block_counts(grid: Grid, connections: int) -> Tensor:
 
 
 def _even(n: int, m: int, total: int, start_row: int, start_col: int) -> Tensor:
-    """``total`` dealt out over n x m cells: cells, sums of rows and of columns each differ by at
-    most 1.
+    """``total`` dealt out over n x m cells: cells, sums of rows and sums of columns differ by at
+    most 1 each.
     """
     base, rest = divmod(total, n * m)
     cells = torch.full((n, m), base, dtype=torch.int64)
@@ -158,7 +153,7 @@ def _flow(
         amount, path, source, sink = max(paths, key=lambda p: (p[0] > 0, -len(p[1]), p[0]))
         amount = min(amount, total - sent)
         if amount <= 0:
-            raise AssertionError("Limits.check lets nothing through that does not fit")
+            raise AssertionError("Limits.check has passed, so everything fits")
         for i, j, sign in path:
             flow[i][j] += sign * amount
         left[source] -= amount
@@ -173,7 +168,7 @@ def _random_order(n: int, seed: int, what: int) -> Tensor:
 
 
 def _permuted(n: int, ragged: int, seed: int, what: int) -> Tensor:
-    """A random order of n bands; a last one of another size stays last."""
+    """A random order of n bands; a last band of another size stays last."""
     order = _random_order(n - 1 if ragged else n, seed, what)
     return torch.cat([order, torch.tensor([n - 1])]) if ragged else order
 
@@ -186,8 +181,10 @@ def _shuffled(places: Tensor, n: int, band: int, seed: int, what: int) -> Tensor
 
 
 def mixed(n_cols: int, rows: Tensor, cols: Tensor, limits: Limits, seed: int) -> Tensor:
-    """Exchange the columns of random pairs of connections, which keeps every fan-in and fan-out;
-    pairs are from one band of rows or of columns, which keeps the counts of blocks.
+    """Exchange the columns of random pairs of connections, which keeps every fan-in and fan-out.
+
+    Both connections of a pair are in one band of rows or of columns, which keeps the counts of
+    blocks.
     """
     keys = rows * n_cols + cols
     height, width, _ = limits.block or (int(rows.max()) + 1 if rows.numel() else 1, n_cols, 0)
@@ -202,7 +199,7 @@ def mixed(n_cols: int, rows: Tensor, cols: Tensor, limits: Limits, seed: int) ->
         a, b = a[same], b[same]
         new_a = keys[a] // n_cols * n_cols + keys[b] % n_cols
         new_b = keys[b] // n_cols * n_cols + keys[a] % n_cols
-        # A new position must be free, and wanted by this pair alone.
+        # A new position must be free, and no other pair may want it.
         wanted, where, times = torch.unique(
             torch.cat([new_a, new_b]), return_inverse=True, return_counts=True
         )

@@ -35,12 +35,12 @@ __all__ = [
 
 
 class TopologyError(ValueError):
-    """A topology that cannot be: a position out of range, a duplicate, mismatched lengths."""
+    """An invalid topology: a position out of range, a duplicate, mismatched lengths."""
 
 
 class Index(NamedTuple):
-    """The derived lists through which kernels read a pool; see docs/architecture.md for their
-    contract.
+    """The lists by row and by column through which kernels read a pool; see
+    docs/architecture.md.
     """
 
     row_ptr: Tensor
@@ -52,8 +52,9 @@ class Index(NamedTuple):
 
 
 def matrix_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a weight of ``shape`` (output dimension first) as a matrix; ValueError if
-    it is none.
+    """Rows and columns of a weight of ``shape`` (output dimension first) as a matrix.
+
+    Raises ValueError for fewer than two dimensions, or a dimension below 1.
     """
     if len(shape) < 2 or any(int(n) != n or n < 1 for n in shape):
         raise ValueError(
@@ -63,7 +64,7 @@ def matrix_size(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def index_dtype(rows: int, cols: int, capacity: int) -> torch.dtype:
-    """int32 while every dimension, slot number and pointer fits, else int64."""
+    """int32 if all dimensions, slot numbers and pointers fit, else int64."""
     return torch.int32 if max(rows, cols, capacity) < 2**31 else torch.int64
 
 
@@ -74,7 +75,7 @@ def empty_index(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Index:
-    """Zero-filled lists of the right lengths (the index of a pool without connections)."""
+    """The index of a pool without connections: zeros of the right lengths."""
     lengths = (n_rows + 1, capacity, capacity, n_cols + 1, capacity, capacity)
     return Index(*(torch.zeros(length, dtype=dtype, device=device) for length in lengths))
 
@@ -85,11 +86,11 @@ def empty_index(
 def build_index(
     rows: Tensor, cols: Tensor, n_rows: int, n_cols: int, out: Index | None = None
 ) -> Index:
-    """Validate a pool and derive its index, into the tensors of ``out`` if given.
+    """Check a pool and build its index, in the tensors of ``out`` if given.
 
     Raises `TopologyError` on a position out of range, a half-empty slot or a duplicate connection,
-    RuntimeError if tensors of ``out`` share memory with each other, rows or cols; ``out`` is then
-    unchanged.
+    and RuntimeError if tensors of ``out`` share memory with each other, rows or cols; ``out`` is
+    then unchanged.
     """
     if rows.shape != cols.shape or rows.dim() != 1:
         raise TopologyError(
@@ -137,14 +138,14 @@ def replace_(
     new_rows: Tensor,
     new_cols: Tensor,
 ) -> int:
-    """Overwrite ``slots`` (int64) with new positions (-1, -1 empties a slot), in place; return K
-    afterwards.
+    """Overwrite ``slots`` (int64) with new positions (-1, -1 empties a slot), in place; return the
+    new K.
 
-    Everything is validated first: slots in range and distinct, positions in range, no connection
-    twice in the result (moving a connection between two changed slots is fine). On an error nothing
-    has changed. ``slots``, ``new_rows`` and ``new_cols`` may be views of the other tensors; those
-    must not share memory (RuntimeError). Costs one streaming pass over the lists when few slots
-    change, a rebuild when many do.
+    Slots must be in range and distinct, positions in range, and no connection may occur twice in
+    the result (a connection may move between two changed slots); else this raises `TopologyError`,
+    with nothing changed. ``slots``, ``new_rows`` and ``new_cols`` may be views of the other
+    tensors, which must not share memory with each other (RuntimeError). Costs one streaming pass
+    over the lists if few slots change, a rebuild if many do.
     """
     if not slots.shape == new_rows.shape == new_cols.shape or slots.dim() != 1:
         raise TopologyError(
@@ -153,16 +154,8 @@ def replace_(
         )
     check_integers(slots=slots, rows=new_rows, cols=new_cols)
     if _native.available() and rows.device.type == "cpu":
-        problem = torch.ops.rewire.replace_(
-            rows,
-            cols,
-            *index,
-            n_rows,
-            n_cols,
-            slots,
-            new_rows.to(torch.int64),
-            new_cols.to(torch.int64),
-        )
+        new = new_rows.to(torch.int64), new_cols.to(torch.int64)
+        problem = torch.ops.rewire.replace_(rows, cols, *index, n_rows, n_cols, slots, *new)
         raise_problem(problem, new_rows, new_cols, n_rows, n_cols, rows.numel())
     else:
         _check_apart((rows, cols, *index))
@@ -177,8 +170,8 @@ def replace_(
     return int(index.row_ptr[-1].item())
 
 
-# The native twins return (code, a, b) as a tuple of integers: 0 is success, the others name what is
-# wrong, with the offending numbers; wording an error stays here, in one place.
+#: What native functions return is (code, a, b): a code, and the offending numbers. The words of the
+#: errors are here, in one place.
 OK, SLOT, RANGE, DUPLICATE = 0, 1, 2, 3
 
 
@@ -190,15 +183,15 @@ def raise_problem(
     n_cols: int,
     capacity: int,
 ) -> None:
-    """Raise `TopologyError` unless a native function's ``problem`` is OK; rows and cols are what it
-    was given.
+    """Raise `TopologyError` unless a native function's ``problem`` is `OK`; rows and cols are its
+    arguments.
     """
     if problem[0] == OK:
         return
     code, a, b = (int(p) for p in problem)
     if code == SLOT:
         raise TopologyError(_bad_slot(a, capacity))
-    if code == RANGE:  # a is the place in rows / cols
+    if code == RANGE:  # a is the place in rows and cols
         raise TopologyError(_out_of_range(int(rows[a]), int(cols[a]), n_rows, n_cols))
     if code == DUPLICATE:  # a, b are the row and column
         raise TopologyError(_duplicate(a, b))
@@ -226,9 +219,7 @@ def _bad_slot(slot: int, capacity: int) -> str:
 
 
 def check_integers(**tensors: Tensor) -> None:
-    """Raise `TopologyError` for a dtype that would have to be rounded, wrapped or read as a
-    mask.
-    """
+    """Raise `TopologyError` unless the tensors are int32 or int64, which need no rounding."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TopologyError(f"{name} must be int32 or int64, not {tensor.dtype}")
@@ -243,12 +234,8 @@ def _check_apart(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> None
     empty = [t.numel() == 0 for t in (*written, *read)]
     for a in range(len(written)):
         for b in range(a + 1, len(spans)):
-            if (
-                not empty[a]
-                and not empty[b]
-                and spans[a][0] < spans[b][1]
-                and spans[b][0] < spans[a][1]
-            ):
+            overlap = spans[a][0] < spans[b][1] and spans[b][0] < spans[a][1]
+            if overlap and not empty[a] and not empty[b]:
                 raise RuntimeError("rows, cols and the lists of the index must not share memory")
 
 
@@ -262,7 +249,7 @@ def _check_range(rows: Tensor, cols: Tensor, n_rows: int, n_cols: int) -> None:
 
 
 def check_slots(slots: Tensor, capacity: int) -> None:
-    """Raise `TopologyError` for a slot that is not there or given twice."""
+    """Raise `TopologyError` for a slot that does not exist or is given twice."""
     bad = ((slots < 0) | (slots >= capacity)).nonzero().flatten()
     if bad.numel():
         raise TopologyError(_bad_slot(int(slots[bad[0]].item()), capacity))
@@ -276,12 +263,11 @@ def check_slots(slots: Tensor, capacity: int) -> None:
 
 
 def position_signs(rows: Tensor, cols: Tensor, seed: int, stream: int) -> Tensor:
-    """The sign (+1 or -1, int8) that belongs to each position for good: a hash of (seed, stream,
-    row, col).
+    """The fixed sign (+1 or -1, int8) of each position: a hash of (seed, stream, row, col).
 
-    This gives every one of the M positions its fixed sign without storing M of them. Philox
-    counter: ``(row low, col low, row high, 2**31 | (stream & 0x7fff) << 16 | (col high &
-    0xffff))``; the top bit keeps it apart from every other stream.
+    So each of the M positions has a sign, and none is stored. The Philox counter is ``(row low, col
+    low, row high, 2**31 | (stream & 0x7fff) << 16 | (col high & 0xffff))``; no stream has its top
+    bit.
     """
     if _native.available() and rows.device.type == "cpu":
         signs: Tensor = torch.ops.rewire.position_signs(rows.long(), cols.long(), seed, stream)
@@ -293,9 +279,7 @@ def position_signs(rows: Tensor, cols: Tensor, seed: int, stream: int) -> Tensor
 
 
 def fingerprint(rows: Tensor, cols: Tensor) -> int:
-    """A 63-bit hash of the set of connections, whatever slots they occupy; equal sets give equal
-    hashes.
-    """
+    """A 63-bit hash of the set of connections, in whatever slots they are."""
     active = rows >= 0
     r, c = rows[active].long(), cols[active].long()
     if not r.numel():

@@ -1,8 +1,9 @@
-"""Topologies within limits on fan-in, fan-out and blocks (`rewire.budget.Limits`): drawing,
-growing, checking.
+"""Draws, grows and checks topologies within limits on fan-in, fan-out and blocks
+(`rewire.budget.Limits`).
 
-Everything takes O(K + rows + cols + blocks) memory. A *family* is one kind of limit: it puts every
-position in a group (its row, its column, its block) that has room for so many connections.
+Everything takes O(K + rows + cols + blocks) memory. A *family* is one kind of limit: each position
+is in one of its groups (its row, its column, its block), and a group has room for a number of
+connections.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from rewire.topology.sampling import INITIAL
 
 __all__ = ["first_fitting", "grow", "sample", "violation"]
 
-# random numbers of a round, and those that put its candidates in order
+#: Numbers of a round of draws, and the first number for the order of candidates.
 _ROUNDS, _ORDER = 1 << 34, 1 << 60
 
 
 def violation(index: Index, n_rows: int, n_cols: int, limits: Limits) -> str | None:
-    """What of ``limits`` the connections in ``index`` exceed, in words; None if nothing."""
+    """The limit that the connections in ``index`` exceed most, in words; None if they exceed
+    none.
+    """
     rows, cols = _positions(index)
     grid = Grid.of(n_rows, n_cols, limits)
     for name, room in zip(("row", "column", "block"), grid.room(rows, cols), strict=True):
@@ -44,19 +47,19 @@ def _positions(index: Index) -> tuple[Tensor, Tensor]:
 
 
 def first_fitting(groups: list[Tensor], room: list[Tensor], count: int) -> Tensor:
-    """Which candidates, taken in the order given, fit: those whose groups all have room beside
-    those taken before.
+    """Take candidates in the order given, as far as all their groups have room; returns their
+    places, ascending.
 
-    Exactly what a loop over the candidates would take, at most ``count``, but in a few passes over
-    all of them: a candidate surely fits if it would even if all undecided ones before it did, and
-    surely does not if those taken before it leave no room. Each pass decides at least the first
-    undecided one. Returns places, ascending.
+    The result, of at most ``count``, is that of a loop over the candidates, but it takes a few
+    passes over all of them. A candidate surely fits if it fits even when all undecided candidates
+    before it are taken, and surely does not if those already taken before it leave no room. Each
+    pass decides at least the first undecided candidate.
     """
     n = groups[0].numel()
     device = groups[0].device
     taken = torch.zeros(n, dtype=torch.bool, device=device)
     open_ = torch.ones(n, dtype=torch.bool, device=device)
-    # Families in which no group can fill up decide nothing.
+    # Leave out families in which no group can fill up.
     families = []
     for group, free in zip(groups, room, strict=True):
         order = torch.sort(group, stable=True).indices
@@ -99,18 +102,16 @@ def grow(
     stream: int,
     preferred: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``count`` distinct dormant positions that fit ``limits`` once ``dropped`` are gone; int64
-    rows and cols.
+    """``count`` distinct positions, dormant or dropped, that fit ``limits`` once ``dropped`` are
+    gone; int64 rows and cols.
 
-    Taken first are those of ``preferred`` (dormant or dropped positions, best first) that fit in
-    their order, then positions drawn at random, each uniformly from those that still fit.
-    Just-dropped positions are candidates like any other, so the connections that were there are
-    always one way out: where the draw gets stuck, dropped positions complete it, and if they do not
-    fit beside all that was chosen, the later half of that is taken back, and again. So ``count``
-    positions are always found as long as no more grow than were dropped, or `TopologyError` is
-    raised.
+    First come those of ``preferred`` (dormant or dropped positions, best first) that fit in their
+    order, then random positions, each drawn uniformly from those that still fit. If this gets
+    stuck, dropped positions complete it; if they do not fit beside the positions chosen, the later
+    half of the chosen ones is given up, again and again. So this always finds ``count`` positions
+    if no more grow than were dropped; otherwise it may raise `TopologyError`.
 
-    Time and memory O(K + rows + cols + blocks), with a logarithm, in a few rounds.
+    O(K + rows + cols + blocks) time and memory, with a logarithm, in a few rounds.
     """
     grid = Grid.of(n_rows, n_cols, limits)
     device = index.row_ptr.device
@@ -140,12 +141,8 @@ def grow(
     order = random.bits(seed, step, stream, _ORDER - 1 - torch.arange(gone.numel(), device=device))
     gone = gone[torch.sort(order).indices]
     while chosen.numel() < count:
-        room = grid.room(
-            *(
-                torch.cat([kept, chosen]).div(n_cols, rounding_mode="floor"),
-                torch.cat([kept, chosen]) % n_cols,
-            )
-        )
+        taken = torch.cat([kept, chosen])
+        room = grid.room(taken // n_cols, taken % n_cols)
         whole = _take(grid, gone, kept, chosen, room, count)
         if whole.numel() < count and not chosen.numel():
             raise TopologyError(
@@ -159,8 +156,8 @@ def grow(
 def _take(
     grid: Grid, keys: Tensor, kept: Tensor, chosen: Tensor, room: list[Tensor], count: int
 ) -> Tensor:
-    """``chosen`` and the first of ``keys`` that are free and fit, ``count`` at most; ``room`` is
-    brought up to date.
+    """``chosen`` and the first of ``keys`` that are free and fit, at most ``count``; updates
+    ``room``.
 
     ``kept`` is sorted.
     """
@@ -185,8 +182,8 @@ def _draw(
     attempt: int,
     device: torch.device,
 ) -> tuple[Tensor, bool]:
-    """Positions (as row * cols + col) in random order from where rows, columns and blocks have
-    room, and whether they are all of those.
+    """Positions (as row * cols + col) in random order whose rows, columns and blocks have room, and
+    whether these are all such positions.
     """
     open_rows, open_cols, open_blocks = ((free > 0).nonzero().flatten() for free in room)
     in_row_band = torch.bincount(open_rows // grid.height, minlength=grid.down)
@@ -225,10 +222,10 @@ def sample(
     """A random topology with exactly ``connections`` connections within ``limits``, sorted by (row,
     col); int64.
 
-    Positions are drawn one after the other, uniformly from those that still fit. Close to the
-    maximum that gets stuck; then connections are dealt out evenly over blocks, rows and columns
-    (which works up to the maximum itself), with rows and columns permuted at random, and mixed by
-    exchanges that keep every count. Raises ValueError above the maximum, with the limits.
+    Positions are drawn one after the other, uniformly from those that still fit. If that gets
+    stuck, close to the maximum, connections are dealt out evenly over blocks, rows and columns,
+    which works up to the maximum itself, with rows and columns permuted at random, and mixed by
+    exchanges that keep every count. Raises ValueError above the maximum.
     """
     limits.check(n_rows, n_cols, connections)
     keys = _greedy(n_rows, n_cols, connections, limits, seed)

@@ -30,8 +30,8 @@ def sample(n_rows: int, n_cols: int, connections: int, seed: int) -> tuple[Tenso
     """A uniformly random topology with exactly ``connections`` connections, sorted by (row, col);
     int64.
 
-    Without replacement, so the budget is met exactly (DEEP R's authors draw with it and start below
-    K). O(K) memory.
+    Drawn without replacement, so the number is exact. (DEEP R's authors draw with replacement and
+    start below K.) O(K) memory.
     """
     total = n_rows * n_cols
     if not 0 <= connections <= total:
@@ -54,14 +54,14 @@ def sample_dormant(
     step: int,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """``n`` distinct connections, uniform over those dormant once ``dropped`` are gone; int64 rows
+    """``n`` distinct positions, uniform over those that are dormant without ``dropped``; int64 rows
     and cols.
 
-    The index still contains the dropped connections (d of them, active, distinct): they are
-    candidates like any other dormant one, so there is always room for as many as were dropped. A
-    uniformly random subset of the ranks ``0 ... M - K + d - 1`` is drawn (`rewire.random.distinct`)
-    and mapped by `candidates`; exact at every density, no rejection against the topology. Time O(n
-    (log rows + log fan-in)), memory O(n) (native).
+    The index still contains the d dropped connections (active, distinct). They are candidates like
+    all dormant positions, so as many can always grow as were dropped. `rewire.random.distinct`
+    draws a uniformly random subset of the ranks ``0 ... M - K + d - 1``, and `candidates` maps it
+    to positions: exact at every density, without rejection. O(n (log rows + log fan-in)) time and
+    O(n) memory (native). Raises `TopologyError` if fewer than n are dormant.
     """
     free = n_rows * n_cols - int(index.row_ptr[-1].item()) + dropped_rows.numel()
     if not 0 <= n <= free:
@@ -85,8 +85,8 @@ def candidates(
     dropped_rows: Tensor,
     dropped_cols: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Map ranks to candidate connections: rank u < M - K is the u-th dormant position in (row, col)
-    order, and rank M - K + i is the i-th dropped connection. int64 in and out.
+    """The positions of ranks: rank u < M - K is the u-th dormant position in (row, col) order, rank
+    M - K + i the i-th dropped connection. int64 in and out.
     """
     if _native.available() and index.row_ptr.device.type == "cpu":
         rows, cols = torch.ops.rewire.candidates(
@@ -97,7 +97,7 @@ def candidates(
     dormant_before = torch.arange(n_rows + 1, device=ptr.device) * n_cols - ptr
     dormant = int(dormant_before[-1].item())
     again = ranks >= dormant
-    # Full rows repeat a value of dormant_before; the last of them that is <= rank has room.
+    # Full rows repeat a value of dormant_before; the last row with a value <= rank has room.
     row = torch.searchsorted(dormant_before, ranks.clamp(max=dormant - 1), right=True) - 1
     row = row.clamp(min=0)
     col = _nth_dormant_col(index, row, ranks - dormant_before[row])
@@ -109,8 +109,8 @@ def candidates(
 def _nth_dormant_col(index: Index, row: Tensor, nth: Tensor) -> Tensor:
     """Column of the ``nth`` dormant position of each ``row``.
 
-    With the row's active columns c_0 < c_1 < ..., the nth dormant column is nth + j, where j counts
-    the i with c_i - i <= nth; c_i - i never decreases, so a binary search finds j.
+    If the row's active columns are c_0 < c_1 < ..., the nth dormant column is nth + j, where j is
+    the number of i with c_i - i <= nth. c_i - i never decreases, so a binary search finds j.
     """
     begin, end = index.row_ptr[row].long(), index.row_ptr[row + 1].long()
     low, high = torch.zeros_like(begin), end - begin
@@ -135,12 +135,11 @@ def sample_dormant_in_rows(
     step: int,
     stream: int,
 ) -> Tensor:
-    """For every dropped connection a new column in its own row, so that every fan-in is kept;
-    int64.
+    """A new column for every dropped connection in its own row, so that fan-ins stay; int64.
 
-    ``dropped_rows`` (int64) is sorted ascending. Within row r with d_r dropped connections the new
+    ``dropped_rows`` (int64) is sorted ascending. In row r, with d_r dropped connections, the new
     columns are a uniformly random subset (`rewire.random.distinct` with ``offset = r << 32``) of
-    the ``cols - fan_in + d_r`` candidates: the dormant columns in ascending order, then the dropped
+    ``cols - fan_in + d_r`` candidates: the dormant columns in ascending order, then the dropped
     ones in the order given.
     """
     if _native.available() and index.row_ptr.device.type == "cpu":
@@ -164,8 +163,7 @@ def sample_dormant_in_rows(
         rank[f : f + c] = random.distinct(
             c, free, seed, step, stream, offset=u << 32, device=rank.device
         )
-    # A row of which the only candidate is drawn: distinct() then draws nothing, but below(..., 1)
-    # is 0 as well.
+    # In a row with one candidate, distinct() would draw no number, but below(..., 1) is 0 as well.
     run = torch.repeat_interleave(torch.arange(unique.numel(), device=rank.device), count)
     again = rank >= dormant[run]
     col = _nth_dormant_col(index, dropped_rows, rank.clamp(min=0))
@@ -184,14 +182,15 @@ def sample_in_rows(
     step: int,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """``need[r]`` uniformly random columns in every row r, distinct and not among those that
-    ``rows, cols`` take.
+    """``need[r]`` uniformly random columns in every row r, distinct and not among ``rows, cols``.
 
-    need: int64, (n_rows,), at least 0. rows, cols: int64, (n,), in any order. The result has
-        sum(need) of both, int64,
-    its rows ascending. Raises `TopologyError` where a row has not as many columns left. O(n +
-    sum(need) + n_rows + n_cols); on other devices than the CPU with a loop over the rows that draw
-    several.
+    Args:
+        rows, cols: positions that are taken; int64, (n,), in any order.
+        need: int64, (n_rows,), at least 0.
+
+    Returns rows (ascending) and columns, int64, sum(need) of each. Raises `TopologyError` if a row
+    does not have so many columns left. O(n + sum(need) + n_rows + n_cols) time; on other devices
+    than the CPU, with a loop over the rows that need several.
     """
     if need.shape != (n_rows,) or bool((need < 0).any()):
         raise TopologyError(
@@ -207,8 +206,8 @@ def sample_in_rows(
         )
     new = torch.repeat_interleave(torch.arange(n_rows, device=need.device), need)
     first = torch.cumsum(need, 0) - need
-    # Draws are made for connections that leave: let the first free columns be taken and leave
-    # again, so that the draw is among all columns that were free, and no others.
+    # `sample_dormant_in_rows` draws for dropped connections. So take the first free columns, and
+    # drop them: the draw then is among exactly the columns that were free.
     nth = torch.arange(new.numel(), device=need.device) - first[new]
     ahead = _nth_dormant_col(index, new, nth)
     filled = build_index(torch.cat([rows, new]), torch.cat([cols, ahead]), n_rows, n_cols)
@@ -216,6 +215,6 @@ def sample_in_rows(
 
 
 def _runs(sorted_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct values of a sorted tensor, where each begins, and how often it occurs."""
+    """The distinct values of a sorted tensor, where each begins, and how often it occurs."""
     value, count = torch.unique_consecutive(sorted_values, return_counts=True)
     return value, torch.cumsum(count, 0) - count, count
