@@ -1,8 +1,8 @@
-"""Loads the C++ library with the native kernels, if it was built, and says what became of it.
+"""Loads the C++ library with the native kernels, if it was built.
 
-The library registers its functions as ``torch.ops.rewire.*``. Two environment variables are read
-once, when it is first asked for: ``REWIRE_NATIVE=0`` leaves it out (everything then runs in plain
-PyTorch), and ``REWIRE_CPU_CAPABILITY`` = ``portable``, ``avx2`` or ``avx512`` caps the instruction
+The library registers its functions as ``torch.ops.rewire.*``. The first call here reads two
+environment variables: ``REWIRE_NATIVE=0`` leaves the library out, so that everything runs in plain
+PyTorch, and ``REWIRE_CPU_CAPABILITY`` = ``portable``, ``avx2`` or ``avx512`` limits the instruction
 set.
 """
 
@@ -23,9 +23,7 @@ _CAPABILITIES = ("portable", "avx2", "avx512")
 
 
 class NativeKernelsUnavailable(UserWarning):
-    """The native kernels are missing or do not load; results are the same, but computed many times
-    slower.
-    """
+    """The native kernels are missing or do not load: results are the same, but take much longer."""
 
 
 class _State(NamedTuple):
@@ -36,9 +34,7 @@ class _State(NamedTuple):
 
 @functools.cache
 def _load() -> _State:
-    """Load the library on the first call; warn (once, therefore) if it should be there and is
-    not.
-    """
+    """Load the library on the first call, and warn if it is missing though it was not left out."""
     cap = os.environ.get("REWIRE_CPU_CAPABILITY", "")
     if cap and cap not in _CAPABILITIES:
         raise ValueError(
@@ -46,11 +42,8 @@ def _load() -> _State:
         )
     if os.environ.get("REWIRE_NATIVE", "") == "0":
         return _State(frozenset(), "switched off by REWIRE_NATIVE=0", None)
-    built = [
-        path
-        for pattern in ("_C*.so", "_C*.pyd", "_C*.dylib")
-        for path in sorted(_FOLDER.glob(pattern))
-    ]
+    patterns = "_C*.so", "_C*.pyd", "_C*.dylib"
+    built = [path for pattern in patterns for path in sorted(_FOLDER.glob(pattern))]
     if not built:
         reason = "the C++ extension is not built"
     else:
@@ -85,9 +78,7 @@ def reason() -> str:
 
 
 def instruction_set() -> str | None:
-    """``portable`` (the compiler's default target), ``avx2`` or ``avx512``; None without the
-    library.
-    """
+    """``portable`` (the compiler's default), ``avx2`` or ``avx512``; None without the library."""
     return _load().instruction_set
 
 

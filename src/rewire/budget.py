@@ -1,8 +1,8 @@
 """How many connections each weight may have: pure functions from shapes and a total to counts.
 
-Every function returns integers that sum to ``total`` exactly, each between 1 and the weight's size.
-Shapes are those of the weights, output dimension first, kernel dimensions last: ``(out, in)``,
-``(out, in, kh, kw)``.
+The counts sum to ``total`` exactly, and each is between 1 and the weight's size. Shapes are those
+of the weights, output dimension first, kernel dimensions last: ``(out, in)``, ``(out, in, kh,
+kw)``.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def er(shapes: Shapes, total: int) -> list[int]:
     """Erdos-Renyi (SET, Mocanu et al. 2018): density proportional to ``(n_in + n_out) / (n_in
     n_out)``.
 
-    Dimensions of a kernel do not count; weights that would exceed density 1 become dense and the
-    rest is solved again.
+    Dimensions of a kernel do not count. Weights that would exceed density 1 become dense, and the
+    others share the rest.
     """
     return _allot([(s[0] + s[1]) / (s[0] * s[1]) for s in _checked(shapes)], shapes, total)
 
 
 def erk(shapes: Shapes, total: int) -> list[int]:
-    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density as ``sum(dims) / prod(dims)``, kernel
-    included.
+    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density proportional to ``sum(dims) /
+    prod(dims)``, with the kernel's dimensions.
     """
     return _allot([sum(s) / math.prod(s) for s in _checked(shapes)], shapes, total)
 
 
-#: The distributions by the names users type.
+#: The distributions by name.
 DISTRIBUTIONS: Mapping[str, Callable[[Shapes, int], list[int]]] = {
     "uniform": uniform,
     "er": er,
@@ -66,19 +66,18 @@ def distribute(name: str, shapes: Shapes, total: int) -> list[int]:
 
 
 def connections_of(density: float, size: int) -> int:
-    """The number of connections that ``density`` gives a weight of ``size`` potential ones: at
-    least 1, at most all.
+    """The number of connections of a weight of ``size`` potential ones at ``density``.
 
-    Raises ValueError for a density outside (0, 1] (NaN included) and for one so small that it
-    rounds to nothing.
+    Raises ValueError for a density outside (0, 1] (also NaN), or so small that no connection would
+    be left.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be above 0 and at most 1, not {density}")
     connections = round(density * size)
     if connections < 1:
         raise ValueError(
-            f"density {density} gives a weight of {size} potential connections none: use at least "
-            f"{1 / size:.3g}, or say connections="
+            f"density {density} leaves a weight of {size} potential connections without any: use "
+            f"at least {1 / size:.3g}, or give connections="
         )
     return connections
 
@@ -87,7 +86,7 @@ def allowed(size: int, connections: int | None = None, density: float | None = N
     """K of a weight of ``size`` potential connections, from exactly one of ``connections`` and
     ``density``.
 
-    Raises ValueError where both or none are given, or K is not a whole number from 1 to ``size``.
+    Raises ValueError if both or neither are given, or K is not a whole number from 1 to ``size``.
     """
     if (connections is None) == (density is None):
         raise ValueError("give exactly one of connections= and density=")
@@ -113,8 +112,8 @@ def _checked(shapes: Shapes) -> Shapes:
 
 
 def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
-    """Counts proportional to weight x size, in [1, size], summing to total: water filling, then
-    largest remainders.
+    """Counts in [1, size], proportional to weight x size, that sum to ``total``: water filling,
+    then largest remainders.
     """
     sizes = [math.prod(s) for s in _checked(shapes)]
     if not len(sizes) <= total <= sum(sizes):
@@ -129,8 +128,8 @@ def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
         left = total - sum(fixed.values())
         scale = left / sum(share[i] for i in free) if free else 0.0
         full = {i: sizes[i] for i in free if share[i] * scale >= sizes[i]}
-        # Saturate from above first: it only raises the scale for the rest, so a weight below 1 may
-        # still get more.
+        # First those that become dense: the scale of the others rises, and those below 1 may get
+        # more.
         bound = full or {i: 1 for i in free if share[i] * scale < 1}
         if not bound:
             break
@@ -144,15 +143,10 @@ def _allot(weights: Sequence[float], shapes: Shapes, total: int) -> list[int]:
 
 
 def _settle(counts: list[int], sizes: Sequence[int], total: int) -> list[int]:
-    """Move single connections until the total is exact: saturated weights can leave a few too many
-    or too few.
-    """
+    """Make the total exact, from which weights at their bounds can leave a small difference."""
     while (off := total - sum(counts)) != 0:
         if off > 0:
-            i = max(
-                (i for i in range(len(sizes)) if counts[i] < sizes[i]),
-                key=lambda i: sizes[i] - counts[i],
-            )
+            i = max(range(len(sizes)), key=lambda i: sizes[i] - counts[i])
             counts[i] += min(off, sizes[i] - counts[i])
         else:
             i = max(range(len(sizes)), key=lambda i: counts[i])
@@ -162,14 +156,14 @@ def _settle(counts: list[int], sizes: Sequence[int], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What hardware allows a weight besides K: most connections of a row, of a column, and of a
-    block of the matrix.
+    """The most connections that hardware allows a row, a column, and a block of a weight's matrix.
 
-    fan_in: most connections of one row (output neuron). fan_out: of one column (input). block:
-        (rows, cols, count):
-    the matrix is cut into blocks of rows x cols, those at its ends smaller, and each may have
-    ``count`` (the core of a neuromorphic chip). None is no limit. Raises ValueError for numbers
-    below 1.
+    fan_in: of one row (output neuron).
+    fan_out: of one column (input).
+    block: (rows, cols, count): of one of the blocks of rows x cols into which the matrix is cut,
+        smaller ones at its ends (such as the cores of a neuromorphic chip).
+
+    None is no limit. Raises ValueError for anything but whole numbers of at least 1.
     """
 
     fan_in: int | None = None
@@ -183,16 +177,9 @@ class Limits:
                     f"block must be three numbers, (rows, cols, count), not {self.block}"
                 )
             object.__setattr__(self, "block", tuple(self.block))
-        numbers = {"fan_in": self.fan_in, "fan_out": self.fan_out} | dict(
-            zip(
-                ("rows of a block", "cols of a block", "count of a block"),
-                self.block or (),
-                strict=False,
-            )
-        )
-        for name, number in numbers.items():
-            if number is None and name in ("fan_in", "fan_out"):
-                continue
+        given = [(n, v) for n in ("fan_in", "fan_out") if (v := getattr(self, n)) is not None]
+        names = "rows of a block", "cols of a block", "count of a block"
+        for name, number in (*given, *zip(names, self.block or (), strict=False)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {number}")
 
@@ -204,14 +191,12 @@ class Limits:
 
     def as_numbers(self) -> list[int]:
         """Five numbers for a file: fan-in, fan-out, block; -1 is no limit."""
-        return [
-            -1 if n is None else n
-            for n in (self.fan_in, self.fan_out, *(self.block or (None, None, None)))
-        ]
+        numbers = self.fan_in, self.fan_out, *(self.block or (None, None, None))
+        return [-1 if n is None else n for n in numbers]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> Limits:
-        """The inverse of `as_numbers`; ValueError for what it would not give."""
+        """The inverse of `as_numbers`; raises ValueError for other numbers."""
         if len(numbers) != 5:
             raise ValueError(f"limits are five numbers, not {len(numbers)}")
         fan_in, fan_out, *block = (None if n == -1 else int(n) for n in numbers)
@@ -220,10 +205,10 @@ class Limits:
     def maximum(self, rows: int, cols: int) -> int:
         """The most connections that a rows x cols matrix can have within the limits; exact, O(1).
 
-        It is a maximum flow from bands of rows to bands of columns through the blocks: within a
-        block, and over the rows of a band, connections can always be spread evenly. All bands but
-        the last are alike and a cut's capacity is bilinear in how many of them are on its side, so
-        the least cut has all or none of them: 16 cuts.
+        This is a maximum flow from bands of rows to bands of columns through the blocks, because
+        connections can always be spread evenly within a block and over the rows of a band. All
+        bands but the last are equal, and the capacity of a cut is bilinear in the number of them on
+        its near side, so a minimal cut has all or none of them there: there are 16 cuts to compare.
         """
         height, width, count = self.block or (rows, cols, rows * cols)
         fan_in, fan_out = min(self.fan_in or cols, cols), min(self.fan_out or rows, rows)
@@ -231,22 +216,18 @@ class Limits:
         col_bands = ((cols // width, width), (1, cols % width))
 
         def capacity(near: tuple[bool, ...]) -> int:
-            sides = near[:2], near[2:]
-            out = sum(
-                n * h * fan_in for (n, h), s in zip(row_bands, sides[0], strict=True) if not s
-            )
-            out += sum(n * w * fan_out for (n, w), s in zip(col_bands, sides[1], strict=True) if s)
-            for ((n, h), a), ((m, w), b) in product(
-                zip(row_bands, sides[0], strict=True), zip(col_bands, sides[1], strict=True)
-            ):
-                if a and not b:
-                    out += n * m * min(count, h * w)
+            rows_in = list(zip(row_bands, near[:2], strict=True))
+            cols_in = list(zip(col_bands, near[2:], strict=True))
+            out = sum(n * h * fan_in for (n, h), inside in rows_in if not inside)
+            out += sum(n * w * fan_out for (n, w), inside in cols_in if inside)
+            for ((n, h), a), ((m, w), b) in product(rows_in, cols_in):
+                out += n * m * min(count, h * w) if a and not b else 0
             return out
 
         return min(capacity(near) for near in product((False, True), repeat=4))
 
     def check(self, rows: int, cols: int, connections: int) -> None:
-        """Raise ValueError if a rows x cols matrix cannot have so many connections within the
+        """Raise ValueError if a rows x cols matrix cannot have ``connections`` within the
         limits.
         """
         most = self.maximum(rows, cols)

@@ -1,4 +1,4 @@
-"""Training with DistributedDataParallel: identical topology on all ranks, and proof of it."""
+"""Training with DistributedDataParallel: keeps topologies identical on all ranks, and checks it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = ["TopologyMismatch", "agree", "alone", "prepare", "refuse_unprepared", "sum_over_ranks"]
 
-#: The process group that a pool was prepared for, where it is not the default one, and what guards
-#: it.
+#: Of prepared weights, the process group, if it is not the default one, and the guard.
 _GROUPS: weakref.WeakKeyDictionary[SparseWeight, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _GUARDS: weakref.WeakKeyDictionary[SparseWeight, _Guard] = weakref.WeakKeyDictionary()
-#: Models and pools that each rank trains for itself.
+#: Models and weights that this rank trains for itself.
 _ALONE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 _DIVERGED = (
@@ -40,7 +39,7 @@ _UNEVEN = (
 
 
 class TopologyMismatch(RuntimeError):
-    """Ranks hold different topologies: a gradient all-reduce would mix unrelated connections."""
+    """Ranks have different topologies, so that summed gradients mix unrelated connections."""
 
 
 def prepare(
@@ -50,33 +49,31 @@ def prepare(
     seed: int | None = None,
     check_every: int = 1,
 ) -> nn.Module:
-    """Make ``model`` ready for DDP; call on every rank, before wrapping and before making the
-    method. Returns it::
+    """Make ``model`` ready for DDP, and return it. Call this on every rank, before wrapping the
+    model and before making the method::
 
         model = rewire.distributed.prepare(model)
         ddp = DistributedDataParallel(model)
 
-    - Rank 0's topology and values are broadcast, once.
-    - The index buffers are kept out of DDP's broadcast of buffers at every step, which costs
-      several times the step.
-    - A seed is agreed on (rank 0's ``seed``, or one drawn there) and kept as ``shared_seed`` of
-      every pool; methods made afterwards use it. They decide by synchronised values, seed and step
-      alone, so the ranks rewire alike.
-    - A running hash of all changes of topology is compared between ranks before every
-      ``check_every``-th optimizer step whose gradients DDP has reduced, and at every
-      `Method.end_epoch`; `TopologyMismatch` is raised on every rank, with the step not made, if
-      they differ. It is one all-reduce of two numbers, in a group of its own (gloo, where torch has
-      it), so it can neither be mistaken for another nor wait for the GPU. Forward passes ask
-      nobody: not of the bare model, nor without gradients, nor those that no step follows. A
-      compiled model leaves it out.
+    - Rank 0 broadcasts its topology and values, once.
+    - DDP leaves the index buffers out of its broadcast at every step, which would cost several
+      times the step.
+    - The ranks agree on a seed (rank 0's ``seed``, or one drawn there), the ``shared_seed`` of
+      every sparse weight. Methods made afterwards use it. Their decisions depend on synchronised
+      values, seed and step only, so all ranks rewire alike.
+    - Before every ``check_every``-th optimizer step whose gradients DDP has reduced, and at every
+      `Method.end_epoch`, the ranks compare a running hash of all changes of topology. If they
+      differ, every rank raises `TopologyMismatch`, and the step is not made. This is one all-reduce
+      of a few numbers in its own group (gloo, if available), so it does not wait for the GPU.
+      Forward passes alone compare nothing, and a compiled model leaves the comparison out.
 
-    Under `torch.distributed.algorithms.join.Join` ranks make different numbers of steps. Topology
-    then stays as it is: methods that rewire at steps, or sum over ranks, raise RuntimeError at the
-    first change; those that rewire at the ends of epochs work, and take the largest number of steps
-    of all ranks for their own.
+    Under `torch.distributed.algorithms.join.Join` ranks make different numbers of steps, so the
+    topology stays as it is: methods that rewire at steps, or sum over ranks, raise RuntimeError at
+    the first change. Methods that rewire at the ends of epochs work, and count the largest number
+    of steps of all ranks.
 
-    Raises RuntimeError without an initialised process group and for a model that is wrapped (in
-    DDP, FSDP or the like) or prepared already, ValueError where ranks have pools of different
+    Raises RuntimeError without an initialised process group and for a model that is already wrapped
+    (in DDP, FSDP or the like) or prepared, ValueError if ranks have sparse weights of different
     sizes.
     """
     if not dist.is_initialized():
@@ -98,9 +95,8 @@ def prepare(
         )
     device = pools[0][1].device if pools else torch.device("cpu")
     source = dist.get_global_rank(process_group, 0) if process_group else 0
-    agreed = torch.tensor(
-        [random.seed_from() if seed is None else seed], dtype=torch.int64, device=device
-    )
+    seed = random.seed_from() if seed is None else seed
+    agreed = torch.tensor([seed], dtype=torch.int64, device=device)
     dist.broadcast(agreed, source, group=process_group)
     _same_sizes(pools, process_group, device)
     guard = _Guard([weight for _, weight in pools], process_group, device, check_every)
@@ -119,7 +115,7 @@ def prepare(
         for name, w in pools
         for buffer, _ in w.named_buffers(recurse=False)
     }
-    # what the user asked for already
+    # with the buffers that the user excluded already
     ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
     model.register_forward_pre_hook(_AtForward(guard))
@@ -132,11 +128,10 @@ def prepare(
 
 
 def alone(model: nn.Module) -> nn.Module:
-    """Declare that this rank trains ``model`` for itself, whatever other ranks do (in a search,
-    say).
+    """Declare that this rank trains ``model`` for itself, independent of other ranks; returns it.
 
-    Methods then take it although the process group has several ranks. Returns it. Raises
-    RuntimeError for a model that `prepare` has tied to other ranks.
+    Methods then accept it although the process group has several ranks. Raises RuntimeError for a
+    model that `prepare` has made ready for training together.
     """
     pools = [weight for _, weight in sparse_weights(model)]
     if any(weight.shared_seed is not None for weight in pools):
@@ -157,10 +152,10 @@ def several_ranks() -> bool:
 def refuse_unprepared(
     model: nn.Module, pools: Iterable[tuple[str, SparseWeight]], what: str, *, in_ranks: bool = True
 ) -> None:
-    """Raise RuntimeError where the world has several ranks and ``what`` (a method) cannot know that
-    they will agree.
+    """Raise RuntimeError if there are several ranks and ``what`` (a method) could not act on all of
+    them alike.
 
-    ``in_ranks``: whether it can act on all ranks alike at all.
+    ``in_ranks``: whether it could with prepared weights.
     """
     if not several_ranks():
         return
@@ -182,11 +177,10 @@ def refuse_unprepared(
 
 
 def agree(weights: Iterable[SparseWeight], steps: int) -> int:
-    """All ranks that share ``weights`` meet at the end of an epoch: the largest of their numbers of
-    steps.
+    """At the end of an epoch, the largest number of steps of all ranks that share ``weights``.
 
-    `TopologyMismatch` on all of them if their topologies differ, RuntimeError within a Join.
-    ``steps`` itself for pools that were not prepared. One small all-reduce per preparation.
+    For weights that were not prepared this is ``steps`` itself. Raises `TopologyMismatch` on all
+    ranks if their topologies differ, RuntimeError within a Join. One small all-reduce.
     """
     guards = {id(g): g for g in (_GUARDS.get(weight) for weight in weights) if g is not None}
     for guard in guards.values():
@@ -195,10 +189,11 @@ def agree(weights: Iterable[SparseWeight], steps: int) -> int:
 
 
 def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
-    """``tensor`` summed over the ranks that share ``weight``, in place and with the same bits
-    everywhere; returns it.
+    """Sum ``tensor`` over the ranks that share ``weight``, in place, and return it.
 
-    As it is, for a pool that was not prepared. For what a method computes of a rank's own samples.
+    The result has the same bits on all ranks. Without several ranks ``tensor`` stays as it is. This
+    is for what a method computes from the samples of its own rank. Raises RuntimeError within a
+    Join.
     """
     if weight.shared_seed is not None and dist.is_available() and dist.is_initialized():
         if weight.before_change is not None:
@@ -211,9 +206,7 @@ def _same_sizes(
     pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
     mine = [(name, tuple(w.shape), w.capacity) for name, w in pools]
-    everyone: list[list[tuple[str, tuple[int, ...], int]] | None] = [None] * dist.get_world_size(
-        group
-    )
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
@@ -231,12 +224,12 @@ def _broadcast(weight: SparseWeight, source: int, group: dist.ProcessGroup | Non
     weight.load_state_dict(state)
 
 
-#: Marks a DDP model that is within a Join: torch writes another value there when the Join ends.
+#: Marks a DDP model inside a Join; torch replaces the mark when the Join ends.
 _IN_JOIN: Any = object()
 
 
 class _AtForward:
-    """The hook by which a guard learns of forward passes; that of a copied model does nothing."""
+    """The hook that tells a guard of forward passes; in a copy of the model it does nothing."""
 
     def __init__(self, guard: _Guard | None = None) -> None:
         self.guard = guard
@@ -259,11 +252,10 @@ def _before_step(guard: weakref.ref[_Guard], optimizer: Optimizer) -> None:
 
 
 class _Guard:
-    """Compares the history of topology changes between ranks, before optimizer steps that all of
-    them make.
+    """Compares the changes of topology between ranks before optimizer steps that all of them make.
 
-    A step is one of all ranks if DDP has reduced its gradients: if a forward pass of DDP came
-    before it that asked for that. In forward passes themselves ranks need not meet.
+    Those are the steps whose gradients DDP has reduced, after a forward pass of DDP that prepared
+    it.
     """
 
     def __init__(
@@ -286,31 +278,28 @@ class _Guard:
             self._device = torch.device("cpu")
 
     def note(self, number: int, event: Event) -> None:
-        weight = event.weight
+        """Add a change of weight ``number`` to the hash."""
+        weight, slots = event.weight, event.slots
         if event.loaded or event.source is not None:
             words = [number, weight.fingerprint(), weight.connections]
         else:
-            # A position-dependent sum over the change, cheap next to the change itself.
-            slots, rows, cols = (
-                event.slots,
-                weight.rows[event.slots].long(),
-                weight.cols[event.slots].long(),
-            )
+            # A sum that depends on positions; cheap compared to the change itself.
+            rows, cols = weight.rows[slots].long(), weight.cols[slots].long()
             mixed = (slots * 0x9E3779B1 + rows * 0x85EBCA77 + cols * 0xC2B2AE3D) ^ (rows << 20)
             words = [number, slots.numel(), int(mixed.sum().item())]
         for word in words:
             self._hash = (self._hash * 0x100000001B3 ^ word) & (random.SEED_BOUND - 1)
 
+    def _mine(self) -> list[SparseWeight]:
+        return [weight for found in self._weights if (weight := found()) is not None]
+
     def before_forward(self) -> None:
+        """Note whether DDP will reduce gradients after this forward pass."""
         ddp: Any = DistributedDataParallel._get_active_ddp_module()
-        if ddp is None:  # the bare model
+        if ddp is None:  # the model was called itself
             return
         if self._ddp is None or self._ddp() is not ddp:
-            mine = {
-                id(weight.rows)
-                for weight in (found() for found in self._weights)
-                if weight is not None
-            }
+            mine = {id(weight.rows) for weight in self._mine()}
             if any(id(buffer) in mine for buffer in ddp.modules_buffers):
                 raise RuntimeError(
                     "DistributedDataParallel broadcasts the index of sparse weights: call "
@@ -323,13 +312,10 @@ class _Guard:
             self._due = True
 
     def before_step(self, optimizer: Optimizer) -> None:
+        """Compare, if it is time and the optimizer trains one of the weights."""
         if not self._due:
             return
-        mine = {
-            id(weight.values)
-            for weight in (found() for found in self._weights)
-            if weight is not None
-        }
+        mine = {id(weight.values) for weight in self._mine()}
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             return
         self._due = False
@@ -338,12 +324,12 @@ class _Guard:
             self._compare(0)
 
     def meet(self, steps: int) -> int:
-        """The largest number of steps of all ranks, whose topologies agree."""
+        """Compare, and return the largest number of steps of all ranks."""
         self.refuse_uneven()
         return self._compare(steps)
 
     def _compare(self, steps: int) -> int:
-        # One all-reduce finds minimum and maximum: the maximum of x and of its complement.
+        # One all-reduce finds maximum and minimum: the maxima of x and of its complement.
         top = random.SEED_BOUND - 1
         found = torch.tensor([self._hash, top - self._hash, steps], device=self._device)
         try:
@@ -360,7 +346,7 @@ class _Guard:
         return int(steps)
 
     def refuse_uneven(self) -> None:
-        """Raise RuntimeError within a Join, where ranks may have different numbers of steps."""
+        """Raise RuntimeError inside a Join, where ranks may make different numbers of steps."""
         ddp: Any = None if self._ddp is None else self._ddp()
         if ddp is not None and getattr(ddp, "_authoritative_rank", None) is _IN_JOIN:
             raise RuntimeError(_UNEVEN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.nn import Event, SparseWeight, sparse_weights
+from rewire.nn.optimizers.followers import gathered
 from rewire.nn.structure import Part, follow_structure
 from rewire.nn.weight import seal
 
@@ -20,14 +20,14 @@ __all__ = ["ExponentialMovingAverage", "get_ema_multi_avg_fn", "get_swa_multi_av
 
 
 class ExponentialMovingAverage:
-    """``average <- decay * average + (1 - decay) * parameter`` over every parameter of a model.
+    """``average <- decay * average + (1 - decay) * parameter`` for every parameter of a model.
 
-    Unlike `torch.optim.swa_utils.AveragedModel` with a function of torch's, which averages slot by
-    slot whatever the slots hold, this one follows the model: the average of a new connection starts
-    at its new value, moved and resized pools move their averages. Where a layer is cut or made
-    sparse (`rewire.to_sparse`, `remove_units`, the methods that start dense) the averages are cut
-    along, and where a method goes back to an earlier network they start there. What a merge of
-    units adds to other weights reaches the average as any update does.
+    `torch.optim.swa_utils.AveragedModel`, with a function of PyTorch, averages slot by slot,
+    whatever the slots hold. This class follows the model: the average of a new connection starts at
+    the connection's value, and averages move with slots. When a layer is cut or made sparse
+    (`rewire.to_sparse`, `remove_units`, the methods that start dense), its averages are cut as
+    well, and when a method goes back to an earlier network they start there. What a merge of units
+    adds to other weights reaches the average like any update.
 
     Buffers are not averaged: the statistics of a BatchNorm are those of the model (`applied`), or
     of the copy that `copy_to` writes to; `torch.optim.swa_utils.update_bn` measures them anew.
@@ -43,11 +43,11 @@ class ExponentialMovingAverage:
         self.decay = _checked(decay)
         self._model = model
         self._average: dict[Tensor, Tensor] = {}
-        #: Tensors that go with the parameters: the averages and, while those are in the model, its
-        #: own values.
+        #: What follows the parameters: the averages and, while they are in the model, its own
+        #: values.
         self._kept = [self._average]
         self._handles: dict[Tensor, list[Any]] = {}
-        # what took the place of a parameter since the last look at the model
+        # Parameters that replaced others since the model was last looked at.
         self._arrived: list[Tensor] = []
         pools = {w.values: w for _, w in sparse_weights(model)}
         for parameter in model.parameters():
@@ -56,19 +56,18 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are now into the average; call after each optimizer (and
-        method) step.
+        """Add the present parameters to the average; call after each step of optimizer and method.
 
-        Raises RuntimeError where parameters were replaced by others in a way that was not announced
-        (`rewire.nn.structure`): by `rewire.sparsify`, say, or by hand.
+        Raises RuntimeError if parameters were replaced without an announcement
+        (`rewire.nn.structure`), such as by `rewire.sparsify` or by hand.
         """
         for _, parameter, average in self._pairs():
             average.lerp_(parameter.detach().to(average), 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model with averaged weights inside the ``with``, its own afterwards, whatever is
-        raised inside.
+        """The model with averaged weights inside the ``with``, and with its own weights
+        afterwards.
         """
         pairs = self._pairs()
         own = {p: p.detach().clone() for _, p, _ in pairs}
@@ -86,9 +85,9 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Write the averages into a model of the same structure and topology (a deepcopy, say).
+        """Write the averages into a model of the same structure and topology, such as a deepcopy.
 
-        Raises ValueError if names or shapes differ; nothing has changed then.
+        Raises ValueError, with nothing changed, if names, shapes or connections differ.
         """
         averages = {n: average for n, _, average in self._pairs()}
         theirs = dict(model.named_parameters())
@@ -116,8 +115,9 @@ class ExponentialMovingAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; ValueError if it is damaged or its names or shapes are not this model's (load
-        the model first).
+        """Restore a `state_dict`; load the model first.
+
+        Raises ValueError if the state is damaged or has other names or shapes than the model.
         """
         try:
             decay, new = _checked(state["decay"]), dict(state["average"])
@@ -125,16 +125,12 @@ class ExponentialMovingAverage:
             raise ValueError(
                 f"this state of an average is incomplete or damaged: {error!r}"
             ) from None
-        odd = [
-            n
-            for n, t in new.items()
-            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex())
-        ]
-        if odd:
-            raise ValueError(
-                f"this state of an average is damaged: {odd[0]!r} is no tensor of floating-point "
-                "numbers"
-            )
+        for n, t in new.items():
+            if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+                raise ValueError(
+                    f"this state of an average is damaged: {n!r} is not a tensor of floating-point "
+                    "numbers"
+                )
         pairs = self._pairs()
         if {n: t.shape for n, t in new.items()} != {n: p.shape for n, p, _ in pairs}:
             raise ValueError(
@@ -154,8 +150,8 @@ class ExponentialMovingAverage:
     # --- following the model ----------------------------------------------------------------------
 
     def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, parameter and average of everything in the model now; averages of what is new start
-        at its value.
+        """Name, parameter and average of everything in the model now; new averages start at the
+        parameters.
         """
         there = dict(self._model.named_parameters())
         present = set(there.values())
@@ -194,13 +190,18 @@ class ExponentialMovingAverage:
 
     def _join(self, parameter: Tensor, weight: SparseWeight | None) -> None:
         here = weakref.ref(self)
-        handles = [
-            follow_structure(
-                parameter, lambda old, parts: _tell(here, lambda e: e._restructure(old, parts))
-            )
-        ]
+
+        def restructured(old: Tensor, parts: Sequence[Part]) -> None:
+            if (average := here()) is not None:
+                average._restructure(old, parts)
+
+        def changed(event: Event) -> None:
+            if (average := here()) is not None:
+                average._follow(event)
+
+        handles = [follow_structure(parameter, restructured)]
         if weight is not None:
-            handles.append(weight.follow(lambda event: _tell(here, lambda e: e._follow(event))))
+            handles.append(weight.follow(changed))
         self._handles[parameter] = handles
 
     def _leave(self, parameter: Tensor) -> None:
@@ -211,7 +212,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def _follow(self, event: Event) -> None:
-        """A pool has changed."""
+        """A sparse weight has changed."""
         values = event.weight.values
         for kept in self._kept:
             if values in kept:
@@ -219,7 +220,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def _restructure(self, old: Tensor, parts: Sequence[Part]) -> None:
-        """Another parameter has changed, or others are in its place."""
+        """Another parameter has changed, or was replaced."""
         for kept in self._kept:
             before = kept.pop(old, None)
             for part in parts:
@@ -233,36 +234,22 @@ class ExponentialMovingAverage:
 
 
 def _checked(decay: Any) -> float:
-    if (
-        isinstance(decay, bool)
-        or not isinstance(decay, int | float)
-        or not (0.0 <= decay < 1.0 and math.isfinite(decay))
-    ):
+    number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    if not number or not 0.0 <= decay < 1.0:
         raise ValueError(f"decay must be at least 0 and below 1, not {decay!r}")
     return float(decay)
 
 
 def _moved(average: Tensor, event: Event) -> Tensor:
-    """What goes with the slots of a pool now; new connections start at their values."""
+    """The average for the slots as they are now; new connections start at their values."""
     values = event.weight.values.detach().to(average)
     if event.loaded:
         return values.clone()
     if event.source is not None:
         source = event.source
-        taken = (
-            average[source.clamp(min=0)] if average.numel() else average.new_zeros(source.numel())
-        )
-        average = torch.where(source >= 0, taken, taken.new_zeros(()))
+        average = gathered(average, source, 0.0)
     average[event.slots] = values[event.slots]
     return average
-
-
-def _tell(
-    average: weakref.ref[ExponentialMovingAverage], what: Callable[[ExponentialMovingAverage], None]
-) -> None:
-    here = average()
-    if here is not None:
-        what(here)
 
 
 # --- for torch.optim.swa_utils.AveragedModel ------------------------------------------------------
@@ -274,14 +261,17 @@ def get_ema_multi_avg_fn(model: nn.Module, decay: float = 0.999) -> MultiAverage
 
         averaged = AveragedModel(model, multi_avg_fn=rewire.ema.get_ema_multi_avg_fn(model))
 
-    In ``averaged.module`` every connection of the model then has its own average, as by
-    `ExponentialMovingAverage`; it takes the model's topology at each update. ``use_buffers`` may be
-    either: other floating-point buffers are averaged, integers copied. ``decay``: in [0, 1).
+    In ``averaged.module`` each connection of the model then has its own average, as in
+    `ExponentialMovingAverage`, and each update takes the model's topology over. With
+    ``use_buffers=True`` other floating-point buffers are averaged, and integers copied.
 
-    Make it before the `AveragedModel` and use it for that one. Pools may be resized once it has
-    been updated for the first time (PyTorch copies tensors then, of whatever size). Where
-    parameters are cut or replaced (`to_sparse`, units removed) the next update raises RuntimeError:
-    make a new one then.
+    Make the function before the `AveragedModel`, and use it for that one. Sparse weights may be
+    resized after the first update (in which PyTorch copies tensors, so that sizes must fit). If
+    parameters are cut or replaced (`to_sparse`, units removed), the next update raises
+    RuntimeError: make a new function and model then.
+
+    Args:
+        decay: in [0, 1).
 
     Cost: two more numbers per slot; per update O(parameters), and O(K log K) for weights that were
     rewired.
@@ -293,15 +283,15 @@ def get_ema_multi_avg_fn(model: nn.Module, decay: float = 0.999) -> MultiAverage
 def get_swa_multi_avg_fn(model: nn.Module) -> MultiAverage:
     """As `get_ema_multi_avg_fn`, for the mean over all updates (stochastic weight averaging).
 
-    The mean of a connection that grew on the way begins with the value it started from, at the
-    weight of all updates before.
+    For a connection that grew later, its first value stands for all updates before.
     """
     return MultiAverage(model, lambda n: 1.0 / (n + 1))
 
 
 class MultiAverage:
-    """The function that `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` return: (averages,
-    parameters, count).
+    """The function that `get_ema_multi_avg_fn` and `get_swa_multi_avg_fn` return.
+
+    `AveragedModel` calls it with the averages, the parameters and the number of updates so far.
     """
 
     _tokens = itertools.count()
@@ -344,7 +334,7 @@ class MultiAverage:
             if copy is not None:
                 fed[copy].average(copy, average, parameter, rate)
             elif average.data_ptr() in self._skip:
-                continue  # of a pool's topology, which goes with its values
+                continue  # part of a topology, which goes with its values
             elif average.shape != parameter.shape:
                 raise RuntimeError(
                     f"an average of shape {tuple(average.shape)} meets a parameter of shape "
@@ -364,9 +354,7 @@ def _note_replaced(average: weakref.ref[MultiAverage]) -> None:
 
 
 class _Births:
-    """When each connection of a pool grew, and with which value: what an average of it has to begin
-    with.
-    """
+    """When each connection of a weight grew, and with which value, where its average begins."""
 
     def __init__(self, weight: SparseWeight, mark: object) -> None:
         self.weight, self.mark = weight, mark
@@ -386,12 +374,12 @@ class _Births:
     @torch.no_grad()
     def note(self, event: Event) -> None:
         for copy in self.copies():
-            # AveragedModel's first update was before this event
+            # The first update of the AveragedModel was before this event.
             if copy not in self._seen and copy.written:
                 self._seen[copy] = self.clock
         self.clock += 1
         values = event.weight.values.detach()
-        if event.loaded:  # averages that were loaded as well go on, matched by position
+        if event.loaded:  # averages, which may be loaded too, go on by position
             self.born, self.start = torch.zeros_like(event.slots), values.clone()
             self._seen.clear()
             return
@@ -402,29 +390,22 @@ class _Births:
         self.start[event.slots] = values[event.slots].to(self.start)
 
     def average(self, copy: Any, average: Tensor, parameter: Tensor, rate: float) -> None:
-        """Bring ``copy``, whose values are ``average``, to this pool's topology and one update
-        further.
-        """
+        """Update ``copy``, whose values are ``average``, and give it this weight's topology."""
         seen = self._seen.get(copy)
         self._seen[copy] = self.clock
         if seen == self.clock:
             average.lerp_(parameter.to(average), rate)
             return
         copy.check_positions()
-        weight, device = self.weight, copy.device
-        slots, (rows, cols) = (
-            copy.active(),
-            (weight.rows.to(device).long(), weight.cols.to(device).long()),
-        )
+        weight, device, slots = self.weight, copy.device, copy.active()
+        rows, cols = weight.rows.to(device).long(), weight.cols.to(device).long()
         width = weight.matrix_shape[1]
         known = copy.rows[slots].long() * width + copy.cols[slots].long()  # ascending
         wanted = rows * width + cols
         at = torch.searchsorted(known, wanted).clamp(max=max(known.numel() - 1, 0))
-        there = (
-            (rows >= 0) & (known[at] == wanted)
-            if known.numel()
-            else rows.new_zeros(rows.shape, dtype=torch.bool)
-        )
+        there = torch.zeros_like(rows, dtype=torch.bool)
+        if known.numel():
+            there = (rows >= 0) & (known[at] == wanted)
         if seen is not None:
             there &= self.born.to(device) <= seen  # dropped and grown again at the same place
         before = self.start.to(device=device, dtype=average.dtype)

@@ -1,13 +1,13 @@
 """Counter-based random numbers: pure functions of ``(seed, step, stream, index)``.
 
-A number drawn inside a training step depends on nothing but its coordinates, so results do not
-depend on threads, batches of calls or what else was drawn, and a run resumes by knowing its step.
-The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1,
-2, 3", SC 2011): the 128-bit counter is ``(index low, index high, step, stream)``, the 64-bit key is
-the seed, and one call gives four 32-bit words.
+A number depends on its coordinates alone. So results do not depend on threads, on how calls are
+grouped or on what else was drawn, and a run can resume knowing its step only. The generator is
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+the 128-bit counter is ``(index low, index high, step, stream)``, the 64-bit key is the seed, and
+one call gives four 32-bit words.
 
-These are the plain PyTorch definitions, on any device. `rewire.topology` and `rewire.ops` have
-native twins that give the same bits.
+These are the definitions in plain PyTorch, on any device. Native functions in `rewire.topology` and
+`rewire.ops` give the same bits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SEED_BOUND = 2**63
 
 
 def seed_from(generator: torch.Generator | None = None) -> int:
-    """Draw a seed from ``generator`` (or from torch's default one, so that `torch.manual_seed`
-    governs it).
+    """Draw a seed from ``generator``, or from torch's default one, which `torch.manual_seed`
+    sets.
     """
     return int(torch.randint(0, SEED_BOUND - 1, (), dtype=torch.int64, generator=generator).item())
 
@@ -49,27 +49,22 @@ def words(
     a, b, c, d = (t & _MASK for t in torch.broadcast_tensors(*full))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # The product wraps around in int64, which keeps its 64 bits; the masks then take the two
-        # halves.
+        # The product wraps around in int64, which keeps its 64 bits; the masks take both halves.
         p, q = a * _MULTIPLIER[0], c * _MULTIPLIER[1]
-        a, b, c, d = (
-            ((q >> 32) & _MASK) ^ b ^ k0,
-            q & _MASK,
-            ((p >> 32) & _MASK) ^ d ^ k1,
-            p & _MASK,
-        )
+        high_p, high_q = (p >> 32) & _MASK, (q >> 32) & _MASK
+        a, b, c, d = high_q ^ b ^ k0, q & _MASK, high_p ^ d ^ k1, p & _MASK
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return a, b, c, d
 
 
 def bits(seed: int, step: int, stream: int, index: Tensor) -> Tensor:
-    """63 random bits as a non-negative int64, for every element of ``index`` (int64, any shape)."""
+    """63 random bits, as a non-negative int64, for each element of ``index`` (int64, any shape)."""
     w0, w1, _, _ = words(seed, index & _MASK, (index >> 32) & _MASK, step & _MASK, stream)
     return ((w1 << 32) | w0) & (SEED_BOUND - 1)
 
 
 def below(seed: int, step: int, stream: int, index: Tensor, bound: int | Tensor) -> Tensor:
-    """Integers in ``[0, bound)`` for every element of ``index``; the bias is at most ``bound /
+    """An integer in ``[0, bound)`` for each element of ``index``; bias at most ``bound /
     2**63``.
     """
     return bits(seed, step, stream, index) % bound
@@ -104,10 +99,10 @@ def distinct(
     """A uniformly random subset of ``n`` of the integers ``0 ... bound - 1``: int64, sorted
     ascending.
 
-    Definition (the native twin follows it to the letter): the first ``n`` distinct values of the
-    sequence ``below(seed, step, stream, offset + t, bound)``, t = 0, 1, ...; where ``2 n > bound``,
-    the complement of the first ``bound - n`` distinct ones. Expected draws are below ``1.39 n``,
-    memory is O(n).
+    By definition, also of the native function, these are the first ``n`` distinct values of the
+    sequence ``below(seed, step, stream, offset + t, bound)``, t = 0, 1, ...; if ``2 n > bound``,
+    the complement of the first ``bound - n`` distinct ones. Fewer than ``1.39 n`` draws are
+    expected; memory is O(n). Raises ValueError unless 0 <= n <= bound.
     """
     if not 0 <= n <= bound:
         raise ValueError(

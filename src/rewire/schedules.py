@@ -1,9 +1,9 @@
 """Numbers that change over time: pure functions of a step.
 
-Wherever the library takes a number that may change, it takes a float or a schedule: any callable
-from a step (0, 1, 2, ...: the number of optimizer steps or epochs done, as the parameter's
-documentation says) to a float. Schedules hold no state, so a resumed run gets the same numbers.
-They are frozen dataclasses: printable, comparable, picklable.
+A parameter that may change over time takes a float or a schedule: any callable from a step (0, 1,
+2, ...: the number of optimizer steps or epochs done, see the parameter) to a float. Schedules have
+no state, so a resumed run gets the same numbers. They are frozen dataclasses: printable,
+comparable, picklable.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ __all__ = [
     "within",
 ]
 
-#: What parameters that may change over time accept.
+#: Besides floats, what parameters accept that may change over time.
 Schedule: TypeAlias = Callable[[int], float]
 
 
 def at(value: float | Schedule, step: int) -> float:
-    """The number that ``value`` (a float or a schedule) stands for at ``step``."""
+    """The value of a float or a schedule at ``step``."""
     return value(step) if callable(value) else value
 
 
 def checked(
     name: str, value: float | Schedule, low: float, high: float = math.inf
 ) -> float | Schedule:
-    """``value`` if it (a schedule: its first number) lies in [low, high], else ValueError naming
-    the limits.
+    """``value``, if it (or the first number of a schedule) is in [low, high]; else raises
+    ValueError.
     """
     within(name, at(value, 0), low, high)
     return value
 
 
 def within(name: str, number: float, low: float, high: float = math.inf) -> float:
-    """``number`` if it is finite and in [low, high], else ValueError naming the limits."""
+    """``number``, if it is finite and in [low, high]; else raises ValueError with the limits."""
     if not (isinstance(number, (int, float)) and low <= number <= high) or math.isinf(number):
         limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be a finite number {limits}, not {number}")
@@ -60,7 +60,7 @@ def _positive_steps(steps: int) -> None:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same number always."""
+    """Always the same number."""
 
     value: float
 
@@ -70,9 +70,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From ``start`` at step 0 to ``end`` at ``steps`` along a straight line; ``end`` from there
-    on.
-    """
+    """Linear from ``start`` at step 0 to ``end`` at step ``steps``; ``end`` from then on."""
 
     start: float
     end: float

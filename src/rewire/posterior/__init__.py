@@ -1,5 +1,4 @@
-"""Averages over sampled networks: DEEP R draws networks from a posterior, so use more than its last
-one.
+"""Averages over sampled networks: DEEP R samples a posterior, so use more than its last network.
 
     posterior = rewire.posterior.Posterior(model, burn_in=30_000, every=500)
     for x, y in loader:
@@ -9,8 +8,8 @@ one.
     scores(prediction.mean, test_y)         # accuracy, likelihood, calibration error, Brier score
     posterior.inputs()                      # share of the samples in which each input is connected
 
-Works with any model with sparse weights and any method that changes them; with one that does not
-sample a posterior it is an ensemble along the way.
+This works with any model with sparse weights and any method that changes them. With a method that
+does not sample a posterior, the samples are an ensemble of networks along the training.
 """
 
 from rewire.posterior.samples import Inclusion, Posterior, Prediction

@@ -1,4 +1,4 @@
-"""Samples of a model's weights and topology, and predictions with their average."""
+"""Samples of a model's weights and topology, and predictions averaged over them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rewire.storage import tensors as tensor_file
 
 __all__ = ["Inclusion", "Posterior", "Prediction"]
 
-#: What the model returns -> what is averaged.
+#: From what the model returns to what is averaged.
 Link = Callable[[Tensor], Tensor]
 
 
@@ -29,13 +29,12 @@ def _softmax(outputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the samples say together.
+    """The prediction of all samples together.
 
-    mean, std: over samples, of what the model returned after the link (probabilities); the model's
-        output shape.
-    expected_entropy: mean over samples of each one's own entropy (the outputs' shape without the
-        last dimension).
-    count: samples.
+    mean, std: over samples, of the model's outputs after the link (probabilities); in their shape.
+    expected_entropy: mean over samples of the entropy of each; in the outputs' shape without the
+        last dimension.
+    count: the number of samples.
     """
 
     mean: Tensor
@@ -45,22 +44,23 @@ class Prediction:
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of the averaged prediction: all that is uncertain, in nats."""
+        """Entropy of the averaged prediction, in nats: the whole uncertainty."""
         return entropy(self.mean)
 
     @property
     def mutual_information(self) -> Tensor:
-        """How far the samples disagree: the part of `entropy` that is about which network is right,
-        in nats.
+        """The part of `entropy` from the disagreement between samples about the network, in
+        nats.
         """
         return (self.entropy - self.expected_entropy).clamp(min=0)
 
 
 class Inclusion(NamedTuple):
-    """Connections of one weight that any sample has, sorted by (row, col).
+    """The connections of one weight that any sample has, sorted by (row, col).
 
-    rows, cols: int64. probability: share of the samples that have it. mean, std: of its value where
-        it is there.
+    rows, cols: int64.
+    probability: share of the samples that have the connection.
+    mean, std: of its value in these samples.
     """
 
     rows: Tensor
@@ -76,15 +76,15 @@ class Inclusion(NamedTuple):
 class Posterior:
     """Samples of a model's weights and topology, taken while it trains.
 
-    A sample is everything in the model's ``state_dict``, on the CPU, of each sparse weight the K
-    connections alone. The model itself is never changed: predictions run on a copy.
+    A sample is the model's ``state_dict``, on the CPU, with the K connections of each sparse weight
+    only. The model itself does not change: predictions run on a copy.
 
     Args:
         model: with at least one sparse weight.
         burn_in: calls of `update` (optimizer steps) before the first sample.
         every: calls between samples.
-        limit: the most samples to keep, at least 2; when there are more, every second one goes and
-            ``every`` doubles, so that what is kept stays evenly spread. None for no limit.
+        limit: the most samples to keep, at least 2; None for no limit. When there are more, every
+            second sample is dropped and ``every`` doubles, so that the samples stay evenly spread.
 
     Raises ValueError for a model without sparse weights or numbers out of range.
 
@@ -94,14 +94,10 @@ class Posterior:
     def __init__(
         self, model: nn.Module, *, burn_in: int = 0, every: int = 1, limit: int | None = None
     ) -> None:
-        for name, number, low in (
-            ("burn_in", burn_in, 0),
-            ("every", every, 1),
-            ("limit", limit, 2),
-        ):
-            if number is not None and (
-                isinstance(number, bool) or not isinstance(number, int) or number < low
-            ):
+        whole = [("burn_in", burn_in, 0), ("every", every, 1)]
+        whole += [] if limit is None else [("limit", limit, 2)]
+        for name, number, low in whole:
+            if isinstance(number, bool) or not isinstance(number, int) or number < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, not {number!r}")
         if not any(True for _ in sparse_weights(model)):
             raise ValueError(
@@ -117,10 +113,13 @@ class Posterior:
         return len(self.samples)
 
     def __bool__(self) -> bool:
-        return True  # ``if posterior`` asks whether there is one, not whether it has samples yet
+        return True  # even without samples yet: ``if posterior`` is like ``is not None``
 
     def update(self) -> bool:
-        """Count one step (call it after the method's); take a sample if one is due, and say so."""
+        """Count one step, and take a sample if it is time; returns whether it did.
+
+        Call it after the method's step.
+        """
         self.steps += 1
         past = self.steps - self.burn_in
         if past <= 0 or past % self.every:
@@ -142,11 +141,8 @@ class Posterior:
             prefix = f"{name}." if name else ""
             rows, cols, values = weight.coo()
             kind = weight.rows.dtype
-            for part, tensor in (
-                ("values", values),
-                ("rows", rows.to(kind)),
-                ("cols", cols.to(kind)),
-            ):
+            parts = zip(_PARTS, (values, rows.to(kind), cols.to(kind)), strict=True)
+            for part, tensor in parts:
                 sample[prefix + part] = tensor.detach().to("cpu", copy=True)
         self.samples.append(sample)
         if self.limit is not None and len(self.samples) > self.limit:
@@ -156,8 +152,9 @@ class Posterior:
     # --- predicting -------------------------------------------------------------------------------
 
     def networks(self) -> Iterator[nn.Module]:
-        """Each sample as a model in eval mode: one object, given one sample after the other, so use
-        it at once.
+        """Each sample as a model in eval mode.
+
+        It is the same object each time, with the values of one sample after the other.
         """
         self._check_any()
         network = copy.deepcopy(self.model).eval()
@@ -170,13 +167,13 @@ class Posterior:
         """Predict with the average over the samples.
 
         Args:
-            x: one batch of inputs, or several in a list (or another iterable that can be gone
-                through once per sample); their predictions are put together.
-            link: from the model's output to what is averaged: softmax over the last dimension. For
-                regression give ``lambda y: y`` (the entropies then mean nothing).
+            x: one batch of inputs, or several in a list (or another iterable that can be iterated
+                once per sample), whose predictions are joined.
+            link: from the model's output to what is averaged; by default softmax over the last
+                dimension. For regression give ``lambda y: y`` (the entropies then mean nothing).
 
-        Memory: four times one prediction, however many samples. Raises ValueError before the first
-        sample.
+        Memory: four times one prediction, for any number of samples. Raises ValueError without
+        samples.
         """
         mean = square = own = torch.empty(0)
         for n, network in enumerate(self.networks(), start=1):
@@ -186,7 +183,7 @@ class Posterior:
             if n == 1:
                 mean, square, own = out, torch.zeros_like(out), certain
                 continue
-            before = out - mean  # Welford, so that a small spread around a large mean is not lost
+            before = out - mean  # Welford's algorithm, exact for a small spread and a large mean
             mean = mean + before / n
             square = square + before * (out - mean)
             own = own + (certain - own) / n
@@ -196,7 +193,7 @@ class Posterior:
     # --- what the samples have in common ----------------------------------------------------------
 
     def inclusion(self, name: str | None = None) -> Inclusion:
-        """The connections of the weight ``name`` (the model's first by default) that any sample
+        """The connections of the weight ``name`` (by default the model's first) that any sample
         has, and how often.
         """
         rows, cols, values, (_, width) = self._stacked(name)
@@ -208,14 +205,14 @@ class Posterior:
         return Inclusion(key // width, key % width, count / len(self.samples), mean, spread.sqrt())
 
     def inputs(self, name: str | None = None) -> Tensor:
-        """Share of the samples in which each column (input) of the weight has at least one
-        connection; float64.
+        """Share of the samples in which each column (input) of the weight has connections;
+        float64.
         """
         return self._share(name, 1)
 
     def outputs(self, name: str | None = None) -> Tensor:
-        """Share of the samples in which each row (output) of the weight has at least one
-        connection; float64.
+        """Share of the samples in which each row (output) of the weight has connections;
+        float64.
         """
         return self._share(name, 0)
 
@@ -258,26 +255,19 @@ class Posterior:
     # --- saving -----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write samples and counters to a safetensors file, which is whole or as it was before at
-        every moment.
-        """
+        """Write samples and counters to a safetensors file, atomically."""
         tensors = {f"{i}/{k}": v for i, s in enumerate(self.samples) for k, v in s.items()}
-        numbers = {
-            "burn_in": self.burn_in,
-            "every": self.every,
-            "limit": self.limit,
-            "steps": self.steps,
-        }
+        numbers = {name: getattr(self, name) for name in ("burn_in", "every", "limit", "steps")}
         about = {"rewire.posterior": json.dumps(numbers | {"samples": len(self.samples)})}
         about["sha256"] = tensor_file.content_sha256(tensors, about)
         tensor_file.write(Path(path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> Posterior:
-        """Read what `save` wrote, for the model the samples are of; collecting can go on.
+        """Read what `save` wrote, for the same model; collecting can go on.
 
-        Raises OSError if there is no such file, ValueError for one that is something else, is
-        damaged or was changed, or belongs to another model. Memory: twice the size of the file.
+        Raises OSError if there is no such file, ValueError for one that is of another kind, damaged
+        or changed, or belongs to another model. Memory: twice the size of the file.
         """
         try:
             flat, metadata = tensor_file.read(Path(path))
@@ -290,7 +280,7 @@ class Posterior:
                 f"{reading.brief(repr(error))}"
             ) from None
         tensor_file.check_sum(flat, metadata, str(path))
-        # no list of a length that the file merely claims
+        # Not a list of the length that the file claims, which may be wrong.
         samples: dict[str, dict[str, Tensor]] = {}
         for key, tensor in flat.items():
             number, _, name = key.partition("/")
@@ -327,9 +317,6 @@ def _key(name: str, part: str) -> str:
 
 
 def _pools(model: nn.Module) -> Mapping[str, SparseWeight]:
-    """All pools by every name they have (a shared one has several), as ``state_dict`` lists
-    them.
-    """
-    return {
-        n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseWeight)
-    }
+    """All sparse weights by all their names (a shared one has several), as in ``state_dict``."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, SparseWeight)}

@@ -1,4 +1,4 @@
-"""What predicted probabilities are worth, given the labels: pure functions."""
+"""Scores of predicted probabilities, given the labels: pure functions."""
 
 from __future__ import annotations
 
@@ -25,31 +25,28 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
             "probabilities must be (samples, classes) and labels (samples,), at least one, not "
             f"{tuple(probabilities.shape)} and {tuple(labels.shape)}"
         )
-    if (
-        labels.is_floating_point()
-        or int(labels.min()) < 0
-        or int(labels.max()) >= probabilities.shape[1]
-    ):
-        raise ValueError(f"labels must be integers between 0 and {probabilities.shape[1] - 1}")
+    last = probabilities.shape[1] - 1
+    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) > last:
+        raise ValueError(f"labels must be integers between 0 and {last}")
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of the samples whose most probable class is right. (N, C) and (N,)."""
+    """Share of the samples whose most probable class is right, for (N, C) and (N,)."""
     _check(probabilities, labels)
     return float((probabilities.argmax(1) == labels).double().mean())
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean of -ln p(right class), in nats; infinite where a right class has probability 0. (N, C)
-    and (N,).
+    """Mean of -ln p(right class), in nats, for (N, C) and (N,); infinite if a right class has
+    probability 0.
     """
     _check(probabilities, labels)
     return float(-probabilities.double().gather(1, labels.long()[:, None]).log().mean())
 
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean squared distance of the probabilities to the one-hot label, summed over classes: 0 to 2.
-    (N, C), (N,).
+    """Mean squared distance of the probabilities to the one-hot label, summed over classes (0 to
+    2), for (N, C) and (N,).
     """
     _check(probabilities, labels)
     right = nn.functional.one_hot(labels.long(), probabilities.shape[1])
@@ -57,8 +54,7 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
 
 
 class Bins(NamedTuple):
-    """A reliability diagram: per bin of confidence the mean confidence, the accuracy and how many
-    samples fell in it.
+    """A reliability diagram: mean confidence, accuracy and number of samples of each bin.
 
     Confidence and accuracy of an empty bin are 0.
     """
@@ -69,8 +65,8 @@ class Bins(NamedTuple):
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Bins:
-    """The samples by confidence (the largest probability), in ``bins`` equally wide bins, each with
-    its upper end.
+    """Sort samples by confidence (the largest probability) into ``bins`` bins of equal width, which
+    include their upper ends.
     """
     _check(probabilities, labels)
     if bins < 1:
@@ -85,15 +81,12 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Bins:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by
-    their counts.
+    """Mean distance of confidence and accuracy over the bins of `reliability`, weighted by numbers.
 
     Naeini, Cooper, Hauskrecht, AAAI 2015; Guo et al., ICML 2017 (15 bins).
     """
-    found = reliability(probabilities, labels, bins)
-    return float(
-        ((found.confidence - found.accuracy).abs() * found.number).sum() / found.number.sum()
-    )
+    confidence, right, number = reliability(probabilities, labels, bins)
+    return float(((confidence - right).abs() * number).sum() / number.sum())
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 import rewire
 from rewire import budget
 from rewire.nn import SparseLinear, SparseWeight, densify, param_groups, sparse_weights, sparsify
-from rewire.nn.inspect import summary
+from rewire.nn.inspect.summary import summary
 
 
 class Residual(nn.Module):
