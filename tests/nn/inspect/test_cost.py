@@ -7,7 +7,7 @@ from torch import nn
 
 import rewire
 from rewire.nn import SparseConv2d, SparseLinear
-from rewire.nn.inspect import cost
+from rewire.nn import cost
 
 
 def test_a_convolutional_network_by_hand() -> None:
