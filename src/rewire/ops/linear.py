@@ -158,10 +158,9 @@ class _Packed(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         index: Iterable[Tensor],
-        capture: Capture | None,
-        contiguous_output: bool,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        return _Linear.forward(ctx, x, values, bias, capture, contiguous_output, *index)
+        return _Linear.forward(ctx, x, values, bias, *rest, *index)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:

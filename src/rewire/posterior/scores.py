@@ -7,17 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Bins",
-    "accuracy",
-    "brier_score",
-    "entropy",
-    "expected_calibration_error",
-    "negative_log_likelihood",
-    "reliability",
-    "scores",
-]
-
 
 def _check(probabilities: Tensor, labels: Tensor) -> None:
     if probabilities.dim() != 2 or labels.shape != probabilities.shape[:1] or not labels.numel():

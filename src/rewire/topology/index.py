@@ -18,21 +18,6 @@ from torch import Tensor
 
 from rewire import _native, random
 
-__all__ = [
-    "Index",
-    "TopologyError",
-    "build_index",
-    "check_integers",
-    "check_slots",
-    "empty_index",
-    "fingerprint",
-    "index_dtype",
-    "matrix_size",
-    "position_signs",
-    "raise_problem",
-    "replace_",
-]
-
 
 class TopologyError(ValueError):
     """An invalid topology: a position out of range, a duplicate, mismatched lengths."""

@@ -378,22 +378,10 @@ class Ages:
         state: Mapping[str, Any],
         step: int,
     ) -> tuple[int, Tables, tuple[float, float, float, float]]:
-        """The horizon, the tables by age, and the four factors of the optimizer's own ``step``."""
-        horizon, tables, lists = self._lists(rule, group, parameter, state, step)
-        if rule.gradient and step > lists.shape[1]:  # NAdam's schedule is longer than its table
-            return horizon, tables, _nadam_now(group, state, step)
-        m, g, root, eps = lists[:, min(step, lists.shape[1]) - 1].tolist()
-        return horizon, tables, (m, g, root, eps)
+        """The horizon, the tables by age, and the four factors of the optimizer's own ``step``.
 
-    def _lists(
-        self,
-        rule: _Rule,
-        group: Mapping[str, Any],
-        parameter: Tensor,
-        state: Mapping[str, Any],
-        step: int,
-    ) -> tuple[int, Tables, Any]:
-        """The horizon and the tables, from a cache unless the group's numbers have changed."""
+        Horizon and tables are made anew only if the group's numbers have changed.
+        """
         # No connection is older than the optimizer, so tables are as long as the next power of two
         # above its step.
         longest = 1 << max(10, step.bit_length())
@@ -410,4 +398,8 @@ class Ages:
             rows = np.stack([np.broadcast_to(x, length) for x in lists])
             made = [torch.as_tensor(row.copy()).to(parameter.device, dtype) for row in rows]
             known = self._tables[place] = numbers, (horizon, Tables(*made), rows)
-        return known[1]
+        horizon, tables, rows = known[1]
+        if rule.gradient and step > rows.shape[1]:  # NAdam's schedule is longer than its table
+            return horizon, tables, _nadam_now(group, state, step)
+        m, g, root, eps = rows[:, min(step, rows.shape[1]) - 1].tolist()
+        return horizon, tables, (m, g, root, eps)
