@@ -1,6 +1,4 @@
-"""Removing units (neurons, channels, recurrent states) from a network, physically, with the
-optimizer following.
-"""
+"""Removes units (neurons, channels, recurrent states) from a network; optimizer state follows."""
 
 from rewire.nn.surgery.fold import fold, takes_constants, why_no_constants
 from rewire.nn.surgery.graph import Group, Site, UnitGraph, remove_units

@@ -1,4 +1,4 @@
-"""What removed units gave their consumers goes on: into another unit's columns and into biases."""
+"""Moves the contribution of units into another unit's columns and into biases, before removal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ __all__ = ["fold", "takes_constants", "why_no_constants"]
 
 
 def why_no_constants(graph: UnitGraph, group: Group) -> str | None:
-    """Why a constant output of a unit cannot go into the biases of what reads it; None if it can.
+    """Why a unit's constant output cannot go into the biases of the group's consumers; None if it
+    can.
 
-    A consumer needs a bias, or a BatchNorm directly behind it, whose running mean is as good. A
-    convolution that pads with zeros sees no constant at its borders, so nothing can replace one
-    exactly. Nor does a recurrent layer at its first step, where the state is 0.
+    A consumer needs a bias, or a BatchNorm directly behind it, whose running mean serves as well.
+    At the borders of a convolution that pads with zeros, and at the first step of a recurrent
+    layer, where the state is 0, the input is not that constant, so no bias can replace it.
     """
     for site in group.producers:
         if isinstance(site.module, nn.RNN | nn.LSTM | nn.GRU):
@@ -35,9 +36,7 @@ def why_no_constants(graph: UnitGraph, group: Group) -> str | None:
 
 
 def takes_constants(graph: UnitGraph, group: Group) -> bool:
-    """Whether constants fold exactly into the biases of the group's consumers, see
-    `why_no_constants`.
-    """
+    """Whether constants fold exactly into the consumers' biases, see `why_no_constants`."""
     return why_no_constants(graph, group) is None
 
 
@@ -60,13 +59,15 @@ def fold(
     into: Tensor | None = None,
     factor: Tensor | float = 0.0,
 ) -> None:
-    """Let ``site``, a consumer of ``group``, do without ``unit``, whose output there is factor *
-    output of ``into`` + constant: the columns of ``into`` get factor times those of ``unit``, the
-    bias gets constant times their sum.
+    """Make ``unit`` unnecessary for ``site``, a consumer of ``group``.
 
-    For a producer that is recurrent the site is that producer: its recurrent columns. Units are
-    0-dim int64 tensors, numbered as traced. Raises ValueError, before anything changes, for a
-    constant that cannot be folded exactly. The unit itself is left for `UnitGraph.remove`.
+    The unit's output must be factor * output of ``into`` + constant. Then factor times the columns
+    of ``unit`` is added to those of ``into``, and constant times their sum to the bias. Call
+    `UnitGraph.remove` afterwards to remove the unit.
+
+    A recurrent producer is a site as well, with its recurrent columns. Units are 0-dim int64
+    tensors, numbered as traced. Raises ValueError, before anything changes, for a constant that
+    cannot be folded exactly.
     """
     has_constant = bool(torch.as_tensor(constant).abs().max() > 0)
     if has_constant and (reason := why_no_constants(graph, group)) is not None:
@@ -74,22 +75,21 @@ def fold(
     module = site.module
     weight, dim = _columns(module, recurrent=site in group.producers)
     source = graph.positions(site, unit.reshape(1))[0]
-    columns = weight.index_select(dim, source)  # every other dimension is the consumer's own
+    columns = weight.index_select(dim, source)
     if into is not None:
         target = graph.positions(site, into.reshape(1))[0]
         weight.index_add_(dim, target, columns * factor)
     if not has_constant:
         return
-    given = (
-        columns.double().sum(dim=[d for d in range(columns.dim()) if d != _rows(module)]) * constant
-    )
+    others = [d for d in range(columns.dim()) if d != _rows(module)]
+    given = columns.double().sum(dim=others) * constant
     bias = _bias(module)
     if bias is not None:
         bias += given.to(bias.dtype)
         return
     norm = graph.norm_after(site.name)
     assert norm is not None  # why_no_constants
-    # without running statistics the batch's mean takes the constant away
+    # Without running statistics, the norm subtracts the constant with the batch's mean.
     if norm.running_mean is not None:
         norm.running_mean -= given.to(norm.running_mean.dtype)
 
@@ -99,7 +99,7 @@ def _rows(module: nn.Module) -> int:
 
 
 def _columns(module: nn.Module, *, recurrent: bool) -> tuple[Tensor, int]:
-    """The weight whose entries along the dimension belong to incoming units."""
+    """The weight that reads incoming units, and the dimension that counts them."""
     if isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
         return module.get_parameter("weight_hh_l0" if recurrent else "weight_ih_l0"), 1
     return module.get_parameter("weight"), 0 if isinstance(module, _ConvTransposeNd) else 1

@@ -1,6 +1,4 @@
-"""Units of a network and their removal: which there are, what is coupled to them, and the cut
-itself.
-"""
+"""The units of a network, what is coupled to them, and their removal."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ Units = Iterable[int] | Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """Units at one side of one layer: ``positions[i]`` along it belongs to unit ``units[i]``
-    (int64, as traced).
+    """Units at one side of a layer: position ``positions[i]`` along it belongs to unit ``units[i]``
+    (int64, numbered as traced).
     """
 
     name: str
@@ -39,11 +37,12 @@ class Site:
 
 @dataclass
 class Group:
-    """All that must be cut together for the units of a layer.
+    """Everything that must be cut together for the units of a layer.
 
-    producers make the units (several where their outputs are added), followers treat each unit by
-    itself (BatchNorm, depthwise convolutions), consumers mix them by the columns of their weights.
-    ``alive`` are the units that are left, by their numbers when the graph was traced.
+    producers: layers that compute the units; several if their outputs are added.
+    followers: layers that treat each unit by itself (BatchNorm, depthwise convolutions).
+    consumers: layers that mix the units, with a column of their weights for each.
+    alive: the units that are left, numbered as traced.
     """
 
     name: str
@@ -55,9 +54,7 @@ class Group:
 
     @property
     def least(self) -> int:
-        """How many units must stay: with one, a depthwise convolution would be no longer known as
-        such.
-        """
+        """How many units must stay: a depthwise convolution needs two, to be recognized as such."""
         return 2 if any(depthwise(site.module) for site in self.followers) else 1
 
     @property
@@ -67,26 +64,23 @@ class Group:
 
 
 class UnitGraph:
-    """The units of ``model`` (neurons, channels, states of a recurrent layer) and the way to remove
-    them.
+    """The units of ``model`` (neurons, channels, states of a recurrent layer), and their removal.
 
-    Coupled layers are found by torch-pruning's dependency graph, in training and in eval mode: what
-    only one of them uses (an auxiliary head, say) is cut along. Every group is then tried on a copy
-    with random weights, in both modes, in the model's own dtype and in float64 where the network
-    runs in that: with units cut, the copy must compute what it computes with their consumers'
-    columns at zero. What fails is refused, by the layer's name, before anything has changed. The
-    graph stays valid through its own cuts.
+    torch-pruning's dependency graph finds coupled layers in training and in eval mode, so layers
+    that only one mode uses (such as an auxiliary head) are cut as well. Every group is then tried
+    on a copy with random weights, in both modes, in the model's dtype and, if the network runs in
+    it, in float64: the cut copy must compute what it computes with the consumers' columns at 0. If
+    it does not, the units of that layer cannot be cut. The graph stays valid after its own cuts.
 
     Args:
         model: a network in ordinary PyTorch.
         inputs: an example batch: a tensor, a tuple of arguments, a dict of keyword arguments, or
             both (`Arguments`).
-        tried: layers whose groups need not be tried again, because an earlier graph of the model
-            has (`tried`).
+        tried: layers whose groups an earlier graph of the model has tried already (see `tried`).
 
-    Raises ValueError if the network does not run with the example in both modes, or cannot be
-    followed. Cost: two copies of the model and two forward passes of the example; per group, two
-    more and eight.
+    Raises ValueError if the network does not run with the example in both modes, or torch-pruning
+    cannot follow it. Cost: two copies of the model and two forward passes of the example; for each
+    group two more copies and eight forward passes.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, tried: Iterable[str] = ()) -> None:
@@ -104,13 +98,13 @@ class UnitGraph:
         self._lengths = {(n, side): _length(m, side) for n, m in fit for side in sides}
         self._sizes = {n: self._lengths[n, "out"] for n, m in fit if holds_units(m)}
         self._alive: dict[tuple[str, Side], Tensor] = {}
-        #: Layers with units of their own, in the order in which they are called.
+        #: Layers with their own units, in the order in which they are called.
         self.names = [
             name
             for name in dict.fromkeys(self._trace.order)
             if name and holds_units(model.get_submodule(name))
         ]
-        #: The last layer called that reads units, of those that both modes call.
+        #: The last layer that reads units, among those that both modes call.
         self.last = next(
             (n for n in reversed(self._trace.shared) if reads_units(model.get_submodule(n))), None
         )
@@ -127,7 +121,7 @@ class UnitGraph:
         return tensor.shape[axis.dim] // axis.blocks
 
     def parameters(self, group: Group) -> int:
-        """How many numbers go with one unit of the group now."""
+        """How many parameters one unit of the group has now."""
         names = {id(p) for p in self.model.parameters()}
         total = 0
         for site in group.sites:
@@ -140,8 +134,9 @@ class UnitGraph:
         return max(total, 1)
 
     def group(self, name: str) -> Group:
-        """What is coupled to the units of layer ``name``. ValueError if they cannot be cut, with
-        the layer to blame.
+        """Everything coupled to the units of layer ``name``.
+
+        Raises ValueError, with the layer that is the reason, if they cannot be cut.
         """
         if name not in self._groups:
             if name not in dict(self.model.named_modules()):
@@ -169,14 +164,14 @@ class UnitGraph:
         return None
 
     def norm_after(self, name: str) -> nn.modules.batchnorm._BatchNorm | None:
-        """The BatchNorm that alone reads the output of layer ``name``, directly."""
+        """The BatchNorm that is the only direct reader of layer ``name``'s output, if it is one."""
         found = self._trace.norm_after(name)
         norm = None if found is None else self.model.get_submodule(found)
         return norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
 
     def positions(self, site: Site, units: Tensor) -> Tensor:
-        """Where ``units`` (as traced) are along the site now: (number of units, positions of each),
-        int64.
+        """The positions of ``units`` (numbered as traced) along the site now: int64, (number of
+        units, positions of each).
         """
         alive = self._alive.get((site.name, site.side))
         # Every unit has as many positions, see `_find`.
@@ -189,19 +184,17 @@ class UnitGraph:
     def remove(
         self, cuts: Mapping[str, Units], optimizers: Optimizer | Iterable[Optimizer] = ()
     ) -> None:
-        """Remove units, given by layer and number as they stand now, everywhere; optimizer state is
-        cut with them.
+        """Remove units, given by layer and present number, with gradients and optimizer state.
 
-        Parameters stay the same objects; gradients are cut as well. What the removed units gave
-        their consumers is lost: fold it first (`fold`). ValueError, before anything changes, if a
-        layer cannot be cut, a number is not there, nothing would be left, or an optimizer has state
-        that cannot be cut.
+        Parameters stay the same objects. The contribution of the units to their consumers is lost;
+        call `fold` first to keep it. Raises ValueError, before anything changes, if a layer cannot
+        be cut, a unit does not exist, no unit would be left, or an optimizer has state that cannot
+        be cut.
         """
         given = listed(optimizers)
         dead = {name: self._traced(self.group(name), units) for name, units in cuts.items()}
-        alive, gone, tensors = self._plan(
-            [(self.group(name), units) for name, units in dead.items()]
-        )
+        groups = [(self.group(name), units) for name, units in dead.items()]
+        alive, gone, tensors = self._plan(groups)
         names = dict(self.model.named_parameters())
         for optimizer in given:
             for name, keep in tensors.items():
@@ -218,10 +211,9 @@ class UnitGraph:
                         group.alive = group.alive[~torch.isin(group.alive, units)]
 
     def _traced(self, group: Group, units: Units) -> Tensor:
-        """Numbers as they stand now to numbers when the graph was traced."""
-        index = torch.as_tensor(
-            units if isinstance(units, Tensor) else list(units), dtype=torch.int64
-        )
+        """The numbers as traced of units given by their present numbers."""
+        given = units if isinstance(units, Tensor) else list(units)
+        index = torch.as_tensor(given, dtype=torch.int64)
         n = group.alive.numel()
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
             raise ValueError(f"{group.name} has units 0 to {n - 1}, not {index.tolist()}")
@@ -244,13 +236,15 @@ class UnitGraph:
         apply_cuts(model, tensors, [model.get_submodule(name) for name, _ in alive], optimizers)
         for (name, _), left in alive.items():
             module = model.get_submodule(name)
-            if hasattr(module, "num_features"):  # of norms without numbers of their own as well
+            if hasattr(module, "num_features"):  # also norms without parameters
                 setattr(module, "num_features", left.numel())  # noqa: B010
 
     def _plan(
         self, dead: Iterable[tuple[Group, Tensor]]
     ) -> tuple[dict[tuple[str, Side], Tensor], dict[tuple[str, Side], Tensor], dict[str, Keep]]:
-        """What stays alive along each side, what goes, and the entries each tensor keeps."""
+        """The positions that stay and go along each side, and the entries that each tensor
+        keeps.
+        """
         gone: dict[tuple[str, Side], Tensor] = {}
         modules: dict[str, nn.Module] = {}
         for group, units in dead:
@@ -320,7 +314,7 @@ class UnitGraph:
         return group
 
     def _refuse_shared(self, group: Group) -> None:
-        """A tensor that belongs to two modules would be cut in both."""
+        """Raise ValueError if a tensor belongs to two modules, because it would be cut in both."""
         homes: dict[int, set[str]] = {}
         for name, module in self.model.named_modules():
             for key, parameter in module._parameters.items():
@@ -344,30 +338,19 @@ class UnitGraph:
         alive, _, tensors = self._plan([(group, lost)])
 
         def silence(twin: nn.Module) -> None:
-            for site in group.consumers:
-                _zero_columns(
-                    twin.get_submodule(site.name), "in", self.positions(site, lost).flatten()
-                )
-            for site in group.producers:
-                _zero_columns(
-                    twin.get_submodule(site.name), "out", self.positions(site, lost).flatten()
-                )
+            for site in (*group.consumers, *group.producers):
+                positions = self.positions(site, lost).flatten()
+                _zero_columns(twin.get_submodule(site.name), site.side, positions)
+
+        def cut(twin: nn.Module) -> None:
+            self._apply(twin, alive, tensors, ())
 
         readers = ", ".join(site.name for site in group.consumers)
         try:
-            try_cut(
-                self.model,
-                self._trace.inputs,
-                lambda twin: self._apply(twin, alive, tensors, ()),
-                silence,
-                readers,
-            )
+            try_cut(self.model, self._trace.inputs, cut, silence, readers)
         except Different as error:
-            twice = [
-                name
-                for name in sorted({site.name for site in group.sites})
-                if self._trace.twice(name)
-            ]
+            names = sorted({site.name for site in group.sites})
+            twice = [name for name in names if self._trace.twice(name)]
             more = f"; {', '.join(twice)}: called more than once" if twice else ""
             raise ValueError(f"the units of {group.name} cannot be cut: {error}{more}") from None
 
@@ -377,9 +360,7 @@ def _path(module: str, name: str) -> str:
 
 
 def _length(module: nn.Module, side: Side) -> int:
-    """Positions along one side of a layer; 0 where no tensor of it counts them (a norm without
-    numbers).
-    """
+    """The number of positions along one side of a layer; 0 if nothing of it counts them."""
     for axis in axes(module, side):
         tensor = getattr(module, axis.name)
         if tensor is not None:
@@ -388,8 +369,8 @@ def _length(module: nn.Module, side: Side) -> int:
 
 
 def _zero_columns(module: nn.Module, side: Side, positions: Tensor) -> None:
-    """Let nothing read these units: the columns of a consumer, or those a recurrent layer reads its
-    own units by.
+    """Set the columns that read these units to 0: of a consumer, or the recurrent ones of a
+    producer.
     """
     if side == "in":
         for axis in axes(module, "in"):
@@ -404,10 +385,10 @@ def remove_units(
     inputs: Any,
     optimizers: Optimizer | Iterable[Optimizer] = (),
 ) -> None:
-    """Remove units of several layers at once, e.g. ``remove_units(model, {"conv1": [3, 5]}, batch,
+    """Remove units of several layers at once: ``remove_units(model, {"conv1": [3, 5]}, batch,
     optimizer)``.
 
-    See `UnitGraph` (which to keep for more than one cut) and `UnitGraph.remove`.
+    See `UnitGraph` (keep one for several cuts) and `UnitGraph.remove`.
     """
     graph = UnitGraph(model, inputs)
     graph.remove(cuts, optimizers)

@@ -1,6 +1,4 @@
-"""Tensors that change their shape in place: parameters stay the same objects, and their optimizers'
-state follows.
-"""
+"""Changes the shape of parameters and buffers in place, with the state of their optimizers."""
 
 from __future__ import annotations
 
@@ -18,13 +16,14 @@ from rewire.nn.surgery.sides import refresh
 
 __all__ = ["Keep", "check_state", "fit_shapes", "load_resized", "put", "select", "slice_state"]
 
-#: For each dimension that is cut: the entries that stay, int64, ascending.
+#: By dimension that is cut: the entries that stay, int64, ascending.
 Keep = Mapping[int, Tensor]
 
 
 def select(tensor: Tensor, keep: Keep) -> Tensor:
-    """A copy of what stays; a dimension of length 1 that counts for all of it (Adafactor's factors)
-    stays.
+    """A copy of what stays.
+
+    Does not cut a dimension of length 1, which can stand for a whole one (Adafactor's factors).
     """
     for dim, index in keep.items():
         if tensor.shape[dim] != 1 or index.numel() != 1:
@@ -34,14 +33,14 @@ def select(tensor: Tensor, keep: Keep) -> Tensor:
 
 @torch.no_grad()
 def put(tensor: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
-    """Give ``tensor`` (a parameter or a buffer) the contents ``data``, of any shape. References to
-    it stay valid.
+    """Give ``tensor`` (a parameter or a buffer), which stays the same object, contents of any
+    shape.
 
-    A backward pass through an earlier forward raises afterwards, as after any in-place change.
+    Backward passes of earlier forward passes raise then, as after any in-place change.
     """
     tensor.grad = None
-    # Autograd's accumulator remembers the shape while an old graph is alive; a detour over another
-    # dtype renews it.
+    # Autograd's accumulator remembers the shape while an old graph is alive; going by way of
+    # another dtype renews it.
     other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
     tensor.data = data.new_empty(0, dtype=other)
     tensor.data = data
@@ -51,9 +50,7 @@ def put(tensor: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
 
 
 def _kept(tensor: Tensor, shape: torch.Size, keep: Keep) -> Keep | None:
-    """How a state tensor of a parameter of ``shape`` is cut: {} for not at all, None if that is
-    unknown.
-    """
+    """How to cut a state tensor of a parameter of ``shape``: {} for not at all, None if unknown."""
     if tensor.dim() == 0 or (tensor.numel() == 1 and shape.numel() != 1):
         return {}
     if tensor.dim() != len(shape):
@@ -81,8 +78,8 @@ def check_state(optimizer: Optimizer, name: str, parameter: Tensor, keep: Keep) 
 
 
 def slice_state(optimizer: Optimizer, parameter: Tensor, shape: torch.Size, keep: Keep) -> None:
-    """Cut the optimizer's state of ``parameter``, which had ``shape`` before; `check_state` has
-    passed.
+    """Cut the optimizer's state of ``parameter``, which had ``shape`` before; call `check_state`
+    first.
     """
     state = optimizer.state.get(parameter)
     if not state or isinstance(optimizer, LBFGS):
@@ -93,7 +90,7 @@ def slice_state(optimizer: Optimizer, parameter: Tensor, shape: torch.Size, keep
 
 
 def slice_lbfgs(optimizer: LBFGS, cuts: Mapping[Tensor, tuple[torch.Size, Keep]]) -> None:
-    """Cut LBFGS' flat vectors: its history over all parameters, in their order."""
+    """Cut the history of LBFGS, which is flat vectors over all parameters, in their order."""
     optimizer._numel_cache = None
     kept, offset = [], 0
     for parameter in optimizer.param_groups[0]["params"]:
@@ -121,20 +118,15 @@ def apply_cuts(
     modules: Iterable[nn.Module],
     optimizers: Iterable[Optimizer],
 ) -> None:
-    """Cut named parameters and buffers of ``model`` with the state of the optimizers that have
-    them.
-    """
+    """Cut named parameters and buffers of ``model``, with the state of optimizers."""
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     optimizers = list(optimizers)
     before: dict[Tensor, tuple[torch.Size, Keep]] = {}
     for name, keep in cuts.items():
         tensor = tensors[name]
         before[tensor] = tensor.shape, keep
-        put(
-            tensor,
-            select(tensor.detach(), keep),
-            None if tensor.grad is None else select(tensor.grad, keep),
-        )
+        grad = None if tensor.grad is None else select(tensor.grad, keep)
+        put(tensor, select(tensor.detach(), keep), grad)
     for optimizer in optimizers:
         for tensor, (shape, keep) in before.items():
             slice_state(optimizer, tensor, shape, keep)
@@ -147,12 +139,11 @@ def apply_cuts(
 
 
 def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Tensor]:
-    """Give the named parameters and buffers these shapes, whatever their values, and return those
-    that changed.
+    """Give the named parameters and buffers these shapes, and return those that changed.
 
-    For loading what a cut network has saved into one that was not cut: load the values afterwards.
-    Gradients of what changes are dropped. Raises ValueError for a name that the model has not, or
-    another number of dimensions; nothing changes then.
+    This is for loading the state of a cut network into one that was not cut; load the values
+    afterwards. What changes loses its values and its gradient. Raises ValueError, with nothing
+    changed, for a name that the model does not have or another number of dimensions.
     """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     wanted = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
@@ -171,9 +162,8 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Te
     if changed:
         touched = {id(t) for t in changed}
         for module in model.modules():
-            if any(
-                id(t) in touched for t in (*module._parameters.values(), *module._buffers.values())
-            ):
+            own = (*module._parameters.values(), *module._buffers.values())
+            if any(id(t) in touched for t in own):
                 refresh(module)
     for tensor in changed:
         announce(tensor, [Part(tensor)])
@@ -181,19 +171,16 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> list[Te
 
 
 def load_resized(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """``model.load_state_dict(state)`` for a state of the same network with fewer (or more) units
-    in its layers.
+    """``model.load_state_dict(state)`` for a state of the same network with fewer or more units.
 
-    The parameters stay the same objects, so an optimizer made before trains them; its state of
-    other shapes is left for ``optimizer.load_state_dict`` to replace. The names must be the model's
-    own.
+    Parameters stay the same objects, so an optimizer made before still trains them; load its state
+    afterwards. Raises ValueError for names that are not the model's.
     """
     own = model.state_dict()
     if set(own) != set(state):
         odd = sorted(set(own) ^ set(state))[0]
         raise ValueError(f"the state is that of another model: {odd} is in one of the two only")
     names = {n for n, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
-    fit_shapes(
-        model, {n: t.shape for n, t in state.items() if n in names and isinstance(t, Tensor)}
-    )
+    tensors = {n: t for n, t in state.items() if n in names and isinstance(t, Tensor)}
+    fit_shapes(model, {n: t.shape for n, t in tensors.items()})
     model.load_state_dict(state)

@@ -1,5 +1,5 @@
-"""Which layers surgery understands: their units, the tensors that hold them, and the attributes
-that count them.
+"""The layers from which units can be cut: tensors that hold units, and attributes that count
+them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _BASES = (nn.Linear, _ConvNd, _BatchNorm, _InstanceNorm, nn.PReLU, nn.Embedding,
 
 
 class Axis(NamedTuple):
-    """Dimension ``dim`` of the tensor ``name`` of a layer; ``blocks`` copies of the units lie along
-    it (gates).
+    """Dimension ``dim`` of the tensor ``name`` of a layer, with ``blocks`` copies of the units
+    (gates) along it.
     """
 
     name: str
@@ -45,20 +45,14 @@ class Axis(NamedTuple):
 
 
 def depthwise(module: nn.Module) -> bool:
-    """Whether each output channel of a convolution has one input channel of its own: it only passes
-    units on.
-    """
-    return (
-        isinstance(module, _ConvNd)
-        and module.groups > 1
-        and module.groups == module.in_channels == module.out_channels
-    )
+    """Whether this is a convolution in which each output channel has its own input channel."""
+    if not isinstance(module, _ConvNd) or module.groups == 1:
+        return False
+    return bool(module.groups == module.in_channels == module.out_channels)
 
 
 def why_not(module: nn.Module) -> str | None:
-    """The reason why units at this layer cannot be cut, as the end of a sentence; None if they
-    can.
-    """
+    """Why units at this layer cannot be cut, as the end of a sentence; None if they can."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "is parametrized: remove the parametrization first"
@@ -69,10 +63,8 @@ def why_not(module: nn.Module) -> str | None:
     plain = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
     if type(module).forward is not plain.forward:  # type: ignore[attr-defined]
         return f"is a {kind} with a forward of its own"
-    if not isinstance(module, _NORMS) and any(
-        name not in module._parameters
-        for name in ({a.name for side in ("in", "out") for a in axes(module, side)})
-    ):
+    names = {axis.name for side in ("in", "out") for axis in axes(module, side)}
+    if not isinstance(module, _NORMS) and not names <= module._parameters.keys():
         return (
             "has a weight that is computed from other tensors (weight_norm, spectral_norm, pruning "
             "masks)"
@@ -90,20 +82,20 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def holds_units(module: nn.Module) -> bool:
-    """Whether the layer's outputs are units of its own, each made from all inputs."""
-    return isinstance(
-        module, nn.Linear | _ConvNd | nn.Embedding | nn.RNN | nn.LSTM | nn.GRU
-    ) and not depthwise(module)
+    """Whether the layer has its own units: outputs that each depend on all inputs."""
+    kinds = (nn.Linear, _ConvNd, nn.Embedding, *RECURRENT)
+    return isinstance(module, kinds) and not depthwise(module)
 
 
 def reads_units(module: nn.Module) -> bool:
-    """Whether the layer mixes the units that come in, by columns of its weight."""
+    """Whether the layer mixes incoming units, with a column of its weight for each."""
     return holds_units(module) and not isinstance(module, nn.Embedding)
 
 
 def axes(module: nn.Module, side: Side) -> Iterator[Axis]:
-    """Where the units of one side of the layer lie. Both sides of a norm or a depthwise convolution
-    are the same.
+    """The tensors and dimensions of the units at one side of the layer.
+
+    Both sides of a norm or a depthwise convolution are the same.
     """
     if isinstance(module, nn.Linear):
         names = ("weight", "bias") if side == "out" else ("weight",)
@@ -124,12 +116,8 @@ def axes(module: nn.Module, side: Side) -> Iterator[Axis]:
             yield Axis("weight_ih_l0", 1)
             return
         gates = next(n for base, n in _GATES.items() if isinstance(module, base))
-        names = (
-            "weight_ih_l0",
-            "weight_hh_l0",
-            *(("bias_ih_l0", "bias_hh_l0") if module.bias else ()),
-        )
-        yield from (Axis(name, 0, gates) for name in names)
+        for name in ("weight", "bias") if module.bias else ("weight",):
+            yield from (Axis(f"{name}_{part}_l0", 0, gates) for part in ("ih", "hh"))
         yield Axis("weight_hh_l0", 1)
     elif isinstance(module, nn.PReLU):
         if module.num_parameters > 1:
@@ -139,7 +127,7 @@ def axes(module: nn.Module, side: Side) -> Iterator[Axis]:
 
 
 def refresh(module: nn.Module) -> None:
-    """Let the attributes that count units say what the tensors are."""
+    """Set the attributes that count units to the shapes of the tensors."""
     own: dict[str, Any] = {**module._parameters, **module._buffers}
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = own["weight"].shape
@@ -155,10 +143,8 @@ def refresh(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = own["weight"].shape[1]
     elif isinstance(module, RECURRENT):
-        module.input_size, module.hidden_size = (
-            own["weight_ih_l0"].shape[1],
-            own["weight_hh_l0"].shape[1],
-        )
+        module.input_size = own["weight_ih_l0"].shape[1]
+        module.hidden_size = own["weight_hh_l0"].shape[1]
         module.flatten_parameters()
     elif isinstance(module, nn.PReLU):
         module.num_parameters = own["weight"].numel()

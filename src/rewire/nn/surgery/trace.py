@@ -1,6 +1,4 @@
-"""Which layers are coupled: torch-pruning's dependency graph, traced on a copy and read out as
-plain data.
-"""
+"""Finds coupled layers: traces torch-pruning's dependency graph on copies, and reads it out."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ __all__ = [
 
 
 def torch_pruning() -> Any:
-    """The package torch-pruning; ImportError that says how to get it."""
+    """The package torch-pruning; raises ImportError, which says how to install it."""
     try:
         import torch_pruning as package
     except ImportError:
@@ -49,7 +47,7 @@ def torch_pruning() -> Any:
 
 @dataclass(frozen=True)
 class Arguments:
-    """All that a model is called with."""
+    """Positional and keyword arguments of a model."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -78,17 +76,15 @@ def mode_name(train: bool) -> str:
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A deepcopy of the model, also where it keeps tensors of its last forward pass; ValueError if
-    that cannot be.
+    """A deepcopy of the model, even if the model keeps tensors of its last forward pass.
+
+    Raises ValueError if it cannot be copied.
     """
     kept: dict[int, Any] = {}
     for module in model.modules():
         for key, value in vars(module).items():
-            if (
-                key in ("_parameters", "_modules")
-                or value is None
-                or isinstance(value, bool | int | float | str)
-            ):
+            plain = value is None or isinstance(value, bool | int | float | str)
+            if plain or key in ("_parameters", "_modules"):
                 continue
             for tensor in tensors_in(value):
                 if not tensor.is_leaf:
@@ -100,14 +96,15 @@ def twin_of(model: nn.Module) -> nn.Module:
             f"the model cannot be copied, so no cut can be tried on a copy: {in_words(error)}"
         ) from None
     for module in twin.modules():
-        # does not run in training mode; units do not care
+        # With such an eps the layer does not run in training mode, and coupling does not depend on
+        # it.
         if isinstance(module, _BatchNorm) and module.eps <= 0:
             module.eps = 1e-5
     return twin
 
 
 def _two_rows(inputs: Any) -> Any:
-    """The example, with two samples at least: with one, BatchNorm does not run in training mode."""
+    """The example with at least two samples, which BatchNorm needs in training mode."""
     if rows(inputs) != 1 or isinstance(inputs, PackedSequence):
         return inputs
     return map_tensors(lambda x: torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x, inputs)
@@ -115,9 +112,7 @@ def _two_rows(inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Reached:
-    """One place that a layer's units reach: a module's side and its positions, and the unit each of
-    them belongs to.
-    """
+    """One side of a module that a layer's units reach: positions, and the unit of each."""
 
     module: str
     side: Side
@@ -126,8 +121,8 @@ class Reached:
 
 
 class _Node(torch.autograd.Function):
-    """One node of the graph in place of all that a layer computes: ``count`` outputs, then what
-    they depend on.
+    """One node of the graph for everything that a layer computes: ``count`` outputs, then the
+    tensors that they depend on.
     """
 
     @staticmethod
@@ -140,34 +135,34 @@ class _Node(torch.autograd.Function):
 
 
 def _node(outputs: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
-    # so that there is a node where nothing else needs gradients
+    # Without this leaf there is no node if nothing else needs gradients.
     leaf = torch.zeros((), requires_grad=True)
     made: tuple[Tensor, ...] = _Node.apply(len(outputs), *outputs, *sources, leaf)  # type: ignore[no-untyped-call]
     return made
 
 
 def _stand_in(module: Any, input: Any, hx: Any = None) -> Any:
-    """Forward of a recurrent layer in the traced copy: output and last states, from one node."""
+    """The forward of a recurrent layer in the traced copy: output and last states, from one
+    node.
+    """
     data: Tensor = input.data if isinstance(input, PackedSequence) else input
     width = module.hidden_size
     if isinstance(input, PackedSequence):
         batch: tuple[int, ...] = (int(input.batch_sizes[0]),)
     else:
         batch = (data.shape[0 if module.batch_first else 1],) if data.dim() == 3 else ()
-    out, states = _node(
-        [data.new_ones(*data.shape[:-1], width), data.new_ones(1, *batch, width)], [data]
-    )
+    outputs = [data.new_ones(*data.shape[:-1], width), data.new_ones(1, *batch, width)]
+    out, states = _node(outputs, [data])
     made: Any = out
     if isinstance(input, PackedSequence):
         made = PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-    return made, (
-        (states, torch.zeros_like(states).detach()) if isinstance(module, nn.LSTM) else states
-    )
+    lstm = isinstance(module, nn.LSTM)
+    return made, (states, torch.zeros_like(states).detach()) if lstm else states
 
 
 def _sealed(forward: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
-    """Forward of a layer that surgery does not know, as one node of the graph, of which ``note`` is
-    told.
+    """The forward of a layer that cannot be cut, as one node of the graph, which is given to
+    ``note``.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -187,7 +182,7 @@ def _sealed(forward: Callable[..., Any], note: Callable[[Any], None]) -> Callabl
 def _pruner(
     package: Any, count: Callable[[Any], int | None], read: Callable[[Any], int | None]
 ) -> Any:
-    """A torch-pruning handler that only counts; nothing is ever pruned by it."""
+    """A torch-pruning handler that counts channels and prunes nothing."""
 
     class Handler(package.BasePruningFunc):  # type: ignore[misc, name-defined, unused-ignore]
         def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
@@ -206,9 +201,7 @@ def _pruner(
 
 
 def _unknown(module: nn.Module) -> bool:
-    """Whether the layer is one node, from which no units can be cut, whatever it computes
-    inside.
-    """
+    """Whether the layer is to be one node of the graph, because no units can be cut from it."""
     if isinstance(module, parametrize.ParametrizationList):
         return False
     if isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module):
@@ -217,13 +210,12 @@ def _unknown(module: nn.Module) -> bool:
         return True
     own = any(p is not None for p in module._parameters.values())
     nested = any(True for child in module.children() for _ in child.parameters())
-    return (
-        own and not nested and not isinstance(module, SparseWeight) and why_not(module) is not None
-    )
+    leaf = own and not nested and not isinstance(module, SparseWeight)
+    return leaf and why_not(module) is not None
 
 
 class _Walk:
-    """The graph of one forward pass in one mode; empty where no output depends on the weights."""
+    """The graph of one forward pass in one mode; empty if no output depends on the weights."""
 
     def __init__(self, package: Any, model: nn.Module, inputs: Any, train: bool) -> None:
         self._mode = mode_name(train)
@@ -235,7 +227,7 @@ class _Walk:
         self._modules = {name: module for module, name in self._names.items()}
         self._parameters = {id(p): name for name, p in twin.named_parameters()}
         self._types = package.ops.OPTYPE
-        self._unknown: dict[Any, str] = {}  # node of the graph -> the layer it stands for
+        self._unknown: dict[Any, str] = {}  # node of the graph -> the layer that it replaces
         #: Names of the modules in the order in which they were called, once for each call.
         self.order: list[str] = []
         custom: dict[Any, Any] = {}
@@ -297,8 +289,9 @@ class _Walk:
         return self._modules[name] in self._graph.module2node
 
     def reach(self, name: str, count: int) -> list[Reached]:
-        """Where the ``count`` outputs of a layer in the graph go; ValueError names what is in the
-        way.
+        """The places that the ``count`` outputs of a layer reach.
+
+        Raises ValueError, with the reason, if they cannot be cut there.
         """
         module = self._modules[name]
         try:
@@ -314,15 +307,8 @@ class _Walk:
                 f"{self._mode} ({type(error).__name__}: {in_words(error)})"
             ) from None
         kinds, found = self._types, []
-        passing = {
-            kinds.CONCAT,
-            kinds.SPLIT,
-            kinds.ELEMENTWISE,
-            kinds.RESHAPE,
-            kinds.UNBIND,
-            kinds.EXPAND,
-            kinds.SLICE,
-        }
+        passing = {kinds.CONCAT, kinds.SPLIT, kinds.ELEMENTWISE, kinds.RESHAPE}
+        passing |= {kinds.UNBIND, kinds.EXPAND, kinds.SLICE}
         for i in range(len(group)):
             node, positions, units = group[i].dep.target, group[i].idxs, group[i].root_idxs
             there = self._unknown.get(node.grad_fn)
@@ -342,15 +328,12 @@ class _Walk:
                     "cut"
                 )
             side: Side = "in" if group[i].dep.handler.__name__ == "prune_in_channels" else "out"
-            found.append(
-                Reached(
-                    self._names[node.module], side, torch.tensor(positions), torch.tensor(units)
-                )
-            )
+            places = torch.tensor(positions), torch.tensor(units)
+            found.append(Reached(self._names[node.module], side, *places))
         return found
 
     def norm_after(self, name: str) -> str | None:
-        """The BatchNorm that alone reads the layer's output, directly; None if there is none."""
+        """The BatchNorm that is the only direct reader of the layer's output, if it is one."""
         node = self._graph.module2node[self._modules[name]]
         if len(set(node.outputs)) != 1:
             return None
@@ -359,24 +342,23 @@ class _Walk:
 
 
 class Trace:
-    """What the units of each layer reach, in training mode or in eval mode.
+    """The places that the units of each layer reach, in training or in eval mode.
 
-    The model itself is not touched: tracing runs on copies (cost: two copies and two forward
-    passes). Random factors are at their expectation, and all random generators are afterwards as
-    before.
+    Tracing runs on copies of the model: two of them, with one forward pass each. Random factors
+    have their expected values, and all random generators are as before afterwards.
     """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         package = torch_pruning()
-        #: What the model is tried with: two samples at least.
+        #: The example, with at least two samples.
         self.inputs = _two_rows(inputs)
         evaluating = _Walk(package, model, self.inputs, train=False)
         training = _Walk(package, model, self.inputs, train=True)
         self._walks = [evaluating, training]
-        #: Names of the modules in the order in which they are called, in eval mode, then those of
-        #: training mode alone.
+        #: Names of the modules in the order of their calls in eval mode, then those that only
+        #: training mode calls.
         self.order = [*evaluating.order, *(n for n in training.order if n not in evaluating.order)]
-        #: Those that are called in both modes, once each, in the order of their first calls.
+        #: Those that both modes call, in the order of their first calls.
         self.shared = list(dict.fromkeys(n for n in evaluating.order if n in training.order))
 
     def twice(self, name: str) -> bool:
@@ -384,8 +366,9 @@ class Trace:
         return any(walk.order.count(name) > 1 for walk in self._walks)
 
     def reach(self, name: str, count: int) -> list[Reached]:
-        """Where the ``count`` outputs of the layer called ``name`` go; ValueError names what is in
-        the way.
+        """The places that the ``count`` outputs of layer ``name`` reach.
+
+        Raises ValueError, with the reason, if they cannot be cut there.
         """
         found: dict[tuple[str, Side], Reached] = {}
         there = [walk for walk in self._walks if walk.has(name)]
@@ -407,8 +390,8 @@ class Trace:
         return list(found.values())
 
     def norm_after(self, name: str) -> str | None:
-        """The BatchNorm that alone reads the layer's output, directly and in both modes; None if
-        there is none.
+        """The BatchNorm that is the only direct reader of the layer's output in both modes, if it
+        is one.
         """
         found = {walk.norm_after(name) for walk in self._walks if walk.has(name)}
         return found.pop() if len(found) == 1 else None

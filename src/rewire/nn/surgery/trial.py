@@ -1,6 +1,4 @@
-"""Trying a cut on copies: with units cut, a network must compute what it computes where nothing
-reads them.
-"""
+"""Tries a cut on copies: the cut network must compute what it does when nothing reads the units."""
 
 from __future__ import annotations
 
@@ -17,17 +15,14 @@ from rewire.nn.surgery.trace import call, in_words, mode_name, twin_of
 
 __all__ = ["Different", "try_cut"]
 
-#: How far outputs may differ, as a share of the largest, by the coarsest dtype that was computed
-#: in.
+#: How much outputs may differ, relative to the largest, by the coarsest dtype of the computation.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Change = Callable[[nn.Module], None]
 
 
 class Different(ValueError):
-    """The cut network is not the network without the units: the message says how, as the end of a
-    sentence.
-    """
+    """The cut network computes something else; the message says how, as the end of a sentence."""
 
 
 @torch.no_grad()
@@ -35,13 +30,14 @@ def try_cut(model: nn.Module, inputs: Any, cut: Change, silence: Change, readers
     """Compare copies of ``model`` with random weights, one changed by ``cut``, the other by
     ``silence``.
 
-    In training and in eval mode in the model's own dtype and, where the network runs in it, once in
-    float64, which shows what rounding may hide. Raises `Different`; ``model`` stays as it is.
+    They run in training and in eval mode in the model's dtype and, if the network can, once in
+    float64, which shows differences that rounding may hide. Raises `Different`; ``model`` does not
+    change.
     """
     twin = twin_of(model)
     _randomize(twin)
     less = twin_of(twin)
-    with warnings.catch_warnings():  # the model's own, about two samples or about copies
+    with warnings.catch_warnings():  # the model may warn of two samples, or of copies
         warnings.simplefilter("ignore")
         try:
             cut(less)
@@ -72,7 +68,7 @@ def _compare(
         here, dtype = _run(twin, inputs, train)
     except Exception as error:
         if not must_run:
-            return  # tensors of another dtype are made in forward
+            return  # forward makes tensors of another dtype
         raise Different(
             f"the network does not run in {mode} with random weights ({in_words(error)})"
         ) from None
@@ -85,9 +81,8 @@ def _compare(
     if [x.shape for x in here] != [x.shape for x in there]:
         raise Different(f"the shape of the network's output depends on them in {mode}")
     for a, b in zip(here, there, strict=True):
-        if (a.is_floating_point() or a.is_complex()) and not _close(
-            a, b, _TOLERANCE.get(dtype, 1e-1)
-        ):
+        numbers = a.is_floating_point() or a.is_complex()
+        if numbers and not _close(a, b, _TOLERANCE.get(dtype, 1e-1)):
             raise Different(
                 f"something between it and {readers or 'the output'} mixes them or uses weights "
                 f"outside their layer (in {mode})"
@@ -101,13 +96,13 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not torch.equal(finite, torch.isfinite(b)):
         return False
     a, b = a[finite], b[finite]
-    return not a.numel() or float((a - b).abs().max()) <= tolerance * max(
-        float(a.abs().max()), 1e-6
-    )
+    if not a.numel():
+        return True
+    return float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-6)
 
 
 def _randomize(model: nn.Module) -> None:
-    """Weights that hide nothing: none is zero, no unit dead by construction."""
+    """Draw weights that hide no difference: no weight is 0."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point():
