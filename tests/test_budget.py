@@ -167,5 +167,5 @@ def test_density_outside_its_limits(density: float) -> None:
 def test_density_to_connections() -> None:
     assert budget.connections_of(1.0, 123) == 123
     assert budget.connections_of(0.013, 784 * 300) == round(0.013 * 784 * 300)
-    with pytest.raises(ValueError, match="gives a weight of 10 potential connections none"):
+    with pytest.raises(ValueError, match="leaves a weight of 10 potential connections without any"):
         budget.connections_of(0.01, 10)

@@ -204,13 +204,13 @@ def test_files_are_checked(decay: Any) -> None:
         ({}, "incomplete or damaged"),
         ({"decay": 0.5}, "incomplete or damaged"),
         ({"decay": 0.5, "average": 3}, "incomplete or damaged"),
-        ({"decay": 0.5, "average": {**good["average"], "0.bias": 3}}, "'0.bias' is no tensor"),
+        ({"decay": 0.5, "average": {**good["average"], "0.bias": 3}}, "'0.bias' is not a tensor"),
         (
             {
                 "decay": 0.5,
                 "average": {**good["average"], "0.bias": torch.ones(16, dtype=torch.int64)},
             },
-            "is no tensor",
+            "is not a tensor",
         ),
         (
             {"decay": 0.5, "average": {**good["average"], "0.bias": torch.ones(15)}},

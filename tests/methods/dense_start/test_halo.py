@@ -333,7 +333,7 @@ def test_shared_weights_and_missing_penalties_are_refused() -> None:
         ({"shared": "layer"}, "shared must be"),
         ({"density": 0}, "density must be"),
         ({"density": 1.5}, "density must be"),
-        ({"density": 1e-3}, "gives a weight of 288 potential connections none"),
+        ({"density": 1e-3}, "leaves a weight of 288 potential connections without any"),
         ({"cut": 0}, "cut must be"),
         ({"cut": 1.5}, "cut must be"),
         ({"initial": 0.0}, "initial must be"),

@@ -378,7 +378,7 @@ def test_resume_is_bit_exact(stop: int) -> None:
         ({"push": -1.0}, "push must be"),
         ({"l2": float("inf")}, "l2 must be"),
         ({"density": 0.0}, "density must be"),
-        ({"density": 1e-3}, "gives a weight of 288 potential connections none"),
+        ({"density": 1e-3}, "leaves a weight of 288 potential connections without any"),
         ({"prune": 0}, "prune must be"),
         ({"prune": "soon"}, "prune must be"),
         ({"prune": True}, "prune must be"),

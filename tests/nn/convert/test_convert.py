@@ -204,7 +204,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"density": 0.0}, "density must be above 0"),
     ({"density": 1.01}, "density must be above 0"),
     ({"density": math.nan}, "density must be above 0"),
-    ({"density": 1e-9}, "none: use at least"),
+    ({"density": 1e-9}, "without any: use at least"),
     ({"density": 0.002}, "cannot be spread over 6 weights"),
     ({"connections": 5}, "cannot be spread over 6 weights"),
     ({"connections": 0}, "can have between 1 and"),

@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "name": (
         lambda: made("linear"),
         {"3": yes(6, 16)},
-        "'3' is no weight that can be cut: there are '0.weight'",
+        "'3' is not a weight that can be cut: there are '0.weight'",
     ),
     "shape": (
         lambda: made("linear"),

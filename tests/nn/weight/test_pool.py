@@ -46,7 +46,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"density": 0.0}, "density must be above 0"),
     ({"density": 1.5}, "density must be above 0"),
     ({"density": math.nan}, "density must be above 0"),
-    ({"density": 0.001}, "none: use at least"),
+    ({"density": 0.001}, "without any: use at least"),
     ({}, "exactly one of"),
     ({"connections": 3, "density": 0.5}, "exactly one of"),
     ({"connections": 3, "capacity": 2}, "capacity 2 does not fit"),
