@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import rewire
-from rewire.nn import SparseConv2d, SparseLinear
-from rewire.nn import cost
+from rewire.nn import SparseConv2d, SparseLinear, cost
 
 
 def test_a_convolutional_network_by_hand() -> None:
