@@ -7,6 +7,7 @@ page without any other change.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -72,9 +73,21 @@ def public_names(module: ModuleType) -> list[str]:
     ]
 
 
+@functools.cache
+def linked_names() -> frozenset[str]:
+    """Public names that have a place in the reference, or a page of their own."""
+    modules = {path: importlib.import_module(path) for path in PUBLIC}
+    return frozenset(f"{p}.{name}" for p, m in modules.items() for name in public_names(m))
+
+
 def prose(docstring: str) -> str:
-    """A docstring as Markdown: `text::` before an indented block becomes `text:`."""
-    return re.sub(r"::$", ":", inspect.cleandoc(docstring), flags=re.MULTILINE)
+    """A docstring as Markdown: a literal block begins after `:`, and public names are links."""
+
+    def link(found: re.Match[str]) -> str:
+        return f"[`{found[1]}`][{found[1]}]" if found[1] in linked_names() else found[0]
+
+    text = re.sub(r"::$", ":", inspect.cleandoc(docstring), flags=re.MULTILINE)
+    return re.sub(r"(?<![`\[])`(rewire\.[\w.]+)`(?!`)", link, text)
 
 
 def first_sentence(docstring: str) -> str:
@@ -84,7 +97,7 @@ def first_sentence(docstring: str) -> str:
 
 def cell(text: object) -> str:
     """Text within a table."""
-    return " ".join(str(text).split()).replace("|", "\\|") or "-"
+    return " ".join(prose(str(text)).split()).replace("|", "\\|") or "-"
 
 
 # ------------------------------------------------------------------------------------- methods
@@ -271,19 +284,9 @@ def api_index() -> str:
 class PlainDocstrings(griffe.Extension):
     """Docstrings as Markdown: literal blocks, and links to public names in backticks."""
 
-    def __init__(self) -> None:
-        modules = {path: importlib.import_module(path) for path in PUBLIC}
-        self.known = {
-            f"{p}.{name}" for p, module in modules.items() for name in public_names(module)
-        }
-
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            linked = re.sub(r"(?<![`\[])`(rewire\.[\w.]+)`(?!`)", self._link, obj.docstring.value)
-            obj.docstring.value = prose(linked)
-
-    def _link(self, found: re.Match[str]) -> str:
-        return f"[`{found[1]}`][{found[1]}]" if found[1] in self.known else found[0]
+            obj.docstring.value = prose(obj.docstring.value)
 
 
 # ------------------------------------------------------------------------------------- MkDocs
