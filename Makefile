@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 # pip obeys this inside its isolated builds too; without it torch's largest build would be fetched there.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-SOURCES := $(wildcard src/rewire/ops/cpu/*.cpp src/rewire/ops/cpu/*.h src/rewire/ops/cpu/*.inc)
+SOURCES := $(shell find src/rewire/ops/cpu -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+# The tests start many processes; without bytecode each of them would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 ASAN := build/asan
 # Python and torch are not instrumented: their memory goes through the sanitizer's allocator by preloading it, with the
@@ -16,7 +18,7 @@ ASAN_ENVIRONMENT = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) 
 ASAN_TESTS = tests/ops tests/nn/layers/test_conv.py tests/nn/weight/test_pool.py tests/topology tests/test_random.py \
   -k 'not compile and not export and not distributed'
 
-.PHONY: install demo test lint types layers pytest docs asan build clean
+.PHONY: install demo test lint types layers pytest docs asan build wheels-test clean
 
 install: $(VENV)/installed
 
@@ -58,8 +60,13 @@ asan: install
 	  >$(ASAN)/log 2>&1 || { cat $(ASAN)/log; exit 1; }
 	$(ASAN_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 $(ASAN_TESTS)
 
+# An sdist and, from it, a wheel for this machine, in dist/.
 build: install
-	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+wheels-test: build
+	.ci/try_distributions $(BIN)/python
 
 clean:
 	rm -rf build dist runs src/*.egg-info src/rewire/ops/cpu/_C*.so

@@ -40,7 +40,7 @@ def torch_pruning() -> Any:
     except ImportError:
         raise ImportError(
             "removing units needs torch-pruning, which finds the coupled layers: pip install "
-            "'rewire[prune]'"
+            "'torch-rewire[prune]'"
         ) from None
     return package
 
