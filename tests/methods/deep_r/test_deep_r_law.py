@@ -104,7 +104,7 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def test_support_distribution_matches_quadrature() -> None:
-    chains = Chains(20_000, eta=3e-3, seed=11)
+    chains = Chains(5_000, eta=3e-3, seed=11)
     for _ in range(6_667):  # 20 units of time
         chains.step()
     assert total_variation(chains.occupation(), quadrature()) < 0.02  # measured: 0.003
