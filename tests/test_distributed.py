@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rewire
 from rewire.distributed import TopologyMismatch, prepare
 from rewire.nn import (
+    Event,
     SparseConv1d,
     SparseConv2d,
     SparseConv3d,
@@ -565,6 +566,45 @@ def sharded_models_are_refused_by_name() -> None:
     rewire.distributed.alone(half)  # what is sharded holds no sparse weight
 
 
+def optimizers_that_share_state_between_ranks_follow() -> None:
+    """ZeroRedundancyOptimizer: each rank has the state of its own pools, in an optimizer inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own, in the import
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    for name, kind, key in (("set", optim.Adam, "exp_avg"), ("rigl", optim.SGD, "momentum_buffer")):
+        torch.manual_seed(100 + dist.get_rank())
+        plain = prepare(model())
+        ddp = DistributedDataParallel(plain)
+        options = {"momentum": 0.9} if kind is optim.SGD else {}
+        optimizer = ZeroRedundancyOptimizer(plain.parameters(), kind, lr=0.05, **options)
+        method = rewire.methods.create(name, plain, optimizer, every=2)
+        grown: dict[str, int] = {}
+
+        def note(event: Event, of: str) -> None:
+            state = optimizer.optim.state.get(event.weight.values)  # noqa: B023
+            if state:  # this rank's
+                assert not state[key][event.slots].any()  # noqa: B023
+                assert state[key].any()  # noqa: B023
+                grown[of] = grown.get(of, 0) + event.slots.numel()  # noqa: B023
+
+        for pool in method.pools:
+            pool.weight.follow(partial(note, of=pool.name))
+        train(ddp, optimizer, method, 6)
+        assert method.stats()["steps"] == 6
+        assert method.stats()["updates"] == 3
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, grown)
+        assert set(everyone[0]) | set(everyone[1]) == {"0.weight", "3.weight"}
+        assert not set(everyone[0]) & set(everyone[1])
+        assert same_everywhere([w.values.tolist() for _, w in sparse_weights(plain)])
+        method.finalize()
+    optimizer = ZeroRedundancyOptimizer(
+        plain.parameters(), optim.SGD, lr=0.05, overlap_with_ddp=True
+    )
+    with pytest.raises(ValueError, match="overlap_with_ddp=True steps within the backward pass"):
+        rewire.methods.SET(plain, optimizer)
+
+
 SCENES: list[Callable[[], None]] = [
     agree_after_200_steps,
     agree_where_budget_moves_between_layers,
@@ -583,6 +623,7 @@ SCENES: list[Callable[[], None]] = [
     dense_methods_agree_or_are_refused,
     forwards_that_others_do_not_make_are_fine,
     divergence_is_found_before_the_step,
+    optimizers_that_share_state_between_ranks_follow,
     uneven_batches_under_join,
     join_may_throw_instead,
     other_settings_of_ddp_work,
@@ -618,7 +659,7 @@ def run(rank: int, folder: str) -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ddp")
     context = multiprocessing.spawn(run, (str(folder),), nprocs=2, join=False)
-    deadline = 100
+    deadline = 300  # seconds; 30 on an idle machine
     while deadline and not context.join(timeout=1):
         deadline -= 1
     for process in context.processes:

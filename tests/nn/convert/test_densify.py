@@ -5,6 +5,7 @@ model would.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import rewire
 from masked import MODELS, OPTIMIZERS, made, masks_of, train
 from rewire.nn import follow_optimizer, sparse_weights, to_sparse
 from rewire.nn.convert.cut import dense_weights
+from wrappers import OPTIMIZERS as WRAPPERS
+from wrappers import Lookahead, Wrapper
 
 
 def pair(name: str, optimizer: str) -> list[tuple[nn.Module, Optimizer]]:
@@ -167,3 +170,42 @@ def test_what_cannot_go_back_is_refused_and_nothing_changes(case: str, message: 
         rewire.densify(copy.deepcopy(model))
         held[0].finalize()
         rewire.densify(model)
+
+
+@pytest.mark.parametrize("wrapper", ["lookahead", "lookahead-inside", "wrapper-of-lookahead"])
+def test_slow_weights_become_dense_along(wrapper: str) -> None:
+    """Where there is no connection they are what the weight is, and training goes on as that of a
+    masked dense model.
+    """
+    make: Callable[[Any], Optimizer] = (
+        (lambda p: Wrapper(Lookahead(optim.SGD(p, 0.1, momentum=0.9))))
+        if wrapper == "wrapper-of-lookahead"
+        else WRAPPERS[wrapper]
+    )
+    model = rewire.sparsify(made("linear"), density=0.4)
+    twin = rewire.densify(copy.deepcopy(model))
+    masks = {name: weight != 0 for name, _, _, weight in dense_weights(twin)}
+    mine, other = make(model.parameters()), make(twin.parameters())
+    train(model, mine, range(3))
+    train(twin, other, range(3), masks)
+    back = rewire.densify(model, mine)
+    train(back, mine, range(3, 8))
+    train(twin, other, range(3, 8))
+    expected = dict(twin.named_parameters())
+    for key, value in back.named_parameters():
+        torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("wrapper", ["nested", "flat", "dict", "groups"])
+def test_slow_weights_beside_the_state_are_refused(wrapper: str) -> None:
+    model = rewire.sparsify(made("linear"), density=0.4)
+    optimizer = WRAPPERS[f"lookahead-{wrapper}"](model.parameters())
+    train(model, optimizer, range(3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"Lookahead\w+ keeps .* of 0.weight beside optimizer.state"
+    ):
+        rewire.densify(model, optimizer)
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    train(model, optimizer, range(3, 5))  # and all goes on as it was

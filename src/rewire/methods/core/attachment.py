@@ -332,9 +332,12 @@ class Attachment:
             self._part[id(optimizer)] = {p.number for p in self._own(optimizer) if _has_gradient(p)}
         if any(when() for when in self._skips):
             hidden = self._hidden.setdefault(id(optimizer), {})
+            # What optimizers inside it step, they look at and hide themselves, in its step.
+            inner = {id(p) for one in trainers(optimizer)[1:] for p in self.parameters(one)}
             for parameter in self.parameters(optimizer):
-                hidden[id(parameter)] = parameter, parameter.grad
-                parameter.grad = None
+                if id(parameter) not in inner:
+                    hidden[id(parameter)] = parameter, parameter.grad
+                    parameter.grad = None
 
     def _restore(self, key: int) -> None:
         for parameter, gradient in self._hidden.pop(key, {}).values():

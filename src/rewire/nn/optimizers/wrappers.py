@@ -279,7 +279,7 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
             if key not in own and parameter.dim() == 1 and parameter.numel() in lengths:
                 raise ValueError(
                     f"{title} has an optimizer inside ({type(member).__name__}) that trains a copy "
-                    f"of {lengths[parameter.numel()]}.values, which does not follow its "
+                    f"of the values of {lengths[parameter.numel()]}, which does not follow its "
                     "connections: use an optimizer that trains the model's own parameters"
                 )
     storages = {_storage(p) for p in own.values()}
@@ -294,13 +294,13 @@ def refuse_unknown(optimizer: Optimizer, values: Mapping[str, Tensor]) -> None:
                 continue
             count = tensor.numel()
             if count in lengths or (count == total and len(parameters) > 1):
-                one = f"{lengths.get(count)}.values"
+                one = f"the values of {lengths.get(count)}"
                 whose = one if count in lengths else "all parameters together"
                 raise ValueError(
                     f"{type(member).__name__} keeps {count} numbers in {kept.name}, as many as "
-                    f"{whose} has, and does not say for which parameter: where connections change "
-                    "they could not follow. Keep them in optimizer.state[parameter], or in a list "
-                    "with one tensor for each parameter"
+                    f"{whose}, and does not say for which parameter: where connections change they "
+                    "could not follow. Keep them in optimizer.state[parameter], or in a list with "
+                    "one tensor for each parameter"
                 )
 
 
