@@ -45,7 +45,7 @@ class Master(Wrapper):
 
 
 @pytest.mark.parametrize("where", ["attribute", "group", "state"])
-@pytest.mark.parametrize("whose", ["one pool", "all parameters"])
+@pytest.mark.parametrize("whose", ["one pool", "all parameters together"])
 def test_numbers_of_no_known_parameter_are_refused(where: str, whose: str) -> None:
     net = model()
     total = sum(p.numel() for p in net.parameters())
