@@ -1,7 +1,7 @@
-"""Signals that ask a process to end: one is an order, and those that follow while it is being
-obeyed say nothing new.
+"""Signals that ask a process to end: the first is obeyed, and those that follow meanwhile are
+ignored.
 
-Only Python's own modules are used here, so that a command is guarded before it has loaded anything.
+Only the standard library is imported, so that a command is guarded before anything is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def stay() -> None:
 
 
 def leave() -> None:
-    """From now on the process only says its last words: further signals must not cut them off."""
+    """From now on the process only prints its last line, which no signal may cut off."""
     global _leaving_since
     if _leaving_since is None:
         _leaving_since = time.monotonic()
@@ -46,7 +46,7 @@ def is_late(number: int) -> bool:
 
 
 def interrupt() -> NoReturn:
-    """Raise KeyboardInterrupt, the only one there will be."""
+    """Raise KeyboardInterrupt, and ignore the signals that follow."""
     leave()
     raise KeyboardInterrupt
 
@@ -57,5 +57,5 @@ def _handle(number: int, _frame: FrameType | None) -> None:
 
 
 def guard() -> None:
-    """Let the first Ctrl-C of this process raise KeyboardInterrupt, and no other do anything."""
+    """Let the first Ctrl-C raise KeyboardInterrupt, and ignore the later ones."""
     signal.signal(signal.SIGINT, _handle)

@@ -1,4 +1,4 @@
-"""Running out of memory, whoever says so."""
+"""Recognises that memory ran out, whoever reports it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import errno
 
 __all__ = ["is_exhausted"]
 
-#: How torch's allocators, C++, libraries that are loaded and threads that are started say it, in
-#: lower case.
+#: What torch, C++, and the loading of libraries and starting of threads say, in lower case.
 _WORDS = (
     "out of memory",
     "not enough memory",
@@ -23,8 +22,7 @@ _WORDS = (
     "invalid buffer size",
 )
 
-#: Functions of torch's C interface that our native code calls to allocate; it says no more than
-#: that they failed.
+#: Functions by which our native code allocates; the error only says that they failed.
 _ALLOCATING = ("aoti_torch_empty_strided", "aoti_torch_new_tensor_handle", "aoti_torch_clone")
 
 

@@ -37,7 +37,7 @@ def test_one_thread_for_small_steps_and_the_choice_is_kept(tmp_path: Path) -> No
 def test_metrics_are_what_they_say(tmp_path: Path) -> None:
     records: list[EpochRecord] = []
 
-    class Watcher(loop.Silent):
+    class Watcher(loop.Observer):
         def epoch_ended(self, record: EpochRecord) -> None:
             records.append(record)
 

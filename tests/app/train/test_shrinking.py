@@ -78,7 +78,7 @@ def test_what_a_dense_run_says_about_itself(tmp_path: Path, name: str) -> None:
     made = loop.Trainer(options, toy.dataset(), RunDir(tmp_path))
     made.run_dir.start(made.config, overwrite=False)
     made.begin()
-    made.train(loop.Silent(), lambda: 0)
+    made.train(loop.Observer(), lambda: 0)
     result = made.finish()
     model = made.method.finalize()  # once more: the same
     assert result["test_accuracy"] == evaluate(model, toy.dataset().test_x, toy.dataset().test_y)[1]
@@ -287,7 +287,7 @@ def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
     made.run_dir.start(made.config, overwrite=False)
     made.begin()
     assert "This run is not finished" in report.write(tmp_path).read_text()
-    made.train(loop.Silent(), lambda: 0)
+    made.train(loop.Observer(), lambda: 0)
     page = report.write(tmp_path).read_text()
     assert "Active units" in page
     assert "Before and after" not in page

@@ -26,8 +26,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Memory:
     """Resident memory of this process in bytes, without the pages of files.
 
-    Those are the code of libraries, which the system drops and reads again as it likes: 40 MB of it
-    are 4 bytes a connection of ten million.
+    Those are the code of libraries, which the system drops and reads again at will: 40 MB of it
+    would be 4 bytes for each of ten million connections.
     """
 
     @staticmethod

@@ -28,9 +28,11 @@ __all__ = ["Curve", "Setting", "break_even", "installed", "measure"]
 class Setting:
     """How thoroughly to measure.
 
-    threads; seconds and rounds per contest; quick makes the large problems small. cpu_time counts
-    the CPU seconds of the process instead of the time on the wall: with one thread that hardly
-    depends on what else the machine does.
+    Attributes:
+        seconds, rounds: of each contest, at least.
+        quick: make the large problems small.
+        cpu_time: count the CPU seconds of the process instead of the wall clock's: with one thread
+            they hardly depend on what else the machine does.
     """
 
     threads: int = 2
@@ -41,7 +43,7 @@ class Setting:
 
     @property
     def clock(self) -> Clock:
-        """What seconds are read from."""
+        """The clock of the wall, or that of this process."""
         return time.process_time if self.cpu_time else time.perf_counter
 
     def apart(self, task: str, **arguments: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _layer(size: int, connections: int) -> SparseLinear:
 
 
 def _pair(size: int, batch: int) -> tuple[Tensor, Tensor]:
-    """x, which wants a gradient, and the gradient of the output; both feature-major."""
+    """x, whose gradient is wanted, and the gradient of the output; both feature-major."""
     return torch.randn(size, batch).t().requires_grad_(), torch.randn(size, batch).t()
 
 

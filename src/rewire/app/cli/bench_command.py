@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from rewire.app.cli.options import described
 from rewire.app.errors import BenchError
 
 __all__ = ["bench", "parse_density", "parse_layer", "parse_shape"]
@@ -72,22 +71,10 @@ def _count(option: str, most: Callable[[], int] | None = None) -> Callable[[str]
 WHAT, CASE, RUN = "What to measure", "The layer or model", "Run"
 
 
-def _option(
-    panel: str,
-    metavar: str | None,
-    text: str,
-    *names: str,
-    parser: Callable[[str], Any] | None = None,
-) -> Any:
-    return typer.Option(
-        *names, help=text, metavar=metavar, parser=parser, rich_help_panel=panel, show_default=False
-    )
-
-
 def bench(
     targets: Annotated[
         str | None,
-        _option(
+        described(
             WHAT,
             "NAMES",
             "Only these performance targets, such as p1,p5; grid and wide may be among them.",
@@ -95,7 +82,7 @@ def bench(
     ] = None,
     layer: Annotated[
         Any,
-        _option(
+        described(
             WHAT,
             "OUTPUTSxINPUTS",
             "Only this linear layer, every way to compute it.",
@@ -104,7 +91,7 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        _option(
+        described(
             WHAT,
             "NAME",
             "Only the layers of mlp, resnet18 or path.to.module:callable: sparse or dense?",
@@ -112,7 +99,7 @@ def bench(
     ] = None,
     density: Annotated[
         Any,
-        _option(
+        described(
             CASE,
             "SHARE",
             r"Share of the connections that is active. \[default: 0.1]",
@@ -121,7 +108,7 @@ def bench(
     ] = None,
     batch: Annotated[
         Any,
-        _option(
+        described(
             CASE,
             "NUMBER",
             r"Samples in a batch. \[default: 128; for resnet18 32]",
@@ -130,7 +117,7 @@ def bench(
     ] = None,
     input_shape: Annotated[
         Any,
-        _option(
+        described(
             CASE,
             "SHAPE",
             "Shape of one sample of the model, such as 3x224x224.",
@@ -140,11 +127,11 @@ def bench(
     ] = None,
     memory: Annotated[
         bool,
-        _option(CASE, None, "Also measure the memory of each way, in its own process.", "--memory"),
+        described(CASE, "", "Also measure the memory of each way, in its own process.", "--memory"),
     ] = False,
     threads: Annotated[
         Any,
-        _option(
+        described(
             RUN,
             "NUMBER",
             r"CPU threads. \[default: as many as torch takes]",
@@ -153,19 +140,19 @@ def bench(
     ] = None,
     cpu_time: Annotated[
         bool,
-        _option(
+        described(
             RUN,
-            None,
+            "",
             "One thread and its CPU seconds: a diagnosis on a busy machine, without a verdict.",
             "--cpu-time",
         ),
     ] = False,
     quick: Annotated[
-        bool, _option(RUN, None, "Fewer rounds, smaller problems; for a first look.", "--quick")
+        bool, described(RUN, "", "Fewer rounds, smaller problems; for a first look.", "--quick")
     ] = False,
     out: Annotated[
         Path | None,
-        _option(RUN, "FOLDER", r"Where bench.json and bench.html go. \[default: runs/bench]"),
+        described(RUN, "FOLDER", r"Where bench.json and bench.html go. \[default: runs/bench]"),
     ] = None,
 ) -> None:
     """Measure speed and memory here, beside dense layers and other sparse ones; leaves figures and

@@ -54,7 +54,7 @@ def resumable(run_dir: Callable[[], Path | None], received: Callable[[], int]) -
     try:
         yield
     except BrokenPipeError:
-        raise  # no file of the run
+        raise  # the reader of our output went away, no file of the run
     except BaseException as error:
         if isinstance(error, StoppedError | KeyboardInterrupt):
             interrupts.leave()

@@ -38,12 +38,12 @@ def report(
         Path, typer.Argument(help="Folder of a run, finished or not.", show_default=False)
     ],
 ) -> None:
-    """Make report.html of a run anew."""
+    """Make report.html of a run again."""
     from rewire.app import report
 
     try:
         print(report.write(run_dir))
-    # files that say what no run's files say
+    # content that no check foresaw
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         if is_exhausted(error):
             raise
@@ -87,7 +87,7 @@ UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     interrupts.stay()
-    for stream in (sys.stdout, sys.stderr):  # the name of a folder may be no text
+    for stream in (sys.stdout, sys.stderr):  # the name of a folder may be no valid UTF-8
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from rewire.app.cli.failures import CommandError, resumable
-from rewire.app.cli.model_options import with_train_options
+from rewire.app.cli.options import described, with_train_options
 from rewire.app.train.config import RUN
 from rewire.app.train.signals import Signals
 
@@ -16,24 +14,25 @@ if TYPE_CHECKING:  # torch is loaded when a run begins, so that --help is quick
     from rewire.app.train.run_dir import RunDir
 
 
-def _option(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=RUN, show_default=False)
-
-
 @with_train_options
 def train(
     *,
     run_dir: Annotated[
         Path | None,
-        _option(
-            r"Where the results go. \[default: runs/DATA-METHOD-SEED, a new one]", metavar="FOLDER"
+        described(
+            RUN, "FOLDER", r"Where the results go. \[default: runs/DATA-METHOD-SEED, a new one]"
         ),
     ] = None,
     resume: Annotated[
-        bool, _option("Go on with the run in --run-dir, bit-exactly, with its options.", "--resume")
+        bool,
+        described(
+            RUN, "", "Continue the run in --run-dir with its options, to the same bits.", "--resume"
+        ),
     ] = False,
-    overwrite: Annotated[bool, _option("Replace the run in --run-dir.", "--overwrite")] = False,
-    quiet: Annotated[bool, _option("Print errors only.", "--quiet", "-q")] = False,
+    overwrite: Annotated[
+        bool, described(RUN, "", "Replace the run in --run-dir.", "--overwrite")
+    ] = False,
+    quiet: Annotated[bool, described(RUN, "", "Print errors only.", "--quiet", "-q")] = False,
     **given: Any,
 ) -> None:
     """Train a sparse network; leaves checkpoint, metrics, result and report in a run directory."""
@@ -68,7 +67,7 @@ def train(
 
 
 def _show_result(place: RunDir, quiet: bool) -> None:
-    """Make the report, if a kill prevented it or it is new, and print how the run ended."""
+    """Make the report, if there is none yet, and print how the run ended."""
     from rewire.app import report
     from rewire.app.train.display import result_lines
     from rewire.app.train.run_dir import REPORT

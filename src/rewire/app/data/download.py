@@ -24,7 +24,7 @@ from rewire.storage.files import (
 Progress = Callable[[str, int, int], None]  # (file name, bytes so far, bytes in all)
 
 PIECE = 1 << 16
-# a connection that breaks is taken up again this often, as long as it brings something each time
+# attempts after a connection broke, as long as each brings something
 ATTEMPTS = 4
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,10 @@ class Family:
     files: Mapping[str, IdxFile]
 
 
-def _files(*sums: tuple[int, str, str]) -> dict[str, IdxFile]:
+def _files(
+    sizes: Sequence[int], packed: Sequence[str], contents: Sequence[str]
+) -> dict[str, IdxFile]:
+    """The four files; ``packed`` and ``contents`` are sha256 of the .gz and of its content."""
     parts = (
         ("train_x", "train-images-idx3-ubyte.gz", (60000, 28, 28)),
         ("train_y", "train-labels-idx1-ubyte.gz", (60000,)),
@@ -49,33 +52,29 @@ def _files(*sums: tuple[int, str, str]) -> dict[str, IdxFile]:
         ("test_y", "t10k-labels-idx1-ubyte.gz", (10000,)),
     )
     return {
-        part: IdxFile(name, *s, shape) for (part, name, shape), s in zip(parts, sums, strict=True)
+        part: IdxFile(name, size, archive, content, shape)
+        for (part, name, shape), size, archive, content in zip(
+            parts, sizes, packed, contents, strict=True
+        )
     }
 
 
 MNIST = Family(
     name="mnist",
     mirror="https://ossci-datasets.s3.amazonaws.com/mnist/",
-    classes=tuple(str(digit) for digit in range(10)),
+    classes=tuple("0123456789"),
     files=_files(
-        (
-            9912422,
+        sizes=(9912422, 28881, 1648877, 4542),
+        packed=(
             "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        ),
-        (
-            28881,
             "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        ),
-        (
-            1648877,
             "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        ),
-        (
-            4542,
             "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+        contents=(
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
     ),
@@ -97,24 +96,17 @@ FASHION_MNIST = Family(
         "Ankle boot",
     ),
     files=_files(
-        (
-            26421880,
+        sizes=(26421880, 29515, 4422102, 5148),
+        packed=(
             "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        ),
-        (
-            29515,
             "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        ),
-        (
-            4422102,
             "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        ),
-        (
-            5148,
             "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+        contents=(
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
             "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         ),
     ),

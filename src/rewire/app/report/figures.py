@@ -163,7 +163,7 @@ def _falling_axes(run: Run, y: str, data: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _final(run: Run, key: str) -> list[int] | None:
-    """A number of each layer of the finished network, if the run is that far and lost something."""
+    """A number of each finished layer; None before the end, or if the network kept its size."""
     return (
         None
         if run.result is None or not run.after
@@ -182,7 +182,7 @@ def active(run: Run) -> Figure:
 
 
 def units(run: Run) -> Figure | None:
-    """Units of every layer over time; None of runs that have not counted them."""
+    """Units of every layer over time; None for runs that did not count them."""
     if not all(len(line.get("units") or ()) == len(run.info["layers"]) for line in run.metrics):
         return None
     start = [layer["outputs"] for layer in run.info["layers"]]
@@ -220,7 +220,7 @@ def _histogram(title: str, note: str, fan: Fan, x: str, y: str, colour: str) -> 
     if high - low < 10:
         layout["xaxis"]["dtick"] = 1
     if heights.max() < 6:
-        layout["yaxis"]["dtick"] = 1  # nobody has half an input
+        layout["yaxis"]["dtick"] = 1  # counts are whole numbers
     return Figure(title, note, [bars], layout)
 
 

@@ -21,10 +21,12 @@ REPORT = "report.html"
 def write(folder: Path) -> Path:
     """Make `report.html` of the run in `folder`, finished or not, and return its path."""
     path = folder / REPORT
-    page = render(read_run(folder)).encode("utf-8", "replace")  # the folder's name may be no text
+    page = render(read_run(folder)).encode(
+        "utf-8", "replace"
+    )  # the folder's name may be no valid UTF-8
     try:
         write_atomic(path, page)
-    # a run that was resumed meanwhile took our temporary file for a killed write's
+    # a run that was resumed meanwhile removed our temporary file as a leftover
     except FileNotFoundError:
         write_atomic(path, page)
     return path
@@ -205,7 +207,7 @@ def _options(config: Mapping[str, Any]) -> dict[str, str]:
     """The options that were in force, as the command line calls them."""
     shown = {}
     for name, value in config.items():
-        # where the data lay is nobody's business
+        # a report may be shared, and paths are private
         if value is None or name in ("data_dir", "mirror"):
             continue
         if isinstance(value, list):

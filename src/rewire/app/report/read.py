@@ -1,4 +1,4 @@
-"""What a run directory says about its run, finished or not. Only numpy: a report needs no torch."""
+"""Reads a run directory for the report, finished or not. Needs numpy, but no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rewire.storage import files, reading
 
 Counts = NDArray[np.int64]
 
-_ATTEMPTS = 5  # at a run that goes on while it is read
+_ATTEMPTS = 5  # to read a run that goes on meanwhile
 
 _DTYPES = {
     "F64": "<f8",
@@ -148,14 +148,14 @@ class _Tensors:
         flat: NDArray[Any] = np.frombuffer(view["data"], dtype=_DTYPES[view["dtype"]])
         try:
             shaped: NDArray[Any] = flat.reshape(view["shape"])
-        except ValueError as error:  # no numbers at all, and yet more rows than numpy can count
+        except ValueError as error:  # an empty tensor with more rows than numpy can count
             raise self.refuse(
                 name, f"has the shape {reading.brief(view['shape'], 100)}: {error}"
             ) from None
         return shaped
 
     def refuse(self, name: str, reason: str) -> ReportError:
-        """The error for a tensor that cannot be."""
+        """The error for a tensor that is wrong."""
         return ReportError(f"{self.path} is damaged: {name} {reason}")
 
 
@@ -188,7 +188,7 @@ def _layers(
                 for index, size, part in ((rows, outputs, "rows"), (cols, inputs, "cols"))
             )
             layers.append(Layer(name, inputs, outputs, int(active.sum()), fan_in, fan_out))
-        # what takes part is for the method to say: gates, thresholds
+        # the method says what takes part, by gates or thresholds
         elif prefix and info.get("starts_dense"):
             inputs = layers[-1].outputs if layers else entry["inputs"]
             units = (last or {}).get("units") or [layer["outputs"] for layer in info["layers"]]

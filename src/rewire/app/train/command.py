@@ -25,7 +25,7 @@ from rewire.app.train.config import (
 )
 from rewire.app.train.display import DownloadBar, Lines, LiveBar
 from rewire.app.train.method_options import parse_method_options
-from rewire.app.train.observer import Observer, Silent
+from rewire.app.train.observer import Observer
 from rewire.app.train.run_dir import RunDir
 from rewire.app.train.signals import Signals
 
@@ -85,7 +85,7 @@ def execute(
     signals.training = True
     with warnings.catch_warnings(), contextlib.ExitStack() as until:
         warnings.showwarning = _in_one_line
-        watcher: Observer = Silent()
+        watcher = Observer()
         if not quiet:
             watcher = LiveBar(console) if console.is_terminal else Lines(console)
             until.callback(watcher.close)

@@ -247,7 +247,10 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     kind = next((words for key, words in _KINDS.items() if first["type"].startswith(key)), None)
     limits = [f"{words} {context[key]}" for key, words in _BOUNDS.items() if key in context]
     given = first["input"]
-    if kind is not None or first["type"] in ("missing", "too_long"):  # one part of several
+    if kind is not None or first["type"] in (
+        "missing",
+        "too_long",
+    ):  # one part of a list: show all of it
         given = values[field]
     allowed = (
         options()[field].allowed

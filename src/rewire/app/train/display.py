@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from rewire.app.train.metrics import EpochRecord
-from rewire.app.train.observer import Progress
+from rewire.app.train.observer import Observer, Progress
 
 
 def heading(info: Mapping[str, Any]) -> str:
@@ -77,7 +77,7 @@ def change_line(result: Mapping[str, Any]) -> str | None:
     )
 
 
-class Lines:
+class Lines(Observer):
     """Plain lines, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
@@ -90,15 +90,12 @@ class Lines:
         if done:
             self.console.print(f"resumed after step {done:,} of {epochs * batches:,}")
 
-    def progress(self, progress: Progress) -> None:
-        """Say nothing between the ends of epochs."""
-
     def epoch_ended(self, record: EpochRecord) -> None:
         """Print the epoch's line."""
         self.console.print(epoch_line(record, self.epochs, dense=self.dense))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 class LiveBar(Lines):

@@ -21,7 +21,7 @@ from rewire.app.train import before_after, checkpoint
 from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig
 from rewire.app.train.metrics import EpochRecord, evaluate, versions
-from rewire.app.train.observer import Observer, Progress, Silent
+from rewire.app.train.observer import Observer, Progress
 from rewire.app.train.parts import assemble
 from rewire.app.train.remaining import layer_counts, structure
 from rewire.app.train.run_dir import METRICS, MODEL, RunDir
@@ -31,7 +31,7 @@ from rewire.storage import files, reading
 from rewire.storage import tensors as tensor_file
 
 PROGRESS_SECONDS = 0.2
-# a rate that falls along a curve does so in so many steps: a new rate costs methods some work
+# how often a falling rate changes in a run: each change costs the methods some work
 RATE_STEPS = 1000
 
 
@@ -87,7 +87,7 @@ class Trainer:
         )
 
     def begin(self) -> None:
-        """The first moment of a new run."""
+        """Commit the state of a new run before its first step."""
         self.run_dir.cut_metrics(EMPTY)
         self.save()
 
@@ -117,7 +117,7 @@ class Trainer:
             self.batch, self.before = int(state["batch"]), state["before"]
             self.loss_sum, self.correct = state["loss_sum"], state["correct"]
             torch.set_rng_state(state["torch_random"])
-        except Exception as error:  # whatever the file's content made of it
+        except Exception as error:  # a file can hold anything
             if memory.is_exhausted(error):
                 raise
             reason = reading.brief(error) or type(error).__name__
@@ -164,7 +164,7 @@ class Trainer:
             self.correct.add_((logits.detach().argmax(1) == y).sum())
             self.batch += 1
             self.step += 1
-            if self.batch < batches:  # at the last one the end of the epoch does all this
+            if self.batch < batches:  # after the last batch, the end of the epoch does this
                 if signal := stop():
                     self.save()
                     raise StoppedError(signal, self.step)
@@ -233,7 +233,7 @@ class Trainer:
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self.parts.counts()
         connections = list(self.parts.connections().values())
-        if scores and sum(connections) != found:  # cut or merged: the score is that of what is left
+        if scores and sum(connections) != found:  # the method removed some: score what is left
             scores = evaluate(self.model, held_x, held_y)
         if scores and not math.isfinite(scores[0]):
             raise TrainError(self._diverged(f"the loss on the validation samples is {scores[0]}"))
@@ -351,5 +351,5 @@ def run(
             else:
                 run_dir.start(trainer.config, overwrite=overwrite)
                 trainer.begin()
-            trainer.train(observer or Silent(), stop)
+            trainer.train(observer or Observer(), stop)
             return trainer.finish()

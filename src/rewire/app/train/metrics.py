@@ -58,7 +58,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def versions() -> dict[str, str]:
-    """What a run was made with."""
+    """The versions that a run was made with."""
     return {
         "rewire": __version__,
         "torch": torch.__version__,

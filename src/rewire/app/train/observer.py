@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rewire.app.train.metrics import EpochRecord
 
@@ -21,8 +21,8 @@ class Progress:
     turnover: float
 
 
-class Observer(Protocol):
-    """Someone who watches a run."""
+class Observer:
+    """Watches a run; this one does nothing."""
 
     def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
         """Training begins, or goes on with step number `done`."""
@@ -32,16 +32,3 @@ class Observer(Protocol):
 
     def epoch_ended(self, record: EpochRecord) -> None:
         """An epoch is over and its line is written."""
-
-
-class Silent:
-    """Watches nothing."""
-
-    def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
-        """Do nothing."""
-
-    def progress(self, progress: Progress) -> None:
-        """Do nothing."""
-
-    def epoch_ended(self, record: EpochRecord) -> None:
-        """Do nothing."""

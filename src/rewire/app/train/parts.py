@@ -82,7 +82,9 @@ class Parts:
 
 def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
     """Make all parts from the options and the data. Raises `TrainError`."""
-    torch.manual_seed(derive_seed(config.seed, "torch"))  # for whatever asks the global stream
+    torch.manual_seed(
+        derive_seed(config.seed, "torch")
+    )  # for code that draws from torch's global generator
     (train_x, train_y), held_out = split(
         dataset.train_x, dataset.train_y, config.validation, config.seed
     )

@@ -27,7 +27,7 @@ class RunDir:
         self.path = path
         self._locked = False
         self._until: contextlib.ExitStack | None = None  # lets go of the lock
-        # of all of the metrics, as this process wrote or verified them
+        # running checksum of the metrics, as this process wrote or verified them
         self._metrics = hashlib.sha256()
 
     def has_run(self) -> bool:

@@ -11,10 +11,10 @@ from rewire.app import interrupts
 
 
 class Signals:
-    """While training they ask to stop at the next step; a second one, or one before, stops at once.
-    All that come while the process says how it ended are passed over.
+    """While training, a signal asks to stop at the next step; a second one, or one before, stops at
+    once. Those that come while the process prints how it ended are ignored.
 
-    A context manager; the former handlers are back when it ends.
+    A context manager, which restores the former handlers.
     """
 
     def __init__(self) -> None:

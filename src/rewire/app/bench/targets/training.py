@@ -26,7 +26,7 @@ LENET, LENET_DENSITIES = (784, 300, 100, 10), (0.01, 0.03, 0.3)
 #: Batches of the data that LeNet-300-100 trains on.
 BATCHES = 200
 
-#: CosineSET's methods that P6 measures: without and with a draw.
+#: The CosineSET methods that P6 measures: without and with a random choice.
 COSINE = ("codacorset", "copacorset")
 #: Rows of data that similarities come from in P6, which allows 1,000.
 SIMILARITY_ROWS = 128
@@ -162,10 +162,9 @@ def _per_epoch(
     rows: int | None = None,
     of: int | None = None,
 ) -> Figure:
-    """A method that rewires at the end of an epoch, whose steps are not all made.
+    """A method that rewires after an epoch, of which only some steps are made.
 
-    rows: of data that it looks at; ``of``: for so many instead, as if time were proportional to
-        them.
+    It looks at ``rows`` of data; with ``of`` its time is scaled to that many rows.
     """
     method, train = _prepared(name, size, connections, batch, rows)
     steps: list[float] = []

@@ -1,4 +1,4 @@
-"""Options of a command, made from the fields of `TrainConfig`."""
+"""Options of commands: one by one, and made from the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from pydantic.fields import FieldInfo
 from rewire.app.train.config import Option, TrainConfig, options, shown
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def described(panel: str, metavar: str, text: str, *names: str, parser: Any = None) -> Any:
+    """An option of Typer as all commands have them; a default is said in its text."""
+    return typer.Option(
+        *names,
+        help=text,
+        metavar=metavar or None,
+        parser=parser,
+        rich_help_panel=panel,
+        show_default=False,
+    )
 
 
 def with_train_options(command: _Command) -> _Command:
@@ -42,13 +54,8 @@ def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter
     default = option.shown
     if not default and field.default is not None and typed is str:
         default = shown(field.default)
-    made = typer.Option(
-        *option.names,
-        help=option.help + (rf" \[default: {default}]" if default else ""),
-        metavar=option.metavar or None,
-        rich_help_panel=option.panel,
-        show_default=False,
-    )
+    text = option.help + (rf" \[default: {default}]" if default else "")
+    made = described(option.panel, option.metavar, text, *option.names)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[typed | None, made]
     )
