@@ -128,11 +128,13 @@ def table_of_parameters(entry: methods.MethodInfo) -> Iterator[str]:
     if not found:
         yield "This method has no hyper-parameters."
         return
-    yield "| name | default | type | meaning |"
+    yield "| name | meaning | type | default |"
     yield "| --- | --- | --- | --- |"
     for p in found.values():
-        name, default = f"`{p.name}`", default_of(p.default)
-        yield f"| {name} | {cell(default)} | {cell(type_of(p.annotation))} | {cell(p.help)} |"
+        yield (
+            f"| `{p.name}` | {cell(p.help)} | {cell(type_of(p.annotation))} | "
+            f"{cell(default_of(p.default))} |"
+        )
 
 
 def starts(entry: methods.MethodInfo) -> str:
