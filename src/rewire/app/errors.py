@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "BenchError",
-    "DataError",
-    "NotAvailable",
-    "ReportError",
-    "RunFileError",
-    "StoppedError",
-    "TrainError",
-    "UserError",
-]
-
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one line that says what can.

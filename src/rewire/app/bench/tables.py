@@ -13,18 +13,6 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = [
-    "Sheet",
-    "curve",
-    "disturbance",
-    "layer",
-    "machine",
-    "model",
-    "target",
-    "verdicts",
-    "wide",
-]
-
 _COLOURS = {"met": "green", "missed": "red", "in part": "yellow", "sparse": "green"}
 #: Columns of words; the others hold numbers.
 WORDS = ("note", "verdict", "layer", "what", "nearest to its target", "faster here")

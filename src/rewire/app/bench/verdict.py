@@ -8,18 +8,6 @@ from typing import Any, Literal
 
 from rewire.app.bench.timing import Ratio
 
-__all__ = [
-    "Figure",
-    "Measured",
-    "Status",
-    "TargetResult",
-    "at_least",
-    "at_most",
-    "info",
-    "judge",
-    "missing",
-]
-
 Status = Literal["met", "missed", "in part", "not available", "no target"]
 
 
