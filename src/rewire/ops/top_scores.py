@@ -55,46 +55,46 @@ def above(
     first_row: int,
     index: Index,
     kept: Tensor,
-    bar: float,
+    threshold: float,
     *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Keys (row * cols + col, int64, ascending) and scores of the positions that score above
-    ``bar``.
+    ``threshold``.
 
     Args:
         scores: (t, cols), of the rows from ``first_row`` on; their magnitudes count if
             ``absolute``. NaN and -inf count as the lowest finite number.
         index: of the pool.
         kept: bool, (capacity,); positions of slots with True are left out.
-        bar: a number of the scores' dtype, or -inf.
+        threshold: a number of the scores' dtype, or -inf.
 
     One pass, O(t cols) time and memory. Raises RuntimeError on a bad index.
     """
     lists = index.row_ptr, index.row_cols, index.row_slots
     if _NATIVE and scores.is_cpu and scores.dtype in _DTYPES:
-        keys, found = torch.ops.rewire.above(scores, first_row, *lists, kept, bar, absolute)
+        keys, found = torch.ops.rewire.above(scores, first_row, *lists, kept, threshold, absolute)
         return keys, found
     values = scores.abs() if absolute else scores.clone()
     lowest = torch.finfo(values.dtype).min
     values = torch.nan_to_num(values, nan=lowest, posinf=torch.inf, neginf=lowest)
     _strike_out(values, first_row, index, kept)
-    at = (values > max(bar, -torch.inf)).flatten().nonzero().flatten()
+    at = (values > max(threshold, -torch.inf)).flatten().nonzero().flatten()
     return at + first_row * scores.shape[1], values.flatten()[at]
 
 
 def above_drawn(
-    scores: Tensor, first_row: int, index: Index, kept: Tensor, bar: float, draw: Draw
+    scores: Tensor, first_row: int, index: Index, kept: Tensor, threshold: float, draw: Draw
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `above`, for a draw in proportion to scores: positions where s / e may exceed ``bar``.
+    """As `above`, for a draw in proportion to scores: positions where s / e may exceed ``threshold``.
 
     s is the magnitude of the score, at least ``draw.least`` (also for NaN), u the position's number
     from `uniforms`, which is returned as well (float32), and e = -log(1 - u) an exponential number.
-    Since u <= e, every position with s / e > bar has ``s >= c * bar * u``, where c = 1 - 2**-20
+    Since u <= e, every position with s / e > threshold has ``s >= c * threshold * u``, where c = 1 - 2**-20
     makes up for rounding; the positions returned are those.
     """
     lists = index.row_ptr, index.row_cols, index.row_slots
-    factor = bar * (1.0 - 2.0**-20)
+    factor = threshold * (1.0 - 2.0**-20)
     if _NATIVE and scores.is_cpu and scores.dtype in _DTYPES:
         keys, found, drawn = torch.ops.rewire.above_drawn(
             scores, first_row, *lists, kept, factor, draw.least, draw.seed, draw.step, draw.stream
@@ -137,8 +137,8 @@ def extremes(scores: Tensor, count: int, *, largest: bool) -> Tensor:
         last = nan & (nan.cumsum(0) <= count - int((~nan).sum()))
         return (~nan | last).nonzero().flatten()
     ranks = torch.where(nan, torch.full_like(ranks, torch.inf), ranks)
-    bar = ranks.kthvalue(count).values
-    below, level = (ranks < bar) & ~nan, (ranks == bar) & ~nan
+    threshold = ranks.kthvalue(count).values
+    below, level = (ranks < threshold) & ~nan, (ranks == threshold) & ~nan
     return (below | (level & (level.cumsum(0) <= count - below.sum()))).nonzero().flatten()
 
 

@@ -476,7 +476,7 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Callable[[nn.Module], Any
     ),
     "sparse, pruned": (
         sparse_first(lambda m: prune.l1_unstructured(m[0].weight, "values", 0.5)),
-        r"^0\.weight\.values is no parameter",
+        r"^0\.weight\.values is not a parameter",
     ),
     "sparse, hook": (
         sparse_first(lambda m: m[0].weight.values.register_hook(lambda g: g)),

@@ -118,7 +118,7 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
         parameter = source_of(module, attribute)
         if parameter is None:
             raise ValueError(
-                f"{where} is no parameter but computed from others: remove what computes it first, "
+                f"{where} is not a parameter but computed from others: remove what computes it first, "
                 "or exclude the layer"
             )
         _check_parameter(where, f"{where}.values", parameter)
@@ -150,7 +150,7 @@ def check_sparse(name: str, layer: nn.Module) -> None:
             continue
         if not isinstance(own._parameters.get("values"), nn.Parameter):
             raise ValueError(
-                f"{where}.values is no parameter but computed from others (torch.nn.utils.prune?), "
+                f"{where}.values is not a parameter but computed from others (torch.nn.utils.prune?), "
                 "which would be lost: call torch.nn.utils.prune.remove(pool, 'values') first"
             )
         _check_parameter(f"{where}.values", where, own.values)
