@@ -86,12 +86,13 @@ def above(
 def above_drawn(
     scores: Tensor, first_row: int, index: Index, kept: Tensor, threshold: float, draw: Draw
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `above`, for a draw in proportion to scores: positions where s / e may exceed ``threshold``.
+    """As `above`, for a draw in proportion to scores: positions where s / e may exceed
+    ``threshold``.
 
     s is the magnitude of the score, at least ``draw.least`` (also for NaN), u the position's number
     from `uniforms`, which is returned as well (float32), and e = -log(1 - u) an exponential number.
-    Since u <= e, every position with s / e > threshold has ``s >= c * threshold * u``, where c = 1 - 2**-20
-    makes up for rounding; the positions returned are those.
+    Since u <= e, every position with s / e > threshold has ``s >= c * threshold * u``, where c = 1
+    - 2**-20 makes up for rounding; the positions returned are those.
     """
     lists = index.row_ptr, index.row_cols, index.row_slots
     factor = threshold * (1.0 - 2.0**-20)

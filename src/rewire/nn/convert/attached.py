@@ -118,8 +118,8 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
         parameter = source_of(module, attribute)
         if parameter is None:
             raise ValueError(
-                f"{where} is not a parameter but computed from others: remove what computes it first, "
-                "or exclude the layer"
+                f"{where} is not a parameter but computed from others: remove what computes it "
+                "first, or exclude the layer"
             )
         _check_parameter(where, f"{where}.values", parameter)
         if parameter.dtype not in _FLOATS:
@@ -150,8 +150,9 @@ def check_sparse(name: str, layer: nn.Module) -> None:
             continue
         if not isinstance(own._parameters.get("values"), nn.Parameter):
             raise ValueError(
-                f"{where}.values is not a parameter but computed from others (torch.nn.utils.prune?), "
-                "which would be lost: call torch.nn.utils.prune.remove(pool, 'values') first"
+                f"{where}.values is not a parameter but computed from others "
+                "(torch.nn.utils.prune?), which would be lost: call "
+                "torch.nn.utils.prune.remove(pool, 'values') first"
             )
         _check_parameter(f"{where}.values", where, own.values)
         hooks = [kind for kind in _HOOKS if getattr(own, kind) and kind != "_is_full_backward_hook"]

@@ -121,7 +121,8 @@ class SparseLinear(SparseLayer):
         weight: Any = self._modules["weight"]
         values, index = weight.operand()
         parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # the look-up is slow; a parametrized bias needs it
+        # A parametrized bias is not among the parameters.
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         return ops.sparse_linear(x, values, bias, index, weight.capture, self.contiguous_output)
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
