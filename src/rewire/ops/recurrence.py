@@ -201,15 +201,17 @@ def _walk(
     return outputs, state
 
 
-def _plain(
-    cell: Cell,
-    sizes: Sequence[int],
-    reverse: bool,
-    x: Tensor,
-    start: State,
-    weights: Sequence[Weight],
-) -> tuple[Tensor, ...]:
+class _Way(NamedTuple):
+    """The arguments of `recurrence` that are not tensors."""
+
+    cell: Cell
+    sizes: Sequence[int]
+    reverse: bool
+
+
+def _plain(way: _Way, x: Tensor, start: State, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
     """One direction, in operations that autograd and compilers follow."""
+    cell, sizes, reverse = way
     w_ih, w_hh, *projection = weights
 
     def step(t: int, piece: Tensor, state: State) -> State:
@@ -250,33 +252,27 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        cell: Cell,
-        sizes: Sequence[int],
-        reverse: bool,
-        captures: Any,
-        states: int,
-        *tensors: Any,
+        ctx: Any, way: _Way, captures: Any, states: int, *tensors: Any
     ) -> tuple[Tensor, ...]:
         x, start = tensors[0], tensors[1 : 1 + states]
         weights = _unflat(tensors[1 + states :], captures)
-        tape: list[tuple[Tensor, ...]] = [()] * len(sizes)
-        y, final = _quick(cell, sizes, reverse, x, start, weights, tape)
+        tape: list[tuple[Tensor, ...]] = [()] * len(way.sizes)
+        y, final = _quick(way, x, start, weights, tape)
         ctx.save_for_backward(*tensors, *(tensor for entry in tape for tensor in entry))
         remember_versions(ctx, *(tensor for w in weights for tensor in (w.values, w.lists.row_ptr)))
-        ctx.settings = cell, sizes, reverse, captures, states
+        ctx.settings = way, captures, states
         ctx.arguments = len(tensors)
         return y, *final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cell, sizes, reverse, captures, states = ctx.settings
+        (cell, sizes, reverse), captures, states = ctx.settings
         check_versions(ctx)
         saved = ctx.saved_tensors
         tensors, recorded = saved[: ctx.arguments], saved[ctx.arguments :]
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return (*(None,) * 5, *_differentiable_backward(ctx.settings, tensors, needed, grads))
+            return (*(None,) * 3, *_differentiable_backward(ctx.settings, tensors, needed, grads))
         weights = _unflat(tensors[1 + states :], captures)
         w_ih, w_hh, *projection = weights
         length = len(recorded) // len(sizes)
@@ -315,13 +311,11 @@ class _Recurrence(torch.autograd.Function):
             if needed[at]:
                 g_values = sddmm(*w.lists[:3], w.values.shape[0], g.t(), inputs.t())
             result += [g_values, g.sum(1) if needed[at + 1] else None, *(None,) * 6]
-        return (*(None,) * 5, *result)
+        return (*(None,) * 3, *result)
 
 
 def _quick(
-    cell: Cell,
-    sizes: Sequence[int],
-    reverse: bool,
+    way: _Way,
     x: Tensor,
     start: State,
     weights: Sequence[Weight],
@@ -330,6 +324,7 @@ def _quick(
     """One direction without autograd; what backward needs of each step goes to ``tape``, if there
     is one.
     """
+    cell, sizes, reverse = way
     w_ih, w_hh, *projection = weights
 
     def step(t: int, piece: Tensor, state: State) -> State:
@@ -377,14 +372,13 @@ def _differentiable_backward(
     """Backward under ``create_graph=True``: compute forward again in operations that autograd
     follows.
     """
-    cell, sizes, reverse, captures, states = settings
+    way, captures, states = settings
     relays = [None if capture is None else _Relay(capture) for capture in captures]
     # Differentiate by views of the arguments: if one argument was computed from another, that path
     # is not part of this Function.
     own = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
-    outputs = _plain(
-        cell, sizes, reverse, own[0], tuple(own[1 : 1 + states]), _unflat(own[1 + states :], relays)
-    )
+    start, weights = tuple(own[1 : 1 + states]), _unflat(own[1 + states :], relays)
+    outputs = _plain(way, own[0], start, weights)
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     for relay in relays:
@@ -422,13 +416,13 @@ def recurrence(
                 f"{what} is {given.dtype} but the weight's values are {weights[0].values.dtype}: "
                 "convert one, so that both agree"
             )
-    x = in_runs(x)
+    x, way = in_runs(x), _Way(cell, sizes, reverse)
     if torch.compiler.is_compiling():
-        y, *final = _plain(cell, sizes, reverse, x, start, weights)
+        y, *final = _plain(way, x, start, weights)
         return y, tuple(final)
     if not torch.is_grad_enabled():
-        return _quick(cell, sizes, reverse, x, start, weights)
+        return _quick(way, x, start, weights)
     captures = [w.capture for w in weights]
-    arguments = (cell, sizes, reverse, captures, len(start), x, *start, *_flat(weights))
+    arguments = (way, captures, len(start), x, *start, *_flat(weights))
     y, *final = _Recurrence.apply(*arguments)  # type: ignore[no-untyped-call]
     return y, tuple(final)
