@@ -159,7 +159,7 @@ def own_members(cls: type) -> list[str]:
         name
         for name, value in vars(cls).items()
         if not name.startswith("_")
-        and callable(getattr(value, "__func__", getattr(value, "fget", value)))
+        and (inspect.isroutine(value) or isinstance(value, property))
         and inspect.getdoc(value)
         and not hasattr(methods.Method, name)
     ]
