@@ -155,12 +155,17 @@ def description(cls: type) -> str:
 
 def own_members(cls: type) -> list[str]:
     """Public functions and properties that a method's class adds to those of every method."""
+
+    def is_defined_here(value: object) -> bool:
+        function = value.fget if isinstance(value, property) else value
+        return getattr(function, "__qualname__", "").startswith(f"{cls.__qualname__}.")
+
     return [
         name
         for name, value in vars(cls).items()
         if not name.startswith("_")
         and (inspect.isroutine(value) or isinstance(value, property))
-        and inspect.getdoc(value)
+        and is_defined_here(value)
         and not hasattr(methods.Method, name)
     ]
 
