@@ -310,7 +310,7 @@ class MultiAverage:
             follow_structure(p, lambda old, parts: _note_replaced(here)) for p in model.parameters()
         ]
         for births in self._pools:
-            births.weight.__dict__["_feeds"] = births.mark
+            births.weight.feed_copies(births.mark)
             weakref.finalize(self, seal.forget, births.mark)
 
     def __deepcopy__(self, memo: object) -> MultiAverage:

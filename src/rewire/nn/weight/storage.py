@@ -198,6 +198,13 @@ class Storage(nn.Module):
         if self._seal is not None and rows is self._seal.rows and cols is self._seal.cols:
             self._set_seal()  # not where other tensors stand in for the length of one call
 
+    def feed_copies(self, feeder: object) -> None:
+        """Let an averaging function, or what stands for it, update the copies made from now on.
+
+        They then trust its first write, and are listed by `rewire.nn.weight.seal.fed`.
+        """
+        self._feeds = feeder
+
     @property
     def written(self) -> bool:
         """For a copy that an averaging function updates: whether it has been written to yet."""
