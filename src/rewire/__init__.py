@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewire._version import __version__
 
-if TYPE_CHECKING:  # export stands above other parts and is found by __getattr__ alone
+if TYPE_CHECKING:  # all but `export`, which imports other parts of the package
     from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
     from rewire.nn.convert.cut import to_sparse
     from rewire.nn.convert.densify import densify
@@ -52,8 +52,8 @@ def __getattr__(name: str) -> Any:
 
 
 if "torch" in sys.modules:
-    # Whoever uses torch already pays for no import, and torch.export.load needs the operators to be
-    # registered.
+    # torch.export.load needs the operators to be registered, and with torch imported already this
+    # takes little time.
     importlib.import_module("rewire.ops")
 
 

@@ -24,7 +24,7 @@ from rewire.topology import Index
 
 __all__ = ["GRU", "LSTM", "RELU", "TANH", "Cell", "State", "Weight", "recurrence"]
 
-#: What is carried from step to step, each (size, batch): the hidden state, and for an LSTM the cell
+#: What goes from step to step, each (size, batch): the hidden state, and for an LSTM the cell
 #: state.
 State = tuple[Tensor, ...]
 Step = Callable[[int, Tensor, State], State]

@@ -155,8 +155,8 @@ def replace_(
     return int(index.row_ptr[-1].item())
 
 
-#: What native functions return is (code, a, b): a code, and the offending numbers. The words of the
-#: errors are here, in one place.
+#: Native functions return (code, a, b): one of these codes, and the numbers that are wrong.
+#: `raise_problem` puts the error into words.
 OK, SLOT, RANGE, DUPLICATE = 0, 1, 2, 3
 
 

@@ -269,7 +269,7 @@ _ATTENTION = Kind(
     _dense_attention,
 )
 
-#: All of them.
+#: All layer types that can be converted.
 KINDS: tuple[Kind, ...] = (
     _layer_kind(nn.Linear, SparseLinear, ("in_features", "out_features")),
     _layer_kind(nn.Conv1d, SparseConv1d, *_CONV),

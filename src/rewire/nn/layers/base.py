@@ -88,7 +88,7 @@ class SparseLayer(Twin):
         with torch.autocast(input.device.type, enabled=False):
             return self._product(input.to(self._input_dtype(narrow))).to(narrow)
 
-    #: Which dimension of the output counts the rows of the weight.
+    #: The dimension of the output that counts the rows of the weight.
     rows_axis: ClassVar[int] = -1
 
     def pair(self, x: Tensor, y: Tensor) -> Pair:

@@ -42,7 +42,7 @@ class Form(NamedTuple):
 class Recurrent(Twin):
     """What the three layers share; a subclass adds its cell."""
 
-    #: Gates whose weights are stacked in one matrix.
+    #: The number of gates, whose weights are stacked in one matrix.
     gates: int
 
     def __init__(

@@ -282,7 +282,7 @@ class _Watched:
     group: tuple[Any, dict[str, Any]] | None = None
 
 
-#: By optimizer.
+#: The `Ages` of each optimizer.
 _AGES: weakref.WeakKeyDictionary[Optimizer, Ages] = weakref.WeakKeyDictionary()
 
 

@@ -174,7 +174,7 @@ class UnitGraph:
         units, positions of each).
         """
         alive = self._alive.get((site.name, site.side))
-        # Every unit has as many positions, see `_find`.
+        # All units have the same number of positions, see `_find`.
         order = torch.argsort(site.units, stable=True)
         rows = site.positions[order].view(int(site.units.max()) + 1, -1)[units]
         return rows if alive is None else torch.searchsorted(alive, rows.contiguous())
@@ -334,7 +334,7 @@ class UnitGraph:
         least = group.least
         lost = group.alive[1::2] if group.alive.numel() > 2 * least else group.alive[least:]
         if not lost.numel():
-            return  # a single unit: nothing can be removed anyway
+            return  # there are too few units to remove any
         alive, _, tensors = self._plan([(group, lost)])
 
         def silence(twin: nn.Module) -> None:

@@ -78,8 +78,8 @@ class Changes(Storage):
             connections: K from now on, if it is another number.
             cleared: whether the gradient of ``slots`` is 0 already.
         """
-        # Small pools change in every step of DEEP R, so this goes around the slow attribute
-        # look-ups and assignments of torch.nn.Module.
+        # This may run in every step, so it avoids the slow attribute look-ups and assignments of
+        # torch.nn.Module.
         b: dict[str, Any] = self._buffers
         values, own = self.stored_values(), self.__dict__
         rows, cols, lists = b["rows"], b["cols"], index_of(b)

@@ -39,7 +39,7 @@ def walk(weight: SparseWeight, signs: Tensor, shrink: float, noise: float, **dra
     `rewire.ops.walk_and_regrow_`. Call it under `torch.no_grad`.
     """
     _check(weight, "walk")
-    # Past the attribute look-ups of torch.nn.Module, because this runs in every step.
+    # This runs in every step, so it avoids the attribute look-ups of torch.nn.Module.
     values, b = weight.stored_values(), weight._buffers
     rows: Any = b["rows"]
     cols: Any = b["cols"]
