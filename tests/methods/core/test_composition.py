@@ -107,7 +107,7 @@ def test_each_method_has_its_layers() -> None:
     assert list(stats["dropped"]) == ["conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"]
     assert all(n > 0 for n in stats["dropped"].values())
     assert group["fc1"].steps == 6  # RigL's skipped steps are its own layers' alone
-    assert group.connections() == {
+    assert group.count_connections() == {
         "conv1.weight": 20,
         "conv2.weight": 60,
         "fc1.weight": 200,

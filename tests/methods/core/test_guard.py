@@ -248,7 +248,7 @@ def test_a_pool_that_comes_in_later_is_refused_by_name(name: str) -> None:
     run.method.finalize() if run.method.updates else None
     again = Training(name, model, run.optimizers[0], **METHODS[name])  # what the error says
     again.step()
-    assert set(again.method.connections()) == {"0.weight", "2.weight"}
+    assert set(again.method.count_connections()) == {"0.weight", "2.weight"}
 
 
 def test_it_is_refused_with_an_optimizer_of_its_own_too() -> None:

@@ -105,4 +105,4 @@ def test_where_layers_share_a_full_one_may_give() -> None:
     model(torch.randn(5, 4)).square().sum().backward()
     optimizer.step()
     method.step()
-    assert method.connections() == {"0.weight": 8, "1.weight": 12}
+    assert method.count_connections() == {"0.weight": 8, "1.weight": 12}

@@ -168,7 +168,7 @@ def test_the_cut_is_global_exact_and_gives_the_outputs_of_the_cut_dense_network(
     moments = optimizer.state[model[0].weight]["exp_avg"].clone()
     kept = dense[0].weight != 0
 
-    assert method.connections() == {"0.weight": 192, "2.weight": 96}
+    assert method.count_connections() == {"0.weight": 192, "2.weight": 96}
     assert method.finalize() is model
     assert method.finalize() is model
     assert isinstance(model[0], SparseLinear)
@@ -200,7 +200,7 @@ def test_what_an_early_cut_leaves_trains_on_without_a_penalty_and_the_rest_stays
     for _ in range(3):
         train()
     assert float(method.penalty().detach()) > 0
-    possible = sum(method.connections().values())
+    possible = sum(method.count_connections().values())
     masks = method.masks()
     method.end_epoch()
     assert float(method.penalty()) == 0
@@ -213,7 +213,7 @@ def test_what_an_early_cut_leaves_trains_on_without_a_penalty_and_the_rest_stays
         assert torch.equal(mask, method.masks()[weight.name])
         assert not weight.tensor[~mask].any()
         assert (weight.tensor[mask] != values[weight.name][mask]).all()
-    assert sum(method.connections().values()) == round(0.3 * possible)
+    assert sum(method.count_connections().values()) == round(0.3 * possible)
     before = model(x)
     method.finalize()
     assert sum(w.connections for _, w in sparse_weights(model)) == round(0.3 * possible)

@@ -99,7 +99,7 @@ def test_forward_uses_ternary_weights_and_leaves_the_parameters(name: str, train
         torch.testing.assert_close(copy.deepcopy(model)(X), twin(X))  # a copy has the hooks too
     assert all(p is before[n] for n, p in model.named_parameters())
     assert model.state_dict().keys() == twin.state_dict().keys()
-    assert method.connections() == {n: int((q != 0).sum()) for n, q in quantized.items()}
+    assert method.count_connections() == {n: int((q != 0).sum()) for n, q in quantized.items()}
     assert all(torch.equal(m, quantized[n] != 0) for n, m in method.masks().items())
     with pytest.raises(RuntimeError):
         model(X[:, :5])
@@ -251,9 +251,9 @@ def test_stage_2_cuts_to_the_density_in_multiples_of_the_thresholds() -> None:
     assert (last.stage, last.survivors()) == (3, 0.25)
     other = made()
     kept = Ternary(other, sgd(other), threshold=0.1, density=0.25, trainable=False, prune=1)
-    before = kept.connections()
+    before = kept.count_connections()
     kept.freeze()
-    assert kept.connections() == before
+    assert kept.count_connections() == before
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -331,7 +331,7 @@ def test_l1_finds_the_lasso() -> None:
     )
     nonzero = int((want != 0).sum())
     assert 3 <= nonzero < 20
-    assert method.connections() == {"weight": nonzero}
+    assert method.count_connections() == {"weight": nonzero}
     method.finalize()
     assert model.weight.connections == model.weight.capacity == nonzero
 
@@ -353,7 +353,7 @@ def test_l1_threshold_counts_and_cuts() -> None:
     want = {
         f"{i}.weight": int((w.abs() > 0.1).sum()) for i, w in zip((0, 2), dense(model), strict=True)
     }
-    assert method.connections() == want
+    assert method.count_connections() == want
     method.finalize()
     assert {name: w.connections for name, w in sparse_weights(model)} == want
 

@@ -4,10 +4,8 @@ together.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Set
 from typing import Any, ClassVar
 
 import torch
@@ -20,27 +18,11 @@ from rewire.methods.core.watch import Watch
 from rewire.nn import Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
 from rewire.nn.optimizers.wrappers import is_plain, listed, movers, trainers
 
-__all__ = ["Attachment", "Pool", "Purpose", "only"]
+__all__ = ["Attachment", "Pool", "Purpose"]
 
 #: The attachment of the method that last took a model, for models without pools (a pool keeps its
 #: own claim).
 _CLAIMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
-
-
-#: Names of the weights that a method made now may have; None for all.
-_ONLY: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("only", default=None)
-
-
-@contextlib.contextmanager
-def only(names: Iterable[str]) -> Iterator[None]:
-    """Within it, methods are made for the weights called ``names`` alone; the others are left to
-    other methods.
-    """
-    token = _ONLY.set(frozenset(names))
-    try:
-        yield
-    finally:
-        _ONLY.reset(token)
 
 
 class Purpose:
@@ -103,6 +85,11 @@ class Pool:
         """
         return self.optimizer.param_groups[self._group_number]
 
+    def keys(self, slots: Tensor) -> Tensor:
+        """The flat positions (int64, ``row * cols + col``) of the connections in ``slots``."""
+        weight = self.weight
+        return weight.rows[slots].long() * weight.matrix_shape[1] + weight.cols[slots].long()
+
     def at_home(self) -> bool:
         """Whether the values are still where they were in the optimizer's groups, or else a new
         place was found.
@@ -151,6 +138,7 @@ class Attachment:
     (`rewire.nn.optimizers.followers.check_optimizer`) or keeps what cannot follow
     (`rewire.nn.optimizers.wrappers.refuse_unknown`). ``dense`` is for methods that start from a
     dense model: then there need not be any pools. ``moments``: see `rewire.nn.follow_optimizer`.
+    ``names``: of the weights to attach to, None for all; the others are left to other methods.
     """
 
     def __init__(
@@ -160,12 +148,12 @@ class Attachment:
         *,
         dense: bool = False,
         moments: Moments = "auto",
+        names: Set[str] | None = None,
     ) -> None:
         self.optimizers = listed(optimizers)
         self._model = weakref.ref(model)
         weights = trained_weights(model, self.optimizers)
         numbers = {name: number for number, (name, _) in enumerate(weights)}
-        names = _ONLY.get()
         self._alone = names is None
         if names is not None:
             weights = [(name, w) for name, w in weights if name in names]

@@ -6,26 +6,33 @@ import warnings
 import weakref
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, final
+from dataclasses import field
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire import random
 from rewire.distributed import agree, refuse_unprepared
 from rewire.methods.core.attachment import (
     Attachment,
     Pool,
     Purpose,
     gradient_scale,
-    only,
     trained_weights,
 )
-from rewire.nn import Moments
+from rewire.methods.core.parameters import Declared, current, parameter, service
+from rewire.methods.core.refusals import (
+    agreed_seed,
+    refuse_full,
+    refuse_limits,
+    refuse_weight_decay,
+)
+from rewire.methods.core.state import copied, restored
+from rewire.nn import Event, Moments
 from rewire.nn.weight.sharded import refuse_sharded
 
-__all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpose", "only"]
+__all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpose"]
 
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
@@ -35,10 +42,6 @@ Evaluate = Callable[[nn.Module], float]
 #: that begins with it.
 Data = Iterable[Any]
 
-#: Weights that an error names; the others it counts.
-_NAMED = 5
-
-
 _NO_COPY = (
     "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, "
     "make a new method for "
@@ -46,13 +49,15 @@ _NO_COPY = (
 )
 
 
-class Method(ABC):
+class Method(Declared, ABC):
     """A way of finding connections while training; the interface of all methods.
 
     Call `penalty` in the loss, `step` after ``optimizer.step()`` (before a learning-rate
-    scheduler's), `end_epoch` after each epoch, and `finalize` at the end. A method is written by
-    overriding `_after_step` and, where needed, `_after_epoch`, `_wants_capture`, `_state` and
-    `_load_state`; everything else is the same for all of them.
+    scheduler's), `end_epoch` after each epoch, and `finalize` at the end.
+
+    To write a method, override `_after_step` and, where needed, `_after_epoch`, `_wants_capture`.
+    Declare hyper-parameters as fields (`rewire.methods.core.parameters`), and name in ``saves``
+    the attributes that a saved state must hold; everything else is the same for all methods.
 
     A method that moves connections at a fixed budget (`needs_room`) raises ValueError where none of
     its weights has a dormant position. A full one beside others, as ERK makes of small layers, is
@@ -65,8 +70,14 @@ class Method(ABC):
             (`rewire.distributed.prepare`), else drawn from torch's default generator.
     """
 
-    #: Set where a paper forbids decay of sparse values; construction then refuses an optimizer that
-    #: has it.
+    model: nn.Module = field(kw_only=False)
+    optimizer: Optimizer | Iterable[Optimizer] = field(kw_only=False)
+    seed: int = service(default=None, help="of the method's random numbers")
+    weights_named: frozenset[str] | None = service(
+        default=None, help="names of the weights to act on, for one of several methods in a Group"
+    )
+
+    #: Set where a paper forbids decay of sparse values: an optimizer that has it is refused.
     forbids_weight_decay: ClassVar[bool] = False
     #: Slots of a pool of at least this many connections are sorted again once as many have grown as
     #: there are. Before, the whole pool lies in cache and their order costs nothing; sorted, a
@@ -80,13 +91,21 @@ class Method(ABC):
     start_density: ClassVar[float | None] = None
     #: Whether ranks of DDP that train the same values come to the same decisions.
     acts_in_ranks: ClassVar[bool] = True
-    #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused at
-    #: construction.
+    #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
+    #: Set by methods that move connections at a fixed budget: refused where no weight has a
+    #: dormant position.
+    needs_room: ClassVar[bool] = False
+    #: Attributes of this class that a saved state holds: numbers, words, tensors, and lists (by
+    #: number of the pool) or dicts of them. Those of base classes are saved as well.
+    saves: ClassVar[tuple[str, ...]] = ()
     #: The optimizer of `rewire train` where the user names none, and its rate; None for the usual
     #: one of the optimizer.
     run_optimizer: ClassVar[str] = "adam"
     run_lr: ClassVar[float | None] = None
+
+    #: What grown connections start from in the optimizer; see `moments_field`.
+    moments: str = field(init=False, default="auto")
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
@@ -98,50 +117,47 @@ class Method(ABC):
         """
         return {}
 
-    #: Set by methods that move connections at a fixed budget: refused where no weight has a
-    #: position to move one to.
-    needs_room: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        self.model = model
-        refuse_sharded(model)
+    def __post_init__(self) -> None:
+        self.check_parameters()
+        self._check()
+        refuse_sharded(self.model)
         refuse_unprepared(
-            model,
-            trained_weights(model, optimizer),
+            self.model,
+            trained_weights(self.model, self.optimizer),
             type(self).__name__,
             in_ranks=self.acts_in_ranks,
         )
-        self.moments: str = moments
-        self._attachment = Attachment(model, optimizer, dense=self.starts_dense, moments=moments)
+        self._attachment = Attachment(
+            self.model,
+            self.optimizer,
+            dense=self.starts_dense,
+            moments=cast(Moments, "cleared" if self.moments == "dense" else self.moments),
+            names=self.weights_named,
+        )
         self.optimizers = self._attachment.optimizers
         self.pools = self._attachment.pools
-        if seed is None:
-            agreed = self.pools[0].weight.shared_seed if self.pools else None
-            seed = random.seed_from() if agreed is None else agreed
-        if not 0 <= seed < random.SEED_BOUND:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
-        self.seed = seed
-        self.steps = 0
-        self.epochs = 0
-        self.updates = 0
+        self.seed = agreed_seed(self.seed, [pool.weight for pool in self.pools])
+        self.steps = self.epochs = self.updates = 0
         self._warned = False
         self._dropped = {pool.name: 0 for pool in self.pools}
         self._grown = {pool.name: 0 for pool in self.pools}
         self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
         self._records = False  # whether a step was ever asked for
-        self._refuse_limits()
+        refuse_limits(self.pools, self._limits_kept(), type(self).__name__)
         if self.needs_room:
-            self._refuse_full()
+            refuse_full(self.pools, type(self).__name__)
         if self.forbids_weight_decay:
-            self._refuse_weight_decay()
+            refuse_weight_decay(self.pools, type(self).__name__)
+        self._setup()
         self._request_capture()
+
+    def _check(self) -> None:
+        """Check what concerns several hyper-parameters, and fill in those that follow from others,
+        before anything is touched.
+        """
+
+    def _setup(self) -> None:
+        """Make the method's own state; pools and optimizers are known by now."""
 
     # --- what users call --------------------------------------------------------------------------
 
@@ -149,7 +165,6 @@ class Method(ABC):
         """The method's own term of the loss (a scalar); 0 for methods that act in `step`."""
         return torch.zeros((), device=self.optimizers[0].param_groups[0]["params"][0].device)
 
-    @final
     @torch.no_grad()
     def step(self) -> None:
         """Act on the optimizer step just made; after a step that was skipped (GradScaler) this does
@@ -174,7 +189,6 @@ class Method(ABC):
         self._release(pools)
         self._request_capture()
 
-    @final
     @torch.no_grad()
     def end_epoch(self, evaluate: Evaluate | None = None, *, last: bool = False) -> None:
         """Act on the end of an epoch.
@@ -211,7 +225,7 @@ class Method(ABC):
         self._release(self.pools)
         return self.model
 
-    def connections(self) -> dict[str, int]:
+    def count_connections(self) -> dict[str, int]:
         """Connections of each weight, by name; of methods that store more, those that take part in
         the function.
         """
@@ -244,7 +258,6 @@ class Method(ABC):
             "grown": dict(self._grown),
         }
 
-    @final
     def state_dict(self) -> dict[str, Any]:
         """All the method needs to go on as if never stopped; tensors, numbers, strings, dicts and
         lists only.
@@ -252,7 +265,7 @@ class Method(ABC):
         return {
             "method": type(self).__name__,
             "seed": self.seed,
-            "settings": self._all_settings(),
+            "settings": self._settings(),
             "steps": self.steps,
             "epochs": self.epochs,
             "updates": self.updates,
@@ -262,7 +275,6 @@ class Method(ABC):
             "own": self._state(),
         }
 
-    @final
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s result; the model must be restored as well, before or after.
 
@@ -278,7 +290,7 @@ class Method(ABC):
                 f"this is the state of a model with weights {', '.join(state['dropped'])}, "
                 f"not {', '.join(self._dropped)}"
             )
-        for name, mine in self._all_settings().items():
+        for name, mine in self._settings().items():
             theirs = state.get("settings", {}).get(name)
             if theirs != mine:
                 raise ValueError(
@@ -328,21 +340,31 @@ class Method(ABC):
         """
         pool.watch()
 
-    def _all_settings(self) -> dict[str, Any]:
-        return {"moments": self.moments} | self._settings()
-
     def _settings(self) -> dict[str, Any]:
-        """Hyper-parameters without which the saved state means something else; loading refuses
-        other ones.
-        """
-        return {}
+        """What a saved state must agree with: the parameters declared so, as they are in use."""
+        names = [found.name for found in self.declared().values() if found.declared.saved]
+        return {"moments": self.moments} | {name: copied(getattr(self, name)) for name in names}
+
+    @classmethod
+    def _saved(cls) -> list[str]:
+        return [name for base in reversed(cls.__mro__) for name in vars(base).get("saves", ())]
 
     def _state(self) -> dict[str, Any]:
-        """The method's own state beyond the counters."""
-        return {}
+        """The method's own state beyond the counters: what ``saves`` names."""
+        return {name.lstrip("_"): copied(getattr(self, name)) for name in self._saved()}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; read all of it before changing anything."""
+        weights = {pool.name: pool.weight for pool in self.pools}
+
+        def device(key: int | str) -> torch.device:
+            found = self.pools[key].weight if isinstance(key, int) else weights[key]
+            return found.device
+
+        names = self._saved()
+        values = [restored(state[n.lstrip("_")], getattr(self, n), device) for n in names]
+        for name, value in zip(names, values, strict=True):
+            setattr(self, name, value)
 
     def __deepcopy__(self, memo: object) -> Method:
         raise TypeError(_NO_COPY)
@@ -351,6 +373,34 @@ class Method(ABC):
         raise TypeError(_NO_COPY)
 
     # --- services ---------------------------------------------------------------------------------
+
+    def _before_step(self, hook: Callable[[Any, Optimizer], None]) -> None:
+        """Have ``hook(method, optimizer)`` called before each step, see `Attachment.before_step`.
+
+        ``hook`` must not refer to the method in another way: nothing shall keep it alive.
+        """
+        here = weakref.ref(self)
+
+        def before(optimizer: Optimizer) -> None:
+            method = here()
+            if method is not None:
+                hook(method, optimizer)
+
+        self._attachment.before_step(before)
+
+    def _follow(self, pool: Pool, follower: Callable[[Any, Pool, Event], None]) -> None:
+        """Have ``follower(method, pool, event)`` called after each change of the pool.
+
+        As for `_before_step`, ``follower`` must not refer to the method or the pool itself.
+        """
+        here, number = weakref.ref(self), pool.number
+
+        def follow(event: Event) -> None:
+            method = here()
+            if method is not None:
+                follower(method, method.pools[number], event)
+
+        self._attachment.follow(pool, follow)
 
     def _exchange(
         self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0
@@ -450,8 +500,7 @@ class Method(ABC):
                     self._prepare(pool)
             if not self._records:
                 self._records = True
-                here = weakref.ref(self)
-                self._attachment.before_step(lambda optimizer: _freeze(here, optimizer))
+                self._before_step(_freeze)
 
     def _release(self, pools: Iterable[Pool]) -> None:
         for pool in pools:
@@ -462,52 +511,30 @@ class Method(ABC):
         """The kinds of limits kept under this method's settings."""
         return self.keeps_limits
 
-    def _refuse_limits(self) -> None:
-        for pool in self.pools:
-            kinds = pool.weight.limits.kinds if pool.weight.limits is not None else ()
-            broken = [kind for kind in kinds if kind not in self._limits_kept()]
-            if broken:
-                raise ValueError(
-                    f"{pool.name} is limited to {pool.weight.limits}, and {type(self).__name__} "
-                    "with these settings "
-                    f"does not keep a limit on {' and '.join(broken)}: `rewire methods NAME` says "
-                    "what a method keeps"
-                )
-
-    def _refuse_full(self) -> None:
-        if any(pool.weight.connections < pool.weight.size for pool in self.pools):
-            return
-        shown = [
-            f"{pool.name} (K = {pool.weight.connections} of M = {pool.weight.size})"
-            for pool in self.pools
-        ]
-        if len(shown) > _NAMED:
-            shown[_NAMED:] = [f"{len(shown) - _NAMED} others"]
-        raise ValueError(
-            f"{type(self).__name__} has nothing to rewire, because every weight has all of its "
-            "connections: "
-            f"{', '.join(shown)}; give one of them fewer than M at least (density= or "
-            "connections=), or use Static"
-        )
-
-    def _refuse_weight_decay(self) -> None:
-        for pool in self.pools:
-            if float(pool.group.get("weight_decay", 0)) != 0:
-                raise ValueError(
-                    f"{type(self).__name__} must not be combined with weight decay on sparse "
-                    "values, and the "
-                    f"optimizer decays {pool.name} by {pool.group['weight_decay']}: make it with "
-                    "rewire.param_groups(model, weight_decay, decay_sparse=False), or without "
-                    "weight decay"
-                )
+    def _now(self, name: str, step: int) -> float:
+        """The number that hyper-parameter ``name`` has at ``step``, checked against its bounds."""
+        return current(name, getattr(self, name), step, self.declared()[name].declared)
 
 
-def _freeze(method: weakref.ref[Method], optimizer: Optimizer) -> None:
+def _freeze(method: Method, optimizer: Optimizer) -> None:
     """The gradients are what ``optimizer`` will use: what was recorded of them is kept as it is
     now.
     """
-    here = method()
-    if here is not None:
-        for pool in here.pools:
-            if pool.recorder is not None and pool.optimizer is optimizer:
-                pool.recorder.freeze(gradient_scale(optimizer))
+    for pool in method.pools:
+        if pool.recorder is not None and pool.optimizer is optimizer:
+            pool.recorder.freeze(gradient_scale(optimizer))
+
+
+def moments_field() -> Any:
+    """The declaration of ``moments``, for methods that grow connections."""
+    return parameter(
+        default="auto",
+        help='what a grown connection starts from in Adam and its like: "aged" (bias correction of '
+        'its own age), "cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is '
+        "known); see rewire.nn.follow_optimizer",
+    )
+
+
+def data_field() -> Any:
+    """The declaration of ``data``, for methods that look at activations."""
+    return service(default=None, help="batches of training inputs, see `Data`")

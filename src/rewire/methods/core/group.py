@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire import random
-from rewire.methods.core.base import Evaluate, Method, only
-from rewire.nn import sparse_weights
+from rewire.methods.core.attachment import trained_weights
+from rewire.methods.core.base import Evaluate, Method
+from rewire.methods.core.parameters import both_names, fits
+from rewire.methods.core.refusals import agreed_seed
 from rewire.nn.optimizers.wrappers import listed
 
 __all__ = ["Group"]
@@ -21,7 +21,7 @@ __all__ = ["Group"]
 Factory = Callable[..., Method]
 
 
-class Group:
+class Group(Method):
     """Different methods for different layers, with the protocol of one (`Method`)::
 
         Group(model, optimizer, {"conv*": partial(RigL, fraction=0.2), "fc*": DeepR})
@@ -48,23 +48,17 @@ class Group:
     ) -> None:
         self.model = model
         self.optimizers = listed(optimizer)
-        known = {
-            id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]
-        }
-        weights = [
-            (n, w)
-            for n, w in sparse_weights(model)
-            if w.values.requires_grad or id(w.values) in known
-        ]
-        if seed is None:
-            agreed = weights[0][1].shared_seed if weights else None
-            seed = random.seed_from() if agreed is None else agreed
+        weights = trained_weights(model, self.optimizers)
+        self.seed = agreed_seed(seed, [weight for _, weight in weights])
         chosen = _assign([name for name, _ in weights], list(methods))
         #: The methods, by pattern.
-        self.methods: dict[str, Method] = {}
-        for pattern, make in methods.items():
-            with only(chosen[pattern]):
-                self.methods[pattern] = make(model, self.optimizers, seed=seed)
+        self.methods: dict[str, Method] = {
+            pattern: make(
+                model, self.optimizers, seed=self.seed, weights_named=frozenset(chosen[pattern])
+            )
+            for pattern, make in methods.items()
+        }
+        self.pools = [pool for method in self.methods.values() for pool in method.pools]
 
     def __getitem__(self, pattern: str) -> Method:
         return self.methods[pattern]
@@ -89,10 +83,27 @@ class Group:
             self.model = method.finalize()
         return self.model
 
-    def connections(self) -> dict[str, int]:
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """Real optimizer steps: the most of any method."""
+        return max(method.steps for method in self.methods.values())
+
+    @property
+    def epochs(self) -> int:  # type: ignore[override]
+        """Epochs that have ended."""
+        return max(method.epochs for method in self.methods.values())
+
+    @property
+    def updates(self) -> int:  # type: ignore[override]
+        """Updates of the topology: the most of any method."""
+        return max(method.updates for method in self.methods.values())
+
+    def count_connections(self) -> dict[str, int]:
         """Connections of each weight, by name."""
         return {
-            name: k for method in self.methods.values() for name, k in method.connections().items()
+            name: k
+            for method in self.methods.values()
+            for name, k in method.count_connections().items()
         }
 
     def active_masks(self) -> dict[str, Tensor]:
@@ -144,8 +155,7 @@ def _assign(names: list[str], patterns: list[str]) -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {pattern: [] for pattern in patterns}
     none, several = [], []
     for name in names:
-        layer = name.rpartition(".")[0]
-        found = [p for p in patterns if fnmatchcase(name, p) or (layer and fnmatchcase(layer, p))]
+        found = [pattern for pattern in patterns if fits(both_names(name), pattern)]
         if len(found) == 1:
             chosen[found[0]].append(name)
         elif found:

@@ -6,45 +6,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_type_hints
+from textwrap import fill
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from rewire.methods.core.base import Method
+from rewire.methods.core.parameters import Parameter
 
 __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
 
 Memory = Literal["O(K)", "O(M)"]
-
-#: Keyword arguments that are no hyper-parameters: the loop that makes the method provides them.
-_SERVICES = ("seed", "data", "evaluate", "steps", "epochs")
-#: What hyper-parameters mean that many methods take, where a class does not say it.
-_COMMON = {
-    "moments": 'what a grown connection starts from in Adam and its like: "aged" (bias correction '
-    "of its own age), "
-    '"cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is known); see '
-    "rewire.nn.follow_optimizer."
-}
-#: The final budget, likewise, of methods that come down to it (`rewire.methods.pruning.shrink`).
-_BUDGET = ("connections", "density", "distribution")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One hyper-parameter of a method: its type annotation, default and one-line help (from the
-    class docstring).
-    """
-
-    name: str
-    annotation: Any
-    default: Any
-    help: str
 
 
 @dataclass(frozen=True)
@@ -67,22 +44,13 @@ class MethodInfo:
     guarantees: tuple[str, ...]
     needs: str = ""
 
+    def _of_kind(self, kind: str) -> dict[str, Parameter]:
+        found = self.cls.declared().items()
+        return {name: parameter for name, parameter in found if parameter.declared.kind == kind}
+
     def parameters(self) -> dict[str, Parameter]:
-        """The method's own hyper-parameters by name: keyword-only, without seed, data, evaluate and
-        final budget.
-        """
-        hints = get_type_hints(self.cls.__init__)
-        text = inspect.getdoc(self.cls) or ""
-        return {
-            p.name: Parameter(
-                p.name,
-                hints.get(p.name, Any),
-                p.default,
-                _help(text, p.name) or _COMMON.get(p.name, ""),
-            )
-            for p in inspect.signature(self.cls.__init__).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in self.services
-        }
+        """The method's hyper-parameters by name, as its class declares them."""
+        return self._of_kind("parameter")
 
     @property
     def takes_data(self) -> bool:
@@ -91,13 +59,11 @@ class MethodInfo:
 
     @property
     def services(self) -> tuple[str, ...]:
-        """Keyword arguments of the constructor that are no hyper-parameters ("seed", "data",
-        "connections", ...).
+        """Keyword arguments of the constructor that are no hyper-parameters: what the training loop
+        provides ("seed", "data", "total_steps", ...), and the final budget ("connections", ...).
         """
-        known = _SERVICES if self.start_density is None else (*_SERVICES, *_BUDGET)
-        return tuple(
-            name for name in inspect.signature(self.cls.__init__).parameters if name in known
-        )
+        hidden = {"weights_named"}
+        return tuple({**self._of_kind("service"), **self._of_kind("budget")}.keys() - hidden)
 
     @property
     def start_density(self) -> float | None:
@@ -119,12 +85,6 @@ class MethodInfo:
         `rewire.methods.pruning.shrink`).
         """
         return "connections" in self.services
-
-
-def _help(doc: str, name: str) -> str:
-    """The sentences after ``name:`` (or ``name, other:``) in the Args of a docstring."""
-    found = re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)*: (.*(?:\n {{6,}}.*)*)", doc, re.MULTILINE)
-    return " ".join(found.group(1).split()) if found else ""
 
 
 _METHODS: dict[str, MethodInfo] = {}
@@ -151,6 +111,7 @@ def register(
                 f"a method called {name!r} is registered already "
                 f"({_METHODS[name].cls.__qualname__})"
             )
+        _document(cls)
         _METHODS[name] = MethodInfo(
             name, cls, paper, summary, keeps_budget, memory, tuple(guarantees), needs
         )
@@ -215,19 +176,24 @@ def create(
     entry = info(name)
     allowed = entry.parameters()
     for given in parameters:
-        if given not in allowed and given not in ("seed", *entry.services):
+        if given not in allowed and given not in entry.services:
             near = get_close_matches(given, allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             names = ", ".join(allowed) or "none"
             raise ValueError(f"{name} has no parameter {given!r}: it has {names}{hint}")
-    for needed in inspect.signature(entry.cls.__init__).parameters.values():
-        is_required = (
-            needed.kind is inspect.Parameter.KEYWORD_ONLY
-            and needed.default is inspect.Parameter.empty
-        )
-        if is_required and needed.name not in parameters:
-            raise ValueError(
-                f"{name} needs {needed.name}=: "
-                f"{_help(inspect.getdoc(entry.cls) or '', needed.name)}"
-            )
+    for needed in entry.cls.declared().values():
+        if needed.default is MISSING and needed.name not in parameters:
+            raise ValueError(f"{name} needs {needed.name}=: {needed.help}")
     return entry.cls(model, optimizer, **parameters)
+
+
+def _document(cls: type[Method]) -> None:
+    """Add the declared arguments to the class's docstring, for ``help(cls)``."""
+    lines = []
+    for found in cls.declared().values():
+        if found.name != "weights_named":
+            what = f"{found.name}: {found.help}"
+            if found.declared.kind == "parameter":
+                what += f". {found.allowed().capitalize()}; default {found.default!r}"
+            lines.append(fill(what, 92, initial_indent=" " * 4, subsequent_indent=" " * 8) + ".")
+    cls.__doc__ = f"{inspect.getdoc(cls) or ''}\n\nArgs:\n" + "\n".join(lines)

@@ -35,7 +35,6 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire import random
 from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Data, Pool
-from rewire.methods.core.settings import choice
 from rewire.nn import SparseWeight
 from rewire.nn.forward.tensors import first_input, first_tensor, tensors_in
 from rewire.nn.layers.base import SparseLayer
@@ -98,8 +97,6 @@ class Recorder:
             raise ValueError(
                 f"samples must be a number of rows of at least 1, or None for all, not {samples!r}"
             )
-        choice("mode", mode, ("eval", "train"))
-        choice("activations", activations, ("pre", "post"))
         self.model, self.data, self.samples, self.mode, self.activations = (
             model,
             data,

@@ -1,29 +1,36 @@
-"""Which connections to drop: small pure criteria, plugged into a `rewire.methods.Rewirer`.
-
-A criterion is a callable ``(pool, fraction) -> slots``: int64, distinct, active. It reads the pool
-in (row, col) order, so ties never depend on a slot's history.
+"""Which connections to drop: small criteria without state, plugged into a
+`rewire.methods.Rewirer`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from rewire.methods.core.base import Pool
+from rewire.methods.criteria.criterion import Criterion
 from rewire.methods.criteria.similarity import Similarity
 from rewire.ops import extremes, weakest
 
-__all__ = ["Drop", "Magnitude", "MagnitudeAndGradient", "MagnitudeBySign", "smallest"]
+__all__ = ["ByMagnitude", "ByMagnitudeAndGradient", "ByMagnitudeAndSign", "Drop", "smallest"]
 
 
-class Drop(Protocol):
-    """Chooses the connections of one pool to drop."""
+class Drop(Criterion):
+    """Chooses the connections to drop; a subclass defines ``__call__``.
 
+    It reads a pool in (row, col) order, so that ties never depend on a slot's history.
+    """
+
+    @abstractmethod
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
-        """Slots (int64) of about ``fraction`` of the active connections."""
-        ...
+        """Slots (int64, distinct) of about ``fraction`` of the pool's active connections."""
+
+    def over(self, pools: Sequence[Pool], fraction: float) -> list[Tensor]:
+        """The slots to drop of each pool; override it to decide over all layers at once."""
+        return [self(pool, fraction) for pool in pools]
 
 
 def smallest(slots: Tensor, score: Tensor, count: int) -> Tensor:
@@ -34,7 +41,7 @@ def smallest(slots: Tensor, score: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class ByMagnitude(Drop):
     """The ``floor(fraction * K)`` connections of smallest magnitude."""
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
@@ -42,7 +49,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class MagnitudeBySign:
+class ByMagnitudeAndSign(Drop):
     """SET's rule: ``floor(fraction * n)`` of the n smallest positive and of the n largest negative
     weights.
 
@@ -68,7 +75,7 @@ class MagnitudeBySign:
 
 
 @dataclass(frozen=True)
-class MagnitudeAndGradient:
+class ByMagnitudeAndGradient(Drop):
     """The ``floor(fraction * K)`` connections of smallest ``|w| + weight |g|`` (MEST), g as the
     last step used it.
     """
@@ -76,13 +83,13 @@ class MagnitudeAndGradient:
     weight: float = 1.0
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]
         """What a `rewire.methods.Rewirer` keeps for it in ``pool.gradient``."""
         return "last gradient" if self.weight else ""
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
         if not self.weight:
-            return Magnitude()(pool, fraction)
+            return ByMagnitude()(pool, fraction)
         values, slots, gradient = pool.weight.values.detach(), pool.weight.active(), pool.gradient
         if gradient is None:
             raise RuntimeError(

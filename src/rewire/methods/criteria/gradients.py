@@ -18,13 +18,14 @@ optimizer's gradients: averaged by DDP, unscaled by a GradScaler, clipped by nor
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Pool, Purpose
+from rewire.methods.core.parameters import Declaration, Parameter, parameter
 from rewire.methods.core.recording import Status
 from rewire.methods.criteria.sampling import fitting, random_dormant, uniform
 from rewire.methods.criteria.topk import Best, Gradients, recorded, top
@@ -34,7 +35,8 @@ __all__ = [
     "CandidateCount",
     "best",
     "best_candidates",
-    "checked_candidates",
+    "candidates_field",
+    "check_candidates",
     "probed",
     "request",
     "sampled",
@@ -55,16 +57,22 @@ SMALL = 1 << 20
 POSITIONS_PER_CONNECTION = 128
 
 
-def checked_candidates(candidates: CandidateCount) -> CandidateCount:
-    """``candidates``, or ValueError saying what is allowed."""
-    whole = isinstance(candidates, int) and not isinstance(candidates, bool)
-    if candidates is None or candidates == "auto" or (whole and int(candidates) >= 1):
-        return candidates
-    raise ValueError(
-        "candidates must be None (exact), 'auto' or a number of dormant positions to look at, at "
-        "least 1, "
-        f"not {candidates!r}"
-    )
+_CANDIDATES = Declaration(
+    help="where gradients are looked at: None for all positions, exactly; a number for so many "
+    'random dormant ones per layer, and what is dropped; "auto" is exact where affordable '
+    "(rewire.methods.criteria.gradients.sampled)",
+    low=1,
+)
+
+
+def candidates_field() -> Any:
+    """The declaration of ``candidates``, for methods that grow by gradients."""
+    return parameter(default="auto", help=_CANDIDATES.help, low=_CANDIDATES.low)
+
+
+def check_candidates(candidates: CandidateCount) -> None:
+    """Raise ValueError saying what is allowed if ``candidates`` is not."""
+    Parameter("candidates", CandidateCount, "auto", _CANDIDATES).check(candidates)
 
 
 def sampled(pool: Pool, candidates: CandidateCount) -> int | None:

@@ -1,16 +1,13 @@
 """Which connections to grow: small criteria, plugged into a `rewire.methods.Rewirer`, and the
 sampling they rest on.
-
-A criterion is a callable ``(pool, dropped slots, count, seed, step) -> (rows, cols)``: int64,
-distinct, dormant once the dropped ones are gone. Just-dropped positions are candidates, so there is
-always room for as many as were dropped.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,14 +15,15 @@ from torch import Tensor
 from rewire import random, topology
 from rewire.methods.core.base import Pool, Purpose
 from rewire.methods.criteria import gradients
+from rewire.methods.criteria.criterion import Criterion
 from rewire.methods.criteria.sampling import fitting, random_dormant, uniform
 from rewire.methods.criteria.similarity import Similarity
 from rewire.methods.criteria.topk import exponential, top
 from rewire.ops import Draw, uniforms
 
 __all__ = [
-    "Cosine",
-    "Gradient",
+    "ByGradient",
+    "BySimilarity",
     "Grow",
     "Random",
     "Scope",
@@ -48,23 +46,32 @@ _LEAST = 1e-30
 _RANKED = 4
 
 
-class Grow(Protocol):
-    """Chooses the connections that one pool grows."""
+class Grow(Criterion):
+    """Chooses the connections that a pool grows; a subclass defines ``__call__``.
 
+    Randomness comes from ``(seed, step)`` alone, so that a resumed run makes the same choices.
+    """
+
+    #: Kinds of limits (`rewire.budget.Limits`) that what grows keeps.
+    keeps_limits: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
     def __call__(
         self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
     ) -> tuple[Tensor, Tensor]:
-        """``count`` positions (rows, cols) to grow while the slots ``dropped`` go."""
-        ...
+        """``count`` positions (rows, cols; int64, distinct) to grow while the slots ``dropped`` go.
+
+        They are dormant then: positions that are just dropped may grow again, so there is always
+        room for as many as are dropped.
+        """
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Grow):
     """Uniformly random dormant connections of the pool (SET, DEEP R); under limits, of those that
     fit.
     """
 
-    #: Kinds of limits (`rewire.budget.Limits`) that the criterion keeps.
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
 
     def __call__(
@@ -74,7 +81,7 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class BySimilarity(Grow):
     """Dormant connections by the absolute cosine similarity of the activations at their ends.
 
     Where a pool has no similarities, uniformly random ones. Under limits (`rewire.budget.Limits`)
@@ -97,7 +104,7 @@ class Cosine:
     candidates).
     """
 
-    source: Similarity
+    source: Similarity | None
     draw: Literal["top", "proportional"] = "top"
     candidates: int | None = None
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
@@ -113,6 +120,7 @@ class Cosine:
     def __call__(
         self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
     ) -> tuple[Tensor, Tensor]:
+        assert self.source is not None
         cosine, weight = self.source.of(pool), pool.weight
         if cosine is None:
             return random_dormant(pool, dropped, count, seed, step)
@@ -154,7 +162,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Gradient:
+class ByGradient(Grow):
     """Grow the dormant connections with the largest gradient magnitudes (RigL).
 
     Args:
@@ -172,7 +180,7 @@ class Gradient:
     needs: ClassVar[str] = "gradients"
 
     def __post_init__(self) -> None:
-        gradients.checked_candidates(self.candidates)
+        gradients.check_candidates(self.candidates)
 
     def request(self, pool: Pool, seed: int, step: int) -> None:
         """Ask for the gradients of step ``step``, the next one."""

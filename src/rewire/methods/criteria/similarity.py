@@ -1,4 +1,4 @@
-"""Cosine similarity of the activations at the two ends of a connection, for connections there are
+"""Cosines similarity of the activations at the two ends of a connection, for connections there are
 and could be.
 """
 
@@ -16,10 +16,10 @@ from rewire.nn import SparseWeight
 from rewire.ops.pairs import Pair
 from rewire.topology import Index
 
-__all__ = ["Cosine", "Similarity"]
+__all__ = ["Cosines", "Similarity"]
 
 
-class Cosine:
+class Cosines:
     """Absolute cosines of one weight: ``abs(sum of x[c] y[r]) / (norm of x[c] norm of y[r])``, not
     mean-centred.
 
@@ -87,7 +87,7 @@ class Similarity:
     """The similarities that criteria ask for during one update, all of the model as it was before.
 
     Give one object to both criteria of a `rewire.methods.Rewirer`
-    (``drop.MagnitudeBySign(similarity)``, ``grow.Cosine(similarity)``), which has it record at the
+    (``drop.MagnitudeBySign(similarity)``, ``grow.Cosines(similarity)``), which has it record at the
     start of an update and forget at its end.
 
     Args:
@@ -112,7 +112,7 @@ class Similarity:
             model, data, samples=samples, mode=mode, activations=activations, centred=centred
         )
         self.output_layer = output_layer
-        self._cosines: dict[int, Cosine] = {}
+        self._cosines: dict[int, Cosines] = {}
 
     def record(self, pools: Sequence[Pool], seed: int, step: int) -> None:
         """Look at the activations of the model as it is now."""
@@ -120,13 +120,15 @@ class Similarity:
         if not self.output_layer and output is not None:
             pairs.pop(output, None)
         weights = {pool.number: pool.weight for pool in pools}
-        self._cosines = {number: Cosine(pairs[number], weights[number]) for number in sorted(pairs)}
+        self._cosines = {
+            number: Cosines(pairs[number], weights[number]) for number in sorted(pairs)
+        }
 
     def forget(self) -> None:
         """Give the memory back."""
         self._cosines = {}
 
-    def of(self, pool: Pool) -> Cosine | None:
+    def of(self, pool: Pool) -> Cosines | None:
         """The cosines of a pool; None if it has none: an excluded output layer, or a layer that did
         not run.
         """

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from rewire import random
 from rewire.methods.core.base import Method, Pool, Purpose
+from rewire.methods.core.parameters import PerLayer, parameter, per_layer
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import PerLayer, choice, per_layer
+from rewire.methods.core.slots import PerSlot
+from rewire.methods.core.state import copied
 from rewire.methods.criteria.grow import Scope, allot, random_dormant, random_in_rows
 from rewire.methods.deep_r.dense_moments import DenseMoments
 from rewire.methods.deep_r.heat import Heat
-from rewire.methods.deep_r.signs import SlotSigns, neuron_signs, position_signs, signed
+from rewire.methods.deep_r.signs import current_signs, neuron_signs, position_signs, signed
 from rewire.nn import Event
 from rewire.nn.weight.walk import regrow, walk
 from rewire.ops import langevin_step_
@@ -53,33 +53,21 @@ class DeepR(Method):
     the state of a new connection starts afresh, as in RigL and SET. Weight decay on sparse values
     is refused.
 
-    Args:
-        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in
-            the model's order, or a dict from glob pattern (``"conv*"``) to them.
-        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 /
-            2. Default 1e-5.
-        temperature: T itself instead, as in the paper; a float or a schedule over steps. Or "tied",
-            T = eta l1^2 / 18 as in the paper's experiments: it anneals with the rate, and the noise
-            of a step is a third of its L1.
-        scope: over what the budget is kept: "layer", "network" (connections wander between layers)
-            or "neuron" (every row keeps its fan-in).
-        signs: which sign a grown connection gets: "fixed" (its position's, a hash of seed, row and
-            column, as in the authors' dense code), "redrawn" (a new one each time, as in their
-            sparse code) or "neuron" (Dale's law, as in their spiking networks: all connections that
-            leave a neuron, so a column of the weight or an input channel of a convolution, have one
-            sign, a hash of its number). The connections there are at construction start with the
-            signs of their values, so a trained network keeps its function; but not with "neuron",
-            where the first step gives each value the sign of its neuron.
-        allotment: how scope "network" shares out new connections: "uniform" over all dormant ones
-            of the network, or "authors", by the layers' initial budgets as in their code (which
-            adds a prior on layers).
-        every: optimizer steps between rewirings. The paper's 1 keeps the law; with more,
-            connections that crossed zero wait at 0, without effect, for the next rewiring.
-        moments: what momentum or Adam start from on a grown connection: "auto", "aged" or
-            "cleared", see `rewire.nn.follow_optimizer`, or "dense", what they would be had the
-            optimizer seen the position's gradient all along, as in LSNN's code. That takes O(M)
-            memory and the dense gradient of every step (unscaled and unclipped), for SGD, Adam and
-            AdamW.
+    ``noise`` is that of the authors' code: T = eta noise^2 / 2. ``temperature="tied"`` is T = eta
+    l1^2 / 18 as in the paper's experiments: it anneals with the rate, and the noise of a step is a
+    third of its L1.
+
+    ``signs="fixed"`` gives a grown connection its position's sign, a hash of seed, row and column,
+    as in the authors' dense code; "redrawn" a new one each time, as in their sparse code; "neuron"
+    (Dale's law, as in their spiking networks) one sign for all connections that leave a neuron, so
+    a column of the weight or an input channel of a convolution, a hash of its number. The
+    connections there are at construction start with the signs of their values, so a trained network
+    keeps its function; but not with "neuron", where the first step gives each value the sign of its
+    neuron.
+
+    ``moments="dense"`` lets momentum or Adam start on a grown connection from what they would be
+    had the optimizer seen the position's gradient all along, as in LSNN's code. That takes O(M)
+    memory and the dense gradient of every step (unscaled and unclipped), for SGD, Adam and AdamW.
 
     Cost: O(K) per step (one streaming pass, one merge of the index). State: one byte per slot (and
     see ``moments``).
@@ -97,56 +85,74 @@ class DeepR(Method):
         steps_of_one_length = optimizer in ("adam", "adamw", "rmsprop")
         return {"l1": 0.1} if steps_of_one_length and "l1" not in given else {}
 
+    l1: PerLayer = parameter(
+        default=1e-5, low=0, help="the prior's coefficient alpha; schedules are over steps"
+    )
+    noise: float | Schedule | None = parameter(
+        default=None, low=0, help="standard deviation of the noise over eta; by default 1e-5"
+    )
+    temperature: float | Schedule | Literal["tied"] | None = parameter(
+        default=None, low=0, help="T itself instead of noise=, as in the paper"
+    )
+    scope: Scope = parameter(
+        default="layer",
+        saved=True,
+        help='over what the budget is kept; "network": connections wander between layers, '
+        '"neuron": '
+        "every row keeps its fan-in",
+    )
+    signs: Literal["fixed", "redrawn", "neuron"] = parameter(
+        default="fixed", saved=True, help="which sign a grown connection gets, see above"
+    )
+    allotment: Literal["uniform", "authors"] = parameter(
+        default="uniform",
+        saved=True,
+        help='how scope "network" shares out new connections: over all dormant ones of the '
+        "network, "
+        "or by the layers' initial budgets as in the authors' code (which adds a prior on layers)",
+    )
+    every: int = parameter(
+        default=1,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="optimizer steps between rewirings. The paper's 1 keeps the law; with more, "
+        "connections "
+        "that crossed zero wait at 0, without effect, for the next rewiring",
+    )
+    moments: Literal["auto", "aged", "cleared", "dense"] = parameter(
+        default="auto",
+        help='what momentum or Adam start from on a grown connection: "dense" see above, the '
+        "others "
+        "see rewire.nn.follow_optimizer",
+    )
+
     forbids_weight_decay = True
     needs_room = True
-    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    keeps_limits = ("fan-in", "fan-out", "block")
+    saves = ("_shares", "_waiting", "_begun")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        l1: PerLayer = 1e-5,
-        noise: float | Schedule | None = None,
-        temperature: float | Schedule | Literal["tied"] | None = None,
-        scope: Scope = "layer",
-        signs: Literal["fixed", "redrawn", "neuron"] = "fixed",
-        allotment: Literal["uniform", "authors"] = "uniform",
-        every: int = 1,
-        moments: Literal["auto", "aged", "cleared", "dense"] = "auto",
-        seed: int | None = None,
-    ) -> None:
-        choice("scope", scope, ("layer", "network", "neuron"))
-        choice("signs", signs, ("fixed", "redrawn", "neuron"))
-        choice("allotment", allotment, ("uniform", "authors"))
-        choice("moments", moments, ("auto", "aged", "cleared", "dense"))
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a number of steps of at least 1, not {every}")
-        self.heat = Heat(noise, temperature)
-        self.scope, self.signs, self.allotment, self.every = scope, signs, allotment, every
+    def _check(self) -> None:
+        self.heat = Heat(self.noise, self.temperature)
         self._dense: list[DenseMoments] = []
         # By pool: learning rate, L1, heat, and what follows from them where they are no schedules.
         self._scales: dict[int, tuple[float, object, Heat, tuple[float, float]]] = {}
-        # Dense moments are those of a connection that was there all along: of the optimizer's own
-        # age.
-        super().__init__(
-            model, optimizer, moments="cleared" if moments == "dense" else moments, seed=seed
-        )
-        self.moments = moments
-        self.l1 = per_layer("l1", l1, self.pools, 0.0)
-        if moments == "dense":
+
+    def _setup(self) -> None:
+        names = [pool.name for pool in self.pools]
+        self.each_l1 = per_layer("l1", self.l1, names, 0.0)
+        if self.moments == "dense":
             self._dense = [DenseMoments(pool) for pool in self.pools]
-            self._request_capture()
-        if scope == "network":
+        if self.scope == "network":
             self._refuse_fixed_pools()
         # whether the event under way is `_regrow`'s, which sees to the signs itself
         self._own = False
         self._shares = [float(pool.weight.connections) for pool in self.pools]
-        self._signs = SlotSigns(self.pools)
-        self._begun = [signs != "neuron"] * len(self.pools)
+        self._signs = PerSlot(self.pools, current_signs)
+        self._begun = [self.signs != "neuron"] * len(self.pools)
         # By pool: what its random numbers are drawn by, beside seed and step; asked for in every
         # step.
-        fixed = signs == "fixed"
+        fixed = self.signs == "fixed"
         self._drawn: list[dict[str, Any]] = [
             {
                 "noise_stream": pool.stream(Purpose.NOISE),
@@ -159,9 +165,8 @@ class DeepR(Method):
         self._waiting: list[Tensor] = [
             torch.empty(0, dtype=torch.int64, device=pool.weight.device) for pool in self.pools
         ]
-        here = weakref.ref(self)
-        for i, pool in enumerate(self.pools):
-            self._attachment.follow(pool, lambda event, i=i: _tell(here, i, event))
+        for pool in self.pools:
+            self._follow(pool, DeepR._changed)
 
     def _refuse_fixed_pools(self) -> None:
         for pool in self.pools:
@@ -204,7 +209,7 @@ class DeepR(Method):
 
     def _scale(self, pool: Pool) -> tuple[float, float]:
         """What L1 takes off in this step, and the standard deviation of the noise."""
-        coefficient = self.l1[pool.number]
+        coefficient = self.each_l1[pool.number]
         known = self._scales.get(pool.number)
         if (
             known is not None
@@ -338,53 +343,33 @@ class DeepR(Method):
 
     # --- signs ------------------------------------------------------------------------------------
 
-    def _changed(self, number: int, event: Event) -> None:
+    def _changed(self, pool: Pool, event: Event) -> None:
         if self._own:
             return
-        self._signs.changed(number, event)
+        self._signs.changed(pool.number, event)
         if event.loaded:
             return
-        waiting = self._waiting[number]
+        waiting = self._waiting[pool.number]
         if waiting.numel():
             if event.source is not None:
                 waiting = torch.isin(event.source, waiting).nonzero().flatten()
-            self._waiting[number] = waiting[~torch.isin(waiting, event.slots)]
+            self._waiting[pool.number] = waiting[~torch.isin(waiting, event.slots)]
 
     def _limits_kept(self) -> tuple[str, ...]:
         # What grows within its row knows no other row, and what wanders between layers may find no
         # room there.
         return {"layer": self.keeps_limits, "neuron": ("fan-in",), "network": ()}[self.scope]
 
-    def _settings(self) -> dict[str, Any]:
-        names = ("scope", "signs", "allotment", "every")
-        return {name: getattr(self, name) for name in names}
-
     def _state(self) -> dict[str, Any]:
-        return {
-            "shares": list(self._shares),
-            "waiting": {p.name: w.clone() for p, w in zip(self.pools, self._waiting, strict=True)},
-            "begun": list(self._begun),
-            "moments": {
-                p.name: {k: v.clone() for k, v in dense.kept.items()}
-                for p, dense in zip(self.pools, self._dense, strict=False)
-            },
-        }
+        dense = {moments.name: copied(moments.kept) for moments in self._dense}
+        return super()._state() | {"moments": dense}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        shares = [float(s) for s in state["shares"]]
-        waiting = [state["waiting"][p.name].to(p.weight.device, copy=True) for p in self.pools]
-        begun = [bool(b) for b in state["begun"]]
         kept = [
             {k: state["moments"][d.name][k].to(v, copy=True).view_as(v) for k, v in d.kept.items()}
             for d in self._dense
         ]
-        self._shares, self._waiting, self._begun = shares, waiting, begun
+        super()._load_state(state)
         for dense, theirs in zip(self._dense, kept, strict=True):
             dense.kept = theirs
         self._signs.read()
-
-
-def _tell(method: weakref.ref[DeepR], number: int, event: Event) -> None:
-    here = method()
-    if here is not None:
-        here._changed(number, event)

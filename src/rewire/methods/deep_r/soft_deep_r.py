@@ -4,19 +4,19 @@ active.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from rewire import random
-from rewire.methods.core.base import Method, Moments, Pool, Purpose
+from rewire.methods.core.base import Method, Moments, Pool, Purpose, moments_field
+from rewire.methods.core.parameters import PerLayer, parameter, per_layer
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import PerLayer, choice, per_layer
+from rewire.methods.core.slots import PerSlot
 from rewire.methods.deep_r.heat import Heat
-from rewire.methods.deep_r.signs import SlotSigns, position_signs, signed
+from rewire.methods.deep_r.signs import current_signs, position_signs, signed
 from rewire.ops import add_normal_
 from rewire.schedules import Schedule, at, within
 
@@ -58,64 +58,72 @@ class SoftDeepR(Method):
     keeps its sign while it lives; one that becomes active has its position's (a hash of seed, row
     and column). Weight decay on sparse values is refused.
 
-    Args:
-        l1: the prior's coefficient alpha. A number or a schedule over steps; or a list of them in
-            the model's order, or a dict from glob pattern to them.
-        noise: standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 /
-            2. Default 1e-5.
-        temperature: T itself instead, as in the paper; or "tied", T = eta l1^2 / 18 (the noise is
-            then a third of the L1 step, at every rate). A float or a schedule over steps.
-        p_min: share of the connections that is active where the loss has no gradient, in (0, 1): it
-            sets theta_min = -T (1 - p_min) / (l1 p_min) at every step. One number or one per layer,
-            as for ``l1``.
-        theta_min: the lower bound itself instead, below 0. One number or one per layer.
-        boundary: what happens at theta_min: "clip" (the paper) or "reflect" (theta <- 2 theta_min -
-            theta, without which the law holds only up to sqrt(eta)).
-        start: which of the pool's connections are active at first: "all", with the signs of their
-            values, or "authors": those whose value has its position's sign, about half, because
-            their code draws theta of both signs. The others start at theta_min. This happens at the
-            first step, so that making the method changes nothing. All other dormant ones start at
-            U(theta_min, 0).
+    ``p_min`` sets theta_min = -T (1 - p_min) / (l1 p_min) at every step. With ``boundary="clip"``
+    (the paper) the law holds only up to sqrt(eta). ``start="authors"``: only those of the pool's
+    connections are active at first whose value has its position's sign, about half, because the
+    authors' code draws theta of both signs; the others start at theta_min. This happens at the
+    first step, so that making the method changes nothing. All other dormant ones start at
+    U(theta_min, 0).
 
     Cost: O(M) per step. State: one number per potential connection, one byte per slot.
     """
 
-    forbids_weight_decay = True
+    l1: PerLayer = parameter(
+        default=1e-5, low=0, help="the prior's coefficient alpha; schedules are over steps"
+    )
+    noise: float | Schedule | None = parameter(
+        default=None,
+        low=0,
+        help="standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 / "
+        "2; by default 1e-5",
+    )
+    temperature: float | Schedule | Literal["tied"] | None = parameter(
+        default=None,
+        low=0,
+        help='T itself instead, as in the paper; "tied": T = eta l1^2 / 18 (the noise is a '
+        "third of "
+        "the L1 step, at every rate)",
+    )
+    p_min: PerLayer | None = parameter(
+        default=None,
+        low=_TINY,
+        high=_BELOW_ONE,
+        help="share of the connections that is active where the loss has no gradient; by default "
+        "0.01, unless theta_min= is given",
+    )
+    theta_min: PerLayer | None = parameter(
+        default=None, low=-_HUGE, high=-_TINY, help="the lower bound itself instead"
+    )
+    boundary: Literal["clip", "reflect"] = parameter(
+        default="clip",
+        saved=True,
+        help="what happens at theta_min: the paper's bound, or theta <- 2 theta_min - theta",
+    )
+    start: Literal["all", "authors"] = parameter(
+        default="all", saved=True, help="which connections are active at first, see above"
+    )
+    moments: Moments = moments_field()
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        l1: PerLayer = 1e-5,
-        noise: float | Schedule | None = None,
-        temperature: float | Schedule | Literal["tied"] | None = None,
-        p_min: PerLayer | None = None,
-        theta_min: PerLayer | None = None,
-        boundary: Literal["clip", "reflect"] = "clip",
-        start: Literal["all", "authors"] = "all",
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        choice("boundary", boundary, ("clip", "reflect"))
-        choice("start", start, ("all", "authors"))
-        if p_min is not None and theta_min is not None:
+    forbids_weight_decay = True
+    saves = ("_begun",)
+
+    def _check(self) -> None:
+        if self.p_min is not None and self.theta_min is not None:
             raise ValueError(
                 "give p_min= or theta_min=, not both: theta_min = -T (1 - p_min) / (l1 p_min)"
             )
-        self.heat = Heat(noise, temperature)
-        self.boundary, self.start = boundary, start
-        super().__init__(model, optimizer, moments=moments, seed=seed)
-        pools = self.pools
-        self.l1 = per_layer("l1", l1, pools, 0.0)
-        share = 0.01 if p_min is None else p_min
-        self.p_min = (
-            None if theta_min is not None else per_layer("p_min", share, pools, _TINY, _BELOW_ONE)
+        self.heat = Heat(self.noise, self.temperature)
+
+    def _setup(self) -> None:
+        pools, names = self.pools, [pool.name for pool in self.pools]
+        self.each_l1 = per_layer("l1", self.l1, names, 0.0)
+        share = 0.01 if self.p_min is None else self.p_min
+        bound = self.theta_min
+        self.each_share = per_layer("p_min", share, names, _TINY, _BELOW_ONE)
+        self.each_bound = (
+            None if bound is None else per_layer("theta_min", bound, names, -_HUGE, -_TINY)
         )
-        self.theta_min = (
-            None if theta_min is None else per_layer("theta_min", theta_min, pools, -_HUGE, -_TINY)
-        )
-        self._signs = SlotSigns(pools)
+        self._signs = PerSlot(pools, current_signs)
         self._dormant: list[Tensor] = []
         for pool in pools:
             self._attachment.follow(pool, self._signs.follower(pool.number))
@@ -123,12 +131,12 @@ class SoftDeepR(Method):
             if low > -_TINY:
                 raise ValueError(
                     "p_min sets theta_min = -T (1 - p_min) / (l1 p_min), which is 0 for "
-                    f"{pool.name}, because its "
-                    "temperature is: give noise= or temperature= above 0, or theta_min= itself"
+                    f"{pool.name}, because its temperature is: give noise= or temperature= above "
+                    "0, or theta_min= itself"
                 )
             self._refuse_fixed(pool)
             self._dormant.append(self._first_dormant(pool, low))
-        self._begun = [start == "all"] * len(pools)
+        self._begun = [self.start == "all"] * len(pools)
 
     def _refuse_fixed(self, pool: Pool) -> None:
         if pool.weight.shared_seed is not None and pool.weight.capacity < pool.weight.size:
@@ -152,7 +160,7 @@ class SoftDeepR(Method):
         weight, dormant, number = pool.weight, self._dormant[pool.number], pool.number
         # at T = 0 a bound of 0 would make everything active
         low = min(self._lowest(pool, self.steps), -_TINY)
-        l1 = within("l1", at(self.l1[number], self.steps), 0.0)
+        l1 = within("l1", at(self.each_l1[number], self.steps), 0.0)
         std = self.heat.std(pool.lr, l1, self.steps)
         if not self._begun[number]:
             self._signs[number] = position_signs(pool, weight.rows, weight.cols, self.seed)
@@ -193,11 +201,10 @@ class SoftDeepR(Method):
 
     def _lowest(self, pool: Pool, step: int) -> float:
         """theta_min of the pool at ``step``."""
-        if self.theta_min is not None:
-            return within("theta_min", at(self.theta_min[pool.number], step), -_HUGE, -_TINY)
-        assert self.p_min is not None
-        share = within("p_min", at(self.p_min[pool.number], step), _TINY, _BELOW_ONE)
-        l1 = within("l1", at(self.l1[pool.number], step), 0.0)
+        if self.each_bound is not None:
+            return within("theta_min", at(self.each_bound[pool.number], step), -_HUGE, -_TINY)
+        share = within("p_min", at(self.each_share[pool.number], step), _TINY, _BELOW_ONE)
+        l1 = within("l1", at(self.each_l1[pool.number], step), 0.0)
         if not l1:
             raise ValueError(
                 f"p_min sets theta_min = -T (1 - p_min) / (l1 p_min), and l1 of {pool.name} is 0 "
@@ -221,14 +228,9 @@ class SoftDeepR(Method):
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {"boundary": self.boundary, "start": self.start}
-
     def _state(self) -> dict[str, Any]:
-        return {
-            "dormant": {p.name: d.clone() for p, d in zip(self.pools, self._dormant, strict=True)},
-            "begun": list(self._begun),
-        }
+        dormant = {p.name: d.clone() for p, d in zip(self.pools, self._dormant, strict=True)}
+        return super()._state() | {"dormant": dormant}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         loaded = []
@@ -241,6 +243,6 @@ class SoftDeepR(Method):
                     f"not {mine.numel()}"
                 )
             loaded.append(theirs.to(mine, copy=True))
-        begun = [bool(b) for b in state["begun"]]
-        self._dormant, self._begun = loaded, begun
+        super()._load_state(state)
+        self._dormant = loaded
         self._signs.read()

@@ -5,7 +5,6 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,17 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire import budget
+from rewire.methods.core.base import Method
+from rewire.methods.core.parameters import Patterns, fits, parameter
 from rewire.nn.convert import attached
 from rewire.nn.convert.cut import dense_weights
 from rewire.nn.convert.kinds import join, kind_of
 from rewire.nn.convert.replacing import refuse_shared
-from rewire.nn.optimizers.wrappers import movers
+from rewire.nn.optimizers.wrappers import listed, movers
 
-__all__ = ["DenseWeight", "Patterns", "in_scope", "largest", "refuse_patterns"]
-
-#: Glob patterns over names of layers (``"encoder.*"``) or weights (``"lstm.weight_hh_l0"``), one or
-#: several.
-Patterns = str | Sequence[str]
+__all__ = ["DenseStart", "DenseWeight", "in_scope", "largest"]
 
 
 class DenseWeight:
@@ -78,20 +75,18 @@ def in_scope(
     groups, and for what the cut would refuse: a prune mask, a parametrization, a hook on the
     gradient, a forward that was assigned.
     """
+
+    def within(names: Sequence[str]) -> bool:
+        wanted = only is None or fits(names, only)
+        return wanted and not (exclude is not None and fits(names, exclude))
+
     for name, module in model.named_modules():
         what = attached.disguised(module)
-        fits = (only is None or _any((name, join(name, "weight")), only)) and not (
-            exclude is not None and _any((name, join(name, "weight")), exclude)
-        )
-        if what is not None and fits:
+        if what is not None and within((name, join(name, "weight"))):
             raise ValueError(f"{name or 'the model'} {what}")
     found = []
     for name, layer_name, layer, weight in dense_weights(model):
-        both = (name, layer_name)
-        fits = (only is None or _any(both, only)) and not (
-            exclude is not None and _any(both, exclude)
-        )
-        if fits and weight.requires_grad:
+        if weight.requires_grad and within((name, layer_name)):
             found.append((name, layer_name, layer, weight))
     if not found:
         raise ValueError(
@@ -118,14 +113,6 @@ def in_scope(
     ]
 
 
-def _any(names: tuple[str, ...], patterns: Patterns) -> bool:
-    return any(
-        fnmatchcase(n, p)
-        for n in names
-        for p in ([patterns] if isinstance(patterns, str) else patterns)
-    )
-
-
 def _homes(
     name: str, weight: Tensor, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[Optimizer, int]]:
@@ -147,16 +134,6 @@ def _homes(
     yield places[0]
 
 
-def refuse_patterns(**patterns: Patterns | None) -> None:
-    """Raise ValueError for something that is neither a glob pattern nor several."""
-    for name, given in patterns.items():
-        several = isinstance(given, Sequence) and all(isinstance(p, str) for p in given)
-        if given is not None and not several:
-            raise ValueError(
-                f"{name} must be a glob pattern over names, or several of them, not {given!r}"
-            )
-
-
 @torch.no_grad()
 def largest(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
     """Masks of the share ``density`` of all entries together that is largest in magnitude (ties:
@@ -172,3 +149,27 @@ def largest(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
     return {
         name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)
     }
+
+
+class DenseStart(Method):
+    """What methods share that train dense weights, in ``weights``, and cut them at the end."""
+
+    density: float = parameter(
+        default=0.05, above=0, high=1, help="share of the entries in scope that stays after the cut"
+    )
+    only: Patterns | None = parameter(
+        default=None, help="names of the layers or weights to act on; None for all"
+    )
+    exclude: Patterns | None = parameter(
+        default=None, help="names of the layers or weights to leave alone"
+    )
+
+    starts_dense = True
+
+    def _check(self) -> None:
+        optimizers = listed(self.optimizer)
+        self.weights = in_scope(self.model, optimizers, self.only, self.exclude)
+        budget.connections_of(self.density, sum(w.tensor.numel() for w in self.weights))
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"weights": [weight.name for weight in self.weights]}

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from rewire import budget
-from rewire.methods.core.base import Evaluate, Method, Pool
+from rewire.methods.core.base import Evaluate, Pool
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice
-from rewire.methods.dense_start.dense import Patterns, in_scope, largest, refuse_patterns
+from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.nn.convert.cut import to_sparse
-from rewire.nn.optimizers.wrappers import listed
-from rewire.schedules import Schedule, at, checked, within
+from rewire.schedules import Schedule
 
 __all__ = ["FLOOR", "Halo", "Variant", "penalty_of"]
 
@@ -54,7 +51,7 @@ def penalty_of(
     memory="O(M)",
     guarantees=("after finalize() exactly the given share of the weights in scope exists",),
 )
-class Halo(Method):
+class Halo(DenseStart):
     """Train dense with the loss plus `penalty`, and cut once::
 
         halo     xi sum |w| / lambda^2 + psi sum |lambda|   one trainable lambda per weight entry
@@ -76,24 +73,9 @@ class Halo(Method):
 
     The cut keeps the ``density`` of the entries in scope that is largest in magnitude, over all
     weights together; a weight may be left with nothing. It is `finalize` that cuts (the authors'
-    way), or the end of epoch ``cut``: what is left then trains on, without a penalty. `finalize`
-    makes sparse layers of it (`rewire.to_sparse`; the optimizers follow).
-
-    Args:
-        xi: of the weights' term; a float or a schedule over epochs.
-        psi: of lambda's term; a float or a schedule over epochs.
-        variant: "halo", "squared", "sws" or "l1".
-        shared: "sws" has one lambda for the whole "model" or one for each "weight".
-        density: share of the entries in scope that stays after the cut.
-        cut: after this many epochs; none leaves it to `finalize`. `rewire train` cuts after three
-            quarters of the run.
-        only: glob patterns over names of layers or weights to act on. The authors take all
-            convolutions on CIFAR-10, everything on MNIST.
-        exclude: glob patterns of those to leave alone.
-        initial: what lambda starts at.
-        lambda_lr: learning rate of lambda, in multiples of its weight's.
-        momentum: of lambda's SGD; None is the optimizer's own (0 where it has none).
-        decay: weight decay of lambda; None is the optimizer's own.
+    way), or the end of epoch ``after_epochs``: what is left then trains on, without a penalty.
+    `finalize` makes sparse layers of it (`rewire.to_sparse`; the optimizers follow). The authors
+    act on all convolutions on CIFAR-10, on everything on MNIST.
 
     Call `penalty` in the loss of every step; with gradient accumulation, in that of one of the
     micro-batches, or divide it as the loss is divided: it is of the weights only, so the same in
@@ -103,56 +85,50 @@ class Halo(Method):
     Cost: O(M) time per step and, besides the dense weights, O(M) memory (lambda, and its momentum).
     """
 
-    starts_dense = True
+    xi: float | Schedule = parameter(
+        default=4e-5, low=0, help="of the weights' term; a schedule is over epochs"
+    )
+    psi: float | Schedule = parameter(
+        default=4e-5, low=0, help="of lambda's term; a schedule is over epochs"
+    )
+    variant: Variant = parameter(default="halo", saved=True, help="which penalty, see above")
+    shared: Literal["model", "weight"] = parameter(
+        default="model",
+        saved=True,
+        help='"sws" has one lambda for the whole model or one for each weight',
+    )
+    after_epochs: int | None = parameter(
+        default=None,
+        low=1,
+        unit="epochs",
+        help="when to cut; None leaves it to `finalize`. `rewire train` cuts after three "
+        "quarters of "
+        "the run",
+    )
+    lambda_start: float = parameter(default=1.0, low=FLOOR, help="what lambda starts at")
+    lambda_lr: float = parameter(
+        default=100.0, low=0, help="learning rate of lambda, in multiples of its weight's"
+    )
+    lambda_momentum: float | None = parameter(
+        default=None,
+        low=0,
+        below=1,
+        help="of lambda's SGD; None is the optimizer's own (0 where it has none)",
+    )
+    lambda_decay: float | None = parameter(
+        default=None, low=0, help="weight decay of lambda; None is the optimizer's own"
+    )
+
     # lambda moves by SGD of the weights' rate, so that rate must be one of SGD
     run_optimizer = "sgd"
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """What is left after the cut trains for the last quarter of the run."""
-        return {} if "cut" in given or epochs < 2 else {"cut": max(1, 3 * epochs // 4)}
+        cuts = "after_epochs" in given or epochs < 2
+        return {} if cuts else {"after_epochs": max(1, 3 * epochs // 4)}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        xi: float | Schedule = 4e-5,
-        psi: float | Schedule = 4e-5,
-        variant: Variant = "halo",
-        shared: Literal["model", "weight"] = "model",
-        density: float = 0.05,
-        cut: int | None = None,
-        only: Patterns | None = None,
-        exclude: Patterns | None = None,
-        initial: float = 1.0,
-        lambda_lr: float = 100.0,
-        momentum: float | None = None,
-        decay: float | None = None,
-        seed: int | None = None,
-    ) -> None:
-        choice("variant", variant, get_args(Variant))
-        choice("shared", shared, ("model", "weight"))
-        self.xi, self.psi = checked("xi", xi, 0.0), checked("psi", psi, 0.0)
-        if not (isinstance(density, (int, float)) and 0 < density <= 1):
-            raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
-        if cut is not None and (not isinstance(cut, int) or cut < 1):
-            raise ValueError(f"cut must be a number of epochs of at least 1, or None, not {cut!r}")
-        self.cut = cut
-        self.initial = within("initial", initial, FLOOR)
-        self.lambda_lr = within("lambda_lr", lambda_lr, 0.0)
-        if momentum is not None and not 0 <= momentum < 1:
-            raise ValueError(
-                f"momentum must be at least 0 and less than 1, or None, not {momentum}"
-            )
-        self.momentum = momentum
-        self.decay = None if decay is None else within("decay", decay, 0.0)
-        refuse_patterns(only=only, exclude=exclude)
-        self.variant, self.shared, self.density = variant, shared, density
-        optimizers = listed(optimizer)
-        self.weights = in_scope(model, optimizers, only, exclude)
-        budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
-        super().__init__(model, optimizers, seed=seed)
+    def _setup(self) -> None:
         self._lambda = self._start()
         self._buffers = [torch.zeros_like(a) for a in self._lambda]
         self._gradients: list[Tensor] | None = None
@@ -166,7 +142,8 @@ class Halo(Method):
         if self.variant == "sws":
             like = [t.new_empty(()) for t in (like if self.shared == "weight" else like[:1])]
         return [
-            torch.full_like(t, self.initial, memory_format=torch.contiguous_format) for t in like
+            torch.full_like(t, self.lambda_start, memory_format=torch.contiguous_format)
+            for t in like
         ]
 
     def _of(self, number: int) -> int:
@@ -191,10 +168,7 @@ class Halo(Method):
         """
         if self._kept is not None:
             return super().penalty()
-        xi, psi = (
-            within("xi", at(self.xi, self.epochs), 0.0),
-            within("psi", at(self.psi, self.epochs), 0.0),
-        )
+        xi, psi = self._now("xi", self.epochs), self._now("psi", self.epochs)
         tensors = [w.tensor for w in self.weights]
         pairs = [
             (t, self._lambda[self._of(i)] if self._lambda else None) for i, t in enumerate(tensors)
@@ -232,8 +206,16 @@ class Halo(Method):
             zip(self._lambda, self._buffers, gradients, strict=True)
         ):
             group = self.weights[i].group
-            decay = float(group.get("weight_decay", 0.0)) if self.decay is None else self.decay
-            momentum = float(group.get("momentum", 0.0)) if self.momentum is None else self.momentum
+            decay = (
+                float(group.get("weight_decay", 0.0))
+                if self.lambda_decay is None
+                else self.lambda_decay
+            )
+            momentum = (
+                float(group.get("momentum", 0.0))
+                if self.lambda_momentum is None
+                else self.lambda_momentum
+            )
             buffer.mul_(momentum).add_(gradient).add_(a, alpha=decay)
             # The penalty is even in lambda, so positive ones are all there is; a step across the
             # pole ends before it.
@@ -242,13 +224,17 @@ class Halo(Method):
     # --- the end ----------------------------------------------------------------------------------
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if self._kept is None and self.cut is not None and self.epochs >= self.cut:
+        if (
+            self._kept is None
+            and self.after_epochs is not None
+            and self.epochs >= self.after_epochs
+        ):
             self._kept = self.masks()
             self._silence(self._kept)
             self.updates += 1
 
     def _schedule(self) -> str | None:
-        return None if self.cut is None else f"cut={self.cut} epochs"
+        return None if self.after_epochs is None else f"after_epochs={self.after_epochs}"
 
     def _silence(self, masks: Mapping[str, Tensor]) -> None:
         """Set to 0 what is cut: momentum and decay go on moving it."""
@@ -265,7 +251,7 @@ class Halo(Method):
             {w.name: w.tensor for w in self.weights}, self.density if density is None else density
         )
 
-    def connections(self) -> dict[str, int]:
+    def count_connections(self) -> dict[str, int]:
         """Entries of each weight in scope, by name: all of them until the cut."""
         if self._kept is not None:
             return {name: int(mask.count_nonzero()) for name, mask in self._kept.items()}
@@ -284,13 +270,6 @@ class Halo(Method):
         return self.model
 
     # --- saving -----------------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "variant": self.variant,
-            "shared": self.shared,
-            "weights": [w.name for w in self.weights],
-        }
 
     def _state(self) -> dict[str, Any]:
         kept = (

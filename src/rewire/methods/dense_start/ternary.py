@@ -4,8 +4,8 @@ minus one scale.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire import budget
 from rewire.methods.core.attachment import gradient_scale
-from rewire.methods.core.base import Evaluate, Method, Pool
+from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.layer_hooks import LayerHook
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice
-from rewire.methods.dense_start.dense import Patterns, in_scope, largest, refuse_patterns
+from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.nn.convert.cut import to_sparse
-from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.structure import Part, announce
-from rewire.schedules import Schedule, at, checked, within
+from rewire.schedules import Schedule, at
 
 __all__ = ["Ternary", "quantize", "threshold_slope"]
 
@@ -128,7 +126,7 @@ class _Rule:
         "finalize() changes no output",
     ),
 )
-class Ternary(Method):
+class Ternary(DenseStart):
     """Sparse ternary weights in three stages. The paper's body could not be had: this is a
     RECONSTRUCTION of what its abstract says (L2 and a regularizer on quantization thresholds;
     quantization pruning; retraining)::
@@ -148,90 +146,74 @@ class Ternary(Method):
     `finalize` leaves sparse layers with values of exactly plus or minus scale (`rewire.to_sparse`;
     the optimizers follow); `rewire.export.save_ternary` packs them to a sign bit and an index each.
 
-    Args:
-        threshold: t of every weight at the start, a share of its largest magnitude.
-        trainable: whether thresholds are trained; otherwise they stay.
-        push: strength of the regularizer that raises thresholds; a float or a schedule over epochs.
-        l2: strength of the L2 term of stage 1; a float or a schedule over epochs.
-        density: what the push aims at, and the most that stage 2 leaves, a share of the entries in
-            scope. Not for thresholds that are not trained.
-        prune: stages 2 and 3 begin after this many epochs, or ("auto") at the end of the epoch in
-            which the share of survivors has first come down to ``density`` (it hovers there from
-            then on); at the last epoch's end anyway, after which nothing trains what is left.
-            `rewire train` freezes in the middle of the run.
-        scale: "mean", the mean magnitude of a weight's survivors, or "one".
-        clip: no gradient goes to dense weights of a larger magnitude.
-        threshold_lr: learning rate of the thresholds, in multiples of their weight's.
-        only: glob patterns over names of layers or weights to quantize.
-        exclude: glob patterns of those to leave alone.
-
     Layers are quantized by hooks on their forward pass: names, state_dict and optimizer see the
     dense weights until `finalize`. Cost: O(M) time per forward pass and step, O(M) memory.
     """
 
-    starts_dense = True
+    threshold: float = parameter(
+        default=0.05,
+        low=0,
+        high=HIGHEST,
+        help="t of every weight at the start, a share of its largest magnitude",
+    )
+    trainable: bool = parameter(
+        default=True, saved=True, help="whether thresholds are trained; otherwise they stay"
+    )
+    push: float | Schedule = parameter(
+        default=1e-2,
+        low=0,
+        help="strength of the regularizer that raises thresholds; a schedule is over epochs",
+    )
+    l2: float | Schedule = parameter(
+        default=1e-5, low=0, help="strength of the L2 term of stage 1; a schedule is over epochs"
+    )
+    after_epochs: int | Literal["auto"] = parameter(
+        default="auto",
+        low=1,
+        unit="epochs",
+        saved=True,
+        help='when stages 2 and 3 begin; "auto": at the end of the epoch in which the share of '
+        "survivors has first come down to ``density`` (it hovers there from then on); at the last "
+        "epoch's end anyway, after which nothing trains what is left. `rewire train` freezes in the "
+        "middle of the run",
+    )
+    scale: Literal["mean", "one"] = parameter(
+        default="mean", saved=True, help="the mean magnitude of a weight's survivors, or 1"
+    )
+    clip: float | None = parameter(
+        default=1.0,
+        above=0,
+        help="no gradient goes to dense weights of a larger magnitude; None: it goes to all",
+    )
+    threshold_lr: float = parameter(
+        default=1.0, low=0, help="learning rate of the thresholds, in multiples of their weight's"
+    )
+
     # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
     run_optimizer = "sgd"
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """The mask is frozen in the middle of the run, so that what is left is trained."""
-        return {} if "prune" in given or epochs < 2 else {"prune": max(1, epochs // 2)}
+        freezes = "after_epochs" in given or epochs < 2
+        return {} if freezes else {"after_epochs": max(1, epochs // 2)}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        threshold: float = 0.05,
-        trainable: bool = True,
-        push: float | Schedule = 1e-2,
-        l2: float | Schedule = 1e-5,
-        density: float = 0.05,
-        prune: int | Literal["auto"] = "auto",
-        scale: Literal["mean", "one"] = "mean",
-        clip: float = 1.0,
-        threshold_lr: float = 1.0,
-        only: Patterns | None = None,
-        exclude: Patterns | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.threshold = within("threshold", threshold, 0.0, HIGHEST)
-        self.push, self.l2 = checked("push", push, 0.0), checked("l2", l2, 0.0)
-        if not (isinstance(density, (int, float)) and 0 < density <= 1):
-            raise ValueError(f"density must be a share greater than 0 and at most 1, not {density}")
-        if prune != "auto" and (not isinstance(prune, int) or isinstance(prune, bool) or prune < 1):
+    def _check(self) -> None:
+        if self.after_epochs == "auto" and not self.trainable:
             raise ValueError(
-                f"prune must be 'auto' or a number of epochs of at least 1, not {prune!r}"
+                "after_epochs='auto' waits for thresholds to rise: give a number of epochs, or "
+                "trainable=True"
             )
-        if prune == "auto" and not trainable:
-            raise ValueError(
-                "prune='auto' waits for thresholds to rise: give a number of epochs, "
-                "or trainable=True"
-            )
-        choice("scale", scale, ("mean", "one"))
-        if not (isinstance(clip, (int, float)) and clip > 0):
-            raise ValueError(f"clip must be a number above 0 (float('inf') is none), not {clip}")
-        self.clip, self.threshold_lr = float(clip), within("threshold_lr", threshold_lr, 0.0)
-        refuse_patterns(only=only, exclude=exclude)
-        self.trainable, self.density, self.prune, self.scale = (
-            bool(trainable),
-            density,
-            prune,
-            scale,
-        )
-        optimizers = listed(optimizer)
-        self.weights = in_scope(model, optimizers, only, exclude)
-        budget.connections_of(density, sum(w.tensor.numel() for w in self.weights))
-        super().__init__(model, optimizers, seed=seed)
+        super()._check()
+
+    def _setup(self) -> None:
         #: 1 while thresholds are trained, 3 once the masks are frozen (stage 2 is that moment).
         self.stage = 1
-        self._thresholds = [float(threshold)] * len(self.weights)
+        self._thresholds = [float(self.threshold)] * len(self.weights)
         self._masks: list[Tensor] = []
         self._penalised = self._reached = False
         self._slopes: dict[int, tuple[float, int]] = {}
-        here = weakref.ref(self)
-        self._attachment.before_step(lambda stepping: _tell(here, stepping))
+        self._before_step(Ternary._note_slopes)
         for layer in dict.fromkeys(w.layer for w in self.weights):
             self._attachment.hold(*_hooks(self, layer))
 
@@ -247,12 +229,12 @@ class Ternary(Method):
 
     def survivors(self) -> float:
         """Share of the entries in scope that are not zero now. Cost: O(M)."""
-        return sum(self.connections().values()) / sum(w.tensor.numel() for w in self.weights)
+        return sum(self.count_connections().values()) / sum(w.tensor.numel() for w in self.weights)
 
     def _rule(self, number: int) -> _Rule:
         """How the forward pass quantizes weight ``number`` now."""
         mask = self._masks[number] if self.stage == 3 else None
-        return _Rule(mask, self._thresholds[number], self.scale == "mean", self.clip)
+        return _Rule(mask, self._thresholds[number], self.scale == "mean", self.clip or math.inf)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -260,13 +242,14 @@ class Ternary(Method):
         """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in
         `step`.
         """
-        strength = within("l2", at(self.l2, self.epochs), 0.0)
+        strength = self._now("l2", self.epochs)
         if self.stage == 3 or not strength:
             return super().penalty()
         self._penalised = True
         return strength * torch.stack([w.tensor.square().sum() for w in self.weights]).sum()
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    @torch.no_grad()
+    def _note_slopes(self, optimizer: Optimizer) -> None:
         """Note the slopes of the thresholds whose weights ``optimizer`` is about to move."""
         if self.stage == 3 or not self.trainable:
             return
@@ -288,7 +271,7 @@ class Ternary(Method):
         slopes, self._slopes = self._slopes, {}
         if not slopes:
             return
-        push = within("push", at(self.push, self.epochs), 0.0)
+        push = self._now("push", self.epochs)
         if len(slopes) == len(self.weights):  # counted already, just before the step
             share = sum(count for _, count in slopes.values()) / sum(
                 w.tensor.numel() for w in self.weights
@@ -305,18 +288,18 @@ class Ternary(Method):
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.stage == 1:
-            due = self._reached if self.prune == "auto" else self.epochs >= self.prune
+            due = self._reached if self.after_epochs == "auto" else self.epochs >= self.after_epochs
             if due or last:
                 self.freeze()
 
     def _schedule(self) -> str | None:
-        if self.prune == "auto":
+        if self.after_epochs == "auto":
             return (
-                f"prune='auto' waits until at most density={self.density} is "
+                f"after_epochs='auto' waits until at most density={self.density} is "
                 "left, and "
                 f"{self.survivors():.3g} is"
             )
-        return f"prune={self.prune} epochs"
+        return f"after_epochs={self.after_epochs}"
 
     @torch.no_grad()
     def freeze(self, *, cut: bool = True) -> None:
@@ -377,7 +360,7 @@ class Ternary(Method):
         self.model = to_sparse(self.model, self.masks(), self.optimizers)
         return self.model
 
-    def connections(self) -> dict[str, int]:
+    def count_connections(self) -> dict[str, int]:
         """Entries of each weight in scope that are not zero now, by name. Cost: O(M)."""
         return {name: int(mask.count_nonzero()) for name, mask in self.masks().items()}
 
@@ -390,15 +373,6 @@ class Ternary(Method):
         return super().stats() | {"stage": self.stage, "thresholds": self.thresholds()}
 
     # --- saving -----------------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        names = [w.name for w in self.weights]
-        return {
-            "trainable": self.trainable,
-            "prune": self.prune,
-            "scale": self.scale,
-            "weights": names,
-        }
 
     def _state(self) -> dict[str, Any]:
         masks = [m.clone() for m in self._masks]
@@ -438,13 +412,6 @@ def _quantize_parts(stacked: Tensor, parts: list[tuple[_Rule, int, Tensor]]) -> 
         part = flat[first : first + like.numel()].view(like.shape)
         part.copy_(rule(part))
     return flat.view(stacked.shape)
-
-
-@torch.no_grad()
-def _tell(method: weakref.ref[Ternary], optimizer: Optimizer) -> None:
-    here = method()
-    if here is not None:
-        here._before_step(optimizer)
 
 
 class _Quantizer(LayerHook):
@@ -499,8 +466,8 @@ class _Quantizer(LayerHook):
             owner._parameters[leaf] = tensor  # type: ignore[assignment]
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        for owner, leaf, parameter in self._replaced.pop(id(module), []):
-            owner._parameters[leaf] = parameter
+        for owner, leaf, dense in self._replaced.pop(id(module), []):
+            owner._parameters[leaf] = dense
         if isinstance(module, nn.RNNBase):
             # its list of weights, where the quantized ones must not stay
             module._init_flat_weights()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from rewire.methods.core.base import Data, Method
+from rewire.methods.core.base import Data, Method, data_field
 from rewire.methods.core.layer_hooks import LayerHook
+from rewire.methods.core.parameters import Patterns, parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice
 from rewire.methods.differentiable.gates import GateKind, Recover, p_norm
 from rewire.methods.differentiable.targets import (
     GATE,
@@ -32,11 +32,9 @@ from rewire.nn.forward.tensors import head
 from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.surgery import UnitGraph
 from rewire.nn.surgery.trace import Arguments, torch_pruning
-from rewire.schedules import Schedule, at, checked, within
+from rewire.schedules import Schedule
 
 __all__ = ["Differentiable"]
-
-Patterns = str | Sequence[str] | None
 
 
 @register(
@@ -66,31 +64,15 @@ class Differentiable(Method):
     takes out what is zero: units physically (with the optimizer's state, by `rewire.nn.surgery`),
     branches by `rewire.nn.Absent`, weights and heads by sparse layers (`to_sparse`).
 
-    Args:
-        units: glob patterns over names of Linear, Conv and BatchNorm layers, whose outputs
-            (neurons, channels) get gates; not the output layer. With BatchNorm the gate belongs
-            behind it, because BatchNorm undoes a scaling before it. Default, if no target is given:
-            all Linear layers but the last.
-        weights: glob patterns over layers whose single weights get thresholds; they end as sparse
-            layers.
-        heads: glob patterns over `torch.nn.MultiheadAttention` layers, whose heads get gates.
-        branches: glob patterns over modules, each one component (a residual branch, an edge, a
-            layer): its output gets one gate of a common vector. A module that is switched off ends
-            as `rewire.nn.Absent`, which returns 0.
-        gate: parameterisation of units ("group" is for these alone), heads and branches.
-        weight_gate: "non-competitive" (one threshold per layer) or "exclusive" (one per output, no
-            row dies).
-        strength: lambda; a float or a schedule over steps.
-        p: exponent of R, above 0; below 1 if gate="competitive", where ||a||_1 is 1.
-        normalise: R of a / ||a||_1, so that shrinking all gates while growing weights does not pay;
-            needs p < 1.
-        initial: c in (0, 1), thresholds start at beta = logit(c / n): everything is on, the
-            function unchanged.
-        recover: what is off learns by the derivative of ELU ("elu") or not at all ("none").
-        data: batches; the first two rows of the first are the example that the network is traced
-            with. Layers whose units cannot be cut are then left alone (``stats()["refused"]``);
-            named without wildcards they are an error. By default the example is of the first
-            forward pass, and `finalize` finds out what can be cut.
+    The outputs (neurons, channels) of ``units`` get gates; not those of the output layer. With
+    BatchNorm the gate belongs behind it, because BatchNorm undoes a scaling before it. Each of
+    ``branches`` is one component (a residual branch, an edge, a layer): its output gets one gate of
+    a common vector, and where it is switched off it ends as `rewire.nn.Absent`, which returns 0.
+
+    The first two rows of the first batch of ``data`` are the example that the network is traced
+    with. Layers whose units cannot be cut are then left alone (``stats()["refused"]``); named
+    without wildcards they are an error. Without ``data`` the example is of the first forward pass,
+    and `finalize` finds out what can be cut.
 
     Raises ValueError for patterns that match nothing or layers of other types, and where the
     optimizer has weight decay in all its parameter groups: decay would pull beta to 0, where
@@ -98,87 +80,118 @@ class Differentiable(Method):
     single weights.
     """
 
+    units: Patterns | None = parameter(
+        default=None,
+        saved=True,
+        help="names of Linear, Conv and BatchNorm layers whose outputs get gates; by default, "
+        "if no "
+        "target is given, all Linear layers but the last",
+    )
+    weights: Patterns | None = parameter(
+        default=None,
+        saved=True,
+        help="names of layers whose single weights get thresholds; they end as sparse layers",
+    )
+    heads: Patterns | None = parameter(
+        default=None,
+        saved=True,
+        help="names of `torch.nn.MultiheadAttention` layers, whose heads get gates",
+    )
+    branches: Patterns | None = parameter(
+        default=None, saved=True, help="names of modules, each of which gets one gate"
+    )
+    gate: GateKind = parameter(
+        default="non-competitive",
+        saved=True,
+        help='parameterisation of units, heads and branches ("group" is for units alone)',
+    )
+    weight_gate: Literal["non-competitive", "exclusive"] = parameter(
+        default="non-competitive",
+        saved=True,
+        help="one threshold per layer, or one per output (no row dies)",
+    )
+    strength: float | Schedule = parameter(
+        default=1e-4, low=0, help="lambda; a schedule is over steps"
+    )
+    p: float = parameter(
+        default=0.5,
+        above=0,
+        high=2,
+        saved=True,
+        help='exponent of R; below 1 if gate="competitive", where ||a||_1 is 1',
+    )
+    normalise: bool = parameter(
+        default=False,
+        saved=True,
+        help="R of a / ||a||_1, so that shrinking all gates while growing weights does not pay; "
+        "needs p < 1",
+    )
+    initial: float = parameter(
+        default=0.01,
+        above=0,
+        below=1,
+        saved=True,
+        help="c: thresholds start at beta = logit(c / n), so that everything is on and the "
+        "function "
+        "unchanged",
+    )
+    recover: Recover = parameter(
+        default="elu",
+        saved=True,
+        help='what is off learns by the derivative of ELU, or not at all ("none")',
+    )
+    data: Data | None = data_field()
+
     acts_in_ranks = False
     starts_dense = True
     run_lr = 0.002  # small steps of one length for gates and weights
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        units: Patterns = None,
-        weights: Patterns = None,
-        heads: Patterns = None,
-        branches: Patterns = None,
-        gate: GateKind = "non-competitive",
-        weight_gate: Literal["non-competitive", "exclusive"] = "non-competitive",
-        strength: float | Schedule = 1e-4,
-        p: float = 0.5,
-        normalise: bool = False,
-        initial: float = 0.01,
-        recover: Recover = "elu",
-        data: Data | None = None,
-        seed: int | None = None,
-    ) -> None:
-        choice("gate", gate, ("non-competitive", "competitive", "group"))
-        choice("weight_gate", weight_gate, ("non-competitive", "exclusive"))
-        choice("recover", recover, ("none", "elu"))
-        if not 0 < p <= 2:
-            raise ValueError(f"p must be above 0 and at most 2, not {p}")
-        if p >= 1 and (gate == "competitive" or normalise):
+    def _check(self) -> None:
+        if self.p >= 1 and (self.gate == "competitive" or self.normalise):
             raise ValueError(
-                f"p must be below 1 where gates sum to 1 (competitive or normalise), not {p}"
+                f"p must be below 1 where gates sum to 1 (competitive or normalise), not {self.p}"
             )
-        if not 0 < initial < 1:
-            raise ValueError(f"initial must be between 0 and 1, not {initial}")
-        if gate == "group" and (heads or branches):
+        if self.gate == "group" and (self.heads or self.branches):
             raise ValueError(
-                "gate='group' is for units: choose 'non-competitive' or "
-                "'competitive' for heads, branches"
+                "gate='group' is for units: choose 'non-competitive' or 'competitive' for heads, "
+                "branches"
             )
-        self.strength = checked("strength", strength, 0.0)
-        self.p, self.normalise = p, normalise
-        names: dict[str, Patterns] = {
-            "units": units,
-            "weights": weights,
-            "heads": heads,
-            "branches": branches,
+        names = {kind: getattr(self, kind) for kind in ("units", "weights", "heads", "branches")}
+        lists = {
+            kind: None if given is None else [given] if isinstance(given, str) else list(given)
+            for kind, given in names.items()
         }
-        self._names = {
-            kind: None if n is None else [n] if isinstance(n, str) else list(n)
-            for kind, n in names.items()
-        }
-        self._gates = {
-            "gate": gate,
-            "weight_gate": weight_gate,
-            "recover": recover,
-            "initial": initial,
-        }
-        found = chosen(model, self._names, gate)
-        example = None if data is None else head(_first(data), 2)
+        self._found = chosen(self.model, lists, self.gate)
+        self._example: Any = None if self.data is None else head(_first(self.data), 2)
         self._refused: dict[str, str] = {}
-        if found["units"]:
+        if self._found["units"]:
             torch_pruning()  # that it is missing is better said now than after training
             # it has gates already
-            copied = any(name.split(".")[-1] == GATE for name, _ in model.named_modules())
-            if example is not None and not copied:
-                self._refused = _refuse(model, example, found, self._names["units"] or ["*"])
-        self._group = _home(optimizer, model)
-        super().__init__(model, optimizer, seed=seed)
-        options: dict[str, Any] = {"initial": initial, "recover": recover}
-        self.targets: list[Target] = [Units(model, name, gate, options) for name in found["units"]]
-        self.targets += [Weights(model, name, weight_gate, options) for name in found["weights"]]
-        self.targets += [Heads(model, name, gate, options) for name in found["heads"]]
-        if found["branches"]:
-            self.targets.append(Branches(model, found["branches"], gate, options))
-        self._parameters = [
-            parameter for target in self.targets for parameter in target.parameters()
+            copied = any(name.split(".")[-1] == GATE for name, _ in self.model.named_modules())
+            if self._example is not None and not copied:
+                patterns = lists["units"] or ["*"]
+                self._refused = _refuse(self.model, self._example, self._found, patterns)
+        self._group = _home(self.optimizer, self.model)
+
+    def _setup(self) -> None:
+        model, found, options = (
+            self.model,
+            self._found,
+            {"initial": self.initial, "recover": self.recover},
+        )
+        self.targets: list[Target] = [
+            Units(model, name, self.gate, options) for name in found["units"]
         ]
+        self.targets += [
+            Weights(model, name, self.weight_gate, options) for name in found["weights"]
+        ]
+        self.targets += [Heads(model, name, self.gate, options) for name in found["heads"]]
+        if found["branches"]:
+            self.targets.append(Branches(model, found["branches"], self.gate, options))
+        self._parameters = [p for target in self.targets for p in target.parameters()]
         self._take_in()
-        self._example: Any = example
         self._handle: Any = None
-        if data is None:
+        if self.data is None:
             self._handle = model.register_forward_pre_hook(_Look(self).before, with_kwargs=True)
             self._attachment.hold(self._handle)
 
@@ -211,7 +224,7 @@ class Differentiable(Method):
                 a = a / a.abs().sum().clamp(min=torch.finfo(a.dtype).tiny)
             total = total + p_norm(a, self.p)
         # A model that has made n steps is making step n + 1.
-        return within("strength", at(self.strength, self.steps), 0.0) * total
+        return self._now("strength", self.steps) * total
 
     @torch.no_grad()
     def active_units(self) -> dict[str, Tensor]:
@@ -258,11 +271,8 @@ class Differentiable(Method):
         ours = {id(parameter) for parameter in self._parameters}
         self._group["params"][:] = [p for p in self._group["params"] if id(p) not in ours]
         for optimizer in self.optimizers:
-            for parameter in self._parameters:
-                optimizer.state.pop(parameter, None)
-
-    def _settings(self) -> dict[str, Any]:
-        return {**self._names, **self._gates, "p": self.p, "normalise": self.normalise}
+            for ours_too in self._parameters:
+                optimizer.state.pop(ours_too, None)
 
 
 class _Look(LayerHook):

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from rewire import random
-from rewire.methods.core.base import Data, Evaluate, Moments, Pool, Purpose
+from rewire.methods.core.base import Data, Evaluate, Pool, Purpose, data_field
+from rewire.methods.core.parameters import parameter
+from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice, needs_data
-from rewire.methods.core.updates import in_epochs
 from rewire.methods.criteria.activations import Mode, Which
-from rewire.methods.criteria.drop import Magnitude
-from rewire.methods.criteria.grow import Cosine, Random, random_dormant
+from rewire.methods.criteria.drop import ByMagnitude
+from rewire.methods.criteria.grow import BySimilarity, Random, random_dormant
 from rewire.methods.criteria.similarity import Similarity
-from rewire.methods.dynamic.rewirer import Rewirer
+from rewire.methods.dynamic.rewirer import Rewiring
 from rewire.schedules import Schedule
 
 __all__ = ["CTRE"]
 
 
 @dataclass(frozen=True)
-class _CosineElsewhere(Cosine):
+class _SimilarElsewhere(BySimilarity):
     """The most similar positions; those among them that were just dropped are replaced by random
     ones.
     """
@@ -74,7 +72,7 @@ def _uniform_values(pool: Pool, count: int, seed: int, step: int) -> Tensor:
     guarantees=("K exact in every layer at every moment",),
     needs="activations",
 )
-class CTRE(Rewirer):
+class CTRE(Rewiring):
     """At the end of every epoch but the last, in each layer, the output layer included::
 
         drop  floor(zeta K) connections of smallest magnitude, of both signs together
@@ -88,81 +86,77 @@ class CTRE(Rewirer):
 
     A connection that is dropped and grown at once stays as it was, its optimizer state too.
 
-    Args:
-        data: the training data (of several ranks, each its own part), see
-            `rewire.methods.core.base.Data`.
-        variant: "sim" (CTRE_sim) or "seq" (CTRE_seq).
-        fraction: zeta, the share to replace per epoch; a float or a schedule over epochs.
-        patience: epochs without a better score after which "seq" turns to random growth.
-        samples: rows of data to look at, drawn anew for each update; None for all of them, as the
-            authors do.
-        mode: "eval", or "train" for dropout on while looking.
-        activations: "post", or "pre" for what CosineSET looks at.
-        candidates: as in CosineSET: random dormant positions per new connection to choose from;
-            None for all there are, or for 4 in layers of more than 2^28 positions.
-        new_values: "uniform", U(-m, m) with m the mean magnitude of the layer's connections, as the
-            authors run it, or "zero".
-        steps, epochs: of the whole training; `rewire train` gives them. Updates then stop after
-            three quarters of it, and "sim" has as many as 10 where epochs are fewer.
-
     Cost per update: as CosineSET's.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        data: Data | None = None,
-        variant: Literal["sim", "seq"] = "sim",
-        fraction: float | Schedule = 0.2,
-        patience: int = 40,
-        samples: int | None = None,
-        mode: Mode = "eval",
-        activations: Which = "post",
-        candidates: int | None = None,
-        new_values: Literal["uniform", "zero"] = "uniform",
-        moments: Moments = "auto",
-        steps: int | None = None,
-        epochs: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        choice("variant", variant, ("sim", "seq"))
-        if not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience must be a number of epochs of at least 1, not {patience!r}")
-        choice("new_values", new_values, ("uniform", "zero"))
-        if data is None:
+    data: Data | None = data_field()
+    variant: Literal["sim", "seq"] = parameter(
+        default="sim", saved=True, help="CTRE_sim or CTRE_seq, see above"
+    )
+    fraction: float | Schedule = parameter(
+        default=0.2, low=0, high=1, help="zeta, the share to replace at an update"
+    )
+    patience: int = parameter(
+        default=40,
+        low=1,
+        unit="epochs",
+        saved=True,
+        help='epochs without a better score after which "seq" turns to random growth',
+    )
+    samples: int | None = parameter(
+        default=None,
+        low=1,
+        help="rows of data to look at, drawn anew for each update; None for all, as the authors do",
+    )
+    mode: Mode = parameter(
+        default="eval", help='how the model runs while looking; "train": dropout on'
+    )
+    activations: Which = parameter(
+        default="post", help='outputs of layers behind activation functions, or before ("pre")'
+    )
+    candidates: int | None = parameter(
+        default=None,
+        low=1,
+        help="random dormant positions per new connection to choose from; None for all there are, "
+        "or for 4 in layers of more than 2^28 positions",
+    )
+    new_values: Literal["uniform", "zero"] = parameter(
+        default="uniform",
+        help="of grown connections: U(-m, m) with m the mean magnitude of the layer's connections, "
+        "as the authors run it, or 0",
+    )
+
+    drop = ByMagnitude()
+    regrown = "keep"
+    saves = ("_best", "_since")
+
+    def _check(self) -> None:
+        if self.data is None:
             raise needs_data(self)
-        # "seq" decides by scores, which there are at the end of epochs only.
-        every, until = in_epochs(
-            None, None, steps, epochs, scheduled=variant == "seq" or callable(fraction)
-        )
+        if self.variant == "seq":
+            if self.every is not None:
+                raise ValueError(
+                    "variant='seq' decides by scores, which there are at the end of epochs: give "
+                    "every_epochs= instead of every="
+                )
+            self.every_epochs = self.every_epochs or 1
+        super()._check()
         source = Similarity(
-            model, data, samples=samples, mode=mode, activations=activations, output_layer=True
+            self.model,
+            self.data,
+            samples=self.samples,
+            mode=self.mode,
+            activations=self.activations,
+            output_layer=True,
         )
-        self._cosine = (_CosineElsewhere if variant == "sim" else Cosine)(source, "top", candidates)
-        super().__init__(
-            model,
-            optimizer,
-            drop=Magnitude(),
-            grow=self._cosine,
-            fraction=fraction,
-            values=_uniform_values if new_values == "uniform" else None,
-            every=every,
-            until=until,
-            regrown="keep",
-            moments=moments,
-            seed=seed,
-        )
-        self.variant, self.patience = variant, patience
+        kind = _SimilarElsewhere if self.variant == "sim" else BySimilarity
+        self.grow = self._similar = kind(source, "top", self.candidates)
+        self.values = _uniform_values if self.new_values == "uniform" else None
+
+    def _setup(self) -> None:
+        super()._setup()
         self._best: float | None = None
         self._since = 0
-
-    def _limits_kept(self) -> tuple[str, ...]:
-        return self.keeps_limits  # none: what replaces a pick is not looked at
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"variant": self.variant, "patience": self.patience}
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         if self.variant == "seq" and self._since < self.patience:
@@ -175,11 +169,5 @@ class CTRE(Rewirer):
             score = float(evaluate(self.model))
             better = self._best is None or score > self._best
             self._best, self._since = (score, 0) if better else (self._best, self._since + 1)
-        self.grow = Random() if self._since >= self.patience else self._cosine
+        self.grow = Random() if self._since >= self.patience else self._similar
         super()._after_epoch(evaluate, last)
-
-    def _state(self) -> dict[str, Any]:
-        return {"best": self._best, "since": self._since}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        self._best, self._since = state["best"], int(state["since"])

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from rewire.methods.core.base import Moments, Pool
+from rewire.methods.core.base import Pool
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import in_steps
+from rewire.methods.core.updates import Timing
+from rewire.methods.criteria.drop import Drop
 from rewire.methods.criteria.grow import Random
 from rewire.methods.criteria.share import survivors
-from rewire.methods.dynamic.rewirer import Rewirer
-from rewire.schedules import Schedule, within
+from rewire.methods.dynamic.rewirer import Rewiring
+from rewire.schedules import Schedule
 
-__all__ = ["DSR", "Threshold"]
+__all__ = ["DSR", "BelowOneMagnitude"]
 
 
 @dataclass
-class Threshold:
-    """Everything below one magnitude all over the network; the magnitude is adapted so that it hits
-    a share.
+class BelowOneMagnitude(Drop):
+    """Everything below one magnitude all over the network, which is adapted so that it hits a
+    share.
 
     After each use: doubled where fewer than ``(1 - tolerance)`` of the wanted number were below it,
     halved where more than ``(1 + tolerance)`` were. At least one connection stays in each layer:
@@ -37,7 +38,7 @@ class Threshold:
         return self.over([pool], fraction)[0]
 
     def over(self, pools: Sequence[Pool], fraction: float) -> list[Tensor]:
-        """Slots of each pool that are below the threshold."""
+        """Slots of each pool that are below the magnitude."""
         found, total = [], 0
         for pool in pools:
             slots = pool.weight.active()
@@ -63,64 +64,38 @@ class Threshold:
     keeps_budget="every step",
     guarantees=("K exact in total at every moment", "layers grow in proportion to their survivors"),
 )
-class DSR(Rewirer):
+class DSR(Rewiring):
     """Every ``every`` steps, over all layers together::
 
         drop  |w| < H;  H doubles where fewer than (1 - tolerance) fraction K went,
-                       halves where more than (1 + tolerance) fraction K went
+                        halves where more than (1 + tolerance) fraction K went
         grow  as many at random, in layer l in proportion to the connections it has left
 
     The budget is kept in total and moves between layers: pools are enlarged as needed.
 
-    Args:
-        fraction: share of all connections to replace at an update, the target of H; a float or a
-            schedule over steps.
-        threshold: H at the start.
-        tolerance: relative distance from the target up to which H stays.
-        every: steps between updates; by default 500, or in a training of known length as often as
-            10 updates need.
-        until: no update after this many steps; by default three quarters of a training of known
-            length, else never stopping.
-        steps: of the whole training; `rewire train` gives it.
-
     Recalled from the paper, not read from its code. Cost: O(K log K) per update.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        fraction: float | Schedule = 0.05,
-        threshold: float = 1e-3,
-        tolerance: float = 0.1,
-        every: int | None = None,
-        until: int | None = None,
-        moments: Moments = "auto",
-        steps: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        within("threshold", threshold, 1e-30)
-        within("tolerance", tolerance, 0.0, 1.0)
-        every, until = in_steps(every, until, 500, steps)
-        self.threshold = Threshold(float(threshold), tolerance)
-        super().__init__(
-            model,
-            optimizer,
-            drop=self.threshold,
-            grow=Random(),
-            fraction=fraction,
-            every=every,
-            until=until,
-            share=survivors,
-            moments=moments,
-            seed=seed,
-        )
+    fraction: float | Schedule = parameter(
+        default=0.05, low=0, high=1, help="share of all connections to replace, the target of H"
+    )
+    magnitude: float = parameter(default=1e-3, low=1e-30, help="H at the start")
+    tolerance: float = parameter(
+        default=0.1, low=0, high=1, help="relative distance from the target up to which H stays"
+    )
+
+    published = Timing(every=500)
+    grow = Random()
+
+    def _check(self) -> None:
+        super()._check()
+        self.share = survivors
+        self.drop = self.threshold = BelowOneMagnitude(float(self.magnitude), self.tolerance)
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {"threshold": self.threshold.magnitude}
+        return super()._state() | {"magnitude": self.threshold.magnitude}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        magnitude = float(state["threshold"])
+        magnitude = float(state["magnitude"])
         super()._load_state(state)
         self.threshold.magnitude = magnitude

@@ -1,29 +1,31 @@
-"""`Rewirer`: a method composed of a drop criterion, a grow criterion, when, and how many."""
+"""`Rewiring`: a method of a drop criterion, a grow criterion, when to update, and how many."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rewire import random
 from rewire.methods.core.attachment import gradient_scale
-from rewire.methods.core.base import Evaluate, Method, Moments, Pool, Purpose
+from rewire.methods.core.base import Evaluate, Method, Moments, Pool, Purpose, moments_field
+from rewire.methods.core.parameters import parameter, service
 from rewire.methods.core.recording import Status
-from rewire.methods.core.settings import choice
+from rewire.methods.core.updates import LEAST, Timing, fill_in
 from rewire.methods.criteria import gradients
+from rewire.methods.criteria.criterion import Criterion
 from rewire.methods.criteria.drop import Drop
 from rewire.methods.criteria.grow import Grow
 from rewire.methods.criteria.share import Share, spread
 from rewire.nn import Event
 from rewire.nn.optimizers.followers import gathered, restart_optimizer_state
-from rewire.schedules import Schedule, at, checked, within
+from rewire.schedules import Schedule, at, within
 
-__all__ = ["NewValues", "Rewirer", "normal_values"]
+__all__ = ["NewValues", "Rewirer", "Rewiring", "normal_values"]
 
 #: Values of newly grown connections: ``(pool, count, seed, step) -> tensor``; None for 0.
 NewValues = Callable[[Pool, int, int, int], Tensor]
@@ -41,82 +43,110 @@ def normal_values(std: float) -> NewValues:
     return draw
 
 
-class Rewirer(Method):
+class Rewiring(Method):
     """Drop, then grow as many: the budget is exact at every moment, of every layer or (with
     ``share``) in total.
 
-    Every ``every`` optimizer steps, or at the end of every epoch (but not after the last), each
-    pool drops the connections that ``drop`` chooses and grows as many that ``grow`` chooses; what
-    was just dropped may come back. Grown connections start at 0 (or at ``values``), their gradient
-    and optimizer state afresh. A pool without dormant positions (K = M) is left alone, unless
-    ``share`` lets other layers have what it drops.
+    At each update every pool drops the connections that ``drop`` chooses and grows as many that
+    ``grow`` chooses; what was just dropped may come back. Grown connections start at 0 (or at
+    ``values``), their gradient and optimizer state afresh. A pool without dormant positions (K = M)
+    is left alone, unless ``share`` lets other layers have what it drops. There is no update after
+    the last epoch.
 
-    A criterion with ``needs = "gradients"`` (such as `rewire.methods.criteria.grow.Gradient`) is
-    asked before the step whose gradients an update uses: ``criterion.request(pool, seed, step)``.
-    An update due at the end of an epoch has no such step: it is then made after the first step of
-    the next epoch. A criterion with ``needs = "last gradient"`` finds the gradient of the last
-    step, as the optimizer used it, in ``pool.gradient``. A pool without such gradients (it took no
-    part in the step) has no update this time. A drop criterion with a method ``over(pools,
-    fraction)`` that returns one tensor of slots per pool decides over all layers at once.
+    A subclass sets ``drop``, ``grow`` and what else differs, as class attributes or in `_check`,
+    and declares ``fraction`` and its own hyper-parameters.
 
-    Args:
-        drop: criterion, see `rewire.methods.criteria.drop`.
-        grow: criterion, see `rewire.methods.criteria.grow`; it must return as many connections as
-            it is asked for. Limits (`rewire.budget.Limits`) are accepted if its attribute
-            ``keeps_limits`` has their kinds.
-        fraction: share of a layer's connections to replace, in [0, 1]; a float or a schedule over
-            optimizer steps, or over epochs where ``every`` is "epoch".
-        every: number of optimizer steps between updates, or "epoch".
-        until: no update after this many steps (or epochs); None for never stopping.
-        values: of new connections, ``(pool, count, seed, step) -> tensor``; None for 0.
-        momentum: "keep" the optimizer state of survivors, or "reset" all state of all parameters
-            (in a `Group`, of the method's own weights) at every update.
-        share: None: each layer grows what it dropped. Else how the total is spread over layers, see
-            `rewire.methods.criteria.share`; pools are enlarged as needed (under DDP choose
-            ``capacity=`` beforehand).
-        regrown: connections that are dropped and grow again in the same update start afresh
-            ("new"), or have never gone ("keep": value and optimizer state stay).
+    A criterion with ``needs = "gradients"`` is asked before the step whose gradients an update
+    uses. An update due at the end of an epoch has no such step: it is then made after the first
+    step of the next epoch. A criterion with ``needs = "last gradient"`` finds the gradient of the
+    last step, as the optimizer used it, in ``pool.gradient``. A pool without such gradients (it
+    took no part in the step) has no update this time.
     """
 
-    needs_room = True
+    every: int | None = parameter(
+        default=None,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="optimizer steps between updates; {timing}",
+    )
+    every_epochs: int | None = parameter(
+        default=None,
+        low=1,
+        unit="epochs",
+        saved=True,
+        help="update at the end of every so many epochs instead, but not after the last",
+    )
+    until: int | None = parameter(
+        default=None,
+        low=0,
+        unit="steps",
+        saved=True,
+        help="no update after this many steps; by default three quarters of a training of known "
+        "length, else there is no end",
+    )
+    until_epochs: int | None = parameter(
+        default=None,
+        low=0,
+        unit="epochs",
+        saved=True,
+        help="the same in epochs, where updates come by epochs",
+    )
+    moments: Moments = moments_field()
+    total_steps: int | None = service(default=None, help="optimizer steps of the whole training")
+    total_epochs: int | None = service(default=None, help="epochs of the whole training")
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        drop: Drop,
-        grow: Grow,
-        fraction: float | Schedule,
-        every: int | Literal["epoch"] = "epoch",
-        until: int | None = None,
-        values: NewValues | None = None,
-        momentum: Literal["keep", "reset"] = "keep",
-        share: Share | None = None,
-        regrown: Literal["new", "keep"] = "new",
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        if every != "epoch" and (not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"every must be 'epoch' or a number of steps of at least 1, not {every!r}"
-            )
-        if until is not None and (not isinstance(until, int) or until < 0):
-            raise ValueError(
-                f"until must be a number of steps or epochs of at least 0, or None, not {until!r}"
-            )
-        choice("momentum", momentum, ("keep", "reset"))
-        self.momentum = momentum
-        choice("regrown", regrown, ("new", "keep"))
-        self.fraction = checked("fraction", fraction, 0.0, 1.0)
-        self.drop, self.grow, self.every, self.until, self.values = drop, grow, every, until, values
-        self.share, self.regrown = share, regrown
-        self._asking: list[Any] = [
-            c for c in (drop, grow) if getattr(c, "needs", "") == "gradients"
-        ]
-        self._reading = any(getattr(c, "needs", "") == "last gradient" for c in (drop, grow))
+    needs_room = True
+    #: As published, and updates that a training of known length has room for at least.
+    published: ClassVar[Timing] = Timing(every_epochs=1)
+    least: ClassVar[int] = LEAST
+
+    drop: Drop = field(init=False)
+    grow: Grow = field(init=False)
+    #: Share of a layer's connections to replace; a schedule over steps, or over epochs where
+    #: updates come by epochs.
+    fraction: float | Schedule = field(init=False, default=0.3)
+    #: Values of new connections; None for 0.
+    values: NewValues | None = field(init=False, default=None)
+    #: Connections that are dropped and grow again in the same update start afresh ("new"), or have
+    #: never gone ("keep": value and optimizer state stay).
+    regrown: Literal["new", "keep"] = field(init=False, default="new")
+    #: "keep" the optimizer state of survivors, or "reset" all state of all parameters (in a
+    #: `Group`, of the method's own weights) at every update.
+    optimizer_state: Literal["keep", "reset"] = field(init=False, default="keep")
+    #: None: each layer grows what it dropped. Else how the total is spread over layers, see
+    #: `rewire.methods.criteria.share`; pools are enlarged as needed (under DDP choose ``capacity=``
+    #: beforehand).
+    share: Share | None = field(init=False, default=None)
+
+    @classmethod
+    def words(cls) -> Mapping[str, object]:
+        """What the help of ``every`` says of the class's own timing."""
+        timing = cls.published
+        if timing.every is not None:
+            when = f"by default {timing.every}"
+        else:
+            epochs = timing.every_epochs
+            when = f"by default {'an update every epoch' if epochs == 1 else f'{epochs} epochs'}"
+        return {"timing": f"{when}, or as often as {cls.least} updates need in a short training"}
+
+    def _check(self) -> None:
+        given = Timing(self.every, self.every_epochs, self.until, self.until_epochs)
+        timing = fill_in(
+            given,
+            self.published,
+            self.total_steps,
+            self.total_epochs,
+            least=self.least,
+            fixed=callable(self.fraction),
+        )
+        self.every, self.every_epochs, self.until, self.until_epochs = timing
+
+    def _setup(self) -> None:
         self._due = 0  # the epoch whose update waits for the gradients of the next step; 0 for none
-        super().__init__(model, optimizer, moments=moments, seed=seed)
+        both: tuple[Criterion, Criterion] = (self.drop, self.grow)
+        self._asking = [criterion for criterion in both if criterion.needs == "gradients"]
+        self._reading = any(criterion.needs == "last gradient" for criterion in both)
         if self._asking:
             self._ask_again_after_changes()
         if self._reading:
@@ -127,63 +157,57 @@ class Rewirer(Method):
         # what it keeps.
         if self.share is not None:
             return ()
-        kept: tuple[str, ...] = tuple(getattr(self.grow, "keeps_limits", ()))
-        return (
-            kept
-            if type(self) is Rewirer
-            else tuple(kind for kind in kept if kind in self.keeps_limits)
-        )
-
-    def _settings(self) -> dict[str, Any]:
-        return {"every": self.every, "until": self.until}
+        claimed = self.keeps_limits
+        return tuple(kind for kind in self.grow.keeps_limits if kind in claimed)
 
     def _state(self) -> dict[str, Any]:
-        compiled = [pool.name for pool in self.pools if pool.weight.traced]
-        own: dict[str, Any] = {"due": self._due, "compiled": compiled} if self._asking else {}
+        own = super()._state()
+        if self._asking:
+            compiled = [pool.name for pool in self.pools if pool.weight.traced]
+            own |= {"due": self._due, "compiled": compiled}
         if self._reading:
-            own["gradients"] = {
-                p.name: p.gradient.clone() for p in self.pools if p.gradient is not None
-            }
+            kept = [pool for pool in self.pools if pool.gradient is not None]
+            own["gradients"] = {pool.name: pool.gradient.clone() for pool in kept}  # type: ignore[union-attr]
         return own
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        due = int(state["due"]) if self._asking else 0
+        compiled = list(state["compiled"]) if self._asking else []
+        super()._load_state(state)
         if self._reading:
             kept = dict(state.get("gradients", {}))
             for pool in self.pools:
                 gradient = kept.get(pool.name)
-                pool.gradient = (
-                    None
-                    if gradient is None
-                    else gradient.to(pool.weight.values.detach(), copy=True)
-                )
-        if self._asking:
-            due, compiled = int(state["due"]), list(state["compiled"])
-            self._due = due
-            for pool in self.pools:
-                pool.weight.traced = pool.weight.traced or pool.name in compiled
+                like = pool.weight.values.detach()
+                pool.gradient = None if gradient is None else gradient.to(like, copy=True)
+        self._due = due
+        for pool in self.pools:
+            pool.weight.traced = pool.weight.traced or pool.name in compiled
 
     # --- when -------------------------------------------------------------------------------------
 
     def _schedule(self) -> str | None:
-        when = (
-            ("at the end of every epoch but the last")
-            if self.every == "epoch"
-            else f"every={self.every} steps"
-        )
-        return when if self.until is None else f"{when}, until={self.until}"
+        return Timing(self.every, self.every_epochs, self.until, self.until_epochs).words()
 
     def _stopped(self, time: int) -> bool:
-        return self.until is not None and time > self.until
+        """Whether there are no updates any more at a step (an epoch, if updates come by epochs)."""
+        until = self.until_epochs if self.every is None else self.until
+        return until is not None and time > until
 
     def _updates_at(self, step: int) -> bool:
         """Whether an update is made after optimizer step ``step``."""
-        if self.every == "epoch":
+        if self.every is None:
             return self._due > 0
         return step % self.every == 0 and not self._stopped(step)
 
+    def _epoch_ends_with_update(self, epoch: int, last: bool) -> bool:
+        if self.every is not None or last or self._stopped(epoch):
+            return False
+        return epoch % (self.every_epochs or 1) == 0
+
     def _after_step(self, pools: list[Pool]) -> None:
         if self._updates_at(self.steps):
-            if self.every == "epoch" and self._partial(pools):
+            if self.every is None and self._partial(pools):
                 # gradients of the epoch before are in this step, from before they were asked for
                 return
             time, self._due = self._due or self.steps, 0
@@ -197,9 +221,6 @@ class Rewirer(Method):
             else:
                 self._update(self._trained(), self.epochs)
 
-    def _epoch_ends_with_update(self, epoch: int, last: bool) -> bool:
-        return self.every == "epoch" and not last and not self._stopped(epoch)
-
     # --- gradients --------------------------------------------------------------------------------
 
     def _wants_capture(self, step: int) -> bool:
@@ -210,9 +231,7 @@ class Rewirer(Method):
             criterion.request(pool, self.seed, self.steps + 1)
 
     def _partial(self, pools: list[Pool]) -> bool:
-        return bool(self._asking) and any(
-            gradients.status(pool) is Status.PARTIAL for pool in pools
-        )
+        return bool(self._asking) and any(gradients.status(p) is Status.PARTIAL for p in pools)
 
     def _ready(self, pools: list[Pool]) -> list[Pool]:
         """Those of the pools of which the update knows what it needs; others took no part in the
@@ -221,7 +240,7 @@ class Rewirer(Method):
         if self._asking:
             # A graph compiled since the request was made cannot be captured: those weights wait for
             # the next update.
-            auto = any(getattr(c, "candidates", None) == "auto" for c in self._asking)
+            auto = any(criterion.candidates == "auto" for criterion in self._asking)
             found = [(pool, gradients.status(pool)) for pool in pools]
             pools = [
                 pool
@@ -235,26 +254,19 @@ class Rewirer(Method):
 
     def _read_before_steps(self) -> None:
         """Keep the gradient of the last step before an update, which may be gone by then."""
-        here = weakref.ref(self)
 
-        def before(optimizer: Optimizer) -> None:
-            method = here()
-            if method is not None:
-                method._read(optimizer)
-
-        def changed(event: Event, pool: Pool | None) -> None:
-            if pool is not None and pool.gradient is not None:
+        def changed(pool: Pool, event: Event) -> None:
+            if pool.gradient is not None:
                 if event.source is not None:
                     pool.gradient = gathered(pool.gradient, event.source, 0.0)
                 pool.gradient.index_fill_(0, event.slots, 0.0)
 
-        self._attachment.before_step(before)
+        self._before_step(Rewiring._read)
         for pool in self.pools:
-            alone = weakref.ref(pool)
-            self._attachment.follow(pool, lambda event, pool=alone: changed(event, pool()))
+            self._follow(pool, lambda method, pool, event: changed(pool, event))
 
     def _read(self, optimizer: Optimizer) -> None:
-        if self.every == "epoch":
+        if self.every is None:
             wanted = self._epoch_ends_with_update(self.epochs + 1, False)
         else:
             wanted = self._updates_at(self.steps + 1)
@@ -270,15 +282,8 @@ class Rewirer(Method):
         """A change of a pool discards what was asked for (candidates might not be dormant any
         more).
         """
-        here = weakref.ref(self)
-
-        def changed(event: Event) -> None:
-            method = here()
-            if method is not None:
-                method._request_capture()
-
         for pool in self.pools:
-            self._attachment.follow(pool, changed)
+            self._follow(pool, lambda method, pool, event: method._request_capture())
 
     # --- the update -------------------------------------------------------------------------------
 
@@ -286,11 +291,7 @@ class Rewirer(Method):
         fraction = within("fraction", at(self.fraction, time), 0.0, 1.0)
         pools = self._ready(pools)
         # What criteria look at, they see as it was before the update.
-        sources = {
-            id(s): s
-            for s in (getattr(c, "source", None) for c in (self.drop, self.grow))
-            if s is not None
-        }
+        sources = {id(c.source): c.source for c in (self.drop, self.grow) if c.source is not None}
         for source in sources.values():
             source.record(pools, self.seed, time)
         try:
@@ -298,10 +299,10 @@ class Rewirer(Method):
         finally:
             for source in sources.values():
                 source.forget()
-        if self.momentum == "reset":
+        if self.optimizer_state == "reset":
             for optimizer in self.optimizers:
-                for parameter in self._attachment.parameters(optimizer):
-                    restart_optimizer_state(optimizer, parameter)
+                for trained in self._attachment.parameters(optimizer):
+                    restart_optimizer_state(optimizer, trained)
         for pool in self.pools if self._reading else ():
             pool.gradient = None
         self.updates += 1
@@ -309,8 +310,7 @@ class Rewirer(Method):
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         if self.share is None:  # a full pool could only grow what it dropped
             pools = [pool for pool in pools if pool.weight.connections < pool.weight.size]
-        over = getattr(self.drop, "over", None)
-        dropped = over(pools, fraction) if over else [self.drop(pool, fraction) for pool in pools]
+        dropped = self.drop.over(pools, fraction)
         counts = [slots.numel() for slots in dropped]
         if self.share is not None:
             room = [
@@ -325,9 +325,8 @@ class Rewirer(Method):
         rows, cols = self.grow(pool, slots, count, self.seed, time)
         if not rows.numel() == cols.numel() == count:
             raise ValueError(
-                f"grow returned {rows.numel()} rows and {cols.numel()} columns for "
-                f"{pool.name}, but "
-                f"{count} connections were dropped: the budget is kept only if as many grow"
+                f"grow returned {rows.numel()} rows and {cols.numel()} columns for {pool.name}, "
+                f"but {count} connections were dropped: the budget is kept only if as many grow"
             )
         if self.regrown == "keep":
             slots, rows, cols = without_regrown(pool, slots, rows, cols)
@@ -335,12 +334,49 @@ class Rewirer(Method):
         self._exchange(pool, slots, rows, cols, new)
 
 
+class Rewirer(Rewiring):
+    """A `Rewiring` put together by its constructor, for trials: no class is needed.
+
+    Limits (`rewire.budget.Limits`) are accepted if the grow criterion's ``keeps_limits`` has their
+    kinds.
+    """
+
+    drop: Drop = parameter(default=None, help="criterion, see `rewire.methods.criteria.drop`")
+    grow: Grow = parameter(default=None, help="criterion, see `rewire.methods.criteria.grow`")
+    fraction: float | Schedule = parameter(
+        default=0.3, low=0, high=1, help="share of a layer's connections to replace at an update"
+    )
+    values: NewValues | None = parameter(
+        default=None, help="of new connections, ``(pool, count, seed, step) -> tensor``; None for 0"
+    )
+    optimizer_state: Literal["keep", "reset"] = parameter(
+        default="keep", help="of survivors: keep it, or reset all state of all parameters"
+    )
+    share: Share | None = parameter(
+        default=None, help="how what was dropped is spread over layers; None: each grows its own"
+    )
+    regrown: Literal["new", "keep"] = parameter(
+        default="new", help="what is dropped and grows again starts afresh, or has never gone"
+    )
+
+    keeps_limits = ("fan-in", "fan-out", "block")
+
+    def _check(self) -> None:
+        for name, kind in (("drop", Drop), ("grow", Grow)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name} must be a criterion, a "
+                    f"rewire.methods.criteria.{name}.{kind.__name__}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        super()._check()
+
+
 def without_regrown(
     pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots to drop and positions to grow, without those that are both."""
-    n_cols = pool.weight.matrix_shape[1]
-    old = pool.weight.rows[slots].long() * n_cols + pool.weight.cols[slots].long()
-    new = rows * n_cols + cols
+    old = pool.keys(slots)
+    new = rows * pool.weight.matrix_shape[1] + cols
     grows = ~torch.isin(new, old)
     return slots[~torch.isin(old, new)], rows[grows], cols[grows]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from rewire.methods.core.base import Evaluate, Moments, Pool
+from rewire.methods.core.base import Evaluate, Pool
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import in_epochs
+from rewire.methods.core.state import copied, restored
 from rewire.methods.criteria import gradients
-from rewire.methods.criteria.drop import Magnitude
+from rewire.methods.criteria.drop import ByMagnitude
 from rewire.methods.criteria.gradients import CandidateCount
+from rewire.methods.criteria.grow import Grow
 from rewire.methods.criteria.topk import TILE_ELEMENTS, gradient_block, recorded, top
-from rewire.methods.dynamic.rewirer import Rewirer
+from rewire.methods.dynamic.rewirer import Rewiring
 from rewire.nn import Event
-from rewire.schedules import Cosine, Schedule, within
+from rewire.schedules import Cosine, Schedule
 
 __all__ = ["SNFS", "Momentum"]
 
@@ -29,12 +29,12 @@ FLOOR = 0.005
 WINDOW = 10
 
 
-class Momentum:
+class Momentum(Grow):
     """Exponential averages of gradients, and growth where they are largest. Kept by position
     (exact) or, for active connections and candidates, by slot for as long as the candidates stay.
     """
 
-    needs: ClassVar[str] = "gradients"
+    needs = "gradients"
 
     def __init__(self, beta: float, exact: bool, candidates: CandidateCount) -> None:
         self.beta, self.exact, self.candidates = beta, exact, candidates
@@ -109,7 +109,7 @@ class Momentum:
     ),
     needs="gradients",
 )
-class SNFS(Rewirer):
+class SNFS(Rewiring):
     """At the end of every epoch, with m an exponential average of the gradients (1 - beta per
     step)::
 
@@ -122,105 +122,90 @@ class SNFS(Rewirer):
     these steps, of candidates and connections alike; an update due at the end of an epoch is then
     made ``window`` steps later, and epochs that end in between have none of their own.
 
-    Args:
-        fraction: share to replace; a number anneals along a cosine to 0.005 at ``until`` where that
-            is known, a schedule (over epochs or steps) is taken as it is.
-        beta: of the average, the paper's momentum.
-        exact: keep m for all positions, updated at every step: O(M) memory, a dense gradient per
-            step.
-        candidates: how many random dormant positions per layer; "auto" for as many as it has
-            connections.
-        window: steps that m covers when it is not exact; by default 10, or ``every`` where that is
-            fewer.
-        every: "epoch", or a number of optimizer steps, at least ``window``; by default "epoch", or
-            in a training of known length as often as 10 updates need.
-        until: no update after this many epochs (or steps); by default three quarters of a training
-            of known length, else never stopping.
-        steps, epochs: of the whole training; `rewire train` gives them.
-
     Pools are enlarged as budget moves to them. Cost: O(K samples) per step of the window; exact O(M
     samples) per step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        fraction: float | Schedule = 0.5,
-        beta: float = 0.9,
-        exact: bool = False,
-        candidates: CandidateCount = "auto",
-        window: int | None = None,
-        every: int | Literal["epoch"] | None = None,
-        until: int | None = None,
-        steps: int | None = None,
-        epochs: int | None = None,
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        within("beta", beta, 0.0, 1.0)
-        if gradients.checked_candidates(candidates) is None:
-            raise ValueError(
-                "candidates must be 'auto' or a number of at least 1; all positions are exact=True"
-            )
-        every, until = in_epochs(every, until, steps, epochs, scheduled=callable(fraction))
-        longest = every if isinstance(every, int) and every >= 1 and not exact else None
-        if window is None:
-            window = WINDOW if longest is None else min(WINDOW, longest)
-        if not isinstance(window, int) or window < 1 or (longest is not None and window > longest):
-            most = "" if longest is None else f" and at most every={every}"
-            raise ValueError(
-                f"window must be a number of steps of at least 1{most}, not {window!r}"
-            )
-        if not callable(fraction) and until:
-            fraction = Cosine(within("fraction", fraction, 0.0, 1.0), until, min(FLOOR, fraction))
-        self.averaging, self.window, self._left = (
-            Momentum(beta, exact, candidates),
-            1 if exact else window,
-            0,
-        )
-        super().__init__(
-            model,
-            optimizer,
-            drop=Magnitude(),
-            grow=self.averaging,
-            fraction=fraction,
-            every=every,
-            until=until,
-            share=self.averaging.share,
-            moments=moments,
-            seed=seed,
-        )
+    fraction: float | Schedule = parameter(
+        default=0.5,
+        low=0,
+        high=1,
+        help="share to replace; a number falls along a cosine to 0.005 at the end where that is "
+        "known, a schedule stays",
+    )
+    beta: float = parameter(
+        default=0.9, low=0, high=1, saved=True, help="of the average, the paper's momentum"
+    )
+    exact: bool = parameter(
+        default=False,
+        saved=True,
+        help="keep m for all positions, updated at every step: O(M) memory, a dense gradient "
+        "a step",
+    )
+    candidates: int | Literal["auto"] = parameter(
+        default="auto",
+        low=1,
+        help='random dormant positions per layer; "auto" for as many as it has connections '
+        "(all positions: exact=True)",
+    )
+    window: int | None = parameter(
+        default=None,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="steps that m covers when it is not exact; by default 10, or ``every`` where that is "
+        "fewer",
+    )
 
-    def _settings(self) -> dict[str, Any]:
-        m = self.averaging
-        return super()._settings() | {"beta": m.beta, "exact": m.exact, "window": self.window}
+    drop = ByMagnitude()
+    saves = ("_left",)
+
+    def _check(self) -> None:
+        super()._check()
+        longest = self.every if self.every is not None and not self.exact else None
+        if self.window is None:
+            self.window = WINDOW if longest is None else min(WINDOW, longest)
+        if longest is not None and self.window > longest:
+            raise ValueError(
+                "window must be a whole number of steps of at least 1 and at most "
+                f"every={longest}, "
+                f"not {self.window}"
+            )
+        if self.exact:
+            self.window = 1
+        until = self.until_epochs if self.every is None else self.until
+        if not callable(self.fraction) and until:
+            self.fraction = Cosine(self.fraction, until, min(FLOOR, self.fraction))
+        self.grow = self.averaging = Momentum(self.beta, self.exact, self.candidates)
+        self.share = self.averaging.share
+
+    def _setup(self) -> None:
+        self._left = 0
+        super()._setup()
 
     # --- when: the window of an update ends with it -----------------------------------------------
 
     def _updates_at(self, step: int) -> bool:
         return (
-            (self._due > 0 and self._left == 1)
-            if self.every == "epoch"
-            else super()._updates_at(step)
+            (self._due > 0 and self._left == 1) if self.every is None else super()._updates_at(step)
         )
 
     def _wants_capture(self, step: int) -> bool:
         if self.averaging.exact:
             return True
-        if self.every == "epoch":
+        if self.every is None:
             return self._due > 0
         target = -(-step // self.every) * self.every
+        assert self.window is not None
         return target - step < self.window and not self._stopped(target)
 
     def _prepare(self, pool: Pool) -> None:
         step = self.steps + 1
-        window = self._due if self.every == "epoch" else -(-step // self.every) * self.every
+        window = self._due if self.every is None else -(-step // self.every) * self.every
         self.averaging.request(pool, self.seed, window)  # the same candidates all through a window
 
     def _after_step(self, pools: list[Pool]) -> None:
-        if self.every == "epoch" and not self.averaging.exact and self._partial(pools):
+        if self.every is None and not self.averaging.exact and self._partial(pools):
             # gradients from before the window are in its first step: it begins with the next
             return
         if self._wants_capture(self.steps):
@@ -236,7 +221,7 @@ class SNFS(Rewirer):
                 self._update(self._trained(), self.epochs)
         elif self._epoch_ends_with_update(self.epochs, last) and not self._due:
             # (While a window is open, epochs only pass.)
-            self._left = self.window
+            self._left = self.window or 1
             super()._after_epoch(evaluate, last)
 
     def _ready(self, pools: list[Pool]) -> list[Pool]:
@@ -249,27 +234,19 @@ class SNFS(Rewirer):
 
     def _ask_again_after_changes(self) -> None:
         super()._ask_again_after_changes()
-        here = weakref.ref(self)
-
-        def changed(event: Event, name: str) -> None:
-            method = here()
-            if method is not None and not method.averaging.exact and not event.loaded:
-                # of other connections, or of other candidates
-                method.averaging.averages.pop(name, None)
-
         for pool in self.pools:
-            self._attachment.follow(pool, lambda event, name=pool.name: changed(event, name))
+            self._follow(pool, SNFS._changed)
+
+    def _changed(self, pool: Pool, event: Event) -> None:
+        if not self.averaging.exact and not event.loaded:
+            # of other connections, or of other candidates
+            self.averaging.averages.pop(pool.name, None)
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {
-            "left": self._left,
-            "averages": {n: m.clone() for n, m in self.averaging.averages.items()},
-        }
+        return super()._state() | {"averages": copied(self.averaging.averages)}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        devices, left = {pool.name: pool.weight.device for pool in self.pools}, int(state["left"])
-        averages = {
-            name: mean.to(devices[name], copy=True) for name, mean in state["averages"].items()
-        }
+        devices = {pool.name: pool.weight.device for pool in self.pools}
+        averages = restored(dict(state["averages"]), {}, lambda name: devices[str(name)])
         super()._load_state(state)
-        self._left, self.averaging.averages = left, averages
+        self.averaging.averages = averages

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rewire import topology
-from rewire.methods.core.base import Moments, Pool, Purpose
+from rewire.methods.core.base import Pool, Purpose
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import decay, in_steps
-from rewire.methods.criteria.drop import Magnitude
-from rewire.methods.criteria.gradients import CandidateCount, best_candidates, probed
-from rewire.methods.criteria.grow import Gradient
+from rewire.methods.core.updates import Timing, decay
+from rewire.methods.criteria.drop import ByMagnitude
+from rewire.methods.criteria.gradients import (
+    CandidateCount,
+    best_candidates,
+    candidates_field,
+    probed,
+)
+from rewire.methods.criteria.grow import ByGradient
 from rewire.methods.criteria.topk import TILE_ELEMENTS, Gradients, top
-from rewire.methods.dynamic.rewirer import Rewirer
-from rewire.schedules import Schedule, within
+from rewire.methods.dynamic.rewirer import Rewiring
+from rewire.schedules import Schedule
 
 __all__ = ["SRigL"]
 
@@ -35,7 +37,7 @@ __all__ = ["SRigL"]
     ),
     needs="gradients",
 )
-class SRigL(Rewirer):
+class SRigL(Rewiring):
     """Every ``every`` steps until T_end, in each layer with fan-in k::
 
         n        floor(f K),  f(t) as RigL's
@@ -51,53 +53,41 @@ class SRigL(Rewirer):
     lose the smallest, the others get random ones with the values of those lost. At most neurons - 1
     connections of K stay unused, from rounding.
 
-    Args:
-        fraction: alpha, the share to replace at the start; a schedule (over steps) is taken as it
-            is.
-        gamma: share of the fan-in that must be salient; 0 turns ablation off (but for neurons with
-            nothing salient).
-        every: steps between updates (Delta T); by default 100, or in a training of known length as
-            often as 10 updates need.
-        until: T_end, the last step that may update; by default 3/4 of ``steps`` where those are
-            known.
-        candidates: "auto", None (exact) or a number of random dormant positions to look at, see
-            `rewire.methods.criteria.grow.Gradient`. Besides them what is dropped is looked at; a
-            neuron that has too few of them grows uniformly random connections for the rest. Where
-            they are fewer than n, random positions count among the n largest, so fewer neurons are
-            ablated.
-        steps: of the whole training; `rewire train` gives it.
+    With sampled candidates, what is dropped is looked at besides them. A neuron that has too few of
+    them grows uniformly random connections for the rest. Where they are fewer than n, random
+    positions count among the n largest, so fewer neurons are ablated.
 
     That ablated neurons may return is recalled, not read. Cost: exact O(M samples) time per update
     and O(K) memory besides the step's activations; sampled O(K samples), and O(K log K) to rank.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        fraction: float | Schedule = 0.3,
-        gamma: float = 0.3,
-        every: int | None = None,
-        until: int | None = None,
-        candidates: CandidateCount = "auto",
-        steps: int | None = None,
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        self.gamma = within("gamma", gamma, 0.0, 1.0)
-        every, until = in_steps(every, until, 100, steps)
-        super().__init__(
-            model,
-            optimizer,
-            drop=Magnitude(),
-            grow=Gradient(candidates),
-            fraction=decay(fraction, until),
-            every=every,
-            until=until,
-            moments=moments,
-            seed=seed,
-        )
+    fraction: float | Schedule = parameter(
+        default=0.3,
+        low=0,
+        high=1,
+        help="alpha, the share to replace at the start; a schedule stays",
+    )
+    gamma: float = parameter(
+        default=0.3,
+        low=0,
+        high=1,
+        saved=True,
+        help="share of the fan-in that must be salient; 0 turns ablation off (but for neurons with "
+        "nothing salient)",
+    )
+    candidates: CandidateCount = candidates_field()
+
+    published = Timing(every=100)
+    drop = ByMagnitude()
+    saves = ("_budgets",)
+
+    def _check(self) -> None:
+        super()._check()
+        self.fraction = decay(self.fraction, self.until_epochs or self.until)
+        self.grow = ByGradient(self.candidates)
+
+    def _setup(self) -> None:
+        super()._setup()
         self._budgets = {pool.name: pool.weight.connections for pool in self.pools}
         with torch.no_grad():
             for pool in self._trained():
@@ -173,17 +163,6 @@ class SRigL(Rewirer):
             for pool in self.pools:
                 self._give_back(pool, self._budgets[pool.name] - pool.weight.connections)
         return super().finalize()
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"gamma": self.gamma}
-
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"budgets": dict(self._budgets)}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        budgets = {name: int(state["budgets"][name]) for name in self._budgets}
-        super()._load_state(state)
-        self._budgets = budgets
 
 
 class _Exact:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from rewire.methods.core.base import Method
+from rewire.methods.core.base import Method, Moments, moments_field
 from rewire.methods.core.registry import register
 
 __all__ = ["Static"]
@@ -25,4 +23,6 @@ class Static(Method):
     Cost: nothing.
     """
 
-    keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    moments: Moments = moments_field()
+
+    keeps_limits = ("fan-in", "fan-out", "block")

@@ -5,7 +5,7 @@ part.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 from rewire import random, topology
 from rewire.distributed import sum_over_ranks
-from rewire.methods.core.base import Method, Moments, Pool, Purpose
+from rewire.methods.core.base import Method, Moments, Pool, Purpose, moments_field
+from rewire.methods.core.parameters import parameter, service
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import in_steps
+from rewire.methods.core.updates import Timing, fill_in
 from rewire.methods.criteria.topk import recorded
-from rewire.schedules import within
 from rewire.topology import Index
 
 __all__ = ["TopKAST"]
@@ -60,45 +60,50 @@ class TopKAST(Method):
     of the first topology starts as random numbers of the scale of the values there are; the first
     choice is made after one step.
 
-    Args:
-        explore: size of B \\ A as a multiple of K; 1 is the paper's usual B = 2 A.
-        l2: coefficient of the exploration penalty; eta l2 / D must stay below 1 to be sensible.
-        every: optimizer steps between choices of the sets; by default 100, or in a training of
-            known length as often as 10 choices need.
-        until: no other choice after this many steps (the topology then stays, and exploring ends);
-            by default three quarters of a training of known length, else never.
-        steps: of the whole training; `rewire train` gives it.
-
     Cost: a step costs what the layer does, and one more value gradient for B \\ A; a choice sorts M
     numbers. Memory:
     M values per layer, and optimizer state for B.
     """
 
+    explore: float = parameter(
+        default=1.0,
+        low=0,
+        saved=True,
+        help="size of B \\ A as a multiple of K; 1 is the paper's usual B = 2 A",
+    )
+    l2: float = parameter(
+        default=1e-4,
+        low=0,
+        saved=True,
+        help="coefficient of the exploration penalty; eta l2 / D must stay below 1 to be sensible",
+    )
+    every: int | None = parameter(
+        default=None,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="optimizer steps between choices of the sets; by default 100, or as often as 10 "
+        "choices need in a short training",
+    )
+    until: int | None = parameter(
+        default=None,
+        low=0,
+        unit="steps",
+        saved=True,
+        help="no other choice after this many steps (the topology then stays, and exploring ends); "
+        "by default three quarters of a training of known length, else there is no end",
+    )
+    moments: Moments = moments_field()
+    total_steps: int | None = service(default=None, help="optimizer steps of the whole training")
+
     needs_room = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        explore: float = 1.0,
-        l2: float = 1e-4,
-        every: int | None = None,
-        until: int | None = None,
-        moments: Moments = "auto",
-        steps: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.explore, self.l2 = within("explore", explore, 0.0), within("l2", l2, 0.0)
-        every, until = in_steps(every, until, 100, steps)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a number of steps of at least 1, not {every!r}")
-        if until is not None and (not isinstance(until, int) or until < 0):
-            raise ValueError(
-                f"until must be a number of steps of at least 0, or None, not {until!r}"
-            )
-        self.every, self.until = every, until
-        super().__init__(model, optimizer, moments=moments, seed=seed)
+    def _check(self) -> None:
+        given = Timing(every=self.every, until=self.until)
+        timing = fill_in(given, Timing(every=100), self.total_steps, None)
+        self.every, self.until = timing.every, timing.until
+
+    def _setup(self) -> None:
         self._theta = [self._initial(pool) for pool in self.pools]
         self._exploring = [_Exploring(pool) for pool in self.pools]
 
@@ -129,7 +134,9 @@ class TopKAST(Method):
             if self._is_exploring(self.steps):
                 self._exploring[pool.number].step(self.l2 / pool.weight.density)
             values.mul_(1.0 - pool.lr * self.l2)
-        if self._is_exploring(self.steps) and (self.steps == 1 or self.steps % self.every == 0):
+        if self._is_exploring(self.steps) and (
+            self.steps == 1 or self.steps % (self.every or 1) == 0
+        ):
             for pool in self._trained():
                 self._choose(pool)
             self.updates += 1
@@ -143,7 +150,7 @@ class TopKAST(Method):
         )
         k, cols = weight.connections, weight.matrix_shape[1]
         slots = weight.active()
-        mine = weight.rows[slots].long() * cols + weight.cols[slots].long()
+        mine = pool.keys(slots)
         theta[mine] = weight.values.detach()[slots]
         theta[exploring.at] = exploring.values.detach()
         order = torch.sort(theta.abs(), descending=True, stable=True).indices
@@ -156,9 +163,6 @@ class TopKAST(Method):
         exploring.begin(torch.sort(order[k : k + round(self.explore * k)]).values, theta)
 
     # --- state ------------------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        return {"explore": self.explore, "l2": self.l2, "every": self.every, "until": self.until}
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.optim import Optimizer
 
-from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose
+from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose, data_field
+from rewire.methods.core.parameters import Patterns, parameter, service
+from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice, needs_data
 from rewire.methods.noiseout.correlation import Merge, UnitMoments, measure
 from rewire.methods.noiseout.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.noiseout.snapshot import Snapshot
@@ -62,39 +62,14 @@ class NoiseOut(Method):
     Layers that cannot be cut are left alone (``stats()["refused"]`` says why); named without
     wildcards they are an error.
 
-    Args:
-        noise: targets of the noise outputs: "gaussian", "binomial", "constant" or "none" (no noise
-            outputs).
-        outputs: number of noise outputs. One is too weak: on a toy of two hidden units mean |rho|
-            is 0.8 with one, as with none, and 1.00 with eight, each of which asks for another
-            direction to be constant.
-        strength: factor of the noise loss (summed over outputs, mean over the batch).
-        mean: of the targets: of the normal distribution, probability of a one, or the constant.
-        deviation: standard deviation of the gaussian targets.
-        threshold: score that a network must meet; none takes the score at the first check, less
-            ``slack``.
-        slack: how much worse than at the first check the score may be; only without ``threshold``.
-        mode: "max" if a larger score is better (accuracy), "min" for a cost.
-        layers: comma-separated names (with wildcards) of the layers to merge units of; none takes
-            all that can be.
-        criterion: "correlation", the paper's, or "damage": the pair whose merge changes its readers
-            least in mean square, |w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with
-            the unit.
-        every: "epoch" checks at the end of each epoch; a number, after so many steps (needs
-            ``evaluate=``).
-        warmup: checks (epochs, or ``every`` steps) that only train; `rewire train` takes half of
-            its epochs where neither this nor ``threshold`` or ``every`` is given.
-        pace: share of the remaining units that is merged between two scores; 0 scores after every
-            merge.
-        at_once: merges per check at most; none is as many as the threshold allows.
-        overshoot: what becomes of merges that break the threshold. "train": they stay, and training
-            brings the score back or not; the way to few units, each of which is missed at first.
-            "undo": they are taken back at once, half as many are tried for the rest of the check,
-            and at last pairs of the other layers, until each layer's next merge would break the
-            threshold (or ``at_once`` are done). Training after a check may still lose the
-            threshold: then nothing is merged before it is met again.
-        samples: inputs of ``data`` over which correlations are taken, the first so many, kept; none
-            is all of them.
+    One noise output is too weak: on a toy of two hidden units mean |rho| is 0.8 with one, as with
+    none, and 1.00 with eight, each of which asks for another direction to be constant.
+
+    With ``overshoot="train"`` training brings the score back or not: the way to few units, each of
+    which is missed at first. With "undo" half as many merges are tried for the rest of the check,
+    and at last pairs of the other layers, until each layer's next merge would break the threshold
+    (or ``at_once`` are done). Training after a check may still lose the threshold: then nothing is
+    merged before it is met again.
 
     ``data`` is what correlations are taken over; it must give the same batches each time.
     ``evaluate`` (model -> score) is asked at checks between epochs, and at the end of epochs where
@@ -106,99 +81,150 @@ class NoiseOut(Method):
     evaluation and pass. Between checks nothing costs beyond the noise outputs.
     """
 
+    data: Data | None = data_field()
+    evaluate: Evaluate | None = service(
+        default=None, help="model -> score, for checks where `end_epoch` is not given one"
+    )
+    targets: Targets = parameter(
+        default="gaussian", saved=True, help='of the noise outputs; "none": no noise outputs'
+    )
+    noise_outputs: int = parameter(default=8, low=1, saved=True, help="number of noise outputs")
+    strength: float = parameter(
+        default=1.0,
+        low=0,
+        saved=True,
+        help="factor of the noise loss (summed over outputs, mean over the batch)",
+    )
+    mean: float = parameter(
+        default=0.1,
+        low=-1e6,
+        high=1e6,
+        saved=True,
+        help="of the targets: of the normal distribution, probability of a one, or the constant",
+    )
+    deviation: float = parameter(
+        default=0.4, low=0, saved=True, help="standard deviation of the gaussian targets"
+    )
+    required_score: float | None = parameter(
+        default=None,
+        help="score that a network must meet; by default that of the first check, less ``slack``",
+    )
+    slack: float = parameter(
+        default=0.0,
+        low=0,
+        saved=True,
+        help="how much worse than at the first check the score may be, where ``required_score`` "
+        "is not "
+        "given",
+    )
+    larger_is_better: bool = parameter(
+        default=True, saved=True, help="whether scores grow (accuracy) or fall (a cost)"
+    )
+    only: Patterns | None = parameter(
+        default=None,
+        saved=True,
+        help="names of the layers to merge units of; None: all that can be",
+    )
+    criterion: Literal["correlation", "damage"] = parameter(
+        default="correlation",
+        saved=True,
+        help="the paper's, or the pair whose merge changes its readers least in mean square, "
+        "|w_u|^2 "
+        "Var(h_u) (1 - rho^2), for each parameter that goes with the unit",
+    )
+    every: int | None = parameter(
+        default=None,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="optimizer steps between checks (needs ``evaluate=``); None: at the end of each epoch",
+    )
+    warmup: int = parameter(
+        default=0,
+        low=0,
+        unit="checks",
+        saved=True,
+        help="first checks that only train; `rewire train` takes half of its epochs where neither "
+        "this nor ``required_score`` or ``every`` is given",
+    )
+    pace: float = parameter(
+        default=0.0,
+        low=0,
+        high=1,
+        saved=True,
+        help="share of the remaining units that is merged between two scores; 0 scores after every "
+        "merge",
+    )
+    at_once: int | None = parameter(
+        default=None,
+        low=1,
+        saved=True,
+        help="merges per check at most; None: as many as the threshold allows",
+    )
+    overshoot: Literal["train", "undo"] = parameter(
+        default="train",
+        saved=True,
+        help="what becomes of merges that break the threshold: they stay, or are taken back "
+        "at once",
+    )
+    samples: int | None = parameter(
+        default=2000,
+        low=1,
+        saved=True,
+        help="inputs of ``data`` over which correlations are taken, the first so many, kept; None: "
+        "all",
+    )
+
     acts_in_ranks = False
-    starts_dense: ClassVar[bool] = True
+    starts_dense = True
     # the noise outputs' loss makes training at a large rate diverge
-    run_lr: ClassVar[float | None] = 0.002
+    run_lr = 0.002
+    saves = ("_merged", "_checks", "_score", "_beside")
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """Half of the run trains only: what it then reaches is the score to keep."""
-        return {} if {"threshold", "every", "warmup"} & given.keys() else {"warmup": epochs // 2}
+        return (
+            {} if {"required_score", "every", "warmup"} & given.keys() else {"warmup": epochs // 2}
+        )
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        data: Data | None = None,
-        evaluate: Evaluate | None = None,
-        noise: Targets = "gaussian",
-        outputs: int = 8,
-        strength: float = 1.0,
-        mean: float = 0.1,
-        deviation: float = 0.4,
-        threshold: float | None = None,
-        slack: float = 0.0,
-        mode: Literal["max", "min"] = "max",
-        layers: str | None = None,
-        criterion: Literal["correlation", "damage"] = "correlation",
-        every: int | Literal["epoch"] = "epoch",
-        warmup: int = 0,
-        pace: float = 0.0,
-        at_once: int | None = None,
-        overshoot: Literal["train", "undo"] = "train",
-        samples: int | None = 2000,
-        seed: int | None = None,
-    ) -> None:
-        for name, given, allowed in [
-            ("noise", noise, get_args(Targets)),
-            ("mode", mode, ("max", "min")),
-            ("criterion", criterion, ("correlation", "damage")),
-            ("overshoot", overshoot, ("train", "undo")),
-        ]:
-            choice(name, given, allowed)
-        for name, count in [("outputs", outputs), ("at_once", at_once), ("samples", samples)]:
-            if count is not None and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
-        if every != "epoch" and (not isinstance(every, int) or every < 1):
-            raise ValueError(
-                f"every must be 'epoch' or a number of steps of at least 1, not {every!r}"
-            )
-        if not isinstance(warmup, int) or warmup < 0:
-            raise ValueError(f"warmup must be a number of checks of at least 0, not {warmup!r}")
-        for name, number in [("strength", strength), ("deviation", deviation), ("slack", slack)]:
-            within(name, number, 0.0)
-        within("pace", pace, 0.0, 1.0)
-        within("mean", mean, *((0.0, 1.0) if noise == "binomial" else (-1e6, 1e6)))
-        if data is None:
+    def _check(self) -> None:
+        if self.targets == "binomial":
+            within("mean", self.mean, 0.0, 1.0)
+        if self.data is None:
             raise needs_data(self)
-        if every != "epoch" and evaluate is None:
+        if self.every is not None and self.evaluate is None:
             raise ValueError(
-                f"every={every} checks between epochs: give evaluate=, a function "
+                f"every={self.every} checks between epochs: give evaluate=, a function "
                 "from model to score"
             )
-        self._data, self._samples, self._evaluate = data, samples, evaluate
-        self._kept = _first(data, samples) if samples is not None else None
+        self._kept = _first(self.data, self.samples) if self.samples is not None else None
         example = next(iter(self._batches()), None)
         if example is None:
             raise ValueError("data has no batch: give at least one, of training inputs")
         self._example = head(example, 2)
-        self._layers = layers
-        graph = UnitGraph(model, self._example)
-        chosen, refused = _choose(graph, layers)
-        super().__init__(model, optimizer, seed=seed)
-        self.noise, self.strength, self.mode, self.criterion = noise, strength, mode, criterion
-        self.threshold, self.slack, self.every, self.warmup = threshold, slack, every, warmup
-        self.pace, self.at_once, self.overshoot = pace, at_once, overshoot
-        self._graph, self._names, self._refused = graph, chosen, refused
-        self._shape_options = {"outputs": outputs, "mean": mean, "deviation": deviation}
-        self._merged = dict.fromkeys(chosen, 0)
+        self._graph = UnitGraph(self.model, self._example)
+        self._names, self._refused = _choose(self._graph, self.only)
+
+    def _setup(self) -> None:
+        #: The score that a network must meet, once it is known.
+        self.bound = self.required_score
+        self._merged = dict.fromkeys(self._names, 0)
         self._checks = 0
         self._score: float | None = None
         self._best: Snapshot | None = None
         self._beside: dict[str, Any] = {}  # what belongs to the best
-        self._outputs = None if noise == "none" else self._noise_outputs(outputs, mean, deviation)
+        self._outputs = None if self.targets == "none" else self._noise_outputs()
         if self._outputs is not None:
             self._attachment.hold(self._outputs.handle)
 
-    def _noise_outputs(self, outputs: int, mean: float, deviation: float) -> NoiseOutputs:
+    def _noise_outputs(self) -> NoiseOutputs:
         last = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
         if not isinstance(last, nn.Linear):
             raise ValueError(
                 "noise outputs stand beside the outputs of a last nn.Linear, and this network "
                 "ends with "
-                f"{self._graph.last} ({type(last).__name__}): use noise='none'"
+                f"{self._graph.last} ({type(last).__name__}): use targets='none'"
             )
         trains = next(
             (
@@ -214,10 +240,10 @@ class NoiseOut(Method):
             self.model,
             last,
             trains,
-            kind=self.noise,
-            outputs=outputs,
-            mean=mean,
-            deviation=deviation,
+            kind=self.targets,
+            outputs=self.noise_outputs,
+            mean=self.mean,
+            deviation=self.deviation,
             seed=self.seed,
             stream=Purpose.NOISE,
         )
@@ -244,12 +270,12 @@ class NoiseOut(Method):
         if self._outputs is not None:
             self._outputs.update(self.strength)
             self._outputs.forget()
-        if self.every != "epoch" and self.steps % self.every == 0:
-            self._check(self._evaluate)
+        if self.every is not None and self.steps % self.every == 0:
+            self._try_merges(self.evaluate)
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if self.every == "epoch" or last:
-            self._check(evaluate if evaluate is not None else self._evaluate)
+        if self.every is None or last:
+            self._try_merges(evaluate if evaluate is not None else self.evaluate)
         if last and self._best is not None:  # what is scored now is what `finalize` gives
             self._go_back()
 
@@ -272,28 +298,28 @@ class NoiseOut(Method):
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "parameters_met": best,
             "score": self._score,
-            "threshold": self.threshold,
+            "required_score": self.bound,
             "refused": dict(self._refused),
         }
 
     def _schedule(self) -> str | None:
         if self._checks > self.warmup:  # there were trials, and none met the threshold
             return None
-        when = "epoch" if self.every == "epoch" else f"{self.every} steps"
+        when = "epoch" if self.every is None else f"{self.every} steps"
         return f"a check every {when}, the first warmup={self.warmup} of which only train"
 
     # --- checks and merges ------------------------------------------------------------------------
 
     def _meets(self, score: float) -> bool:
-        assert self.threshold is not None
-        return score >= self.threshold if self.mode == "max" else score <= self.threshold
+        assert self.bound is not None
+        return score >= self.bound if self.larger_is_better else score <= self.bound
 
     def _scored(self, evaluate: Evaluate) -> float:
         with evaluating(self.model):
             self._score = float(evaluate(self.model))
         return self._score
 
-    def _check(self, evaluate: Evaluate | None) -> None:
+    def _try_merges(self, evaluate: Evaluate | None) -> None:
         """Algorithm 1's inner loop: while the score meets the threshold, merge."""
         if evaluate is None:
             raise RuntimeError(
@@ -307,8 +333,8 @@ class NoiseOut(Method):
         if self._checks <= self.warmup:
             return
         score = self._scored(evaluate)
-        if self.threshold is None:
-            self.threshold = score - self.slack if self.mode == "max" else score + self.slack
+        if self.bound is None:
+            self.bound = score - self.slack if self.larger_is_better else score + self.slack
         if not self._meets(score):
             return
         self._keep(score)
@@ -411,63 +437,39 @@ class NoiseOut(Method):
         self.updates += 1
 
     def _batches(self) -> Iterable[Any]:
-        return self._kept if self._kept is not None else _Inputs(self._data)
+        return self._kept if self._kept is not None else _Inputs(self.data or ())
 
     # --- saving -----------------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "noise": self.noise,
-            "strength": self.strength,
-            **self._shape_options,
-            "mode": self.mode,
-            "slack": self.slack,
-            "layers": self._layers,
-            "criterion": self.criterion,
-            "every": self.every,
-            "warmup": self.warmup,
-            "pace": self.pace,
-            "at_once": self.at_once,
-            "overshoot": self.overshoot,
-            "samples": self._samples,
-        }
 
     def _state(self) -> dict[str, Any]:
         tensors: dict[str, Tensor] = {
             **dict(self.model.named_parameters()),
             **dict(self.model.named_buffers()),
         }
-        return {
+        return super()._state() | {
             "shapes": {name: list(t.shape) for name, t in tensors.items()},
             "outputs": None if self._outputs is None else self._outputs.state(),
-            "merged": dict(self._merged),
-            "checks": self._checks,
-            "score": self._score,
-            "threshold": self.threshold,
+            "bound": self.bound,
             "best": None if self._best is None else self._best.state(),
-            "beside": dict(self._beside),
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; a model that was not cut gets the shapes, for its own state to
         be loaded.
         """
-        shapes, merged, checks = dict(state["shapes"]), dict(state["merged"]), int(state["checks"])
-        score, threshold, outputs = state["score"], state["threshold"], state["outputs"]
-        beside = dict(state["beside"])
+        shapes, outputs, bound = dict(state["shapes"]), state["outputs"], state["bound"]
         best = None if state["best"] is None else Snapshot.from_state(state["best"])
-        for parameter in fit_shapes(self.model, shapes):
+        super()._load_state(state)
+        for resized in fit_shapes(self.model, shapes):
             for optimizer in self.optimizers:
-                if any(
-                    t.dim() and t.shape != parameter.shape
-                    for t in _tensors(optimizer.state.get(parameter, {}))
-                ):
-                    del optimizer.state[parameter]
+                kept = optimizer.state.get(resized, {}).values()
+                tensors = [value for value in kept if isinstance(value, Tensor)]
+                if any(t.dim() and t.shape != resized.shape for t in tensors):
+                    del optimizer.state[resized]
         self._graph = UnitGraph(self.model, self._example, self._graph.tried)
         if self._outputs is not None:
             self._outputs.load(outputs)
-        self._merged, self._checks, self._score, self.threshold = merged, checks, score, threshold
-        self._best, self._beside = best, beside
+        self._best, self.bound = best, bound
 
 
 class _Inputs:
@@ -478,10 +480,6 @@ class _Inputs:
 
     def __iter__(self) -> Iterator[Any]:
         return map(_input, self._data)
-
-
-def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def _input(batch: Any) -> Any:
@@ -505,9 +503,9 @@ def _first(data: Data, samples: int) -> list[Any]:
     return kept
 
 
-def _choose(graph: UnitGraph, layers: str | None) -> tuple[list[str], dict[str, str]]:
+def _choose(graph: UnitGraph, only: Patterns | None) -> tuple[list[str], dict[str, str]]:
     """The layers whose units are merged, each set of coupled ones once, and why others are not."""
-    patterns = ["*"] if layers is None else [p.strip() for p in layers.split(",") if p.strip()]
+    patterns = ["*"] if only is None else [only] if isinstance(only, str) else list(only)
     chosen: list[str] = []
     refused: dict[str, str] = {}
     coupled: set[str] = set()

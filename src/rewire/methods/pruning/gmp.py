@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from torch import nn
-from torch.optim import Optimizer
-
-from rewire.methods.core.base import Moments, Pool
+from rewire.methods.core.base import Pool
+from rewire.methods.core.parameters import parameter, service
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import in_steps
-from rewire.methods.pruning.shrink import Connections, Density, Shrinking
+from rewire.methods.core.updates import Timing, fill_in
+from rewire.methods.pruning.shrink import Shrinking, scope_field
 from rewire.schedules import Cubic
 
 __all__ = ["GMP", "Gradual"]
@@ -22,39 +19,57 @@ class Gradual(Shrinking):
     many steps.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        every: int,
-        begin: int,
-        until: int | None,
-        connections: Connections | None,
-        density: Density | None,
-        distribution: str,
-        scope: Literal["layer", "network"],
-        seed: int | None,
-        moments: Moments = "auto",
-    ) -> None:
-        if until is None:
-            raise ValueError(
-                "until, the step of the last cut, must be given where steps= of the "
-                "training are not"
-            )
-        _steps("every", every, 1)
-        _steps("until", until, _steps("begin", begin, 0) + 1)
-        self.every, self.begin, self.until = every, begin, until
-        super().__init__(
-            model,
-            optimizer,
-            connections=connections,
-            density=density,
-            distribution=distribution,
-            scope=scope,
-            moments=moments,
-            seed=seed,
+    every: int | None = parameter(
+        default=None,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="optimizer steps between cuts; by default {every}, or as often as 10 cuts need in a "
+        "short training",
+    )
+    begin: int = parameter(default=0, low=0, unit="steps", saved=True, help="step of the first cut")
+    until: int | None = parameter(
+        default=None,
+        low=1,
+        unit="steps",
+        saved=True,
+        help="step of the last cut; by default half of a training of known length",
+    )
+    total_steps: int | None = service(default=None, help="optimizer steps of the whole training")
+
+    #: Steps between cuts, as published.
+    published = 100
+    saves = ("_start",)
+
+    @classmethod
+    def words(cls) -> dict[str, object]:
+        """What the help of ``every`` says of the class's own timing."""
+        return {"every": cls.published}
+
+    def _check(self) -> None:
+        timing = fill_in(
+            Timing(every=self.every, until=self.until),
+            Timing(every=self.published),
+            self.total_steps,
+            None,
+            last=0.5,
+            begin=self.begin,
         )
+        self.every = timing.every
+        if timing.until is None:
+            raise ValueError(
+                "until, the step of the last cut, must be given where total_steps= of the training "
+                "are not"
+            )
+        if timing.until <= self.begin:
+            raise ValueError(
+                f"until must be a whole number of steps of at least begin + 1 = {self.begin + 1}, "
+                f"not {timing.until}"
+            )
+        self.until = self._end = timing.until
+
+    def _setup(self) -> None:
+        super()._setup()
         self._start = [pool.weight.connections for pool in self.pools]
 
     def targets(self, step: int) -> list[int]:
@@ -62,9 +77,9 @@ class Gradual(Shrinking):
         begin))^3, rounded.
         """
         assert self.final is not None
-        if step >= self.until:
+        if step >= self._end:
             return list(self.final)
-        length = self.until - self.begin
+        length = self._end - self.begin
         pairs = zip(self._start, self.final, strict=True)
         return [
             final + round(Cubic(start - final, 0.0, length, self.begin)(step))
@@ -75,28 +90,13 @@ class Gradual(Shrinking):
         return f"begin={self.begin}, every={self.every}, until={self.until} steps"
 
     def _cuts_at(self, step: int) -> bool:
-        return self.begin <= step <= self.until and (
-            step == self.until or (step - self.begin) % self.every == 0
+        return self.begin <= step <= self._end and (
+            step == self._end or (step - self.begin) % (self.every or 1) == 0
         )
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self._cuts_at(self.steps):
             self._cut(self.targets(self.steps))
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"every": self.every, "begin": self.begin, "until": self.until}
-
-    def _state(self) -> dict[str, Any]:
-        return {"start": list(self._start)}
-
-    def _load_state(self, state: Any) -> None:
-        self._start = [int(k) for k in state["start"]]
-
-
-def _steps(name: str, number: int, least: int) -> int:
-    if not isinstance(number, int) or number < least:
-        raise ValueError(f"{name} must be a number of steps of at least {least}, not {number!r}")
-    return number
 
 
 @register(
@@ -119,47 +119,9 @@ class GMP(Gradual):
 
     and train what is left. Storage shrinks with it.
 
-    Args:
-        every: steps between cuts; by default 100, or in a training of known length as often as 10
-            cuts need.
-        begin: step of the first cut.
-        until: step of the last cut; by default half of ``steps`` where those are known.
-        scope: of magnitudes and budget: each "layer" (the paper's uniform schedule), or the
-            "network" together.
-        connections, density, distribution: the final budget, see
-            `rewire.methods.pruning.shrink.final_budgets`.
-        steps: of the whole training; `rewire train` gives it.
-
     Cost: that of the connections there are, from O(M) to O(K).
     """
 
-    start_density: ClassVar[float | None] = 1.0
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        every: int | None = None,
-        begin: int = 0,
-        until: int | None = None,
-        scope: Literal["layer", "network"] = "layer",
-        connections: Connections | None = None,
-        density: Density | None = None,
-        distribution: str = "erk",
-        steps: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        every, until = in_steps(every, until, 100, steps, last=0.5, begin=begin)
-        super().__init__(
-            model,
-            optimizer,
-            every=every,
-            begin=begin,
-            until=until,
-            connections=connections,
-            density=density,
-            distribution=distribution,
-            scope=scope,
-            seed=seed,
-        )
+    scope: Literal["layer", "network"] = scope_field(
+        "layer", "magnitudes and budget are each layer's (the paper's uniform schedule), or of all"
+    )

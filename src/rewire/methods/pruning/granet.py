@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from rewire.methods.core.base import Moments, Pool
+from rewire.methods.core.base import Moments, Pool, moments_field
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import decay, in_steps
+from rewire.methods.core.updates import decay
 from rewire.methods.criteria import gradients
 from rewire.methods.criteria.drop import smallest
-from rewire.methods.criteria.gradients import CandidateCount
-from rewire.methods.criteria.grow import Gradient
+from rewire.methods.criteria.gradients import CandidateCount, candidates_field
+from rewire.methods.criteria.grow import ByGradient
 from rewire.methods.pruning.gmp import Gradual
-from rewire.methods.pruning.shrink import Connections, Density, weakest
+from rewire.methods.pruning.shrink import lowest, scope_field
 from rewire.nn import Event
-from rewire.schedules import Schedule, at, within
+from rewire.schedules import Schedule, at
 
 __all__ = ["GraNet"]
 
@@ -43,70 +40,37 @@ class GraNet(Gradual):
                     grow as many dormant positions with the largest |dL/dw|; r as a cosine to 0 at
                     the last update
 
-    Args:
-        fraction: r at the start; a schedule (over steps) is taken as it is.
-        every: steps between updates; by default 1000, or in a training of known length as often as
-            10 updates need.
-        begin: step of the first one.
-        until: step of the last one; by default half of ``steps`` where those are known.
-        scope: of the cut: the "network" (the paper) or each "layer".
-        candidates: of regrowth, see `rewire.methods.criteria.grow.Gradient`.
-        connections, density, distribution: the final budget, see
-            `rewire.methods.pruning.shrink.final_budgets`.
-        steps: of the whole training; `rewire train` gives it.
-
     The authors start at half of all connections (`rewire train` does), or at all. Cost: that of the
     connections there are, and O(M samples) per update.
     """
 
-    start_density: ClassVar[float | None] = 0.5
-    #: Regrowth does not look at limits.
-    keeps_limits: ClassVar[tuple[str, ...]] = ()
+    fraction: float | Schedule = parameter(
+        default=0.5, low=0, high=1, help="r at the start; a schedule (over steps) stays"
+    )
+    scope: Literal["layer", "network"] = scope_field(
+        "network", "of the cut: the whole network (the paper) or each layer"
+    )
+    candidates: CandidateCount = candidates_field()
+    moments: Moments = moments_field()
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        fraction: float | Schedule = 0.5,
-        every: int | None = None,
-        begin: int = 0,
-        until: int | None = None,
-        scope: Literal["layer", "network"] = "network",
-        candidates: CandidateCount = "auto",
-        connections: Connections | None = None,
-        density: Density | None = None,
-        distribution: str = "erk",
-        steps: int | None = None,
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        every, until = in_steps(every, until, 1000, steps, last=0.5, begin=begin)
-        self.fraction = decay(fraction, until)
-        self._grow = Gradient(candidates)
-        super().__init__(
-            model,
-            optimizer,
-            every=every,
-            begin=begin,
-            until=until,
-            connections=connections,
-            density=density,
-            distribution=distribution,
-            scope=scope,
-            moments=moments,
-            seed=seed,
-        )
-        here = weakref.ref(self)
+    start_density = 0.5
+    keeps_limits = ()  # regrowth does not look at limits
+    published = 1000
 
-        def changed(event: Event) -> None:
-            method = here()
-            if method is not None and not method._updating:
-                method._request_capture()
-
+    def _check(self) -> None:
+        super()._check()
+        self.fraction = decay(self.fraction, self.until)
+        self._grow = ByGradient(self.candidates)
         self._updating = False
+
+    def _setup(self) -> None:
+        super()._setup()
         for pool in self.pools:
-            self._attachment.follow(pool, changed)
+            self._follow(pool, GraNet._changed)
+
+    def _changed(self, pool: Pool, event: Event) -> None:
+        if not self._updating:
+            self._request_capture()
 
     def _wants_capture(self, step: int) -> bool:
         return self._cuts_at(step) and at(self.fraction, step) > 0
@@ -118,9 +82,7 @@ class GraNet(Gradual):
         if self._cuts_at(self.steps):
             self._updating = True
             try:
-                self._prune_and_regenerate(
-                    pools, within("fraction", at(self.fraction, self.steps), 0.0, 1.0)
-                )
+                self._prune_and_regenerate(pools, self._now("fraction", self.steps))
             finally:
                 self._updating = False
 
@@ -131,7 +93,7 @@ class GraNet(Gradual):
         targets = self.targets(self.steps)
         groups = [pools] if self.scope == "network" else [[pool] for pool in pools]
         for group in groups:
-            places = weakest(
+            places = lowest(
                 [self._scores(pool) for pool in group], sum(targets[pool.number] for pool in group)
             )
             for pool, gone in zip(group, places, strict=True):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rewire.methods.core.base import Evaluate, Pool
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice
-from rewire.methods.pruning.shrink import Connections, Density, Shrinking
-from rewire.schedules import Schedule, at, checked, within
+from rewire.methods.pruning.shrink import Shrinking
+from rewire.schedules import Schedule
 
 __all__ = ["L1"]
 
@@ -38,21 +37,34 @@ class L1(Shrinking):
 
     It is decoupled from the optimizer: not preconditioned, scaled or clipped. With plain SGD it
     minimises loss + l1 |w|_1, and a weight stays at zero while |dL/dw| <= l1. Weights at zero
-    remain candidates, so the pool keeps its slots until the end (``drop="end"``): finalize drops
-    those with |w| <= threshold, and, if there is a budget, the smallest beyond it. How many
-    connections result is up to ``l1``: sweep it. `connections` says how many there are now.
-
-    Args:
-        l1: the coefficient; a float or a schedule over steps.
-        threshold: magnitude up to which finalize counts a weight as zero. At 0 (the default) it
-            changes no prediction, because the proximal step makes exact zeros.
-        drop: "end", or "epoch": what is at most ``threshold`` is dropped for good after every
-            epoch, which frees memory and time, but never comes back.
-        connections, density, distribution: optional; the most that finalize leaves, see
-            `rewire.methods.pruning.shrink.final_budgets`.
+    remain candidates, so the pool keeps its slots until the end (or for as long as ``every_epochs``
+    says): finalize drops those with |w| <= zero, and, if there is a budget, the smallest beyond it.
+    How many connections result is up to ``l1``: sweep it. `connections` says how many there are
+    now.
 
     Cost: one pass over the connections there are, each step.
     """
+
+    l1: float | Schedule = parameter(
+        default=1e-3, low=0, help="the coefficient; a float or a schedule over steps"
+    )
+    zero: float = parameter(
+        default=0.0,
+        low=0,
+        saved=True,
+        help="magnitude up to which a weight counts as zero; at 0 finalize changes no prediction, "
+        "because the proximal step makes exact zeros",
+    )
+    every_epochs: int | None = parameter(
+        default=None,
+        low=1,
+        unit="epochs",
+        saved=True,
+        help="drop what is zero for good every so many epochs, which frees memory and time; None: "
+        "at the end only",
+    )
+
+    budget_required = False
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
@@ -63,32 +75,6 @@ class L1(Shrinking):
             {"l1": 0.1} if optimizer in ("adam", "adamw", "rmsprop") and "l1" not in given else {}
         )
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        l1: float | Schedule = 1e-3,
-        threshold: float = 0.0,
-        drop: Literal["end", "epoch"] = "end",
-        connections: Connections | None = None,
-        density: Density | None = None,
-        distribution: str = "erk",
-        seed: int | None = None,
-    ) -> None:
-        choice("drop", drop, ("end", "epoch"))
-        self.l1 = checked("l1", l1, 0.0)
-        self.threshold, self.drop = within("threshold", threshold, 0.0), drop
-        super().__init__(
-            model,
-            optimizer,
-            connections=connections,
-            density=density,
-            distribution=distribution,
-            required=False,
-            seed=seed,
-        )
-
     def _check_start(self, final: Any) -> None:
         """Nothing: the budget is a bound, and shrinking may have gone below it before this was
         made.
@@ -96,28 +82,28 @@ class L1(Shrinking):
 
     def _after_step(self, pools: list[Pool]) -> None:
         for pool in pools:
-            amount = pool.lr * within("l1", at(self.l1, self.steps), 0.0)
+            amount = pool.lr * self._now("l1", self.steps)
             values = pool.weight.values
             values.copy_(torch.sign(values) * (values.abs() - amount).clamp_(min=0.0))
 
     def _schedule(self) -> str | None:
-        return "drop='epoch': at the end of every epoch" if self.drop == "epoch" else None
+        return None if self.every_epochs is None else f"every_epochs={self.every_epochs}"
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if self.drop == "epoch":
+        if self.every_epochs is not None and self.epochs % self.every_epochs == 0:
             self._drop_zeros()
 
     def _drop_zeros(self) -> None:
         for pool in self._trained():
             slots = pool.weight.active()
-            zero = pool.weight.values.detach()[slots].abs() <= self.threshold
+            zero = pool.weight.values.detach()[slots].abs() <= self.zero
             if zero.all():  # a layer without connections cannot be saved or trained
                 zero[torch.argmax(pool.weight.values.detach()[slots].abs())] = False
             self._shrink(pool, slots[zero])
         self.updates += 1
 
-    def connections(self) -> dict[str, int]:
-        """Connections above the threshold, by weight: what finalize would leave (before a
+    def count_connections(self) -> dict[str, int]:
+        """Connections above ``zero``, by weight: what finalize would leave (before a
         budget).
         """
         return {name: int(mask.sum()) for name, mask in self.active_masks().items()}
@@ -129,9 +115,10 @@ class L1(Shrinking):
             & (pool.weight.values.detach().abs() > self.threshold)
             for pool in self.pools
         }
+from torch import Tensor, nn
 
     def finalize(self) -> nn.Module:
-        """Drop what is at most the threshold, then what is above the budget, and return the
+        """Drop what is at most ``zero``, then what is above the budget, and return the
         model.
         """
         self._warn_of_no_update()
@@ -139,6 +126,3 @@ class L1(Shrinking):
             with torch.no_grad():
                 self._drop_zeros()
         return super().finalize()
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"threshold": self.threshold, "drop": self.drop}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from rewire.methods.core.base import Evaluate
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.pruning.shrink import Connections, Density, Shrinking
-from rewire.schedules import within
+from rewire.methods.pruning.shrink import Shrinking, scope_field
 
 __all__ = ["Magnitude"]
 
@@ -31,89 +29,73 @@ __all__ = ["Magnitude"]
     memory="O(M)",
 )
 class Magnitude(Shrinking):
-    """Prune-retrain cycles: after every ``every`` epochs, ``cycles`` times, drop the smallest
-    weights.
+    """Prune-retrain cycles: after every ``every_epochs`` epochs, ``cycles`` times, drop the
+    smallest weights.
 
     Percentile (the default): cut i of n leaves K_i = K_0 (K / K_0)^(i / n) connections of a layer
     that began with K_0, an exponential schedule that ends exactly at its budget K. Quality (the
     paper's): drop |w| < q std(w) in each layer, std over the connections it has.
 
     Survivors keep values and optimizer state and are retrained. The paper retrains with a tenth of
-    the learning rate: let your scheduler do it at the first cut (at ``every`` epochs); nothing here
-    changes learning rates.
-
-    Args:
-        cycles: number of cuts.
-        every: epochs of training before each cut.
-        quality: q, the threshold over the standard deviation; None for percentiles. With a final
-            budget as well, no cut goes below it, and the last one ends there.
-        scope: of the percentile: each layer, or magnitudes of the whole "network" together.
-        connections, density, distribution: the final budget, see
-            `rewire.methods.pruning.shrink.final_budgets`; optional with ``quality``.
+    the learning rate: let your scheduler do it at the first cut (at ``every_epochs`` epochs);
+    nothing here changes learning rates.
 
     Cuts that the training had no time for are made by finalize. Cost: that of the connections there
     are.
     """
 
+    cycles: int = parameter(default=5, low=1, saved=True, help="number of cuts")
+    every_epochs: int = parameter(
+        default=2, low=1, unit="epochs", saved=True, help="epochs of training before each cut"
+    )
+    quality: float | None = parameter(
+        default=None,
+        low=0,
+        saved=True,
+        help="q, the threshold over the standard deviation; None for percentiles. With a final "
+        "budget as well, no cut goes below it, and the last one ends there; without, none is "
+        "needed",
+    )
+    scope: Literal["layer", "network"] = scope_field(
+        "layer", "of the percentile: each layer, or magnitudes of the whole network together"
+    )
+
+    saves = ("_first", "cuts")
+
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """All cuts in the first three quarters of the run, so that what is left trains on."""
         first = max(1, 3 * epochs // 4)
-        each, many = given.get("every", 1), given.get("cycles", 5)
+        each, many = given.get("every_epochs", 1), given.get("cycles", 5)
         if not all(isinstance(n, int) and n > 0 for n in (each, many)):
             return {}  # to be refused with what is allowed
         options = {
             "cycles": max(1, min(5, first // each)),
-            "every": max(1, first // min(many, first)),
+            "every_epochs": max(1, first // min(many, first)),
         }
         return {name: value for name, value in options.items() if name not in given}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        cycles: int = 5,
-        every: int = 2,
-        quality: float | None = None,
-        scope: Literal["layer", "network"] = "layer",
-        connections: Connections | None = None,
-        density: Density | None = None,
-        distribution: str = "erk",
-        seed: int | None = None,
-    ) -> None:
-        for name, number in (("cycles", cycles), ("every", every)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
-        if quality is not None:
-            within("quality", quality, 0.0)
-            if scope == "network":
-                raise ValueError(
-                    "quality= prunes each layer by its own standard deviation: use scope='layer'"
-                )
-        self.cycles, self.every, self.quality = cycles, every, quality
-        super().__init__(
-            model,
-            optimizer,
-            connections=connections,
-            density=density,
-            distribution=distribution,
-            scope=scope,
-            required=quality is None,
-            seed=seed,
-        )
+    def _check(self) -> None:
+        if self.quality is not None and self.scope == "network":
+            raise ValueError(
+                "quality= prunes each layer by its own standard deviation: use scope='layer'"
+            )
+        self.budget_required = self.quality is None
+
+    def _setup(self) -> None:
+        super()._setup()
         self._first = [pool.weight.connections for pool in self.pools]
         self.cuts = 0
 
     def _schedule(self) -> str | None:
-        return f"every={self.every} epochs"
+        return f"every_epochs={self.every_epochs}"
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         # At the last epoch all that `finalize` would cut, before it is scored.
         if last and self.final is not None and self.cuts < self.cycles:
             self.cuts = self.cycles
             self._cut(self._targets())
-        elif self.epochs % self.every == 0 and self.cuts < self.cycles:
+        elif self.epochs % self.every_epochs == 0 and self.cuts < self.cycles:
             self.cuts += 1
             self._cut(self._targets())
 
@@ -134,17 +116,3 @@ class Magnitude(Shrinking):
             left = int((values.abs() >= self.quality * spread).sum())
             counts.append(max(left, self.final[i] if self.final is not None else 1))
         return counts
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {
-            "cycles": self.cycles,
-            "every": self.every,
-            "quality": self.quality,
-        }
-
-    def _state(self) -> dict[str, Any]:
-        return {"first": list(self._first), "cuts": self.cuts}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        first, cuts = [int(k) for k in state["first"]], int(state["cuts"])
-        self._first, self.cuts = first, cuts

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import nn
-from torch.optim import Optimizer
-
 from rewire.methods.core.base import Evaluate, Pool
+from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.settings import choice
-from rewire.methods.pruning.shrink import Connections, Density, Shrinking
+from rewire.methods.pruning.shrink import Shrinking, scope_field
 
 __all__ = ["OneShot"]
 
@@ -34,75 +31,57 @@ class OneShot(Shrinking):
     Survivors keep values and optimizer state. Han et al. train them with a tenth of the learning
     rate.
 
-    Args:
-        after: training before the cut, in ``unit``; at least 1.
-        unit: "epoch" or "step" (an optimizer step). Where training ends before that
-            (``end_epoch(last=True)`` or finalize), the cut is made there.
-        scope: "layer" cuts each layer to its own budget, "network" compares magnitudes over all
-            layers.
-        connections, density, distribution: the final budget, see
-            `rewire.methods.pruning.shrink.final_budgets`.
+    Where training ends before the cut (``end_epoch(last=True)`` or finalize), it is made there.
 
     Cost: that of the connections there are: O(M) before the cut if all are, O(K) afterwards.
     """
 
+    after_epochs: int | None = parameter(
+        default=None,
+        low=1,
+        unit="epochs",
+        saved=True,
+        help="training before the cut; 5 epochs, if neither this nor ``after`` is given",
+    )
+    after: int | None = parameter(
+        default=None, low=1, unit="steps", saved=True, help="the same in optimizer steps"
+    )
+    scope: Literal["layer", "network"] = scope_field(
+        "layer", "cut each layer to its own budget, or compare magnitudes over all layers"
+    )
+
+    saves = ("done",)
+
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
         """The cut in the middle of the run, so that what is left trains on."""
-        return (
-            {}
-            if "after" in given or given.get("unit", "epoch") != "epoch"
-            else {"after": max(1, epochs // 2)}
-        )
+        timed = {"after", "after_epochs"} & given.keys()
+        return {} if timed else {"after_epochs": max(1, epochs // 2)}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        after: int = 5,
-        unit: Literal["epoch", "step"] = "epoch",
-        scope: Literal["layer", "network"] = "layer",
-        connections: Connections | None = None,
-        density: Density | None = None,
-        distribution: str = "erk",
-        seed: int | None = None,
-    ) -> None:
-        choice("unit", unit, ("epoch", "step"))
-        if not isinstance(after, int) or after < 1:
-            raise ValueError(f"after must be a whole number of at least 1 ({unit}s), not {after!r}")
-        self.after, self.unit, self.done = after, unit, False
-        super().__init__(
-            model,
-            optimizer,
-            connections=connections,
-            density=density,
-            distribution=distribution,
-            scope=scope,
-            seed=seed,
-        )
+    def _check(self) -> None:
+        if self.after is not None and self.after_epochs is not None:
+            raise ValueError("give after= (optimizer steps) or after_epochs=, not both")
+        if self.after is None and self.after_epochs is None:
+            self.after_epochs = 5
+
+    def _setup(self) -> None:
+        super()._setup()
+        self.done = False
 
     def _schedule(self) -> str | None:
-        return f"after={self.after} {self.unit}s"
+        steps = self.after is not None
+        return f"after={self.after} steps" if steps else f"after_epochs={self.after_epochs}"
 
     def _after_step(self, pools: list[Pool]) -> None:
-        if self.unit == "step" and not self.done and self.steps >= self.after:
+        if self.after is not None and not self.done and self.steps >= self.after:
             self._cut_once()
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
-        if not self.done and (last or (self.unit == "epoch" and self.epochs >= self.after)):
+        due = self.after_epochs is not None and self.epochs >= self.after_epochs
+        if not self.done and (last or due):
             self._cut_once()
 
     def _cut_once(self) -> None:
         assert self.final is not None
         self._cut(self.final)
         self.done = True
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"after": self.after, "unit": self.unit}
-
-    def _state(self) -> dict[str, Any]:
-        return {"done": self.done}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        self.done = bool(state["done"])

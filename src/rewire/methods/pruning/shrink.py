@@ -10,18 +10,18 @@ fixed size, the slots stay, empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rewire import budget
-from rewire.methods.core.base import Method, Moments, Pool
-from rewire.methods.core.settings import choice, named_globs
+from rewire.methods.core.base import Method, Pool
+from rewire.methods.core.parameters import first_match, parameter
 
-__all__ = ["Connections", "Density", "Shrinking", "final_budgets", "weakest"]
+__all__ = ["Connections", "Density", "Shrinking", "final_budgets", "lowest"]
 
 #: A final budget: of the network (a number), or of each pool: in order, or by name or glob pattern.
 Connections: TypeAlias = int | Sequence[int] | Mapping[str, int]
@@ -52,7 +52,8 @@ def final_budgets(
     given: Any = connections if density is None else density
     sizes = [pool.weight.size for pool in pools]
     if isinstance(given, Mapping):
-        given = [given[pattern] for pattern in named_globs(pools, list(given), "the budget")]
+        all_names = [pool.name for pool in pools]
+        given = [given[pattern] for pattern in first_match(all_names, list(given), "the budget")]
     elif isinstance(given, Sequence) and len(given) != len(pools):
         names = ", ".join(pool.name for pool in pools)
         raise ValueError(f"the budget has {len(given)} entries for {len(pools)} weights: {names}")
@@ -65,7 +66,7 @@ def final_budgets(
     return budget.distribute(distribution, [tuple(pool.weight.shape) for pool in pools], total)
 
 
-def weakest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tensor]:
+def lowest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tensor]:
     """What to drop so that ``keep`` of all scores are left, the highest, and ``at_least`` of each
     tensor.
 
@@ -87,42 +88,38 @@ def weakest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tens
 class Shrinking(Method):
     """What methods share that end with fewer connections than they start with.
 
-    Args:
-        connections, density: the final budget, see `final_budgets`. ``required`` says whether one
-            must be given.
-        distribution: how one number is spread over the pools.
-        scope: "layer", or "network" where only the sum over the (trained) pools counts.
-
     `finalize` cuts by `_scores` what is still above the final budget, so the model it returns is
     always within it. Raises ValueError if the pools have fewer connections than they are to end
-    with.
+    with. With ``scope = "network"`` only the sum over the (trained) pools counts.
     """
+
+    connections: Connections | None = parameter(
+        default=None, kind="budget", help="the final budget, see `final_budgets`"
+    )
+    density: Density | None = parameter(
+        default=None, kind="budget", help="the final budget as a share of M"
+    )
+    distribution: str = parameter(
+        default="erk", kind="budget", help="how one number is spread over the pools"
+    )
 
     #: The density that `rewire train` builds the pools with.
     start_density: ClassVar[float | None] = 1.0
     #: What only drops stays within any limits.
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    #: Whether a final budget must be given.
+    budget_required: bool = field(init=False, default=True)
+    #: Whether the budget is each layer's or the network's.
+    scope: Literal["layer", "network"] = field(init=False, default="layer")
+    #: Final connections of each pool, in order; None where there is no budget.
+    final: list[int] | None = field(init=False, default=None)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Iterable[Optimizer],
-        *,
-        connections: Connections | None = None,
-        density: Density | None = None,
-        distribution: str = "erk",
-        scope: Literal["layer", "network"] = "layer",
-        required: bool = True,
-        moments: Moments = "auto",
-        seed: int | None = None,
-    ) -> None:
-        choice("scope", scope, ("layer", "network"))
-        super().__init__(model, optimizer, moments=moments, seed=seed)
-        self.scope = scope
-        #: Final connections of each pool, in order; None where there is no budget.
-        self.final: list[int] | None = None
-        if required or connections is not None or density is not None:
-            self.final = final_budgets(self.pools, connections, density, distribution)
+    def _setup(self) -> None:
+        given = self.connections is not None or self.density is not None
+        if self.budget_required or given:
+            self.final = final_budgets(
+                self.pools, self.connections, self.density, self.distribution
+            )
             self._check_start(self.final)
 
     def _check_start(self, final: Sequence[int]) -> None:
@@ -158,7 +155,7 @@ class Shrinking(Method):
         groups = [pools] if self.scope == "network" and pools else [[pool] for pool in pools]
         for group in groups:
             keep = sum(counts[pool.number] for pool in group)
-            places = weakest([self._scores(pool) for pool in group], keep, at_least)
+            places = lowest([self._scores(pool) for pool in group], keep, at_least)
             for pool, gone in zip(group, places, strict=True):
                 self._shrink(pool, pool.weight.active()[gone])
         self.updates += 1
@@ -175,4 +172,10 @@ class Shrinking(Method):
         return super().finalize()
 
     def _settings(self) -> dict[str, Any]:
-        return {"final": None if self.final is None else list(self.final), "scope": self.scope}
+        final = None if self.final is None else list(self.final)
+        return super()._settings() | {"final": final, "scope": self.scope}
+
+
+def scope_field(default: Literal["layer", "network"], help: str) -> Any:
+    """The declaration of ``scope``, for methods that compare scores over layers."""
+    return parameter(default=default, help=help)

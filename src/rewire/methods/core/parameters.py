@@ -1,0 +1,297 @@
+"""Hyper-parameters, each declared once: its type, default, bounds and help.
+
+::
+
+    class RigL(Rewiring):
+        fraction: float | Schedule = parameter(default=0.3, low=0, high=1, help="share to replace")
+
+A method is a dataclass, and `parameter` makes a field that carries a `Declaration`. The
+constructor, its checks and error texts, the registry, ``--set``, the settings in a saved state,
+``rewire methods NAME`` and the documentation all come from these fields. (They are standard
+dataclass fields, so `dataclasses.fields` lists them and type checkers know the constructor.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import dataclass_transform
+
+from rewire.schedules import Schedule, at, checked
+
+__all__ = [
+    "Declaration",
+    "Declared",
+    "Parameter",
+    "Patterns",
+    "PerLayer",
+    "fits",
+    "parameter",
+    "per_layer",
+    "service",
+]
+
+#: One number (or schedule) for all layers, a list of them in the model's order, or a dict from glob
+#: pattern to them.
+PerLayer: TypeAlias = float | Schedule | Sequence[float | Schedule] | Mapping[str, float | Schedule]
+#: Glob patterns over names of layers (``"encoder.*"``) or weights (``"lstm.weight_hh_l0"``), one or
+#: several.
+Patterns: TypeAlias = str | Sequence[str]
+
+_KEY = "rewire"
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What is declared of a constructor argument besides its name, type and default.
+
+    low, high: bounds of a number (of every number of a schedule), which are allowed themselves.
+    above, below: bounds that are not. unit: what a whole number counts ("steps", "epochs").
+    saved: loading a state refuses another value. kind: "parameter" for a hyper-parameter; "budget"
+    for the final budget, "service" for what the training loop provides, which ``--set`` does not
+    take. check: further checks of a value that is not None; it raises ValueError.
+    """
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    unit: str = ""
+    saved: bool = False
+    kind: Literal["parameter", "budget", "service"] = "parameter"
+    check: Callable[[str, Any], object] | None = None
+
+    def limits(self) -> str:
+        """The bounds in words, or ""."""
+        low = f"at least {self.low:g}" if self.low > -math.inf else ""
+        low = f"above {self.above:g}" if self.above > -math.inf else low
+        high = f"at most {self.high:g}" if self.high < math.inf else ""
+        high = f"below {self.below:g}" if self.below < math.inf else high
+        if low.startswith("at least") and high.startswith("at most"):
+            return f"between {self.low:g} and {self.high:g}"
+        return " and ".join(part for part in (low, high) if part)
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is finite and within the bounds."""
+        inside = self.low <= number <= self.high and self.above < number < self.below
+        return inside and not math.isinf(number)
+
+
+def parameter(*, default: Any = dataclasses.MISSING, help: str, **declared: Any) -> Any:
+    """A hyper-parameter: a keyword-only dataclass field; ``declared``: see `Declaration`."""
+    metadata = {_KEY: Declaration(help, **declared)}
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+def service(*, default: Any, help: str) -> Any:
+    """An argument that the training loop provides, such as ``data=``: no hyper-parameter."""
+    return parameter(default=default, help=help, kind="service")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A declared argument of a method, as the registry, the command line and the docs see it."""
+
+    name: str
+    annotation: Any
+    default: Any
+    declared: Declaration
+
+    @property
+    def help(self) -> str:
+        """What it is, in a sentence or two."""
+        return self.declared.help
+
+    def allowed(self) -> str:
+        """What it takes, in words: "a number between 0 and 1, or a schedule of such numbers"."""
+        return _allowed(self.annotation, self.declared)
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError saying what is allowed if ``value`` is not."""
+        if not _accepts(value, self.annotation, self.declared):
+            raise ValueError(f"{self.name} must be {self.allowed()}, not {value!r}")
+        if value is not None and self.declared.check is not None:
+            self.declared.check(self.name, value)
+
+
+@dataclass_transform(
+    kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field, parameter, service)
+)
+class Declared:
+    """A class that declares its hyper-parameters as dataclass fields; subclasses inherit them."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        dataclasses.dataclass(eq=False, repr=False)(cls)
+
+    @classmethod
+    def declared(cls) -> dict[str, Parameter]:
+        """The declared arguments of the constructor by name, in order of declaration."""
+        return dict(_declared(cls))
+
+    @classmethod
+    def words(cls) -> Mapping[str, object]:
+        """What stands for ``{name}`` in help texts: numbers that differ between subclasses."""
+        return {}
+
+    def check_parameters(self) -> None:
+        """Check the type and bounds of every declared argument; ValueError names the first bad."""
+        for found in _declared(type(self)).values():
+            value = getattr(self, found.name)
+            service = found.declared.kind != "parameter"
+            if not (service and (value is None or found.declared.kind == "budget")):
+                found.check(value)
+
+
+_KNOWN: weakref.WeakKeyDictionary[type, dict[str, Parameter]] = weakref.WeakKeyDictionary()
+
+
+def _declared(cls: Any) -> dict[str, Parameter]:
+    if cls in _KNOWN:
+        return _KNOWN[cls]
+    hints, found = get_type_hints(cls), _KNOWN.setdefault(cls, {})
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    # those of the class itself first, then what it inherits
+    names = dict.fromkeys(n for base in cls.__mro__ for n in vars(base).get("__annotations__", ()))
+    for field in (fields[name] for name in names if name in fields):
+        declaration = field.metadata.get(_KEY)
+        if declaration is not None:
+            words = cls.words()
+            help = declaration.help.format_map(words) if words else declaration.help
+            declaration = dataclasses.replace(declaration, help=help)
+            found[field.name] = Parameter(field.name, hints[field.name], field.default, declaration)
+    return found
+
+
+def kinds_of(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, flat; of ``Literal`` each with all its values."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in kinds_of(part)]
+    return [annotation]
+
+
+def _words(kinds: Sequence[Any]) -> list[str]:
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+
+
+def _takes_patterns(kinds: Sequence[Any]) -> bool:
+    return str in kinds and Sequence[str] in kinds
+
+
+def _accepts(value: Any, annotation: Any, declared: Declaration) -> bool:
+    kinds = kinds_of(annotation)
+    if value is None:
+        return types.NoneType in kinds
+    if isinstance(value, str):
+        return value in _words(kinds) or str in kinds
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int | float) and (int in kinds or float in kinds):
+        return (float in kinds or isinstance(value, int)) and declared.holds(value)
+    origins = [get_origin(kind) for kind in kinds]
+    if callable(value) and Callable in origins:
+        return float not in kinds or declared.holds(value(0))
+    if _takes_patterns(kinds):
+        return isinstance(value, Sequence) and all(isinstance(part, str) for part in value)
+    simple = {bool, int, float, types.NoneType}
+    return any(
+        origin is not Literal and kind not in simple
+        for kind, origin in zip(kinds, origins, strict=True)
+    )
+
+
+def _allowed(annotation: Any, declared: Declaration) -> str:
+    kinds, limits = kinds_of(annotation), declared.limits()
+    origins = [get_origin(kind) for kind in kinds]
+    words = [repr(word) for word in _words(kinds)]
+    found = []
+    if words:
+        found.append(f"{'one of ' if len(words) > 1 else ''}{', '.join(words)}")
+    if bool in kinds:
+        found.append("True or False")
+    if float in kinds:
+        found.append(" ".join(["a finite number", limits]).strip())
+        if Callable in origins:
+            found.append("a schedule of such numbers")
+    elif int in kinds:
+        unit = f" of {declared.unit}" if declared.unit else ""
+        found.append(f"a whole number{unit}{' of ' if limits.startswith('at') else ' '}{limits}")
+    if Mapping in origins:
+        found.append("a list of them in the model's order, a dict from glob pattern to them")
+    if _takes_patterns(kinds):
+        found.append("a glob pattern over names, several of them in a list")
+    if types.NoneType in kinds:
+        found.append("None")
+    return ", or ".join(found).strip() or getattr(annotation, "__name__", str(annotation))
+
+
+# --- layers by name -------------------------------------------------------------------------------
+
+
+def fits(names: Sequence[str], patterns: Patterns) -> bool:
+    """Whether one of ``names`` matches ``patterns``."""
+    several = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(name, pattern) for name in names for pattern in several)
+
+
+def both_names(weight: str) -> tuple[str, ...]:
+    """What patterns may match of a weight: its name ("fc1.weight") and its layer's ("fc1")."""
+    layer = weight.rpartition(".")[0]
+    return (weight, layer) if layer else (weight,)
+
+
+def first_match(weights: Sequence[str], patterns: Sequence[str], what: str) -> list[str]:
+    """For each weight the first of ``patterns`` that matches it or its layer.
+
+    Raises ValueError for a pattern that matches no weight and for a weight that no pattern matches.
+    """
+    for pattern in patterns:
+        if not any(fits(both_names(weight), pattern) for weight in weights):
+            raise ValueError(
+                f"{what}: no sparse weight fits {pattern!r}; there are {', '.join(weights)}"
+            )
+    found = []
+    for weight in weights:
+        matching = [pattern for pattern in patterns if fits(both_names(weight), pattern)]
+        if not matching:
+            raise ValueError(f"{what} says nothing of {weight}: add it, or '*' as the last pattern")
+        found.append(matching[0])
+    return found
+
+
+def per_layer(
+    name: str, given: PerLayer, weights: Sequence[str], low: float, high: float = math.inf
+) -> list[float | Schedule]:
+    """``given`` for each of ``weights``, every number (a schedule's first) within [low, high].
+
+    Raises ValueError for a list of another length, patterns that match nothing, layers left out,
+    and numbers out of range.
+    """
+    if isinstance(given, Mapping):
+        given = [given[pattern] for pattern in first_match(weights, list(given), name)]
+    elif not isinstance(given, Sequence):
+        return [checked(name, given, low, high)] * len(weights)
+    if len(given) != len(weights):
+        raise ValueError(
+            f"{name} is a list of {len(given)} for {len(weights)} sparse weights: give one number "
+            f"for all, or one for each, in the model's order ({', '.join(weights)})"
+        )
+    pairs = zip(weights, given, strict=True)
+    return [checked(f"{name} of {weight}", number, low, high) for weight, number in pairs]
+
+
+def current(name: str, value: float | Schedule, step: int, declared: Declaration) -> float:
+    """The number at ``step``; ValueError if a schedule leaves the bounds."""
+    number = at(value, step)
+    if not declared.holds(number):
+        raise ValueError(
+            f"{name} must be a finite number {declared.limits()}, not {number} (at {step})"
+        )
+    return number
