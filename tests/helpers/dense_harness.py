@@ -60,20 +60,20 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
 #: Settings under which each method is tested; one without an entry runs with its defaults.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "differentiable": [{}, {"initial": 0.9, "strength": 0.05}],
-    "halo": [{"density": 1.0}, {"density": 0.3}, {"density": 0.3, "cut": 2}],
+    "halo": [{"density": 1.0}, {"density": 0.3}, {"density": 0.3, "after_epochs": 2}],
     "noiseout": [  # the threshold is always met, so that units are merged
-        {"threshold": -100.0, "at_once": 2},
+        {"required_score": -100.0, "at_once": 2},
         {
-            "threshold": -100.0,
+            "required_score": -100.0,
             "at_once": 1,
             "every": 3,
-            "noise": "binomial",
+            "targets": "binomial",
             "criterion": "damage",
             "samples": None,
         },
-        {"noise": "none", "at_once": 3, "slack": 5.0, "warmup": 1},
+        {"targets": "none", "at_once": 3, "slack": 5.0, "warmup": 1},
     ],
-    "ternary": [{"prune": 1}],
+    "ternary": [{"after_epochs": 1}],
 }
 
 
@@ -81,7 +81,7 @@ def cuts_at_the_end(name: str, settings: dict[str, Any]) -> bool:
     """Whether `finalize` is itself the cut, so that outputs change in it (unless all stays:
     density=1).
     """
-    return name == "halo" and "cut" not in settings and settings.get("density") != 1.0
+    return name == "halo" and "after_epochs" not in settings and settings.get("density") != 1.0
 
 
 CASES = [
