@@ -29,7 +29,7 @@ from scipy.io import loadmat
 from torch import Tensor, nn
 
 from rewire import methods
-from rewire.methods.criteria.drop import MagnitudeBySign
+from rewire.methods.criteria.drop import ByMagnitudeAndSign
 from rewire.nn import SparseLinear, SReLU
 
 #: The features that carry the label, alone or in combination, counted from 0, as the authors'
@@ -122,7 +122,7 @@ def run(
     if "centred" in methods.info(name).parameters():  # the data are standardised
         inputs["centred"] = False
     method = methods.create(
-        name, model, optimizer, seed=seed, fraction=ZETA, momentum="reset", **inputs
+        name, model, optimizer, seed=seed, fraction=ZETA, optimizer_state="reset", **inputs
     )
     scores, start = [], time.perf_counter()
     for epoch in range(epochs):
@@ -138,7 +138,7 @@ def run(
     seconds = time.perf_counter() - start
     pool = method.pools[0]
     fan_out = pool.weight.fan_out()
-    weak = MagnitudeBySign()(pool, ZETA)
+    weak = ByMagnitudeAndSign()(pool, ZETA)
     lasting = fan_out - torch.bincount(pool.weight.cols[weak].long(), minlength=x.shape[1])
     ascending = torch.argsort(fan_out, stable=True).tolist()
     return {

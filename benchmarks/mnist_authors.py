@@ -40,8 +40,10 @@ _DEEP_R = ["--method", "deep-r", "--init", "dense", "--set", "l1=1e-5", "--set",
 RUNS: dict[str, list[str]] = {
     "DEEP R, fixed signs": _DEEP_R,
     "DEEP R, redrawn signs": [*_DEEP_R, "--set", "signs=redrawn"],
-    "SET": ["--method", "set", "--set", "until=10", "--init", "dense"],
-    "SET, started at sparse fan-in": ["--method", "set", "--set", "until=10", "--init", "sparse"],
+    "SET": ["--method", "set", "--set", "until_epochs=10", "--init", "dense"],
+    "SET, started at sparse fan-in": [
+        *["--method", "set", "--set", "until_epochs=10", "--init", "sparse"]
+    ],
     "fixed random": ["--method", "static", "--init", "dense"],
     "fixed random, started at sparse fan-in": ["--method", "static", "--init", "sparse"],
 }

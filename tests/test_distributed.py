@@ -254,7 +254,7 @@ def methods_by_gradient_and_magnitude_agree() -> None:
     settings: dict[str, dict[str, Any]] = {
         "top-kast": {"every": 5},
         "snip": {"connections": [60, 30], "batches": 2},
-        "one-shot": {"connections": [60, 30], "after": 7, "unit": "step"},
+        "one-shot": {"connections": [60, 30], "after": 7},
     }
     for name, options in settings.items():
         torch.manual_seed(100 + dist.get_rank())
@@ -380,7 +380,7 @@ def dense_methods_agree_or_are_refused() -> None:
     dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
     for name, options in {
         "halo": {"density": 0.3},
-        "ternary": {"threshold": 0.2, "density": 0.3, "prune": 1},
+        "ternary": {"threshold": 0.2, "density": 0.3, "after_epochs": 1},
     }.items():
         torch.manual_seed(50 + dist.get_rank())
         plain = copy.deepcopy(dense)

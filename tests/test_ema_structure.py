@@ -100,7 +100,7 @@ def test_ternary_averages_stay_what_they_were(kind: str, freeze: bool) -> None:
     inputs = X if kind == "mlp" else X.view(2, 3, 10)
     optimizer = optim.Adam(model.parameters(), 0.01)
     average = ExponentialMovingAverage(model, DECAY)
-    method = rewire.methods.Ternary(model, optimizer, threshold=0.3, density=0.5, prune=50)
+    method = rewire.methods.Ternary(model, optimizer, threshold=0.3, density=0.5, after_epochs=50)
     for _ in range(4):
         optimizer.zero_grad()
         ((model(inputs) - 1).square().mean() + method.penalty()).backward()

@@ -61,7 +61,7 @@ def test_a_trained_model_comes_back_bit_by_bit(tmp_path: Path) -> None:
     model = dense()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(9, 20)
-    method = Ternary(model, optimizer, threshold=0.6, prune=1)
+    method = Ternary(model, optimizer, threshold=0.6, after_epochs=1)
     model(x)[0].square().sum().backward()
     optimizer.step()
     method.step()

@@ -142,7 +142,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "l1": [{"l1": 0.1}, {"l1": 0.05, "every_epochs": 1}],
     "magnitude": [
         {"density": 0.1, "distribution": "uniform", "cycles": 2, "every_epochs": 1},
-        {"density": 0.1, "distribution": "uniform", "cycles": 2, "every_epochs": 1, "scope": "network"},
+        {
+            "density": 0.1,
+            "distribution": "uniform",
+            "cycles": 2,
+            "every_epochs": 1,
+            "scope": "network",
+        },
         {"quality": 0.4, "cycles": 2, "every_epochs": 1},
     ],
     "one-shot": [
@@ -168,7 +174,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"every": 2},
         {"every": 3, "until": 9, "regrown": "keep", "skip_step": False, "candidates": 7},
     ],
-    "snfs": [{"window": 2}, {"every": 3, "candidates": 6}, {"exact": True, "every_epochs": 1, "until_epochs": 2}],
+    "snfs": [
+        {"window": 2},
+        {"every": 3, "candidates": 6},
+        {"exact": True, "every_epochs": 1, "until_epochs": 2},
+    ],
     "srigl": [{"every": 2, "fraction": 0.5}, {"every": 3, "gamma": 0.6, "candidates": 7}],
     "set": [{}, {"new_values": "normal", "every": 2, "fraction": 0.5}],
     "top-kast": [{"every": 3, "explore": 0.5}, {"every": 2, "l2": 0.01, "until": 6}],

@@ -30,7 +30,7 @@ SPARSE = [
     if i == 0 or case[0] != CASES[i - 1][0] or case[1].get("candidates")
 ]
 SPARSE = [("l1", {"l1": 0.005}) if name == "l1" else (name, settings) for name, settings in SPARSE]
-DENSE = [*DENSE_CASES, ("ternary", {"threshold": 0.3, "density": 0.5, "prune": 2})]
+DENSE = [*DENSE_CASES, ("ternary", {"threshold": 0.3, "density": 0.5, "after_epochs": 2})]
 DIFFERENTIABLE: list[dict[str, Any]] = [
     {"weights": "*"},
     {"weights": "0", "weight_gate": "exclusive", "units": "2"},

@@ -14,7 +14,7 @@ import rewire
 
 METHODS: dict[str, Callable[..., Any]] = {
     "halo": lambda m, o, **kw: rewire.methods.Halo(m, o, density=0.5, **kw),
-    "ternary": lambda m, o, **kw: rewire.methods.Ternary(m, o, density=0.5, prune=1, **kw),
+    "ternary": lambda m, o, **kw: rewire.methods.Ternary(m, o, density=0.5, after_epochs=1, **kw),
 }
 REFUSED: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "pruned": (

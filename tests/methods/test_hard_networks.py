@@ -123,8 +123,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "differentiable": {"units": "*", "initial": 0.9, "strength": 0.05},
     "differentiable-group": {"units": "*", "gate": "group", "initial": 0.9, "strength": 0.05},
     "differentiable-weights": {"weights": "*", "initial": 0.9, "strength": 0.0},
-    "halo": {"density": 0.3, "cut": 1},
-    "ternary": {"density": 0.3, "prune": 1},
+    "halo": {"density": 0.3, "after_epochs": 1},
+    "ternary": {"density": 0.3, "after_epochs": 1},
 }
 
 

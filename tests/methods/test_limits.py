@@ -129,7 +129,7 @@ def test_growth_by_gradient_takes_the_largest_that_fit() -> None:
     )
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     method = Rewirer(
-        layer, optimizer, drop=drop.Magnitude(), grow=grow.Gradient(None), fraction=0.3, every=1
+        layer, optimizer, drop=drop.ByMagnitude(), grow=grow.ByGradient(None), fraction=0.3, every=1
     )
     x, y = (
         torch.randn(16, 12, generator=g, dtype=torch.float64),
@@ -182,13 +182,14 @@ def test_what_a_method_does_not_keep_is_refused() -> None:
 def test_a_composition_keeps_what_its_growth_keeps() -> None:
     model = SparseLinear(12, 16, connections=40, limits=BASE)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    Rewirer(model, optimizer, drop=drop.Magnitude(), grow=grow.Random(), fraction=0.2)
+    Rewirer(model, optimizer, drop=drop.ByMagnitude(), grow=grow.Random(), fraction=0.2)
 
-    def blind(*arguments: Any) -> Any:
-        return grow.Random()(*arguments)
+    class Blind(grow.Grow):
+        def __call__(self, *arguments: Any) -> Any:
+            return grow.Random()(*arguments)
 
     with pytest.raises(ValueError, match="does not keep a limit on fan-in and fan-out and block"):
-        Rewirer(model, optimizer, drop=drop.Magnitude(), grow=blind, fraction=0.2)
+        Rewirer(model, optimizer, drop=drop.ByMagnitude(), grow=Blind(), fraction=0.2)
 
 
 def test_ranked_growth_takes_the_best_that_fit() -> None:

@@ -1,19 +1,29 @@
 """Training methods, one protocol for all: `penalty`, `step`, `end_epoch`, `finalize`."""
 
+import sys
+
 from rewire.methods.core.base import Method, Pool
 from rewire.methods.core.group import Group
-from rewire.methods.core.registry import MethodInfo, Parameter, available, create, info, register
+from rewire.methods.core.parameters import Parameter, parameter
+from rewire.methods.core.registry import MethodInfo, available, create, info, load_package, register
 from rewire.methods.deep_r.deep_r import DeepR
 from rewire.methods.deep_r.soft_deep_r import SoftDeepR
 from rewire.methods.dense_start.halo import Halo
 from rewire.methods.dense_start.ternary import Ternary
 from rewire.methods.differentiable.differentiable import Differentiable
-from rewire.methods.dynamic.cosine_set import CoDACoRSET, CoDASET, CoPACoRSET, CoPASET, CoRSET
+from rewire.methods.dynamic.cosine_set import (
+    CoDACoRSET,
+    CoDASET,
+    CoPACoRSET,
+    CoPASET,
+    CoRSET,
+    CosineSET,
+)
 from rewire.methods.dynamic.ctre import CTRE
 from rewire.methods.dynamic.dsr import DSR
 from rewire.methods.dynamic.itop import ITOP
 from rewire.methods.dynamic.mest import MEST
-from rewire.methods.dynamic.rewirer import Rewirer
+from rewire.methods.dynamic.rewirer import Rewirer, Rewiring
 from rewire.methods.dynamic.rigl import RigL
 from rewire.methods.dynamic.set import SET
 from rewire.methods.dynamic.snfs import SNFS
@@ -44,6 +54,7 @@ __all__ = [
     "CoPACoRSET",
     "CoPASET",
     "CoRSET",
+    "CosineSET",
     "DeepR",
     "Differentiable",
     "GraNet",
@@ -57,6 +68,7 @@ __all__ = [
     "Parameter",
     "Pool",
     "Rewirer",
+    "Rewiring",
     "RigL",
     "SRigL",
     "Shrinking",
@@ -67,5 +79,8 @@ __all__ = [
     "available",
     "create",
     "info",
+    "parameter",
     "register",
 ]
+
+load_package(sys.modules[__name__])  # a method needs no other entry than its own file

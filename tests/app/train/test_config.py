@@ -67,7 +67,7 @@ def test_refused(options, message: str) -> None:
         ("ternary", "sgd", 0.5, {"prune": 10}),
         ("noiseout", "adam", 0.002, {"warmup": 10}),
         ("differentiable", "adam", 0.002, {}),
-        ("halo", "sgd", 0.5, {"cut": 15}),
+        ("halo", "sgd", 0.5, {"after_epochs": 15}),
         ("magnitude", "adam", 0.01, {"cycles": 5, "every": 3}),
         ("one-shot", "adam", 0.01, {"after": 10}),
     ],
@@ -85,14 +85,14 @@ def test_defaults_that_suit_the_method(
 
 
 def test_what_is_given_goes_before_what_suits() -> None:
-    given = {"method": "noiseout", "method_options": {"threshold": 0.9}}
-    assert make_config(given).method_options == {"threshold": 0.9}
+    given = {"method": "noiseout", "method_options": {"required_score": 0.9}}
+    assert make_config(given).method_options == {"required_score": 0.9}
     assert make_config({"method": "noiseout", "method_options": {"warmup": 0}}).method_options == {
         "warmup": 0
     }
-    assert make_config({"method": "halo", "method_options": {"cut": None}}).method_options == {
-        "cut": None
-    }
+    assert make_config(
+        {"method": "halo", "method_options": {"after_epochs": None}}
+    ).method_options == {"after_epochs": None}
     assert make_config({"method": "halo", "epochs": 1}).method_options == {}, (
         "no epoch to train what is left"
     )
@@ -114,10 +114,10 @@ def test_what_is_given_goes_before_what_suits() -> None:
         options = {"method": "magnitude", "epochs": epochs, "method_options": given}
         assert make_config(options).method_options == expected
     assert make_config({"method": "one-shot", "epochs": 1}).method_options == {"after": 1}
-    options = {"method": "one-shot", "epochs": 12, "method_options": {"unit": "epoch"}}
-    assert make_config(options).method_options == {"unit": "epoch", "after": 6}
-    one = {"method": "one-shot", "method_options": {"unit": "step", "after": 7}}
-    assert make_config(one).method_options == {"unit": "step", "after": 7}
+    options = {"method": "one-shot", "epochs": 12, "method_options": {"scope": "network"}}
+    assert make_config(options).method_options == {"scope": "network", "after_epochs": 6}
+    one = {"method": "one-shot", "method_options": {"after": 7}}
+    assert make_config(one).method_options == {"after": 7}
 
 
 def test_defaults_and_json() -> None:

@@ -25,7 +25,7 @@ DENSE: dict[str, Any] = {
     "lr": 0.01,
     "optimizer": "adam",
     "threads": 1,
-    "method_options": {"threshold": 0.0, "at_once": 2, "every": 4},
+    "method_options": {"required_score": 0.0, "at_once": 2, "every": 4},
 }
 
 
@@ -49,7 +49,7 @@ def test_a_dense_network_gets_smaller(tmp_path: Path) -> None:
     assert sum(tensors[f"{i}.weight"].numel() for i in (0, 2, 4)) == sum(last)
 
 
-HALO: dict[str, Any] = {"method": "halo", "optimizer": "sgd", "method_options": {"cut": 2}}
+HALO: dict[str, Any] = {"method": "halo", "optimizer": "sgd", "method_options": {"after_epochs": 2}}
 
 
 @pytest.mark.parametrize("changes", [{}, HALO])
@@ -74,7 +74,7 @@ def test_stopped_and_resumed_it_is_the_same_run(
         ({"distribution": "erk"}, "--distribution: noiseout starts"),
         ({"init": "sparse"}, "--init: noiseout starts"),
         ({"validation": 0}, "--validation: noiseout decides by the validation accuracy"),
-        ({"method_options": {"noise": "pink"}}, "--method noiseout: noise must be"),
+        ({"method_options": {"targets": "pink"}}, "--method noiseout: targets must be"),
         ({"method_options": {"layers": "7"}}, "--method noiseout: the model has no layer '7'"),
     ],
 )

@@ -37,7 +37,7 @@ DENSE: dict[str, Any] = {
     "threads": 1,
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "noiseout": {"threshold": 0.0, "at_once": 2},
+    "noiseout": {"required_score": 0.0, "at_once": 2},
     "differentiable": {"strength": 0.05, "initial": 0.9},
     "halo": {"density": 0.2},
     "ternary": {"density": 0.2},
@@ -139,7 +139,7 @@ def test_units_of_pools_and_of_values_that_take_no_part() -> None:
     assert list(structure(model).connections.values()) == connections == [11, 6]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     threshold = float(layers[0].weight.values.detach().abs().median())
-    method = methods.create("l1", model, optimizer, threshold=threshold)
+    method = methods.create("l1", model, optimizer, zero=threshold)
     large = [w * (w.abs() > threshold) for w in dense_weights(model)]
     units, connections = by_hand(large)
     found = structure(model, method)
@@ -170,7 +170,7 @@ def test_pools_that_shrink_are_compared_with_what_is_smaller(tmp_path: Path) -> 
         ("one-shot", {"after": 1}),
         ("one-shot", {"after": 99}),
         ("magnitude", {"cycles": 10}),
-        ("noiseout", {"threshold": 0.8, "warmup": 1}),
+        ("noiseout", {"required_score": 0.8, "warmup": 1}),
     ],
 )
 def test_scores_are_those_of_what_is_left(
@@ -281,7 +281,7 @@ def test_nonsense_is_refused(tmp_path: Path, changes: dict[str, Any], message: s
 
 def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
     options = make_config(
-        DENSE | {"method": "halo", "method_options": RUNS["halo"] | {"cut": None}}
+        DENSE | {"method": "halo", "method_options": RUNS["halo"] | {"after_epochs": None}}
     )
     made = loop.Trainer(options, toy.dataset(), RunDir(tmp_path))
     made.run_dir.start(made.config, overwrite=False)

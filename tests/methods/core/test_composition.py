@@ -17,7 +17,7 @@ from torch import nn
 import rewire
 from harness import assert_identical
 from rewire import methods
-from rewire.methods import SET, SNIP, DeepR, Group, OneShot, RigL, Static
+from rewire.methods import SET, SNIP, DeepR, Group, OneShot, RigL, Static, parameter
 from rewire.methods.core.registry import _METHODS
 from rewire.nn import SparseConv2d, SparseLinear, sparse_weights
 
@@ -122,7 +122,7 @@ def test_what_acts_on_all_parameters_acts_on_its_own_in_a_group() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     patterns = {
         "conv*": partial(SNIP, batches=3, density=0.3),
-        "fc1": partial(SET, momentum="reset", every=1),
+        "fc1": partial(SET, optimizer_state="reset", every=1),
         "fc2": Static,
     }
     group = Group(model, optimizer, patterns, seed=1)
@@ -192,14 +192,9 @@ class Plug(Method):
 
 def test_what_a_method_of_another_package_requires_is_asked_for_by_name() -> None:
     class Needy(Static):
-        """Nothing.
+        """Nothing."""
 
-        Args:
-            level: how high it is.
-        """
-
-        def __init__(self, model: nn.Module, optimizer: Any, *, level: float) -> None:
-            super().__init__(model, optimizer)
+        level: float = parameter(help="how high it is")
 
     about = {
         "paper": "none",

@@ -32,10 +32,10 @@ LONG: dict[str, tuple[dict[str, Any], str]] = {
         "begin=5, every=9, until=50 steps",
     ),
     "itop": ({"every": 9}, "every=9 steps"),
-    "l1": ({"drop": "epoch"}, "drop='epoch'"),
-    "magnitude": ({"density": 0.1, "every": 2}, "every=2 epochs"),
-    "mest": ({"every": 5}, "every=5 epochs, but not after the last"),
-    "one-shot": ({"density": 0.1, "after": 5}, "after=5 epochs"),
+    "l1": ({"every_epochs": 9}, "every_epochs=9"),
+    "magnitude": ({"density": 0.1, "every_epochs": 2}, "every_epochs=2"),
+    "mest": ({"every_epochs": 5}, "every_epochs=5, but not after the last"),
+    "one-shot": ({"density": 0.1, "after_epochs": 5}, "after_epochs=5"),
     "rigl": ({"every": 9}, "every=9 steps"),
     "set": ({}, "at the end of every epoch but the last"),
     "snfs": ({}, "at the end of every epoch but the last"),
@@ -44,9 +44,9 @@ LONG: dict[str, tuple[dict[str, Any], str]] = {
     "top-kast": ({"until": 0}, "until=0"),
 }
 DENSE: dict[str, tuple[dict[str, Any], str]] = {
-    "halo": ({"cut": 5}, "cut=5 epochs"),
+    "halo": ({"after_epochs": 5}, "after_epochs=5"),
     "noiseout": ({"warmup": 3}, "the first warmup=3"),
-    "ternary": ({"prune": 5}, "prune=5 epochs"),
+    "ternary": ({"after_epochs": 5}, "after_epochs=5"),
 }
 #: Methods that act in every step, or leave the topology alone, or cut in `finalize` by design.
 NONE = {
@@ -58,6 +58,11 @@ NONE = {
     "deep-r": {},
     "top-kast": {},
 }
+
+
+for _name in set(methods.available()) - {*LONG, *DENSE, *NONE}:  # new ones with intervals
+    _budget = {"density": 0.1} if methods.info(_name).takes_budget else {}
+    LONG[_name] = ({**_budget, "every": 9, "until": 50}, "every=9")
 
 
 def test_every_method_is_covered() -> None:

@@ -426,8 +426,8 @@ def test_gradients_from_before_the_request_are_refused_or_waited_for() -> None:
         lambda o: methods.Rewirer(
             model,
             o,
-            drop=methods.drop.Magnitude(),
-            grow=methods.grow.Gradient(),
+            drop=methods.drop.ByMagnitude(),
+            grow=methods.grow.ByGradient(),
             fraction=0.3,
             seed=0,
         ),

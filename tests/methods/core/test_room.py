@@ -95,7 +95,7 @@ def test_where_layers_share_a_full_one_may_give() -> None:
     method = Rewirer(
         model,
         optimizer,
-        drop=drop.Magnitude(),
+        drop=drop.ByMagnitude(),
         grow=grow.Random(),
         fraction=0.5,
         every=1,

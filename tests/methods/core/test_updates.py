@@ -12,28 +12,14 @@ import torch
 from torch import nn
 
 from rewire import methods
-from rewire.methods.core.updates import in_epochs, in_steps
+from rewire.methods.core.updates import Timing, fill_in
 from rewire.nn import SparseLinear
 
-#: Methods that move or cut connections at intervals, and what they publish.
-MOVING = (
-    "codacorset",
-    "codaset",
-    "copacorset",
-    "copaset",
-    "corset",
-    "ctre",
-    "deep-r",
-    "dsr",
-    "gmp",
-    "granet",
-    "itop",
-    "mest",
-    "rigl",
-    "set",
-    "snfs",
-    "srigl",
-    "top-kast",
+#: Methods that move or cut connections at intervals of steps.
+MOVING = sorted(
+    name
+    for name in methods.available()
+    if "every" in methods.info(name).parameters() and name != "noiseout"  # its checks need a score
 )
 
 
@@ -48,7 +34,7 @@ def train(name: str, steps: int, epochs: int, known: bool = True, **options: Any
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     x, y = torch.randn(steps, 8, 16), torch.randint(0, 5, (steps, 8))
     services: dict[str, Any] = {"data": list(x[:4]), "density": 0.25}
-    services |= {"steps": steps, "epochs": epochs} if known else {}
+    services |= {"total_steps": steps, "total_epochs": epochs} if known else {}
     given = {service: value for service, value in services.items() if service in entry.services}
     method = methods.create(name, model, optimizer, seed=1, **given, **options)
     for epoch in range(epochs):
@@ -74,16 +60,13 @@ def test_a_short_training_has_ten_updates(name: str, steps: int, epochs: int) ->
     assert grown > 0
 
 
-def test_all_methods_with_intervals_are_here() -> None:
-    takes = {
-        n for n in methods.available() if {"every", "until"} & methods.info(n).parameters().keys()
-    }
-    elsewhere = {"magnitude", "noiseout"}  # by epochs, as `rewire train` sets them
-    assert takes - elsewhere <= set(MOVING)
-
-
 @pytest.mark.parametrize(
-    "name", [n for n in MOVING if n not in ("deep-r", "gmp", "granet", "mest")]
+    "name",
+    [
+        name
+        for name in MOVING
+        if name not in ("deep-r", "mest") and not methods.info(name).takes_budget
+    ],
 )
 def test_the_last_quarter_of_a_known_training_moves_nothing(name: str) -> None:
     method: Any = train(name, 40, 2)
@@ -91,32 +74,55 @@ def test_the_last_quarter_of_a_known_training_moves_nothing(name: str) -> None:
     assert method.updates <= 31  # top-kast chooses after the first step too
 
 
+def steps(every: int | None, until: int | None, total: int | None, **given: Any) -> Any:
+    timing = fill_in(Timing(every, until=until), Timing(every=100), total, None, **given)
+    assert timing.every_epochs is timing.until_epochs is None
+    return timing.every, timing.until
+
+
 def test_by_steps() -> None:
-    assert in_steps(None, None, 100, None) == (100, None)
-    assert in_steps(None, None, 100, 100_000) == (100, 75_000)
-    assert in_steps(None, None, 100, 1000) == (75, 750)
-    assert in_steps(None, 500, 100, 1000) == (50, 500)
-    assert in_steps(None, None, 100, 1000, last=0.5, begin=100) == (40, 500)
-    assert in_steps(7, None, 100, 1000) == (7, 750)
-    assert in_steps(7, 300, 100, None) == (7, 300)
-    assert in_steps(None, None, 100, 4) == (1, 3)
-    with pytest.raises(ValueError, match="steps must be the number of steps of the whole training"):
-        in_steps(None, None, 100, 0)
+    assert steps(None, None, None) == (100, None)
+    assert steps(None, None, 100_000) == (100, 75_000)
+    assert steps(None, None, 1000) == (75, 750)
+    assert steps(None, 500, 1000) == (50, 500)
+    assert steps(None, None, 1000, last=0.5, begin=100) == (40, 500)
+    assert steps(7, None, 1000) == (7, 750)
+    assert steps(7, 300, None) == (7, 300)
+    assert steps(None, None, 4) == (1, 3)
 
 
 def test_by_epochs() -> None:
-    assert in_epochs(None, None, None, None) == ("epoch", None)
-    assert in_epochs(None, None, 4000, 40) == ("epoch", 30)
-    assert in_epochs(None, None, 800, 8) == (60, 600)
-    assert in_epochs(None, None, 800, 8, scheduled=True) == ("epoch", 6)
-    assert in_epochs("epoch", None, 800, 8) == ("epoch", 6)
-    assert in_epochs(None, 7, 800, 8) == ("epoch", 7)
-    assert in_epochs(50, None, 800, 8) == (50, 600)
-    assert in_epochs(50, 90, 800, 8) == (50, 90)
-    with pytest.raises(
-        ValueError, match="epochs must be the number of epochs of the whole training"
-    ):
-        in_epochs(None, None, 10, 1.5)  # type: ignore[arg-type]
+    def filled(total_steps: int | None, total_epochs: int | None, **given: Any) -> Timing:
+        fixed = given.pop("fixed", False)
+        published = Timing(every_epochs=1)
+        return fill_in(Timing(**given), published, total_steps, total_epochs, fixed=fixed)
+
+    assert filled(None, None) == Timing(every_epochs=1)
+    assert filled(4000, 40) == Timing(every_epochs=1, until_epochs=30)
+    assert filled(800, 8) == Timing(every=60, until=600)
+    assert filled(800, 8, fixed=True) == Timing(every_epochs=1, until_epochs=6)
+    assert filled(800, 8, every_epochs=1) == Timing(every_epochs=1, until_epochs=6)
+    assert filled(800, 8, until_epochs=7) == Timing(every_epochs=1, until_epochs=7)
+    assert filled(800, 8, every=50) == Timing(every=50, until=600)
+    assert filled(800, 8, every=50, until=90) == Timing(every=50, until=90)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"every": 3, "every_epochs": 1}, "not both"),
+        ({"every": 3, "until_epochs": 1}, "give until="),
+        ({"every_epochs": 3, "until": 1}, "give until_epochs="),
+        ({"until": 1}, "give until_epochs="),
+        ({"every": 0}, "every must be a whole number of steps of at least 1, or None, not 0"),
+        ({"until_epochs": 1.5}, "until_epochs must be a whole number of epochs .* not 1.5"),
+        ({"total_steps": 0}, "total_steps must be a whole number of steps of at least 1"),
+    ],
+)
+def test_steps_and_epochs_are_not_mixed(given: dict[str, Any], message: str) -> None:
+    model = SparseLinear(8, 8, density=0.5)
+    with pytest.raises(ValueError, match=message):
+        methods.SET(model, torch.optim.SGD(model.parameters(), lr=0.1), **given)
 
 
 def test_without_a_length_the_published_intervals_hold() -> None:
@@ -127,13 +133,15 @@ def test_without_a_length_the_published_intervals_hold() -> None:
         "dsr": 500,
         "top-kast": 100,
     }
-    published |= {"set": "epoch", "copaset": "epoch"}
     for name, every in published.items():
         method: Any = train(name, 12, 2, known=False)
         assert (method.every, method.until) == (every, None)
+    for name in ("set", "copaset"):
+        method = train(name, 12, 2, known=False)
+        assert (method.every, method.every_epochs, method.until_epochs) == (None, 1, None)
     mest: Any = train("mest", 12, 2, known=False)
-    assert (mest.every, mest.epochs_between, mest.fraction.milestones) == ("epoch", 5, (90, 120))
+    assert (mest.every, mest.every_epochs, mest.fraction.milestones) == (None, 5, (90, 120))
     mest = train("mest", 160, 160)
     assert (mest.every, mest.fraction.milestones, mest.updates) == (5, (90, 120), 32)
-    mest = train("mest", 12, 2, every=1)
-    assert (mest.every, mest.epochs_between, mest.fraction.milestones) == ("epoch", 1, (90, 120))
+    mest = train("mest", 12, 2, every_epochs=1)
+    assert (mest.every, mest.every_epochs, mest.fraction.milestones) == (None, 1, (90, 120))

@@ -188,7 +188,7 @@ def test_what_an_early_cut_leaves_trains_on_without_a_penalty_and_the_rest_stays
         nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (1, 8)), Attention(8), nn.Flatten()
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    method = Halo(model, optimizer, density=0.3, cut=1, seed=0)
+    method = Halo(model, optimizer, density=0.3, after_epochs=1, seed=0)
     x = torch.randn(20, 6)
 
     def train() -> None:
@@ -334,8 +334,8 @@ def test_shared_weights_and_missing_penalties_are_refused() -> None:
         ({"density": 0}, "density must be"),
         ({"density": 1.5}, "density must be"),
         ({"density": 1e-3}, "leaves a weight of 288 potential connections without any"),
-        ({"cut": 0}, "cut must be"),
-        ({"cut": 1.5}, "cut must be"),
+        ({"after_epochs": 0}, "after_epochs must be"),
+        ({"after_epochs": 1.5}, "after_epochs must be"),
         ({"initial": 0.0}, "initial must be"),
         ({"lambda_lr": -1.0}, "lambda_lr must be"),
         ({"momentum": 1.0}, "momentum must be"),

@@ -112,7 +112,7 @@ def test_gradients_go_straight_through(name: str, frozen: bool) -> None:
     model = made(name)
     with torch.no_grad():
         next(iter(dense_weights(model)))[3].mul_(4)  # some beyond the clip
-    method = Ternary(model, sgd(model), threshold=0.4, clip=0.9, prune=1, density=1.0)
+    method = Ternary(model, sgd(model), threshold=0.4, clip=0.9, after_epochs=1, density=1.0)
     if frozen:
         method.freeze()
     masks = method.masks()
@@ -195,7 +195,7 @@ def test_thresholds_are_pushed_up_to_the_density_and_then_frozen() -> None:
 def test_fixed_thresholds_stay_and_the_number_of_epochs_decides() -> None:
     model = made()
     optimizer = sgd(model)
-    method = Ternary(model, optimizer, threshold=0.3, trainable=False, prune=2)
+    method = Ternary(model, optimizer, threshold=0.3, trainable=False, after_epochs=2)
     for time in range(6):
         step(model, optimizer, method, time)
         if time % 2:
@@ -250,7 +250,7 @@ def test_stage_2_cuts_to_the_density_in_multiples_of_the_thresholds() -> None:
     last.end_epoch(last=True)
     assert (last.stage, last.survivors()) == (3, 0.25)
     other = made()
-    kept = Ternary(other, sgd(other), threshold=0.1, density=0.25, trainable=False, prune=1)
+    kept = Ternary(other, sgd(other), threshold=0.1, density=0.25, trainable=False, after_epochs=1)
     before = kept.count_connections()
     kept.freeze()
     assert kept.count_connections() == before
@@ -267,7 +267,7 @@ def test_the_end_is_plain_sparse_and_trains_on(name: str, scale: Any, prune: int
         optimizer,
         threshold=0.4,
         scale=scale,
-        prune=prune,
+        after_epochs=prune,
         density=1.0 if prune == 1 else 0.05,
     )
     for time in range(6):
@@ -338,7 +338,9 @@ def test_resume_is_bit_exact(stop: int) -> None:
         return (
             model,
             optimizer,
-            Ternary(model, optimizer, push=schedules.Linear(0.1, 0.05, 4), prune=2, seed=seed),
+            Ternary(
+                model, optimizer, push=schedules.Linear(0.1, 0.05, 4), after_epochs=2, seed=seed
+            ),
         )
 
     def go(run: tuple[nn.Module, torch.optim.Optimizer, Ternary], times: range) -> None:
@@ -379,9 +381,9 @@ def test_resume_is_bit_exact(stop: int) -> None:
         ({"l2": float("inf")}, "l2 must be"),
         ({"density": 0.0}, "density must be"),
         ({"density": 1e-3}, "leaves a weight of 288 potential connections without any"),
-        ({"prune": 0}, "prune must be"),
-        ({"prune": "soon"}, "prune must be"),
-        ({"prune": True}, "prune must be"),
+        ({"after_epochs": 0}, "after_epochs must be"),
+        ({"after_epochs": "soon"}, "after_epochs must be"),
+        ({"after_epochs": True}, "after_epochs must be"),
         ({"trainable": False}, "give a number of epochs"),
         ({"scale": "max"}, "scale must be"),
         ({"clip": 0.0}, "clip must be"),

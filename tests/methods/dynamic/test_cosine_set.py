@@ -21,10 +21,9 @@ from rewire import methods
 from rewire.budget import Limits
 from rewire.methods import Pool, Rewirer
 from rewire.methods.core.base import Purpose
-from rewire.methods.criteria.drop import MagnitudeBySign
-from rewire.methods.criteria.grow import Cosine
-from rewire.methods.criteria.similarity import Cosine as Cosines
-from rewire.methods.criteria.similarity import Similarity
+from rewire.methods.criteria.drop import ByMagnitudeAndSign
+from rewire.methods.criteria.grow import BySimilarity
+from rewire.methods.criteria.similarity import Cosines, Similarity
 from rewire.methods.criteria.topk import exponential
 from rewire.nn import SparseConv2d, SparseLinear
 from rewire.ops import Draw, Pair, uniforms
@@ -187,7 +186,7 @@ def test_removal_counts_are_per_sign_of_weight_times_similarity() -> None:
     values, sim = layer.weight.values.detach(), source.active(pool)
     assert sim is not None
     for fraction in (0.0, 0.25, 1.0):
-        dropped = MagnitudeBySign(source)(pool, fraction)
+        dropped = ByMagnitudeAndSign(source)(pool, fraction)
         for side in (values > 0, values < 0):
             own, gone = side.nonzero().flatten(), dropped[side[dropped]]
             assert gone.numel() == int(fraction * own.numel())
@@ -224,7 +223,7 @@ def test_choice_in_a_layer_that_is_searched_with_a_sample(draw: Any) -> None:
     kept[dropped] = False
     active = torch.zeros(1000, 900, dtype=torch.bool)
     active[weight.rows[kept].long(), weight.cols[kept].long()] = True
-    rows, cols = Cosine(source, draw)(pool, dropped, dropped.numel(), 5, 1)
+    rows, cols = BySimilarity(source, draw)(pool, dropped, dropped.numel(), 5, 1)
     grown = torch.zeros_like(active)
     grown[rows, cols] = True
     assert int(grown.sum()) == dropped.numel()
@@ -253,7 +252,7 @@ def test_draws_follow_the_law(candidates: int | None) -> None:
         first = sim[order[0]] / sim[free].sum()
         second = sim[order[1]] / (sim[free].sum() - sim[order[0]])
         law[tuple(sorted(order))] = law.get(tuple(sorted(order)), 0) + float(first * second)
-    grow, counts, n = Cosine(source, "proportional", candidates), dict.fromkeys(law, 0), 4000
+    grow, counts, n = BySimilarity(source, "proportional", candidates), dict.fromkeys(law, 0), 4000
     for step in range(n):
         found = grow(pool, dropped, 2, 7, step)
         counts[tuple(sorted((found[0] * 3 + found[1]).tolist()))] += 1
@@ -272,7 +271,7 @@ def test_similarity_zero_is_drawn_last_but_drawn() -> None:
     source.record([pool], 0, 1)
     last = set()
     for step in range(40):
-        rows, cols = Cosine(source, "proportional")(pool, layer.weight.active(), 4, 3, step)
+        rows, cols = BySimilarity(source, "proportional")(pool, layer.weight.active(), 4, 3, step)
         positions = (rows * 4 + cols).tolist()
         assert {0, 2} < set(positions)
         last |= set(positions)
@@ -290,12 +289,12 @@ def test_enough_candidates_are_all_candidates(draw: Any) -> None:
     source = Similarity(layer, [torch.randn(12, 9)])
     source.record([pool], 0, 1)
     dropped = layer.weight.active()[::3]
-    whole = Cosine(source, draw)(pool, dropped, 7, 5, 1)
-    sampled = Cosine(source, draw, candidates=1000)(pool, dropped, 7, 5, 1)
+    whole = BySimilarity(source, draw)(pool, dropped, 7, 5, 1)
+    sampled = BySimilarity(source, draw, candidates=1000)(pool, dropped, 7, 5, 1)
     assert set(zip(*(t.tolist() for t in whole), strict=True)) == set(
         zip(*(t.tolist() for t in sampled), strict=True)
     )
-    few = Cosine(source, draw, candidates=1)(pool, dropped, 7, 5, 1)
+    few = BySimilarity(source, draw, candidates=1)(pool, dropped, 7, 5, 1)
     assert few[0].numel() == 7
 
 
@@ -338,7 +337,7 @@ def test_the_output_layer_does_as_set_does() -> None:
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 @pytest.mark.parametrize("name", ["set", "codaset"])
 def test_momentum_reset_is_a_new_optimizer(name: str, optimizer: str) -> None:
-    run = Run((name, {"momentum": "reset"}), optimizer=optimizer)
+    run = Run((name, {"optimizer_state": "reset"}), optimizer=optimizer)
     for _ in range(run.steps_per_epoch):
         run.step()
     assert not run.optimizer.state
@@ -360,8 +359,8 @@ def test_recordings_are_forgotten_and_composed_by_hand() -> None:
     method = Rewirer(
         model,
         optimizer,
-        drop=MagnitudeBySign(source),
-        grow=Cosine(source),
+        drop=ByMagnitudeAndSign(source),
+        grow=BySimilarity(source),
         fraction=0.3,
         every=1,
         seed=0,
@@ -376,8 +375,8 @@ def test_recordings_are_forgotten_and_composed_by_hand() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"candidates": 0}, "candidates must be a number of at least 1"),
-        ({"momentum": "some"}, "one of 'keep', 'reset'"),
+        ({"candidates": 0}, "candidates must be a whole number of at least 1"),
+        ({"optimizer_state": "some"}, "one of 'keep', 'reset'"),
         ({"samples": -1}, "samples must be"),
         ({"fraction": 2.0}, "fraction must be"),
         ({"mode": "test"}, "mode must be"),
@@ -419,7 +418,7 @@ def test_under_limits_the_best_that_fit_are_grown(draw: Any, candidates: int | N
         r, c = divmod(place, 9)
         if expected.sum() < 40 and not expected[r, c] and expected[r].sum() < 6:
             expected[r, c] = True
-    grown = Cosine(source, draw, candidates)(pool, dropped, dropped.numel(), 5, 1)
+    grown = BySimilarity(source, draw, candidates)(pool, dropped, dropped.numel(), 5, 1)
     stays[grown] = True
     assert torch.equal(stays, expected)
 

@@ -89,7 +89,7 @@ def test_replacements_are_uniform() -> None:
     model, method, x = made(fraction=0.4)
     train_step(model, method, x)
     pool = method.pools[0]
-    method._cosine.source.record(method.pools, 0, 1)
+    method._similar.source.record(method.pools, 0, 1)
     dropped_slots = method.drop(pool, 0.4)
     n = dropped_slots.numel()
     dropped, wanted = picks(pool.weight, sims(model, x)[0], n)
@@ -97,7 +97,7 @@ def test_replacements_are_uniform() -> None:
     assert lacking > 0
     counts = torch.zeros(140)
     for step in range(3000):
-        rows, cols = method._cosine(pool, dropped_slots, n, 9, step)
+        rows, cols = method._similar(pool, dropped_slots, n, 9, step)
         found = set((rows * 10 + cols).tolist())
         assert len(found) == n
         counts[list(found - (wanted - dropped))] += 1
@@ -175,7 +175,7 @@ def test_new_values_fill_their_interval() -> None:
     ("options", "message"),
     [
         ({"variant": "both"}, "one of 'sim', 'seq'"),
-        ({"patience": 0}, "patience must be a number of epochs"),
+        ({"patience": 0}, "patience must be a whole number of epochs"),
         ({"new_values": "one"}, "one of 'uniform', 'zero'"),
         ({"fraction": -1.0}, "fraction must be"),
     ],

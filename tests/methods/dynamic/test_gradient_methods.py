@@ -15,7 +15,6 @@ from harness import LAYERS, Run
 from rewire import methods, schedules, topology
 from rewire.methods import DSR, MEST, SNFS, SRigL
 from rewire.methods.criteria.share import spread
-from rewire.methods.dynamic import itop
 from rewire.methods.dynamic.mest import Margin
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 
@@ -158,7 +157,7 @@ def test_a_state_of_sparse_momentum_stays_as_it_was_saved() -> None:
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
 def test_explored_counts_what_was_ever_active(grow: str) -> None:
-    run = Run(("itop", {"every": 2, "grow": grow}))
+    run = Run(("itop", {"every": 2, "growth": grow}))
     ever = {name: keys(w) for name, w in run.weights().items()}
     shares = []
     for _ in range(12):
@@ -175,9 +174,9 @@ def test_steps_without_an_update_do_not_look_at_all_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked: list[str] = []
-    plain = itop._keys
+    plain = methods.Pool.keys
     monkeypatch.setattr(
-        itop, "_keys", lambda pool, slots: looked.append(pool.name) or plain(pool, slots)
+        methods.Pool, "keys", lambda pool, slots: looked.append(pool.name) or plain(pool, slots)
     )
     run = Run(("itop", {"every": 100}))
     for _ in range(5):
@@ -189,7 +188,7 @@ def test_steps_without_an_update_do_not_look_at_all_positions(
 
 
 def test_em_drops_by_magnitude_and_gradient_every_few_epochs() -> None:
-    run = Run(("mest", {"every": 2, "weight": 3.0}))
+    run = Run(("mest", {"every_epochs": 2, "gradient_weight": 3.0}))
     weight = run.weights()["0.weight"]
     for _ in range(7):
         run.step()
@@ -209,7 +208,7 @@ def test_em_drops_by_magnitude_and_gradient_every_few_epochs() -> None:
 
 def test_the_gradient_in_its_score_is_that_of_the_last_step() -> None:
     for weight in (0.0, 1.0, 100.0):
-        run = Run(("mest", {"every": 1, "weight": weight}))
+        run = Run(("mest", {"every_epochs": 1, "gradient_weight": weight}))
         for _ in range(3):
             run.step()
         w = run.weights()["0.weight"]
@@ -227,14 +226,14 @@ def test_the_gradient_in_its_score_is_that_of_the_last_step() -> None:
 
 def test_the_soft_bound_is_kept_and_left_at_the_end() -> None:
     margin = schedules.Linear(0.5, 0.0, 3)
-    run = Run(("mest", {"every": 1, "soft": True, "margin": margin}))
+    run = Run(("mest", {"every_epochs": 1, "soft": True, "margin": margin}))
     weight, seen = run.weights()["0.weight"], []
     for _ in range(16):
         run.step()
         seen.append(weight.connections)
     assert seen[3::4] == [40 + int(margin(e) * 40) for e in (1, 2, 3, 4)]
     assert seen[-1] == 40
-    other = Run(("mest", {"every": 1, "soft": True}))
+    other = Run(("mest", {"every_epochs": 1, "soft": True}))
     for _ in range(4):
         other.step()
     assert other.weights()["0.weight"].connections == 48
@@ -259,7 +258,7 @@ def test_dsr_moves_budget_to_where_more_survives_and_adapts_its_threshold() -> N
     with torch.no_grad():
         model[2].weight.values.mul_(1e-4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    method = DSR(model, optimizer, every=1, threshold=1e-3, fraction=0.1, seed=3)
+    method = DSR(model, optimizer, every=1, magnitude=1e-3, fraction=0.1, seed=3)
     below = [int((w.values.abs() < 1e-3).sum()) for _, w in sparse_weights(model)]
     assert below[1] == 60
     model(torch.randn(4, 20, generator=g)).square().sum().backward()
@@ -404,21 +403,21 @@ def test_the_window_fits_between_updates_by_itself(options: dict[str, int], wind
         (lambda m, o: SNFS(m, o, beta=1.5), "beta must be"),
         (lambda m, o: SNFS(m, o, every=3, window=5), "at least 1 and at most every=3, not 5"),
         (lambda m, o: SNFS(m, o, window=0), "window must be"),
-        (lambda m, o: SNFS(m, o, every="step"), "every must be"),
+        (lambda m, o: SNFS(m, o, every="epoch"), "every must be"),
         (lambda m, o: SNFS(m, o, every=0), "every must be"),
         (lambda m, o: SNFS(m, o, candidates=None), "candidates must be"),
         (lambda m, o: MEST(m, o, milestones=(3,)), "milestones must be"),
         (lambda m, o: MEST(m, o, milestones=5), "milestones must be"),
         (lambda m, o: methods.RigL(m, o, until=-5), "until must be"),
         (lambda m, o: MEST(m, o, margin=-0.1), "margin must be"),
-        (lambda m, o: MEST(m, o, every=0), "every must be"),
-        (lambda m, o: DSR(m, o, threshold=0.0), "threshold must be"),
+        (lambda m, o: MEST(m, o, every_epochs=0), "every_epochs must be"),
+        (lambda m, o: DSR(m, o, magnitude=0.0), "magnitude must be"),
         (lambda m, o: DSR(m, o, tolerance=-1), "tolerance must be"),
         (lambda m, o: SRigL(m, o, gamma=2.0), "gamma must be"),
         (lambda m, o: SRigL(m, o, candidates=0), "candidates must be"),
-        (lambda m, o: methods.RigL(m, o, steps=0), "steps must be"),
+        (lambda m, o: methods.RigL(m, o, total_steps=0), "total_steps must be"),
         (lambda m, o: methods.RigL(m, o, regrown="old"), "regrown must be"),
-        (lambda m, o: methods.ITOP(m, o, grow="all"), "grow must be"),
+        (lambda m, o: methods.ITOP(m, o, growth="all"), "growth must be"),
     ],
 )
 def test_bad_parameters_are_refused(make: Any, message: str) -> None:

@@ -133,7 +133,7 @@ def position_values(weight: SparseWeight) -> tuple[list[int], list[float]]:
 
 
 def test_the_fraction_follows_a_cosine_until_three_quarters() -> None:
-    run = Run(("rigl", {"every": 2, "fraction": 0.5, "steps": 16}))
+    run = Run(("rigl", {"every": 2, "fraction": 0.5, "total_steps": 16}))
     counts = []
     for _ in range(8):
         before = run.method.stats()["dropped"]["0.weight"]
@@ -235,7 +235,9 @@ def test_auto_is_exact_where_that_is_affordable() -> None:
 
 @pytest.mark.parametrize("candidates", [0, -1, "all", 1.5, True])
 def test_bad_candidates_are_refused(candidates: Any) -> None:
-    with pytest.raises(ValueError, match="candidates must be None"):
+    with pytest.raises(
+        ValueError, match="candidates must be a whole number of at least 1, or 'auto', or None"
+    ):
         Run(("rigl", {"candidates": candidates}))
 
 

@@ -11,8 +11,8 @@ from harness import Run, linear
 from rewire import schedules
 from rewire.methods import SET, Rewirer
 from rewire.methods.core.base import Pool
-from rewire.methods.criteria.drop import Magnitude, MagnitudeBySign
-from rewire.methods.criteria.grow import Random
+from rewire.methods.criteria.drop import ByMagnitude, ByMagnitudeAndSign
+from rewire.methods.criteria.grow import Grow, Random
 from rewire.nn import SparseWeight
 
 
@@ -27,20 +27,20 @@ def pool_of(values: list[float]) -> Pool:
 
 def test_the_same_share_of_each_sign_goes() -> None:
     pool = pool_of([0.5, -0.1, 0.2, 0.9, -0.7, 0.3, -0.3, 0.1, -0.2, -0.9])
-    dropped = pool.weight.values[MagnitudeBySign()(pool, 0.4)].tolist()
+    dropped = pool.weight.values[ByMagnitudeAndSign()(pool, 0.4)].tolist()
     assert sorted(round(v, 4) for v in dropped) == [-0.2, -0.1, 0.1, 0.2]
 
 
 def test_zeros_count_as_the_smallest_positive() -> None:
     pool = pool_of([0.5, 0.0, 0.2, 0.0, -0.7])
-    dropped = pool.weight.values[MagnitudeBySign()(pool, 0.5)].tolist()
+    dropped = pool.weight.values[ByMagnitudeAndSign()(pool, 0.5)].tolist()
     assert dropped == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
 def test_counts_are_exact_with_ties(fraction: float) -> None:
     pool = pool_of([1.0] * 7 + [-1.0] * 4)
-    chosen = MagnitudeBySign()(pool, fraction)
+    chosen = ByMagnitudeAndSign()(pool, fraction)
     dropped = pool.weight.values[chosen]
     assert int((dropped > 0).sum()) == int(fraction * 7)
     assert int((dropped < 0).sum()) == int(fraction * 4)
@@ -60,7 +60,7 @@ def test_choice_does_not_depend_on_slots() -> None:
     for o in (torch.arange(40), order):
         weight = SparseWeight.from_coo((5, 9), rows[o], cols[o], values[o])
         optimizer = torch.optim.SGD([weight.values], lr=0.1)
-        slots = MagnitudeBySign()(Pool(0, "w", weight, optimizer, 0), 0.3)
+        slots = ByMagnitudeAndSign()(Pool(0, "w", weight, optimizer, 0), 0.3)
         found.append(
             sorted(zip(weight.rows[slots].tolist(), weight.cols[slots].tolist(), strict=True))
         )
@@ -110,7 +110,7 @@ def test_a_method_of_ones_own() -> None:
     model = linear(torch.float32, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = Rewirer(
-        model, optimizer, drop=Magnitude(), grow=Random(), fraction=0.25, every=2, seed=0
+        model, optimizer, drop=ByMagnitude(), grow=Random(), fraction=0.25, every=2, seed=0
     )
     for _ in range(4):
         model(torch.randn(3, 12)).sum().backward()
@@ -141,10 +141,13 @@ def test_a_grow_that_returns_too_few_is_refused() -> None:
     model = linear(torch.float32, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def one(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor([0]), torch.tensor([0])
+    class One(Grow):
+        def __call__(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.tensor([0]), torch.tensor([0])
 
-    method = Rewirer(model, optimizer, drop=Magnitude(), grow=one, fraction=0.25, every=1, seed=0)
+    method = Rewirer(
+        model, optimizer, drop=ByMagnitude(), grow=One(), fraction=0.25, every=1, seed=0
+    )
     model(torch.randn(3, 12)).sum().backward()
     optimizer.step()
     with pytest.raises(ValueError, match=r"grow returned 1 rows .* 10 connections were dropped"):

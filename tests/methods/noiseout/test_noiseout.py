@@ -19,12 +19,12 @@ from rewire.nn.surgery import UnitGraph
 
 pytest.importorskip("torch_pruning")
 
-ALWAYS: dict[str, Any] = {"threshold": -1.0, "at_once": 1}
+ALWAYS: dict[str, Any] = {"required_score": -1.0, "at_once": 1}
 
 
 def method(model: nn.Module, x: Tensor, **options: Any) -> NoiseOut:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    made = NoiseOut(model, optimizer, data=[x], seed=1, **({"noise": "none"} | options))
+    made = NoiseOut(model, optimizer, data=[x], seed=1, **({"targets": "none"} | options))
     model(x).sum().backward()
     optimizer.step()
     made.step()
@@ -188,7 +188,7 @@ def test_dependent_units_merge_without_a_trace(
     finally:
         torch.set_default_dtype(torch.float32)
     x, new = torch.randn(200, features, dtype=dtype), torch.randn(50, features, dtype=dtype)
-    merging = method(model, x, layers=layer, **ALWAYS)
+    merging = method(model, x, only=layer, **ALWAYS)
     expected = model(new)
     moments = measure(merging._graph, [layer], [x])[layer]
     found = moments.best("correlation")
@@ -221,7 +221,7 @@ def test_any_dependent_pair_is_found_and_folded(
     dependent(model[0], u, v, -alpha if negative else alpha, beta)
     x = torch.randn(40, 4, dtype=torch.float64)
     expected = model(x)
-    made = method(model, x, layers="0", criterion="damage" if damage else "correlation", **ALWAYS)
+    made = method(model, x, only="0", criterion="damage" if damage else "correlation", **ALWAYS)
     made.end_epoch(lambda m: 0.0)
     assert model[0].out_features == width - 1
     torch.testing.assert_close(made.finalize()(x), expected, rtol=1e-9, atol=1e-9)
@@ -237,7 +237,7 @@ def test_constant_units_go_first(seed: int, dead: int) -> None:
             model[0].bias[unit] = unit - 1.0  # dead, zero, and constant at 1
     x = torch.randn(40, 4, dtype=torch.float64)
     expected = model(x)
-    made = method(model, x, threshold=-1.0, at_once=dead)
+    made = method(model, x, required_score=-1.0, at_once=dead)
     made.end_epoch(lambda m: 0.0)
     assert model[0].out_features == 6 - dead
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
@@ -297,7 +297,7 @@ def test_between_merges_rows_are_deleted_and_nothing_else() -> None:
     dependent(model[0], 1, 3, 2.0, 1.0)
     dependent(model[0], 4, 5, -1.0, 0.5)
     x = torch.randn(50, 4, dtype=torch.float64)
-    made = method(model, x, layers="0,1")
+    made = method(model, x, only=["0", "1"])
     moments = made._measure(made._names)
     assert made._merge(moments)
     assert made._merge(moments)
@@ -388,7 +388,7 @@ def test_noise_outputs_survive_merges() -> None:
     dependent(model[0], 1, 3, -2.0, 0.7)
     x = torch.randn(40, 6, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    made = NoiseOut(model, optimizer, data=[x], seed=1, threshold=-1.0, at_once=1)
+    made = NoiseOut(model, optimizer, data=[x], seed=1, required_score=-1.0, at_once=1)
     assert made._outputs is not None
     (model(x).sum() + made.penalty()).backward()
     optimizer.step()
@@ -406,7 +406,15 @@ def test_the_last_network_that_met_the_threshold_comes_back() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(40, 6)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    made = NoiseOut(model, optimizer, data=[x], noise="none", threshold=3.0, mode="min", seed=1)
+    made = NoiseOut(
+        model,
+        optimizer,
+        data=[x],
+        targets="none",
+        required_score=3.0,
+        larger_is_better=False,
+        seed=1,
+    )
 
     def train() -> None:
         optimizer.zero_grad()
@@ -457,8 +465,8 @@ def test_a_merge_that_is_undone_leaves_no_trace(pace: float) -> None:
             model,
             optimizer,
             data=[x],
-            threshold=4.0,
-            mode="min",
+            required_score=4.0,
+            larger_is_better=False,
             seed=1,
             evaluate=lambda m: 9.0 - m[0].out_features,
             every=3,
@@ -504,7 +512,12 @@ def test_what_one_layer_cannot_spare_others_may() -> None:
         return float(units[0] < 6 or units[1] < 3)
 
     made = method(
-        model, torch.randn(40, 6), threshold=0.5, mode="min", overshoot="undo", criterion="damage"
+        model,
+        torch.randn(40, 6),
+        required_score=0.5,
+        larger_is_better=False,
+        overshoot="undo",
+        criterion="damage",
     )
     made.end_epoch(cost)
     assert made.stats()["units"] == {"0": 6, "2": 3}
@@ -520,17 +533,17 @@ def test_without_a_threshold_the_first_score_less_the_slack_is_it() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     made = method(model, torch.randn(40, 6), slack=0.25, at_once=2)
     made.end_epoch(lambda m: 0.75)
-    assert made.stats()["threshold"] == 0.5
+    assert made.stats()["required_score"] == 0.5
     assert model[0].out_features == 6
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise": "uniform"}, "noise must be one of 'gaussian'"),
-        ({"outputs": 0}, "outputs must be a whole number of at least 1"),
+        ({"targets": "uniform"}, "targets must be one of 'gaussian'"),
+        ({"noise_outputs": 0}, "noise_outputs must be a whole number of at least 1"),
         ({"strength": -1.0}, "strength must be a finite number of at least 0|strength must be"),
-        ({"noise": "binomial", "mean": 1.5}, "mean must be a finite number between 0 and 1"),
+        ({"targets": "binomial", "mean": 1.5}, "mean must be a finite number between 0 and 1"),
         ({"mode": "least"}, "mode must be one of 'max', 'min'"),
         ({"criterion": "l1"}, "criterion must be"),
         ({"overshoot": "keep"}, "overshoot must be one of 'train', 'undo'"),
@@ -572,10 +585,10 @@ def test_what_cannot_be_merged_is_left_alone_or_refused_by_name() -> None:
     assert list(made.stats()["units"]) == ["free"]
     assert "norm is a LayerNorm" in made.stats()["refused"]["normed"]
     with pytest.raises(ValueError, match="norm is a LayerNorm"):
-        method(Mixed(), x, layers="normed")
+        method(Mixed(), x, only="normed")
     convolutional = nn.Sequential(nn.Conv1d(1, 4, 1), nn.ReLU(), nn.Conv1d(4, 2, 1))
     with pytest.raises(ValueError, match=r"this network ends with 2 \(Conv1d\)"):
-        method(convolutional, torch.randn(4, 1, 5), noise="gaussian")
+        method(convolutional, torch.randn(4, 1, 5), targets="gaussian")
 
 
 def test_a_check_without_a_score_is_an_error() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness import Run
 from rewire import methods
-from rewire.methods.pruning.shrink import final_budgets, weakest
+from rewire.methods.pruning.shrink import final_budgets, lowest
 from rewire.nn import SparseLinear, sparse_weights
 
 SGD = torch.optim.SGD
@@ -93,7 +93,7 @@ def test_weakest_is_brute_force() -> None:
     for trial in range(50):
         scores = [torch.randint(0, 4, (n,), generator=g).double() for n in (1, 7, 12)]
         keep = trial % 21
-        gone = weakest(scores, keep, at_least=1)
+        gone = lowest(scores, keep, at_least=1)
         kept = [
             sorted(set(range(s.numel())) - set(d.tolist()))
             for s, d in zip(scores, gone, strict=True)
@@ -129,7 +129,7 @@ def test_a_model_that_is_too_sparse_already_is_refused(name: str) -> None:
 def test_one_shot_keeps_the_largest_and_their_momentum() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
-    method = methods.OneShot(model, optimizer, connections=[11, 5], after=2, unit="step")
+    method = methods.OneShot(model, optimizer, connections=[11, 5], after=2)
     train(model, optimizer, method, batch(16, 0))
     x, y = batch(16, 1)
     optimizer.zero_grad()
@@ -163,9 +163,7 @@ def test_one_shot_over_the_network_compares_layers() -> None:
     optimizer = SGD(model.parameters(), 0.1)
     with torch.no_grad():
         model[0].weight.values.mul_(100)
-    method = methods.OneShot(
-        model, optimizer, connections=50, after=1, unit="step", scope="network"
-    )
+    method = methods.OneShot(model, optimizer, connections=50, after=1, scope="network")
     train(model, optimizer, method, batch(4))
     counts = [w.connections for _, w in sparse_weights(model)]
     assert sum(counts) == 50
@@ -190,7 +188,7 @@ def test_slots_stay_under_ddp() -> None:
     for _, w in sparse_weights(model):
         w.shared_seed = 5  # what rewire.distributed.prepare sets
     optimizer = SGD(model.parameters(), 0.1)
-    method = methods.OneShot(model, optimizer, connections=[11, 5], after=1, unit="step")
+    method = methods.OneShot(model, optimizer, connections=[11, 5], after=1)
     train(model, optimizer, method, *(batch(4, i) for i in range(3)))
     assert [(w.connections, w.capacity) for _, w in sparse_weights(model)] == [(11, 80), (5, 30)]
 
@@ -201,7 +199,7 @@ def test_slots_stay_under_ddp() -> None:
 def test_magnitude_follows_an_exponential_schedule_to_the_budget() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.1)
-    method = methods.Magnitude(model, optimizer, connections=[10, 3], cycles=3, every=2)
+    method = methods.Magnitude(model, optimizer, connections=[10, 3], cycles=3, every_epochs=2)
     seen = []
     for epoch in range(8):
         train(model, optimizer, method, batch(8, epoch))
@@ -219,7 +217,7 @@ def test_magnitude_follows_an_exponential_schedule_to_the_budget() -> None:
 def test_magnitude_by_quality_is_the_standard_deviation() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.1)
-    method = methods.Magnitude(model, optimizer, quality=0.7, cycles=2, every=1)
+    method = methods.Magnitude(model, optimizer, quality=0.7, cycles=2, every_epochs=1)
     train(model, optimizer, method, batch(8))
     want = []
     for w in dense(model):
@@ -235,7 +233,7 @@ def test_magnitude_by_quality_stops_at_a_budget() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.1)
     method = methods.Magnitude(
-        model, optimizer, quality=3.0, connections=[50, 9], cycles=2, every=1
+        model, optimizer, quality=3.0, connections=[50, 9], cycles=2, every_epochs=1
     )
     train(model, optimizer, method, batch(8))
     method.end_epoch()
@@ -349,7 +347,7 @@ def test_l1_never_exceeds_a_budget_and_never_empties_a_layer() -> None:
 def test_l1_threshold_counts_and_cuts() -> None:
     model = full()
     optimizer = SGD(model.parameters(), 0.0)
-    method = methods.L1(model, optimizer, threshold=0.1)
+    method = methods.L1(model, optimizer, zero=0.1)
     want = {
         f"{i}.weight": int((w.abs() > 0.1).sum()) for i, w in zip((0, 2), dense(model), strict=True)
     }
@@ -360,13 +358,13 @@ def test_l1_threshold_counts_and_cuts() -> None:
 
 BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (methods.L1, {"l1": -1.0}, "l1"),
-    (methods.L1, {"threshold": -1.0}, "threshold"),
-    (methods.L1, {"drop": "now"}, "one of 'end', 'epoch'"),
+    (methods.L1, {"zero": -1.0}, "zero must be"),
+    (methods.L1, {"every_epochs": 0}, "every_epochs must be"),
     (methods.OneShot, {"density": 0.1, "after": 0}, "at least 1"),
-    (methods.OneShot, {"density": 0.1, "unit": "hour"}, "one of 'epoch', 'step'"),
+    (methods.OneShot, {"density": 0.1, "after": 3, "after_epochs": 1}, "not both"),
     (methods.OneShot, {"density": 0.1, "scope": "neuron"}, "one of 'layer', 'network'"),
     (methods.Magnitude, {"density": 0.1, "cycles": 0}, "cycles"),
-    (methods.Magnitude, {"density": 0.1, "every": 1.5}, "every"),
+    (methods.Magnitude, {"density": 0.1, "every_epochs": 1.5}, "every_epochs"),
     (methods.Magnitude, {"quality": -0.1}, "quality"),
     (methods.SNIP, {"density": 0.1, "batches": 0}, "batches"),
     (methods.SNIP, {"density": 0.1, "at_least": 81}, "at_least must be at most 80"),

@@ -117,8 +117,8 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
         # Methods that look at activations see the training part, never what is held out.
         "data": train_x.split(ROWS),
         "connections": budgets,
-        "steps": config.epochs * len(batches),
-        "epochs": config.epochs,
+        "total_steps": config.epochs * len(batches),
+        "total_epochs": config.epochs,
         "evaluate": lambda model: evaluate(model, *held_out)[1],
     }
     if "evaluate" in entry.services and not len(held_out[1]):

@@ -31,6 +31,7 @@ __all__ = [
     "Parameter",
     "Patterns",
     "PerLayer",
+    "check",
     "fits",
     "parameter",
     "per_layer",
@@ -90,9 +91,9 @@ def parameter(*, default: Any = dataclasses.MISSING, help: str, **declared: Any)
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
-def service(*, default: Any, help: str) -> Any:
+def service(*, default: Any, help: str, **declared: Any) -> Any:
     """An argument that the training loop provides, such as ``data=``: no hyper-parameter."""
-    return parameter(default=default, help=help, kind="service")
+    return parameter(default=default, help=help, kind="service", **declared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,11 @@ class Parameter:
             raise ValueError(f"{self.name} must be {self.allowed()}, not {value!r}")
         if value is not None and self.declared.check is not None:
             self.declared.check(self.name, value)
+
+
+def check(name: str, value: Any, annotation: Any, **declared: Any) -> None:
+    """Check an argument that is no hyper-parameter of a method as `parameter` would."""
+    Parameter(name, annotation, None, Declaration("", **declared)).check(value)
 
 
 @dataclass_transform(
@@ -212,8 +218,6 @@ def _allowed(annotation: Any, declared: Declaration) -> str:
     origins = [get_origin(kind) for kind in kinds]
     words = [repr(word) for word in _words(kinds)]
     found = []
-    if words:
-        found.append(f"{'one of ' if len(words) > 1 else ''}{', '.join(words)}")
     if bool in kinds:
         found.append("True or False")
     if float in kinds:
@@ -223,6 +227,8 @@ def _allowed(annotation: Any, declared: Declaration) -> str:
     elif int in kinds:
         unit = f" of {declared.unit}" if declared.unit else ""
         found.append(f"a whole number{unit}{' of ' if limits.startswith('at') else ' '}{limits}")
+    if words:
+        found.append(f"{'one of ' if len(words) > 1 else ''}{', '.join(words)}")
     if Mapping in origins:
         found.append("a list of them in the model's order, a dict from glob pattern to them")
     if _takes_patterns(kinds):

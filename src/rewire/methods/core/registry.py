@@ -4,13 +4,16 @@ made from it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from textwrap import fill
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -120,6 +123,12 @@ def register(
     return enter
 
 
+def load_package(package: ModuleType) -> None:
+    """Import all modules below ``package``, so that the methods in them are registered."""
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
 #: Packages offer methods of their own in this group of entry points, by the name they are
 #: registered under.
 ENTRY_POINTS = "rewire.methods"
@@ -194,6 +203,7 @@ def _document(cls: type[Method]) -> None:
         if found.name != "weights_named":
             what = f"{found.name}: {found.help}"
             if found.declared.kind == "parameter":
-                what += f". {found.allowed().capitalize()}; default {found.default!r}"
+                allowed = found.allowed()
+                what += f". {allowed[:1].upper()}{allowed[1:]}; default {found.default!r}"
             lines.append(fill(what, 92, initial_indent=" " * 4, subsequent_indent=" " * 8) + ".")
     cls.__doc__ = f"{inspect.getdoc(cls) or ''}\n\nArgs:\n" + "\n".join(lines)

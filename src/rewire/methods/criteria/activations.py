@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire import random
 from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Data, Pool
+from rewire.methods.core.parameters import check
 from rewire.nn import SparseWeight
 from rewire.nn.forward.tensors import first_input, first_tensor, tensors_in
 from rewire.nn.layers.base import SparseLayer
@@ -97,6 +98,8 @@ class Recorder:
             raise ValueError(
                 f"samples must be a number of rows of at least 1, or None for all, not {samples!r}"
             )
+        check("mode", mode, Mode)
+        check("activations", activations, Which)
         self.model, self.data, self.samples, self.mode, self.activations = (
             model,
             data,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Pool, Purpose
-from rewire.methods.core.parameters import Declaration, Parameter, parameter
+from rewire.methods.core.parameters import check, parameter
 from rewire.methods.core.recording import Status
 from rewire.methods.criteria.sampling import fitting, random_dormant, uniform
 from rewire.methods.criteria.topk import Best, Gradients, recorded, top
@@ -57,22 +57,20 @@ SMALL = 1 << 20
 POSITIONS_PER_CONNECTION = 128
 
 
-_CANDIDATES = Declaration(
-    help="where gradients are looked at: None for all positions, exactly; a number for so many "
-    'random dormant ones per layer, and what is dropped; "auto" is exact where affordable '
-    "(rewire.methods.criteria.gradients.sampled)",
-    low=1,
-)
-
-
 def candidates_field() -> Any:
     """The declaration of ``candidates``, for methods that grow by gradients."""
-    return parameter(default="auto", help=_CANDIDATES.help, low=_CANDIDATES.low)
+    return parameter(
+        default="auto",
+        low=1,
+        help="where gradients are looked at: None for all positions, exactly; a number for so many "
+        'random dormant ones per layer, and what is dropped; "auto" is exact where affordable '
+        "(rewire.methods.criteria.gradients.sampled)",
+    )
 
 
 def check_candidates(candidates: CandidateCount) -> None:
     """Raise ValueError saying what is allowed if ``candidates`` is not."""
-    Parameter("candidates", CandidateCount, "auto", _CANDIDATES).check(candidates)
+    check("candidates", candidates, CandidateCount, low=1)
 
 
 def sampled(pool: Pool, candidates: CandidateCount) -> int | None:

@@ -93,8 +93,12 @@ class Rewiring(Method):
         help="the same in epochs, where updates come by epochs",
     )
     moments: Moments = moments_field()
-    total_steps: int | None = service(default=None, help="optimizer steps of the whole training")
-    total_epochs: int | None = service(default=None, help="epochs of the whole training")
+    total_steps: int | None = service(
+        default=None, low=1, unit="steps", help="optimizer steps of the whole training"
+    )
+    total_epochs: int | None = service(
+        default=None, low=1, unit="epochs", help="epochs of the whole training"
+    )
 
     needs_room = True
     #: As published, and updates that a training of known length has room for at least.

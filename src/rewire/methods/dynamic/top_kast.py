@@ -94,7 +94,9 @@ class TopKAST(Method):
         "by default three quarters of a training of known length, else there is no end",
     )
     moments: Moments = moments_field()
-    total_steps: int | None = service(default=None, help="optimizer steps of the whole training")
+    total_steps: int | None = service(
+        default=None, low=1, unit="steps", help="optimizer steps of the whole training"
+    )
 
     needs_room = True
 

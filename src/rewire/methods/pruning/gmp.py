@@ -35,7 +35,9 @@ class Gradual(Shrinking):
         saved=True,
         help="step of the last cut; by default half of a training of known length",
     )
-    total_steps: int | None = service(default=None, help="optimizer steps of the whole training")
+    total_steps: int | None = service(
+        default=None, low=1, unit="steps", help="optimizer steps of the whole training"
+    )
 
     #: Steps between cuts, as published.
     published = 100
