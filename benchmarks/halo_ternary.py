@@ -42,10 +42,10 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "HALO": {"xi": 4e-5, "psi": 4e-5, "lambda_lr": 100.0},
 }
 QUANTIZED: dict[str, dict[str, Any]] = {
-    "sparse ternary, 5 %": {"density": 0.05, "push": 1e-2, "l2": 1e-5, "prune": 4},
-    "sparse ternary, 2 %": {"density": 0.02, "push": 1e-2, "l2": 1e-5, "prune": 4},
-    "dense ternary": {"threshold": 0.05, "trainable": False, "prune": 1000, "l2": 0.0},
-    "binary": {"threshold": 0.0, "trainable": False, "prune": 1000, "l2": 0.0},
+    "sparse ternary, 5 %": {"density": 0.05, "push": 1e-2, "l2": 1e-5, "after_epochs": 4},
+    "sparse ternary, 2 %": {"density": 0.02, "push": 1e-2, "l2": 1e-5, "after_epochs": 4},
+    "dense ternary": {"threshold": 0.05, "trainable": False, "after_epochs": 1000, "l2": 0.0},
+    "binary": {"threshold": 0.0, "trainable": False, "after_epochs": 1000, "l2": 0.0},
 }
 
 

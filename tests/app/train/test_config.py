@@ -64,7 +64,7 @@ def test_refused(options, message: str) -> None:
         ("l1", "adam", 0.01, {"l1": 0.1}),
         ("set", "adam", 0.01, {"fraction": 0.15}),
         ("mest", "adam", 0.01, {}),
-        ("ternary", "sgd", 0.5, {"prune": 10}),
+        ("ternary", "sgd", 0.5, {"after_epochs": 10}),
         ("noiseout", "adam", 0.002, {"warmup": 10}),
         ("differentiable", "adam", 0.002, {}),
         ("halo", "sgd", 0.5, {"after_epochs": 15}),
@@ -96,12 +96,16 @@ def test_what_is_given_goes_before_what_suits() -> None:
     assert make_config({"method": "halo", "epochs": 1}).method_options == {}, (
         "no epoch to train what is left"
     )
-    for epochs, given, expected in ((1, {}, {}), (2, {}, {"prune": 1}), (41, {}, {"prune": 20})):
+    for epochs, given, expected in (
+        (1, {}, {}),
+        (2, {}, {"after_epochs": 1}),
+        (41, {}, {"after_epochs": 20}),
+    ):
         options = {"method": "ternary", "epochs": epochs, "method_options": given}
         assert make_config(options).method_options == expected
     assert make_config(
-        {"method": "ternary", "method_options": {"prune": "auto"}}
-    ).method_options == {"prune": "auto"}
+        {"method": "ternary", "method_options": {"after_epochs": "auto"}}
+    ).method_options == {"after_epochs": "auto"}
     for epochs, given, expected in (
         (3, {}, {"cycles": 2, "every": 1}),
         (1, {}, {"cycles": 1, "every": 1}),

@@ -174,7 +174,8 @@ class Ternary(DenseStart):
         saved=True,
         help='when stages 2 and 3 begin; "auto": at the end of the epoch in which the share of '
         "survivors has first come down to ``density`` (it hovers there from then on); at the last "
-        "epoch's end anyway, after which nothing trains what is left. `rewire train` freezes in the "
+        "epoch's end anyway, after which nothing trains what is left. `rewire train` freezes "
+        "in the "
         "middle of the run",
     )
     scale: Literal["mean", "one"] = parameter(

@@ -109,13 +109,11 @@ class L1(Shrinking):
         return {name: int(mask.sum()) for name, mask in self.active_masks().items()}
 
     def active_masks(self) -> dict[str, Tensor]:
-        """Slots with a connection above the threshold."""
+        """Slots with a connection above ``zero``."""
         return {
-            pool.name: (pool.weight.rows >= 0)
-            & (pool.weight.values.detach().abs() > self.threshold)
+            pool.name: (pool.weight.rows >= 0) & (pool.weight.values.detach().abs() > self.zero)
             for pool in self.pools
         }
-from torch import Tensor, nn
 
     def finalize(self) -> nn.Module:
         """Drop what is at most ``zero``, then what is above the budget, and return the

@@ -109,7 +109,8 @@ def check_dense(name: str, layer: nn.Module, kind: Kind) -> None:
             for norm, remove in _NORMS:
                 if isinstance(hook, norm):
                     raise ValueError(
-                        f"{_title(join(name, path))} computes its {hook.name} "  # type: ignore[attr-defined]
+                        f"{_title(join(name, path))} computes its "
+                        f"{hook.name} "  # type: ignore[attr-defined]
                         f"by {norm.__name__}, which would be lost: call {remove}(layer) first, or "
                         "exclude the layer"
                     )
