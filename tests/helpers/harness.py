@@ -207,6 +207,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 SHARING = {"dsr", "snfs"}
 
 #: Methods that start from a dense model have models and a conformance suite of their own.
+SETTINGS |= {  # methods that come down to a budget and have no entry of their own
+    name: [{"density": 0.1, **({"every": 2, "until": 7} if "until" in info.parameters() else {})}]
+    for name in methods.available()
+    if (info := methods.info(name)).takes_budget and name not in SETTINGS
+}
+
 CASES = [
     (name, settings)
     for name in methods.available()

@@ -68,8 +68,8 @@ def test_refused(options, message: str) -> None:
         ("noiseout", "adam", 0.002, {"warmup": 10}),
         ("differentiable", "adam", 0.002, {}),
         ("halo", "sgd", 0.5, {"after_epochs": 15}),
-        ("magnitude", "adam", 0.01, {"cycles": 5, "every": 3}),
-        ("one-shot", "adam", 0.01, {"after": 10}),
+        ("magnitude", "adam", 0.01, {"cycles": 5, "every_epochs": 3}),
+        ("one-shot", "adam", 0.01, {"after_epochs": 10}),
     ],
 )
 def test_defaults_that_suit_the_method(
@@ -107,17 +107,17 @@ def test_what_is_given_goes_before_what_suits() -> None:
         {"method": "ternary", "method_options": {"after_epochs": "auto"}}
     ).method_options == {"after_epochs": "auto"}
     for epochs, given, expected in (
-        (3, {}, {"cycles": 2, "every": 1}),
-        (1, {}, {"cycles": 1, "every": 1}),
-        (40, {"cycles": 10}, {"cycles": 10, "every": 3}),
-        (40, {"every": 2}, {"cycles": 5, "every": 2}),
-        (4, {"every": 2}, {"cycles": 1, "every": 2}),
-        (4, {"cycles": 10}, {"cycles": 10, "every": 1}),
-        (40, {"cycles": 4, "every": 3}, {"cycles": 4, "every": 3}),
+        (3, {}, {"cycles": 2, "every_epochs": 1}),
+        (1, {}, {"cycles": 1, "every_epochs": 1}),
+        (40, {"cycles": 10}, {"cycles": 10, "every_epochs": 3}),
+        (40, {"every_epochs": 2}, {"cycles": 5, "every_epochs": 2}),
+        (4, {"every_epochs": 2}, {"cycles": 1, "every_epochs": 2}),
+        (4, {"cycles": 10}, {"cycles": 10, "every_epochs": 1}),
+        (40, {"cycles": 4, "every_epochs": 3}, {"cycles": 4, "every_epochs": 3}),
     ):
         options = {"method": "magnitude", "epochs": epochs, "method_options": given}
         assert make_config(options).method_options == expected
-    assert make_config({"method": "one-shot", "epochs": 1}).method_options == {"after": 1}
+    assert make_config({"method": "one-shot", "epochs": 1}).method_options == {"after_epochs": 1}
     options = {"method": "one-shot", "epochs": 12, "method_options": {"scope": "network"}}
     assert make_config(options).method_options == {"scope": "network", "after_epochs": 6}
     one = {"method": "one-shot", "method_options": {"after": 7}}

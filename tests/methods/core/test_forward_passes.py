@@ -47,7 +47,7 @@ class Net(nn.Module):
 def made(model: nn.Module, **options: Any) -> tuple[NoiseOut, torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     return NoiseOut(
-        model, optimizer, data=list(X), seed=1, **{"threshold": -1.0, "at_once": 1} | options
+        model, optimizer, data=list(X), seed=1, **{"required_score": -1.0, "at_once": 1} | options
     ), optimizer
 
 
@@ -298,7 +298,7 @@ def test_units_are_merged_the_same_way_by_keyword() -> None:
     for named in (False, True):
         model = Packed(named)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        method = NoiseOut(model, optimizer, data=data, noise="none", threshold=-1.0, at_once=4)
+        method = NoiseOut(model, optimizer, data=data, targets="none", threshold=-1.0, at_once=4)
         model(data[0]).sum().backward()
         optimizer.step()
         method.step()
@@ -319,4 +319,4 @@ def test_costs_are_counted_by_keyword(named: bool) -> None:
             out: Tensor = self.up(input=x) if named else self.up(x)
             return out
 
-    assert rewire.nn.inspect.cost(Transposed(), torch.ones(4, 2, 5)).multiply_adds == 5 * 2 * 3 * 2
+    assert rewire.nn.cost(Transposed(), torch.ones(4, 2, 5)).multiply_adds == 5 * 2 * 3 * 2

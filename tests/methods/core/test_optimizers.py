@@ -24,8 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "set-normal": {"every": 2, "new_values": "normal"},
     "rigl": {"every": 2},
     "deep-r": {"l1": 1e-2, "noise": 0.1},
-    "mest": {"every": 1, "soft": True, "milestones": (1, 2), "weight": 0.0},
-    "dsr": {"every": 2, "threshold": 0.05, "fraction": 0.2},
+    "mest": {"every_epochs": 1, "soft": True, "milestones": (1, 2), "gradient_weight": 0.0},
+    "dsr": {"every": 2, "magnitude": 0.05, "fraction": 0.2},
     "gmp": {"density": 0.1, "every": 2, "until": 7},
 }
 

@@ -17,7 +17,7 @@ import rewire
 from harness import LAYERS
 from rewire import methods
 from rewire.methods.core.recording import Status
-from rewire.methods.criteria import gradients
+from rewire.methods.criteria import drop, gradients, grow
 from rewire.methods.criteria.topk import Gradients, recorded
 from rewire.nn import SparseLinear, sparse_weights
 
@@ -424,12 +424,7 @@ def test_gradients_from_before_the_request_are_refused_or_waited_for() -> None:
     model.zero_grad()
     for make in (
         lambda o: methods.Rewirer(
-            model,
-            o,
-            drop=methods.drop.ByMagnitude(),
-            grow=methods.grow.ByGradient(),
-            fraction=0.3,
-            seed=0,
+            model, o, drop=drop.ByMagnitude(), grow=grow.ByGradient(), fraction=0.3, seed=0
         ),
         lambda o: methods.SNFS(model, o, window=2, seed=0),
     ):

@@ -279,7 +279,14 @@ def test_resume_is_bit_exact(variant: Any, cut: int | None) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
         xi = schedules.Linear(1e-2, 0.0, 4)
         method = Halo(
-            model, optimizer, xi=xi, psi=1e-2, variant=variant, lambda_lr=1.0, cut=cut, seed=seed
+            model,
+            optimizer,
+            xi=xi,
+            psi=1e-2,
+            variant=variant,
+            lambda_lr=1.0,
+            after_epochs=cut,
+            seed=seed,
         )
         return model, optimizer, method
 
@@ -336,10 +343,10 @@ def test_shared_weights_and_missing_penalties_are_refused() -> None:
         ({"density": 1e-3}, "leaves a weight of 288 potential connections without any"),
         ({"after_epochs": 0}, "after_epochs must be"),
         ({"after_epochs": 1.5}, "after_epochs must be"),
-        ({"initial": 0.0}, "initial must be"),
+        ({"lambda_start": 0.0}, "lambda_start must be"),
         ({"lambda_lr": -1.0}, "lambda_lr must be"),
-        ({"momentum": 1.0}, "momentum must be"),
-        ({"decay": -1.0}, "decay must be"),
+        ({"lambda_momentum": 1.0}, "lambda_momentum must be"),
+        ({"lambda_decay": -1.0}, "lambda_decay must be"),
         ({"only": 3}, "only must be a glob"),
         ({"only": "nothing*"}, "no dense weight to act on"),
     ],

@@ -318,10 +318,10 @@ def test_scheduler_made_before_the_method_still_works() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": 0}, "p must be above 0"),
+        ({"p": 0}, "p must be a finite number above 0 and at most 2"),
         ({"p": 1.0, "gate": "competitive"}, "p must be below 1"),
         ({"p": 1.0, "normalise": True}, "p must be below 1"),
-        ({"initial": 1.0}, "initial must be between 0 and 1"),
+        ({"initial": 1.0}, "initial must be a finite number above 0 and below 1"),
         ({"strength": -1.0}, "strength must be"),
         ({"gate": "none"}, "gate must be"),
         ({"weight_gate": "x"}, "weight_gate must be"),

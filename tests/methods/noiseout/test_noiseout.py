@@ -315,7 +315,7 @@ def toy(noise: str, outputs: int, seed: int) -> float:
     y = torch.cat([torch.zeros(50, 1), torch.ones(50, 1)])
     model = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    made = NoiseOut(model, optimizer, data=[x], noise=noise, outputs=outputs, seed=seed)  # type: ignore[arg-type]
+    made = NoiseOut(model, optimizer, data=[x], targets=noise, noise_outputs=outputs, seed=seed)  # type: ignore[arg-type]
     for _ in range(1500):
         loss = nn.functional.mse_loss(model(x), y) + made.penalty()
         optimizer.zero_grad()
@@ -544,7 +544,7 @@ def test_without_a_threshold_the_first_score_less_the_slack_is_it() -> None:
         ({"noise_outputs": 0}, "noise_outputs must be a whole number of at least 1"),
         ({"strength": -1.0}, "strength must be a finite number of at least 0|strength must be"),
         ({"targets": "binomial", "mean": 1.5}, "mean must be a finite number between 0 and 1"),
-        ({"mode": "least"}, "mode must be one of 'max', 'min'"),
+        ({"larger_is_better": "no"}, "larger_is_better must be True or False"),
         ({"criterion": "l1"}, "criterion must be"),
         ({"overshoot": "keep"}, "overshoot must be one of 'train', 'undo'"),
         ({"every": 0}, "every must be"),
@@ -552,8 +552,8 @@ def test_without_a_threshold_the_first_score_less_the_slack_is_it() -> None:
         ({"samples": 0}, "samples must be"),
         ({"pace": 2.0}, "pace must be"),
         ({"warmup": -1}, "warmup must be"),
-        ({"layers": "2"}, "the units of 2"),
-        ({"layers": "nothing*"}, "no layer 'nothing"),
+        ({"only": "2"}, "the units of 2"),
+        ({"only": "nothing*"}, "no layer 'nothing"),
         ({"data": None}, "give it data="),
         ({"data": []}, "data has no batch"),
     ],

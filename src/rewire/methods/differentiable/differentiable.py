@@ -16,18 +16,11 @@ from rewire.methods.core.base import Data, Method, data_field
 from rewire.methods.core.layer_hooks import LayerHook
 from rewire.methods.core.parameters import Patterns, parameter
 from rewire.methods.core.registry import register
+from rewire.methods.differentiable.choice import chosen
+from rewire.methods.differentiable.components import Branches, Heads, Weights
 from rewire.methods.differentiable.gates import GateKind, Recover, p_norm
-from rewire.methods.differentiable.targets import (
-    GATE,
-    Branches,
-    Cutting,
-    Heads,
-    Target,
-    Units,
-    Weights,
-    chosen,
-    group_of,
-)
+from rewire.methods.differentiable.targets import GATE, Cutting, Target
+from rewire.methods.differentiable.units import Units, group_of
 from rewire.nn.forward.tensors import head
 from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.surgery import UnitGraph

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose, data_field
 from rewire.methods.core.parameters import Patterns, parameter, service
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
+from rewire.methods.noiseout.choice import Inputs, choose, first_inputs
 from rewire.methods.noiseout.correlation import Merge, UnitMoments, measure
 from rewire.methods.noiseout.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.noiseout.snapshot import Snapshot
 from rewire.nn.forward.modes import evaluating
-from rewire.nn.forward.tensors import head, rows
+from rewire.nn.forward.tensors import head
 from rewire.nn.surgery import UnitGraph, fit_shapes
 from rewire.schedules import within
 
@@ -198,13 +197,13 @@ class NoiseOut(Method):
                 f"every={self.every} checks between epochs: give evaluate=, a function "
                 "from model to score"
             )
-        self._kept = _first(self.data, self.samples) if self.samples is not None else None
+        self._kept = first_inputs(self.data, self.samples) if self.samples is not None else None
         example = next(iter(self._batches()), None)
         if example is None:
             raise ValueError("data has no batch: give at least one, of training inputs")
         self._example = head(example, 2)
         self._graph = UnitGraph(self.model, self._example)
-        self._names, self._refused = _choose(self._graph, self.only)
+        self._names, self._refused = choose(self._graph, self.only)
 
     def _setup(self) -> None:
         #: The score that a network must meet, once it is known.
@@ -437,7 +436,7 @@ class NoiseOut(Method):
         self.updates += 1
 
     def _batches(self) -> Iterable[Any]:
-        return self._kept if self._kept is not None else _Inputs(self.data or ())
+        return self._kept if self._kept is not None else Inputs(self.data or ())
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -470,69 +469,3 @@ class NoiseOut(Method):
         if self._outputs is not None:
             self._outputs.load(outputs)
         self._best, self.bound = best, bound
-
-
-class _Inputs:
-    """The inputs of the data's batches, to go through again and again."""
-
-    def __init__(self, data: Data) -> None:
-        self._data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(_input, self._data)
-
-
-def _input(batch: Any) -> Any:
-    """A batch is the input, or a tuple or list that begins with it."""
-    return (
-        batch[0]
-        if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
-        else batch
-    )
-
-
-def _first(data: Data, samples: int) -> list[Any]:
-    """Batches that hold the first so many inputs."""
-    kept: list[Any] = []
-    left = samples
-    for batch in map(_input, data):
-        kept.append(head(batch, left))
-        left -= max(rows(batch), 1)
-        if left <= 0:
-            break
-    return kept
-
-
-def _choose(graph: UnitGraph, only: Patterns | None) -> tuple[list[str], dict[str, str]]:
-    """The layers whose units are merged, each set of coupled ones once, and why others are not."""
-    patterns = ["*"] if only is None else [only] if isinstance(only, str) else list(only)
-    chosen: list[str] = []
-    refused: dict[str, str] = {}
-    coupled: set[str] = set()
-    for pattern in patterns:
-        names = [name for name in graph.names if fnmatchcase(name, pattern)] or [pattern]
-        for name in names:
-            try:
-                group = graph.group(name)
-                if not group.consumers:
-                    raise ValueError(f"nothing reads the units of {name}")
-            except ValueError as error:
-                if name == pattern:
-                    raise
-                refused[name] = str(error)
-                continue
-            if name not in coupled:
-                chosen.append(name)
-                coupled |= {site.name for site in group.producers}
-    if not chosen:
-        kinds = ", ".join(
-            sorted({type(m).__name__ for m in graph.model.modules() if not list(m.children())})
-        )
-        raise ValueError(
-            "no layer has units that can be merged: "
-            + (
-                "; ".join(refused.values())
-                or f"none of {kinds or 'no layer'} has units of its own (Linear, Conv, ...)"
-            )
-        )
-    return chosen, refused
