@@ -64,7 +64,7 @@ class Parts:
         """Connections of each layer now, by name."""
         if self.dense:
             return structure(self.model, self.method).connections
-        return self.method.connections()
+        return self.method.count_connections()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Connections "dropped" and "grown" of each layer since the start."""
