@@ -75,7 +75,7 @@ def test_stopped_and_resumed_it_is_the_same_run(
         ({"init": "sparse"}, "--init: noiseout starts"),
         ({"validation": 0}, "--validation: noiseout decides by the validation accuracy"),
         ({"method_options": {"targets": "pink"}}, "--method noiseout: targets must be"),
-        ({"method_options": {"layers": "7"}}, "--method noiseout: the model has no layer '7'"),
+        ({"method_options": {"only": "7"}}, "--method noiseout: the model has no layer '7'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

@@ -298,7 +298,9 @@ def test_units_are_merged_the_same_way_by_keyword() -> None:
     for named in (False, True):
         model = Packed(named)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        method = NoiseOut(model, optimizer, data=data, targets="none", threshold=-1.0, at_once=4)
+        method = NoiseOut(
+            model, optimizer, data=data, targets="none", required_score=-1.0, at_once=4
+        )
         model(data[0]).sum().backward()
         optimizer.step()
         method.step()

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from rewire import schedules
 from rewire.methods import Ternary
-from rewire.methods.dense_start.ternary import quantize, threshold_slope
+from rewire.methods.dense_start.quantize import quantize, threshold_slope
 from rewire.nn import SparseLinear, sparse_weights
 from rewire.nn.convert.cut import dense_weights
 

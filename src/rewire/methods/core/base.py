@@ -355,11 +355,11 @@ class Method(Declared, ABC):
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; read all of it before changing anything."""
-        weights = {pool.name: pool.weight for pool in self.pools}
+        places = {key: p.weight.device for p in self.pools for key in (p.name, p.number)}
+        elsewhere = self.optimizers[0].param_groups[0]["params"][0].device
 
         def device(key: int | str) -> torch.device:
-            found = self.pools[key].weight if isinstance(key, int) else weights[key]
-            return found.device
+            return places.get(key, elsewhere)
 
         names = self._saved()
         values = [restored(state[n.lstrip("_")], getattr(self, n), device) for n in names]
