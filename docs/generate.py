@@ -11,10 +11,10 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import ModuleType
+from typing import Any
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
@@ -47,14 +47,6 @@ PUBLIC = (
     "rewire.topology",
     "rewire.random",
 )
-
-TYPES = {
-    float: "number",
-    int: "whole number",
-    str: "text",
-    bool: "`True`, `False`",
-    type(None): "`None`",
-}
 
 BUDGETS = {
     "every step": "exactly K connections after every step",
@@ -103,38 +95,16 @@ def cell(text: object) -> str:
 # ------------------------------------------------------------------------------------- methods
 
 
-def type_of(annotation: Any) -> str:
-    """A type in words: "a number or a schedule"."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{word!r}`" for word in parts)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(type_of(part) for part in parts))
-    if origin is not None and issubclass(origin, Callable):
-        return "schedule" if parts[0] == [int] else "function"
-    if origin is not None and issubclass(origin, Mapping):
-        return f"dict from pattern to {type_of(parts[1])}"
-    if origin is not None and issubclass(origin, Sequence):
-        return f"list of {type_of(parts[0])}"
-    return TYPES.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def default_of(value: Any) -> str:
-    return "required" if value is inspect.Parameter.empty else f"`{value!r}`"
-
-
 def table_of_parameters(entry: methods.MethodInfo) -> Iterator[str]:
     found = entry.parameters()
     if not found:
         yield "This method has no hyper-parameters."
         return
-    yield "| name | meaning | type | default |"
+    yield "| name | meaning | allowed | default |"
     yield "| --- | --- | --- | --- |"
     for p in found.values():
-        yield (
-            f"| `{p.name}` | {cell(p.help)} | {cell(type_of(p.annotation))} | "
-            f"{cell(default_of(p.default))} |"
-        )
+        allowed = p.allowed().replace("a finite number", "a number")
+        yield f"| `{p.name}` | {cell(p.help)} | {cell(allowed)} | `{p.default!r}` |"
 
 
 def starts(entry: methods.MethodInfo) -> str:

@@ -356,7 +356,7 @@ class Method(Declared, ABC):
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; read all of it before changing anything."""
         places = {key: p.weight.device for p in self.pools for key in (p.name, p.number)}
-        elsewhere = self.optimizers[0].param_groups[0]["params"][0].device
+        elsewhere: torch.device = self.optimizers[0].param_groups[0]["params"][0].device
 
         def device(key: int | str) -> torch.device:
             return places.get(key, elsewhere)

@@ -229,6 +229,8 @@ def _allowed(annotation: Any, declared: Declaration) -> str:
         found.append(f"a whole number{unit}{' of ' if limits.startswith('at') else ' '}{limits}")
     if words:
         found.append(f"{'one of ' if len(words) > 1 else ''}{', '.join(words)}")
+    if tuple in origins:
+        found.append(f"{len(get_args(kinds[origins.index(tuple)]))} whole numbers")
     if Mapping in origins:
         found.append("a list of them in the model's order, a dict from glob pattern to them")
     if _takes_patterns(kinds):
