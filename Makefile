@@ -47,7 +47,7 @@ layers: install
 	$(BIN)/lint-imports
 
 pytest: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The documentation site, in build/site; a warning (a link that leads nowhere, a page without a place) is an error.
 docs: install
@@ -61,9 +61,13 @@ asan: install
 	$(ASAN_ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 $(ASAN_TESTS)
 
 # An sdist and, from it, a wheel for this machine, in dist/.
-build: install
+build: dist/built
+
+dist/built: pyproject.toml setup.py MANIFEST.in README.md constraints.txt $(shell find src/rewire -name '*.py') $(SOURCES) | $(BIN)/python
 	rm -rf dist
+	$(BIN)/python -m pip install --quiet setuptools wheel ninja numpy torch build
 	$(BIN)/python -m build --no-isolation --outdir dist .
+	touch $@
 
 wheels-test: build
 	.ci/try_distributions $(BIN)/python

@@ -97,6 +97,7 @@ def follow_copies(run: Any, moments: list[int]) -> None:
         run.step()
     for number, (model, expected) in enumerate(copies):
         assert torch.equal(outputs(model), expected), number
+    gone = []
     for model, _ in copies[::2]:
         twin = copy.copy(run)
         twin.model = model
@@ -110,12 +111,12 @@ def follow_copies(run: Any, moments: list[int]) -> None:
         assert any(
             a.shape != b.shape or not torch.equal(a, b) for a, b in zip(now, first, strict=True)
         )
-        gone = weakref.ref(twin.method)
+        gone.append(weakref.ref(twin.method))
         twin.method.finalize()
         assert torch.equal(outputs(run.model), untouched)
-        del twin
-        gc.collect()
-        assert gone() is None
+    del twin
+    gc.collect()
+    assert [found() for found in gone] == [None] * len(gone)
     run.method.finalize()
     for number, (model, expected) in enumerate(copies):
         if number % 2:

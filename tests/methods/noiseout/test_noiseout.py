@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -210,6 +210,7 @@ def test_dependent_units_merge_without_a_trace(
     st.booleans(),
     st.booleans(),
 )
+@settings(max_examples=25)
 def test_any_dependent_pair_is_found_and_folded(
     seed: int, width: int, alpha: float, beta: float, negative: bool, damage: bool
 ) -> None:
@@ -228,6 +229,7 @@ def test_any_dependent_pair_is_found_and_folded(
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3))
+@settings(max_examples=25)
 def test_constant_units_go_first(seed: int, dead: int) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -170,6 +170,7 @@ def test_outputs_are_those_with_zeroed_columns(name: str) -> None:
 
 
 @given(st.data())
+@settings(max_examples=25)
 def test_many_cuts_one_graph(data: st.DataObject) -> None:
     """Any sequence of cuts through one graph does what a new graph would each time."""
     name = data.draw(st.sampled_from(sorted(MODELS)))
