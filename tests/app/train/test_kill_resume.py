@@ -27,7 +27,7 @@ TRAIN = [
     "--density",
     "0.2",
     "--epochs",
-    "4",
+    "2",
     "--batch-size",
     "25",
     "--lr-decay",
