@@ -278,7 +278,7 @@ class Attachment:
                 self._fresh.add(number)
                 self._seen.add(number)
                 if pool.at_home():
-                    pool.lr = float(optimizer.param_groups[pool._group_number]["lr"])
+                    pool.lr = float(pool.group["lr"])
                 else:
                     self._away = True
 
