@@ -408,14 +408,6 @@ class Attachment:
         self.attached = False
 
 
-def gradient_scale(optimizer: Optimizer) -> float:
-    """What gradients are still multiplied by when ``optimizer`` steps: a GradScaler leaves it to
-    fused optimizers to divide by it. 1 elsewhere.
-    """
-    scale = optimizer.__dict__.get("grad_scale")
-    return 1.0 if scale is None else float(scale)
-
-
 def _homes(optimizers: Iterable[Optimizer], values: Tensor) -> list[tuple[Optimizer, int, int]]:
     return [
         (optimizer, i, k)

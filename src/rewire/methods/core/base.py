@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.distributed import agree, refuse_unprepared
-from rewire.methods.core.attachment import (
-    Attachment,
-    Pool,
-    Purpose,
-    gradient_scale,
-    trained_weights,
-)
-from rewire.methods.core.parameters import Declared, current, parameter, service
+from rewire.methods.core.attachment import Attachment, trained_weights
+from rewire.methods.core.changes import Changes
+from rewire.methods.core.parameters import Declared, current, service
+from rewire.methods.core.pool import Pool, Purpose, gradient_scale
 from rewire.methods.core.refusals import (
     agreed_seed,
     refuse_full,
@@ -43,13 +39,12 @@ Evaluate = Callable[[nn.Module], float]
 Data = Iterable[Any]
 
 _NO_COPY = (
-    "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, "
-    "make a new method for "
-    "them and give it this one's state_dict()"
+    "a method is tied to its model and optimizer and cannot be copied or pickled: copy those, make "
+    "a new method for them and give it this one's state_dict()"
 )
 
 
-class Method(Declared, ABC):
+class Method(Changes, Declared, ABC):
     """A way of finding connections while training; the interface of all methods.
 
     Call `penalty` in the loss, `step` after ``optimizer.step()`` (before a learning-rate
@@ -79,10 +74,6 @@ class Method(Declared, ABC):
 
     #: Set where a paper forbids decay of sparse values: an optimizer that has it is refused.
     forbids_weight_decay: ClassVar[bool] = False
-    #: Slots of a pool of at least this many connections are sorted again once as many have grown as
-    #: there are. Before, the whole pool lies in cache and their order costs nothing; sorted, a
-    #: large layer's step is 5 to 15 % faster.
-    sort_from: ClassVar[int] = 1 << 16
     #: Set by methods that start from an ordinary dense model and need no sparse weights in it.
     starts_dense: ClassVar[bool] = False
     #: Set by methods that end with fewer connections than they start with
@@ -104,7 +95,7 @@ class Method(Declared, ABC):
     run_optimizer: ClassVar[str] = "adam"
     run_lr: ClassVar[float | None] = None
 
-    #: What grown connections start from in the optimizer; see `moments_field`.
+    #: What grown connections start from in the optimizer; see `rewire.nn.follow_optimizer`.
     moments: str = field(init=False, default="auto")
 
     @classmethod
@@ -248,9 +239,7 @@ class Method(Declared, ABC):
         return {}
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: real steps, updates of topology, connections dropped and grown
-        per weight.
-        """
+        """Counts since the start: steps, updates, connections dropped and grown per weight."""
         return {
             "steps": self.steps,
             "updates": self.updates,
@@ -313,25 +302,19 @@ class Method(Declared, ABC):
     # --- what methods override --------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
-        """Act on the pools whose optimizer has just stepped; ``self.steps`` counts this step
-        already.
-        """
+        """Act on the pools that have just been stepped; ``self.steps`` counts this step already."""
 
     def _after_epoch(self, evaluate: Evaluate | None, last: bool) -> None:
         """Act on the end of an epoch; ``self.epochs`` counts this epoch already."""
 
     def _schedule(self) -> str | None:
-        """The settings by which an update was to be made, in words ("every=100 steps"): named where
-        none was made.
-
+        """When updates are made, in words ("every=100 steps"), for the warning that there was none;
         None where a run without an update is nothing to speak of.
         """
         return None
 
     def _wants_capture(self, step: int) -> bool:
-        """Whether optimizer step ``step`` (from 1) shall be captured for `_after_step`, as
-        `_prepare` says how.
-        """
+        """Whether `_prepare` shall have optimizer step ``step`` (from 1) recorded."""
         return False
 
     def _prepare(self, pool: Pool) -> None:
@@ -389,9 +372,8 @@ class Method(Declared, ABC):
         self._attachment.before_step(before)
 
     def _follow(self, pool: Pool, follower: Callable[[Any, Pool, Event], None]) -> None:
-        """Have ``follower(method, pool, event)`` called after each change of the pool.
-
-        As for `_before_step`, ``follower`` must not refer to the method or the pool itself.
+        """Have ``follower(method, pool, event)`` called after each change of the pool; it must not
+        refer to the method or the pool itself, as for `_before_step`.
         """
         here, number = weakref.ref(self), pool.number
 
@@ -401,63 +383,6 @@ class Method(Declared, ABC):
                 follower(method, method.pools[number], event)
 
         self._attachment.follow(pool, follow)
-
-    def _exchange(
-        self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0
-    ) -> Tensor:
-        """Drop ``slots`` and grow the connections (rows, cols) in their places; return the slots
-        that grew.
-
-        With more grown than dropped, empty slots are taken (the pool is enlarged if there are too
-        few); with fewer, the last dropped slots are emptied.
-        """
-        weight, drops, grows = pool.weight, slots.numel(), rows.numel()
-        if grows > drops:
-            lacking = grows - drops
-            if weight.capacity - weight.connections < lacking:
-                room = max(weight.connections + lacking, weight.capacity + weight.capacity // 2)
-                weight.resize(min(room, weight.size), [pool.optimizer])
-            spare = (weight.rows < 0).nonzero().flatten()[:lacking]
-            slots = torch.cat([slots, spare])
-        elif grows < drops:
-            nothing = rows.new_full((drops - grows,), -1)
-            rows, cols = torch.cat([rows, nothing]), torch.cat([cols, nothing])
-            if isinstance(values, Tensor):
-                values = torch.cat([values, values.new_zeros(drops - grows)])
-        weight.rewire(slots, rows, cols, values)
-        self._dropped[pool.name] += drops
-        self._grown[pool.name] += grows
-        return slots[:grows]
-
-    def _tidy(self) -> None:
-        """Sort the slots of pools whose connections have all been replaced, on average: an event as
-        any other.
-
-        When depends on counts in `state_dict` alone, so a resumed run does it at the same step.
-        """
-        for pool in self.pools:
-            new = self._grown[pool.name] - self._sorted[pool.name]
-            if new >= pool.weight.connections >= self.sort_from:
-                pool.weight.reorder()
-                self._sorted[pool.name] = self._grown[pool.name]
-
-    def _shrink(self, pool: Pool, slots: Tensor) -> None:
-        """Drop ``slots`` and give their storage back, and that of all other empty ones."""
-        if slots.numel():
-            nothing = slots.new_empty(0)
-            self._exchange(pool, slots, nothing, nothing)
-            self._give_back(pool, pool.weight.capacity - pool.weight.connections)
-
-    def _give_back(self, pool: Pool, slots: int) -> None:
-        """Make the pool shorter by so many of its empty slots (under DDP, where that cannot be,
-        they stay).
-        """
-        if pool.weight.shared_seed is None:
-            pool.weight.resize(pool.weight.capacity - slots, [pool.optimizer])
-
-    def _trained(self) -> list[Pool]:
-        """The pools that are not frozen (``values.requires_grad``)."""
-        return [pool for pool in self.pools if pool.weight.values.requires_grad]
 
     def _warn_of_no_update(self) -> None:
         """For `finalize`, before anything that it does itself; says it once."""
@@ -517,24 +442,7 @@ class Method(Declared, ABC):
 
 
 def _freeze(method: Method, optimizer: Optimizer) -> None:
-    """The gradients are what ``optimizer`` will use: what was recorded of them is kept as it is
-    now.
-    """
+    """The gradients are what ``optimizer`` will use: keep what was recorded of them."""
     for pool in method.pools:
         if pool.recorder is not None and pool.optimizer is optimizer:
             pool.recorder.freeze(gradient_scale(optimizer))
-
-
-def moments_field() -> Any:
-    """The declaration of ``moments``, for methods that grow connections."""
-    return parameter(
-        default="auto",
-        help='what a grown connection starts from in Adam and its like: "aged" (bias correction of '
-        'its own age), "cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is '
-        "known); see rewire.nn.follow_optimizer",
-    )
-
-
-def data_field() -> Any:
-    """The declaration of ``data``, for methods that look at activations."""
-    return service(default=None, help="batches of training inputs, see `Data`")

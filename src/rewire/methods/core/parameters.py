@@ -32,7 +32,9 @@ __all__ = [
     "Patterns",
     "PerLayer",
     "check",
+    "data_field",
     "fits",
+    "moments_field",
     "parameter",
     "per_layer",
     "service",
@@ -303,3 +305,18 @@ def current(name: str, value: float | Schedule, step: int, declared: Declaration
             f"{name} must be a finite number {declared.limits()}, not {number} (at {step})"
         )
     return number
+
+
+def moments_field() -> Any:
+    """The declaration of ``moments``, for methods that grow connections."""
+    return parameter(
+        default="auto",
+        help='what a grown connection starts from in Adam and its like: "aged" (bias correction of '
+        'its own age), "cleared" (of the optimizer\'s step), "auto" (aged where the optimizer is '
+        "known); see rewire.nn.follow_optimizer",
+    )
+
+
+def data_field() -> Any:
+    """The declaration of ``data``, for methods that look at activations."""
+    return service(default=None, help="batches of training inputs, see `Data`")

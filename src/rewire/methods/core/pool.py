@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from rewire.methods.core.recording import Recorder
 from rewire.nn import SparseWeight
 
-__all__ = ["Pool", "Purpose"]
+__all__ = ["Pool", "Purpose", "gradient_scale"]
 
 
 class Purpose:
@@ -97,3 +97,11 @@ class Pool:
     def stream(self, purpose: int) -> int:
         """The random stream of this pool for ``purpose``."""
         return (self._place + 1) * Purpose.COUNT + purpose
+
+
+def gradient_scale(optimizer: Optimizer) -> float:
+    """What gradients are still multiplied by when ``optimizer`` steps: a GradScaler leaves it to
+    fused optimizers to divide by it. 1 elsewhere.
+    """
+    scale = optimizer.__dict__.get("grad_scale")
+    return 1.0 if scale is None else float(scale)

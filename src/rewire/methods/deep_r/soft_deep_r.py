@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rewire import random
-from rewire.methods.core.base import Method, Moments, Pool, Purpose, moments_field
-from rewire.methods.core.parameters import PerLayer, parameter, per_layer
+from rewire.methods.core.base import Method, Moments, Pool, Purpose
+from rewire.methods.core.parameters import PerLayer, moments_field, parameter, per_layer
 from rewire.methods.core.registry import register
 from rewire.methods.core.slots import PerSlot
 from rewire.methods.deep_r.heat import Heat

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewire.methods.core.attachment import gradient_scale
 from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import parameter
+from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.registry import register
 from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.methods.dense_start.quantize import (

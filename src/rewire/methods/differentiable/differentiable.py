@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from rewire.methods.core.base import Data, Method, data_field
+from rewire.methods.core.base import Data, Method
 from rewire.methods.core.layer_hooks import LayerHook
-from rewire.methods.core.parameters import Patterns, parameter
+from rewire.methods.core.parameters import Patterns, data_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.differentiable.choice import chosen
 from rewire.methods.differentiable.components import Branches, Heads, Weights

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from rewire.methods.core.base import Data, data_field
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.base import Data
+from rewire.methods.core.parameters import data_field, parameter
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
 from rewire.methods.criteria.activations import Mode, Which

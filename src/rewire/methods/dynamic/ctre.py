@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rewire import random
-from rewire.methods.core.base import Data, Evaluate, Pool, Purpose, data_field
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.base import Data, Evaluate, Pool, Purpose
+from rewire.methods.core.parameters import data_field, parameter
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
 from rewire.methods.criteria.activations import Mode, Which

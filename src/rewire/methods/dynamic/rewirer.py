@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rewire import random
-from rewire.methods.core.attachment import gradient_scale
-from rewire.methods.core.base import Evaluate, Method, Moments, Pool, Purpose, moments_field
-from rewire.methods.core.parameters import parameter, service
+from rewire.methods.core.base import Evaluate, Method, Moments, Pool, Purpose
+from rewire.methods.core.parameters import moments_field, parameter, service
+from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.recording import Status
 from rewire.methods.core.updates import LEAST, Timing, fill_in
 from rewire.methods.criteria import gradients

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rewire.methods.core.base import Method, Moments, moments_field
+from rewire.methods.core.base import Method, Moments
+from rewire.methods.core.parameters import moments_field
 from rewire.methods.core.registry import register
 
 __all__ = ["Static"]

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from rewire import random, topology
 from rewire.distributed import sum_over_ranks
-from rewire.methods.core.base import Method, Moments, Pool, Purpose, moments_field
-from rewire.methods.core.parameters import parameter, service
+from rewire.methods.core.base import Method, Moments, Pool, Purpose
+from rewire.methods.core.parameters import moments_field, parameter, service
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing, fill_in
 from rewire.methods.criteria.topk import recorded

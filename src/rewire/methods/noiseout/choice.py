@@ -4,18 +4,21 @@ over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.optim import Optimizer
 
 from rewire.methods.core.base import Data
 from rewire.methods.core.parameters import Patterns
+from rewire.methods.noiseout.correlation import Merge, UnitMoments
 from rewire.nn.forward.tensors import head, rows
 from rewire.nn.surgery import UnitGraph
 
-__all__ = ["Inputs", "choose", "first_inputs"]
+__all__ = ["Inputs", "choose", "first_inputs", "next_merge", "trained"]
 
 
 class Inputs:
@@ -82,3 +85,22 @@ def choose(graph: UnitGraph, only: Patterns | None) -> tuple[list[str], dict[str
             )
         )
     return chosen, refused
+
+
+def next_merge(
+    graph: UnitGraph,
+    moments: Mapping[str, UnitMoments],
+    criterion: Literal["correlation", "damage"],
+) -> Merge | None:
+    """The best merge of any layer; None if no pair is left."""
+    best_of = (m.best(criterion) for m in moments.values() if len(m.units) > m.group.least)
+    found = [merge for merge in best_of if merge is not None]
+    if criterion == "damage":
+        parameters = {name: graph.parameters(m.group) for name, m in moments.items()}
+        return min(found, key=lambda merge: merge.damage / parameters[merge.name], default=None)
+    return max(found, key=lambda merge: merge.correlation, default=None)
+
+
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that ``optimizer`` has."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

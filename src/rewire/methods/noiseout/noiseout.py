@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose, data_field
-from rewire.methods.core.parameters import Patterns, parameter, service
+from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose
+from rewire.methods.core.parameters import Patterns, data_field, parameter, service
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
-from rewire.methods.noiseout.choice import Inputs, choose, first_inputs
+from rewire.methods.noiseout.choice import Inputs, choose, first_inputs, next_merge, trained
 from rewire.methods.noiseout.correlation import Merge, UnitMoments, measure
 from rewire.methods.noiseout.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.noiseout.snapshot import Snapshot
@@ -221,20 +221,11 @@ class NoiseOut(Method):
         last = self.model.get_submodule(self._graph.last) if self._graph.last is not None else None
         if not isinstance(last, nn.Linear):
             raise ValueError(
-                "noise outputs stand beside the outputs of a last nn.Linear, and this network "
-                "ends with "
-                f"{self._graph.last} ({type(last).__name__}): use targets='none'"
+                "noise outputs stand beside the outputs of a last nn.Linear, and this network ends "
+                f"with {self._graph.last} ({type(last).__name__}): use targets='none'"
             )
-        trains = next(
-            (
-                o
-                for o in self.optimizers
-                for g in o.param_groups
-                for p in g["params"]
-                if p is last.weight
-            ),
-            self.optimizers[0],
-        )
+        owners = [o for o in self.optimizers if any(p is last.weight for p in trained(o))]
+        trains = (owners or self.optimizers)[0]
         return NoiseOutputs(
             self.model,
             last,
@@ -250,9 +241,7 @@ class NoiseOut(Method):
     # --- the protocol -----------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """The noise outputs' loss times ``strength``, for the forward passes since the last
-        call.
-        """
+        """``strength`` times the noise outputs' loss, for the passes since the last call."""
         if self._outputs is None:
             return super().penalty()
         return self.strength * self._outputs.loss(self.seed, self.steps + 1)
@@ -279,9 +268,7 @@ class NoiseOut(Method):
             self._go_back()
 
     def finalize(self) -> nn.Module:
-        """Go back to the last network that met the threshold, if one did, take the noise outputs
-        off, return it.
-        """
+        """Return the last network that met the threshold, if one did, without noise outputs."""
         if self._attachment.attached and self._best is not None:
             self._go_back()
         return super().finalize()
@@ -323,11 +310,10 @@ class NoiseOut(Method):
         if evaluate is None:
             raise RuntimeError(
                 "NoiseOut decides by the task's score: give end_epoch(evaluate) a function from "
-                "model to score "
-                "(rewire train needs --validation for it)"
+                "model to score (rewire train needs --validation for it)"
             )
-        if self._outputs is not None:
-            self._outputs.forget()  # a graph from before a merge cannot be gone through after it
+        if self._outputs is not None:  # a graph from before a merge cannot be gone through after it
+            self._outputs.forget()
         self._checks += 1
         if self._checks <= self.warmup:
             return
@@ -399,17 +385,9 @@ class NoiseOut(Method):
 
     def _merge(self, moments: Mapping[str, UnitMoments]) -> str | None:
         """Carry out the next merge over all layers and name its layer; None if no pair is left."""
-        best_of = (m.best(self.criterion) for m in moments.values() if len(m.units) > m.group.least)
-        found = [merge for merge in best_of if merge is not None]
-        if not found:
+        best = next_merge(self._graph, moments, self.criterion)
+        if best is None:
             return None
-        if self.criterion == "damage":
-            best = min(
-                found,
-                key=lambda merge: merge.damage / self._graph.parameters(moments[merge.name].group),
-            )
-        else:
-            best = max(found, key=lambda merge: merge.correlation)
         self._carry_out(moments[best.name], best)
         return best.name
 

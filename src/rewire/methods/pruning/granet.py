@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from rewire.methods.core.base import Moments, Pool, moments_field
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.base import Moments, Pool
+from rewire.methods.core.parameters import moments_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import decay
 from rewire.methods.criteria import gradients

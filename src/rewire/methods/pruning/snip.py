@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rewire.methods.core.attachment import gradient_scale
 from rewire.methods.core.base import Pool
 from rewire.methods.core.parameters import parameter
+from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.registry import register
 from rewire.methods.pruning.shrink import Shrinking, scope_field
 
