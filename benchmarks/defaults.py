@@ -163,12 +163,13 @@ def accuracies(runs: dict[str, Any], dataset: str, density: float | None, name: 
 
 
 def best_static(runs: dict[str, Any], dataset: str, density: float) -> float:
-    """The mean of `static` from its best start."""
-    return max(
+    """The mean of `static` from its best start; 0 where it has not been run."""
+    means = [
         statistics.mean(found)
         for name in STARTS
         if (found := accuracies(runs, dataset, density, name))
-    )
+    ]
+    return max(means, default=0.0)
 
 
 def misses(runs: dict[str, Any]) -> list[tuple[str, float, str, float]]:
