@@ -64,7 +64,7 @@ def test_refused(options, message: str) -> None:
         ("l1", "adam", 0.01, {"l1": 0.1}),
         ("set", "adam", 0.01, {"fraction": 0.15}),
         ("mest", "adam", 0.01, {}),
-        ("ternary", "sgd", 0.5, {"after_epochs": 10}),
+        ("ternary", "sgd", 0.5, {"after_epochs": 10, "threshold_lr": 0.5}),
         ("noiseout", "adam", 0.002, {"warmup": 10}),
         ("differentiable", "adam", 0.002, {}),
         ("halo", "sgd", 0.5, {"after_epochs": 15}),
@@ -102,10 +102,9 @@ def test_what_is_given_goes_before_what_suits() -> None:
         (41, {}, {"after_epochs": 20}),
     ):
         options = {"method": "ternary", "epochs": epochs, "method_options": given}
-        assert make_config(options).method_options == expected
-    assert make_config(
-        {"method": "ternary", "method_options": {"after_epochs": "auto"}}
-    ).method_options == {"after_epochs": "auto"}
+        assert make_config(options).method_options == {"threshold_lr": 0.5} | expected
+    given = {"after_epochs": "auto", "threshold_lr": 2.0}
+    assert make_config({"method": "ternary", "method_options": given}).method_options == given
     for epochs, given, expected in (
         (3, {}, {"cycles": 2, "every_epochs": 1}),
         (1, {}, {"cycles": 1, "every_epochs": 1}),

@@ -117,9 +117,11 @@ class Ternary(DenseStart):
 
     @classmethod
     def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """The mask is frozen in the middle of the run, so that what is left is trained."""
-        freezes = "after_epochs" in given or epochs < 2
-        return {} if freezes else {"after_epochs": max(1, epochs // 2)}
+        """Masks freeze in the middle of the run, so that what is left is trained, and thresholds
+        move at half the weights' rate, at which none ran away (docs/defaults.md).
+        """
+        options: dict[str, Any] = {"threshold_lr": 0.5}
+        return options if epochs < 2 else options | {"after_epochs": max(1, epochs // 2)}
 
     def _check(self) -> None:
         if self.after_epochs == "auto" and not self.trainable:
