@@ -1,4 +1,4 @@
-"""What README shows runs, and its table is the registry's; results are those that were measured."""
+"""What README shows runs, the methods it lists exist, and results are those that were measured."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ def test_first_example_runs() -> None:
     loader = [(torch.rand(10, 784), torch.randint(0, 10, (10,))) for _ in range(5)]
     names: dict[str, Any] = {"loader": loader}
     exec(code[1], names)
-    connections = [layer.weight.connections for layer in names["model"][::2]]
-    assert connections == [2352, 900, 300]
+    connections = sum(names["model"][i].weight.connections for i in (0, 2))
+    assert connections == round(0.05 * (784 * 300 + 300 * 10))
     assert names["method"].stats()["steps"] == 50
-    assert sum(names["method"].stats()["dropped"].values()) > 0
 
 
 def test_links_lead_somewhere() -> None:
@@ -38,9 +37,12 @@ def test_links_lead_somewhere() -> None:
         assert [link for link in links if not (page.parent / link).exists()] == [], page
 
 
-def test_method_table_is_the_registry() -> None:
-    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (O\(\w\)) \|$", README, re.MULTILINE))
-    assert rows == {name: methods.info(name).memory for name in methods.available()}
+def test_methods_that_readme_lists_are_registered() -> None:
+    families = re.findall(r"^- \*\*[^*]+\*\*: (`.*)$", README, re.MULTILINE)
+    names = [name for family in families for name in re.findall(r"`([\w-]+)`", family)]
+    assert len(names) > 20
+    assert len(set(names)) == len(names)
+    assert set(names) <= set(methods.available())
 
 
 def test_madelon_is_as_measured() -> None:
