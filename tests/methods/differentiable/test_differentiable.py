@@ -170,6 +170,22 @@ def test_channels(layer: str, padding: int) -> None:
     train(model.train(), opt, None, (2, 9, 9), 2)
 
 
+def test_branches_of_a_sequential_leave_its_function_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6)),
+        nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)),
+    )
+    x = torch.randn(7, 5)
+    before = model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = Differentiable(model, optimizer, branches="*", initial=1e-6, seed=1)
+    gated = model(x)
+    assert gated.shape == before.shape
+    torch.testing.assert_close(gated, before, rtol=1e-4, atol=1e-4)
+    assert method.finalize()(x).shape == before.shape
+
+
 def test_branches_become_absent() -> None:
     model = Residual()
     opt = OPTIMIZERS["adam"](model.parameters())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from rewire.methods.differentiable.gates import Elementwise, Gate
+from rewire.methods.differentiable.gates import BranchGate, Elementwise, Gate
 from rewire.methods.differentiable.targets import (
     GATE,
     Columns,
@@ -136,7 +136,7 @@ class Branches(Target):
         self.modules = [model.get_submodule(name) for name in names]
         like = next(self.modules[0].parameters())
         options = {**options, "device": like.device, "dtype": like.dtype}
-        self.gate = make_gate(model, self.name, self.count, kind, options)
+        self.gate = make_gate(model, self.name, self.count, kind, options, BranchGate)
         for module in self.modules:
             take_off(module, _gate_branch)
         self._handles = [

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "BranchGate",
     "Elementwise",
     "Gate",
     "GateKind",
@@ -196,6 +197,16 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.count}, {self.kind!r}, recover={self.recover!r}"
+
+
+class BranchGate(Gate):
+    """A gate that stands beside branches: an `nn.Sequential` that runs it as one of its layers gets
+    its input back.
+    """
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """The factors, (n); ``x`` if it is given."""
+        return super().forward() if x is None else x
 
 
 class Elementwise(nn.Module):

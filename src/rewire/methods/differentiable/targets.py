@@ -108,7 +108,12 @@ _G = TypeVar("_G", bound=nn.Module)
 
 
 def make_gate(
-    owner: nn.Module, name: str, count: int, kind: Any, options: Mapping[str, Any]
+    owner: nn.Module,
+    name: str,
+    count: int,
+    kind: Any,
+    options: Mapping[str, Any],
+    made: type[Gate] = Gate,
 ) -> Gate:
     """The gate of ``owner``: a new one, or what a copied model has there from the method of its
     original.
@@ -116,7 +121,7 @@ def make_gate(
     there = owner._modules.get(GATE)
     if isinstance(there, Gate):
         return fitting(there, name, (kind, count), (there.kind, there.count))
-    gate = Gate(count, kind, **options)
+    gate = made(count, kind, **options)
     owner.add_module(GATE, gate)
     return gate
 
