@@ -371,6 +371,11 @@ class Method(Changes, Declared, ABC):
 
         self._attachment.before_step(before)
 
+    def _skip_steps(self, when: Callable[[Any], bool]) -> None:
+        """Let steps move nothing where ``when(method)`` holds before; as for `_before_step`."""
+        here = weakref.ref(self)
+        self._attachment.skip_steps(lambda: (method := here()) is not None and when(method))
+
     def _follow(self, pool: Pool, follower: Callable[[Any, Pool, Event], None]) -> None:
         """Have ``follower(method, pool, event)`` called after each change of the pool; it must not
         refer to the method or the pool itself, as for `_before_step`.

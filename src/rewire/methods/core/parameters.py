@@ -34,6 +34,7 @@ __all__ = [
     "check",
     "data_field",
     "fits",
+    "fraction_field",
     "moments_field",
     "parameter",
     "per_layer",
@@ -320,3 +321,8 @@ def moments_field() -> Any:
 def data_field() -> Any:
     """The declaration of ``data``, for methods that look at activations."""
     return service(default=None, help="batches of training inputs, see `Data`")
+
+
+def fraction_field(default: float, help: str) -> Any:
+    """The declaration of ``fraction``, a share between 0 and 1, or a schedule of shares."""
+    return parameter(default=default, low=0, high=1, help=help)

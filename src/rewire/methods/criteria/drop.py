@@ -15,7 +15,14 @@ from rewire.methods.criteria.criterion import Criterion
 from rewire.methods.criteria.similarity import Similarity
 from rewire.ops import extremes, weakest
 
-__all__ = ["ByMagnitude", "ByMagnitudeAndGradient", "ByMagnitudeAndSign", "Drop", "smallest"]
+__all__ = [
+    "BelowOneMagnitude",
+    "ByMagnitude",
+    "ByMagnitudeAndGradient",
+    "ByMagnitudeAndSign",
+    "Drop",
+    "smallest",
+]
 
 
 class Drop(Criterion):
@@ -99,3 +106,38 @@ class ByMagnitudeAndGradient(Drop):
             )
         score = values[slots].abs() + self.weight * gradient[slots].abs()
         return smallest(slots, score, int(fraction * slots.numel()))
+
+
+@dataclass
+class BelowOneMagnitude(Drop):
+    """Everything below one magnitude all over the network, which is adapted so that it hits a
+    share.
+
+    After each use: doubled where fewer than ``(1 - tolerance)`` of the wanted number were below it,
+    halved where more than ``(1 + tolerance)`` were. At least one connection stays in each layer:
+    the largest (ties: the last).
+    """
+
+    magnitude: float
+    tolerance: float = 0.1
+
+    def __call__(self, pool: Pool, fraction: float) -> Tensor:
+        return self.over([pool], fraction)[0]
+
+    def over(self, pools: Sequence[Pool], fraction: float) -> list[Tensor]:
+        """Slots of each pool that are below the magnitude."""
+        found, total = [], 0
+        for pool in pools:
+            slots = pool.weight.active()
+            size = pool.weight.values[slots].abs()
+            below = size < self.magnitude
+            if slots.numel() and bool(below.all()):
+                below[(size == size.max()).nonzero()[-1]] = False
+            found.append(slots[below])
+            total += slots.numel()
+        wanted, got = fraction * total, sum(slots.numel() for slots in found)
+        if got < (1 - self.tolerance) * wanted:
+            self.magnitude = min(2 * self.magnitude, 1e30)
+        elif got > (1 + self.tolerance) * wanted:
+            self.magnitude = max(self.magnitude / 2, 1e-30)
+        return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from rewire.methods.core.base import Data
-from rewire.methods.core.parameters import data_field, parameter
+from rewire.methods.core.parameters import data_field, fraction_field, parameter
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
 from rewire.methods.criteria.activations import Mode, Which
@@ -40,9 +40,7 @@ class CosineSET(Rewiring):
     """
 
     data: Data | None = data_field()
-    fraction: float | Schedule = parameter(
-        default=0.3, low=0, high=1, help="zeta, the share to replace at an update"
-    )
+    fraction: float | Schedule = fraction_field(0.3, "zeta, the share to replace at an update")
     samples: int | None = parameter(
         default=None,
         low=1,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewire import random
 from rewire.methods.core.base import Data, Evaluate, Pool, Purpose
-from rewire.methods.core.parameters import data_field, parameter
+from rewire.methods.core.parameters import data_field, fraction_field, parameter
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
 from rewire.methods.criteria.activations import Mode, Which
@@ -93,9 +93,7 @@ class CTRE(Rewiring):
     variant: Literal["sim", "seq"] = parameter(
         default="sim", saved=True, help="CTRE_sim or CTRE_seq, see above"
     )
-    fraction: float | Schedule = parameter(
-        default=0.2, low=0, high=1, help="zeta, the share to replace at an update"
-    )
+    fraction: float | Schedule = fraction_field(0.2, "zeta, the share to replace at an update")
     patience: int = parameter(
         default=40,
         low=1,

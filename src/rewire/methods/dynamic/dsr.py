@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from rewire.methods.core.base import Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing
-from rewire.methods.criteria.drop import Drop
+from rewire.methods.criteria.drop import BelowOneMagnitude
 from rewire.methods.criteria.grow import Random
 from rewire.methods.criteria.share import survivors
 from rewire.methods.dynamic.rewirer import Rewiring
 from rewire.schedules import Schedule
 
-__all__ = ["DSR", "BelowOneMagnitude"]
-
-
-@dataclass
-class BelowOneMagnitude(Drop):
-    """Everything below one magnitude all over the network, which is adapted so that it hits a
-    share.
-
-    After each use: doubled where fewer than ``(1 - tolerance)`` of the wanted number were below it,
-    halved where more than ``(1 + tolerance)`` were. At least one connection stays in each layer:
-    the largest (ties: the last).
-    """
-
-    magnitude: float
-    tolerance: float = 0.1
-
-    def __call__(self, pool: Pool, fraction: float) -> Tensor:
-        return self.over([pool], fraction)[0]
-
-    def over(self, pools: Sequence[Pool], fraction: float) -> list[Tensor]:
-        """Slots of each pool that are below the magnitude."""
-        found, total = [], 0
-        for pool in pools:
-            slots = pool.weight.active()
-            size = pool.weight.values[slots].abs()
-            below = size < self.magnitude
-            if slots.numel() and bool(below.all()):
-                below[(size == size.max()).nonzero()[-1]] = False
-            found.append(slots[below])
-            total += slots.numel()
-        wanted, got = fraction * total, sum(slots.numel() for slots in found)
-        if got < (1 - self.tolerance) * wanted:
-            self.magnitude = min(2 * self.magnitude, 1e30)
-        elif got > (1 + self.tolerance) * wanted:
-            self.magnitude = max(self.magnitude / 2, 1e-30)
-        return found
+__all__ = ["DSR"]
 
 
 @register(
@@ -76,8 +37,8 @@ class DSR(Rewiring):
     Recalled from the paper, not read from its code. Cost: O(K log K) per update.
     """
 
-    fraction: float | Schedule = parameter(
-        default=0.05, low=0, high=1, help="share of all connections to replace, the target of H"
+    fraction: float | Schedule = fraction_field(
+        0.05, "share of all connections to replace, the target of H"
     )
     magnitude: float = parameter(default=1e-3, low=1e-30, help="H at the start")
     tolerance: float = parameter(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from rewire.methods.core.base import Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.explored import EverActive
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
+from rewire.methods.core.state import copied, restored
 from rewire.methods.core.updates import Timing
 from rewire.methods.criteria.drop import ByMagnitude
 from rewire.methods.criteria.gradients import CandidateCount, candidates_field
@@ -49,7 +51,7 @@ class ITOP(Rewiring):
     growth: Literal["gradient", "random"] = parameter(
         default="gradient", saved=True, help="RigL-ITOP (gradient) or SET-ITOP (random)"
     )
-    fraction: float | Schedule = parameter(default=0.5, low=0, high=1, help="share to replace")
+    fraction: float | Schedule = fraction_field(0.5, "share to replace")
     candidates: CandidateCount = candidates_field()
     track: bool = parameter(
         default=True,
@@ -61,7 +63,6 @@ class ITOP(Rewiring):
     keeps_limits = ("fan-in", "fan-out", "block")
     published = Timing(every=4000)
     drop = ByMagnitude()
-    saves = ("_ever",)
 
     def _check(self) -> None:
         if self.growth == "random":
@@ -71,32 +72,32 @@ class ITOP(Rewiring):
 
     def _setup(self) -> None:
         super()._setup()
-        # sorted keys; begun at the first step, when the model is surely loaded
-        self._ever: dict[str, Tensor] = {}
+        self._ever = EverActive()  # begun at the first step, when the model is surely loaded
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self.track:
-            for pool in self.pools:
-                if pool.name not in self._ever:
-                    self._ever[pool.name] = pool.keys(pool.weight.active())
+            self._ever.begin(self.pools)
         super()._after_step(pools)
 
-    def _exchange(
-        self, pool: Pool, slots: Tensor, rows: Tensor, cols: Tensor, values: Tensor | float = 0.0
-    ) -> Tensor:
-        grown = super()._exchange(pool, slots, rows, cols, values)
+    def _exchange(self, pool: Pool, *exchanged: Any) -> Tensor:
+        grown = super()._exchange(pool, *exchanged)
         if self.track:
-            self._ever[pool.name] = torch.cat([self._ever[pool.name], pool.keys(grown)]).unique()
+            self._ever.add(pool, grown)
         return grown
 
     def explored(self) -> float:
         """R_s: positions that have ever been active, over all positions."""
-        ever = [
-            self._ever[p.name].numel() if p.name in self._ever else p.weight.connections
-            for p in self.pools
-        ]
-        return sum(ever) / sum(pool.weight.size for pool in self.pools)
+        return self._ever.share(self.pools)
 
     def stats(self) -> dict[str, Any]:
         """As every method's; also "explored", R_s."""
         return super().stats() | ({"explored": self.explored()} if self.track else {})
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"ever": copied(self._ever.keys)}
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        devices = {pool.name: pool.weight.device for pool in self.pools}
+        ever = restored(dict(state["ever"]), {}, lambda name: devices[str(name)])
+        super()._load_state(state)
+        self._ever.keys = ever

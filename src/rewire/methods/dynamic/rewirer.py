@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.methods.core.base import Evaluate, Method, Moments, Pool, Purpose
-from rewire.methods.core.parameters import moments_field, parameter, service
+from rewire.methods.core.parameters import fraction_field, moments_field, parameter, service
 from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.recording import Status
 from rewire.methods.core.updates import LEAST, Timing, fill_in
@@ -347,8 +347,8 @@ class Rewirer(Rewiring):
 
     drop: Drop = parameter(default=None, help="criterion, see `rewire.methods.criteria.drop`")
     grow: Grow = parameter(default=None, help="criterion, see `rewire.methods.criteria.grow`")
-    fraction: float | Schedule = parameter(
-        default=0.3, low=0, high=1, help="share of a layer's connections to replace at an update"
+    fraction: float | Schedule = fraction_field(
+        0.3, "share of a layer's connections to replace at an update"
     )
     values: NewValues | None = parameter(
         default=None, help="of new connections, ``(pool, count, seed, step) -> tensor``; None for 0"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Literal
 
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing, decay
 from rewire.methods.criteria.drop import ByMagnitude
@@ -42,11 +41,8 @@ class RigL(Rewiring):
     O(K samples).
     """
 
-    fraction: float | Schedule = parameter(
-        default=0.3,
-        low=0,
-        high=1,
-        help="alpha, the share to replace at the start; a schedule stays",
+    fraction: float | Schedule = fraction_field(
+        0.3, "alpha, the share to replace at the start; a schedule stays"
     )
     candidates: CandidateCount = candidates_field()
     regrown: Literal["new", "keep"] = parameter(
@@ -75,10 +71,4 @@ class RigL(Rewiring):
     def _setup(self) -> None:
         super()._setup()
         if self.skip_step:
-            here = weakref.ref(self)
-
-            def updates() -> bool:
-                method = here()
-                return method is not None and method._updates_at(method.steps + 1)
-
-            self._attachment.skip_steps(updates)
+            self._skip_steps(lambda method: method._updates_at(method.steps + 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import LAST
 from rewire.methods.criteria.drop import ByMagnitudeAndSign
@@ -41,9 +41,7 @@ class SET(Rewiring):
     Cost: O(K log K) per update.
     """
 
-    fraction: float | Schedule = parameter(
-        default=0.3, low=0, high=1, help="zeta, the share to replace at an update"
-    )
+    fraction: float | Schedule = fraction_field(0.3, "zeta, the share to replace at an update")
     new_values: Literal["zero", "normal"] = parameter(
         default="zero", help="of grown connections: 0, or from N(0, 0.1^2)"
     )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rewire import topology
 from rewire.methods.core.base import Pool, Purpose
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing, decay
 from rewire.methods.criteria.drop import ByMagnitude
@@ -61,11 +61,8 @@ class SRigL(Rewiring):
     and O(K) memory besides the step's activations; sampled O(K samples), and O(K log K) to rank.
     """
 
-    fraction: float | Schedule = parameter(
-        default=0.3,
-        low=0,
-        high=1,
-        help="alpha, the share to replace at the start; a schedule stays",
+    fraction: float | Schedule = fraction_field(
+        0.3, "alpha, the share to replace at the start; a schedule stays"
     )
     gamma: float = parameter(
         default=0.3,

@@ -1,11 +1,7 @@
 """GMP whose cuts lie in the middle half of the training's compute."""
 
-from __future__ import annotations
-
 from rewire.methods.core.registry import register
 from rewire.methods.pruning.gmp import GMP
-
-__all__ = ["GMPMid"]
 
 
 @register(
@@ -17,8 +13,8 @@ __all__ = ["GMPMid"]
     memory="O(M)",
 )
 class GMPMid(GMP):
-    """`GMP` from a quarter to three quarters of the compute, counted as connections times steps,
-    which is known where ``total_steps`` is. Give ``begin`` or ``until`` to choose otherwise.
+    """`GMP` from a quarter to three quarters of the compute, counted as connections times steps;
+    known where ``total_steps`` is. ``begin`` or ``until`` choose otherwise.
     """
 
     def _setup(self) -> None:
@@ -26,8 +22,7 @@ class GMPMid(GMP):
         super()._setup()
         if free and self.total_steps is not None:
             left = sum(self.final or ()) / sum(self._start)
-            during = left + (1 - left) / 4  # the mean of the cubic
-            compute = 1 / (0.25 + 0.5 / during + 0.25 / left)
+            compute = 1 / (0.25 + 0.5 / (left + (1 - left) / 4) + 0.25 / left)  # cubic in between
             self.begin = int(self.total_steps * compute / 4)
             self.until = self._end = max(int(self.total_steps * (1 - compute / (4 * left))), 1)
             self.every = min(self.every or 1, max((self._end - self.begin) // 10, 1))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from rewire.methods.core.base import Moments, Pool
-from rewire.methods.core.parameters import moments_field, parameter
+from rewire.methods.core.parameters import fraction_field, moments_field
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import decay
 from rewire.methods.criteria import gradients
@@ -44,8 +44,8 @@ class GraNet(Gradual):
     connections there are, and O(M samples) per update.
     """
 
-    fraction: float | Schedule = parameter(
-        default=0.5, low=0, high=1, help="r at the start; a schedule (over steps) stays"
+    fraction: float | Schedule = fraction_field(
+        0.5, "r at the start; a schedule (over steps) stays"
     )
     scope: Literal["layer", "network"] = scope_field(
         "network", "of the cut: the whole network (the paper) or each layer"
