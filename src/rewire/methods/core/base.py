@@ -193,9 +193,8 @@ class Method(Changes, Declared, ABC):
         skipped = self._attachment.end_epoch()
         if skipped:
             warnings.warn(
-                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was "
-                "made (a GradScaler "
-                "skips those with infinities), so nothing was trained or rewired",
+                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was made "
+                "(a GradScaler skips those with infinities), so nothing was trained or rewired",
                 stacklevel=2,
             )
         if self.pools:
@@ -217,9 +216,7 @@ class Method(Changes, Declared, ABC):
         return self.model
 
     def count_connections(self) -> dict[str, int]:
-        """Connections of each weight, by name; of methods that store more, those that take part in
-        the function.
-        """
+        """Connections that take part in the function, by name of the weight."""
         return {pool.name: pool.weight.connections for pool in self.pools}
 
     def active_masks(self) -> dict[str, Tensor]:
