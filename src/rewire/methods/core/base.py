@@ -193,8 +193,8 @@ class Method(Changes, Declared, ABC):
         skipped = self._attachment.end_epoch()
         if skipped:
             warnings.warn(
-                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was made "
-                "(a GradScaler skips those with infinities), so nothing was trained or rewired",
+                f"{type(self).__name__}: none of the {skipped} optimizer steps of this epoch was "
+                "made (a GradScaler skips those with infinities), so nothing was trained",
                 stacklevel=2,
             )
         if self.pools:
