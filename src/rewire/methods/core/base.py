@@ -271,7 +271,7 @@ class Method(Changes, Declared, ABC):
             raise ValueError(
                 f"this is the state of {state.get('method')}, not of {type(self).__name__}"
             )
-        if set(state["dropped"]) != set(self._dropped):
+        if set(state.get("dropped") or ()) != set(self._dropped):
             raise ValueError(
                 f"this is the state of a model with weights {', '.join(state['dropped'])}, "
                 f"not {', '.join(self._dropped)}"

@@ -147,8 +147,15 @@ class Group(Method):
                 f"this is the state of a group of {', '.join(state)}, not of "
                 f"{', '.join(self.methods)}"
             )
-        for pattern, method in self.methods.items():
-            method.load_state_dict(state[pattern])
+        before = self.state_dict()
+        try:
+            for pattern, method in self.methods.items():
+                method.load_state_dict(state[pattern])
+        except ValueError:
+            for pattern, method in self.methods.items():
+                method.load_state_dict(before[pattern])
+            raise
+        self.seed = next(iter(self.methods.values())).seed
 
 
 def _assign(names: list[str], patterns: list[str]) -> dict[str, list[str]]:

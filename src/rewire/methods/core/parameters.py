@@ -14,6 +14,7 @@ dataclass fields, so `dataclasses.fields` lists them and type checkers know the 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import weakref
@@ -85,7 +86,7 @@ class Declaration:
     def holds(self, number: float) -> bool:
         """Whether a number is finite and within the bounds."""
         inside = self.low <= number <= self.high and self.above < number < self.below
-        return inside and not math.isinf(number)
+        return inside and number not in (math.inf, -math.inf)
 
 
 def parameter(*, default: Any = dataclasses.MISSING, help: str, **declared: Any) -> Any:
@@ -138,6 +139,7 @@ class Declared:
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
+        _keep_declarations(cls)
         dataclasses.dataclass(eq=False, repr=False)(cls)
 
     @classmethod
@@ -159,13 +161,34 @@ class Declared:
                 found.check(value)
 
 
+def _keep_declarations(cls: Any) -> None:
+    """Make a plain value over an inherited declaration, ``fraction = 0.5``, its new default."""
+    inherited = getattr(cls, "__dataclass_fields__", {})
+    for name, value in list(vars(cls).items()):
+        field = inherited.get(name)
+        if field is None or _KEY not in field.metadata or isinstance(value, dataclasses.Field):
+            continue
+        own = inspect.get_annotations(cls)
+        owner = next(
+            base for base in cls.__mro__[1:] if name in vars(base).get("__annotations__", {})
+        )
+        cls.__annotations__ = {name: get_type_hints(owner)[name], **own}
+        setattr(cls, name, parameter_like(field, value))
+
+
+def parameter_like(field: Any, default: Any) -> Any:
+    """The declaration of ``field`` with another default."""
+    return dataclasses.field(default=default, kw_only=True, metadata=field.metadata)
+
+
 _KNOWN: weakref.WeakKeyDictionary[type, dict[str, Parameter]] = weakref.WeakKeyDictionary()
 
 
 def _declared(cls: Any) -> dict[str, Parameter]:
     if cls in _KNOWN:
         return _KNOWN[cls]
-    hints, found = get_type_hints(cls), _KNOWN.setdefault(cls, {})
+    hints: dict[str, Any] = get_type_hints(cls)
+    found: dict[str, Parameter] = {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     # those of the class itself first, then what it inherits
     names = dict.fromkeys(n for base in cls.__mro__ for n in vars(base).get("__annotations__", ()))
@@ -173,9 +196,12 @@ def _declared(cls: Any) -> dict[str, Parameter]:
         declaration = field.metadata.get(_KEY)
         if declaration is not None:
             words = cls.words()
-            help = declaration.help.format_map(words) if words else declaration.help
+            help = declaration.help
+            for word, shown in words.items():
+                help = help.replace(f"{{{word}}}", str(shown))
             declaration = dataclasses.replace(declaration, help=help)
             found[field.name] = Parameter(field.name, hints[field.name], field.default, declaration)
+    _KNOWN[cls] = found
     return found
 
 
@@ -206,14 +232,21 @@ def _accepts(value: Any, annotation: Any, declared: Declaration) -> bool:
         return (float in kinds or isinstance(value, int)) and declared.holds(value)
     origins = [get_origin(kind) for kind in kinds]
     if callable(value) and Callable in origins:
-        return float not in kinds or declared.holds(value(0))
+        if float not in kinds:
+            return True
+        first = value(0)
+        return isinstance(first, int | float) and declared.holds(first)
     if _takes_patterns(kinds):
         return isinstance(value, Sequence) and all(isinstance(part, str) for part in value)
-    simple = {bool, int, float, types.NoneType}
-    return any(
-        origin is not Literal and kind not in simple
+    if isinstance(value, bytes):
+        return False
+    wanted = [
+        list if origin is tuple else origin or kind
         for kind, origin in zip(kinds, origins, strict=True)
-    )
+    ]
+    simple = (bool, int, float, types.NoneType, Callable, Literal)
+    classes = [kind for kind in wanted if isinstance(kind, type) and kind not in simple]
+    return isinstance(value, (*classes, tuple) if list in classes else tuple(classes))
 
 
 def _allowed(annotation: Any, declared: Declaration) -> str:
@@ -227,6 +260,8 @@ def _allowed(annotation: Any, declared: Declaration) -> str:
         found.append(" ".join(["a finite number", limits]).strip())
         if Callable in origins:
             found.append("a schedule of such numbers")
+    elif Callable in origins:
+        found.append("a function")
     elif int in kinds:
         unit = f" of {declared.unit}" if declared.unit else ""
         found.append(f"a whole number{unit}{' of ' if limits.startswith('at') else ' '}{limits}")
