@@ -397,7 +397,7 @@ def dense_methods_agree_or_are_refused() -> None:
         assert same_everywhere([w.fingerprint() for _, w in sparse_weights(plain)]), name
         assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()}), name
     for name, options in {
-        "noiseout": {"data": [torch.randn(4, 20)], "noise": "none"},
+        "noiseout": {"data": [torch.randn(4, 20)], "targets": "none"},
         "differentiable": {},
     }.items():
         before = list(dense._modules["0"]._modules)

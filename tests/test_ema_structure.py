@@ -122,7 +122,7 @@ def test_noiseout_cuts_and_goes_back() -> None:
     optimizer = optim.Adam(model.parameters(), 0.01)
     average = ExponentialMovingAverage(model, DECAY)
     method = rewire.methods.NoiseOut(
-        model, optimizer, data=[X], noise="none", threshold=0.0, at_once=2
+        model, optimizer, data=[X], targets="none", required_score=0.0, at_once=2
     )
     scores = iter([1.0, -1.0])
     train(model, optimizer, average, method)

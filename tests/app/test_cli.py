@@ -153,7 +153,7 @@ def test_resuming_what_is_finished_says_so(capsys) -> None:
         (["--block", "4,4"], "--block: given 4,4, allowed is three whole numbers greater than 0"),
         (
             ["--method", "rigl", "--set", "until=-1"],
-            "--method rigl: until must be a finite number at least 0, not -1",
+            "--method rigl: until must be a whole number of steps of at least 0, or None, not -1",
         ),
         (
             ["--block", "4,4,x"],

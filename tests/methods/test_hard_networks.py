@@ -119,7 +119,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 #: Settings under which much goes in eight steps; the cut itself changes no output.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "noiseout": {"threshold": -100.0, "at_once": 3},
+    "noiseout": {"required_score": -100.0, "at_once": 3},
     "differentiable": {"units": "*", "initial": 0.9, "strength": 0.05},
     "differentiable-group": {"units": "*", "gate": "group", "initial": 0.9, "strength": 0.05},
     "differentiable-weights": {"weights": "*", "initial": 0.9, "strength": 0.0},

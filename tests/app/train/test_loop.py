@@ -130,8 +130,8 @@ def test_download_lines_and_bar(tmp_path: Path) -> None:
 
 SHRINKING = {
     "snip": {"batches": 2},
-    "one-shot": {"after": 1},
-    "magnitude": {"cycles": 2, "every": 1},
+    "one-shot": {"after_epochs": 1},
+    "magnitude": {"cycles": 2, "every_epochs": 1},
     "l1": {"l1": 0.003},
 }
 

@@ -142,7 +142,14 @@ def test_noise_out_merges_in_every_network(name: str) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.is_floating_point()], lr=1e-3)
     before = everything(model)
     method = NoiseOut(
-        model, optimizer, data=[(x,)], noise="none", threshold=0.0, at_once=1, layers=cut[0], seed=0
+        model,
+        optimizer,
+        data=[(x,)],
+        targets="none",
+        required_score=0.0,
+        at_once=1,
+        only=cut[0],
+        seed=0,
     )
     assert_untouched(model, before)
     graph: UnitGraph = method._graph
