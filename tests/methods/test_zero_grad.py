@@ -132,7 +132,7 @@ def test_a_layer_that_takes_no_part_for_a_while(case: Case, to_none: bool) -> No
             if step == 0 and epoch == 1:
                 before = model.b.weight.fingerprint()
         method.end_epoch(lambda net: 0.0)
-        random = settings.get("grow") == "random" or settings.get("soft")
+        random = settings.get("growth") == "random" or settings.get("soft")
         if name in ("rigl", "srigl", "itop") and not random and epoch in (1, 2, 3):
             assert model.b.weight.fingerprint() == before
         if name == "mest" and epoch in (2, 3) and to_none and not random:
