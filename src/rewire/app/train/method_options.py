@@ -5,11 +5,12 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from rewire import methods
 from rewire.app.errors import TrainError
 from rewire.app.train.config import MethodOption, did_you_mean
+from rewire.methods.core.parameters import kinds_of
 
 WORDS: dict[str, bool | None] = {
     "true": True,
@@ -45,16 +46,9 @@ def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, MethodO
     return parsed
 
 
-def _kinds(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, flat."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [kind for part in get_args(annotation) for kind in _kinds(part)]
-    return [annotation]
-
-
 def _convert(name: str, text: str, annotation: Any) -> MethodOption:
     """Read `text` as the first kind that it fits of those the parameter takes."""
-    kinds = _kinds(annotation)
+    kinds = kinds_of(annotation)
     word = text.lower()
     if word in WORDS and type(WORDS[word]) in kinds:
         return WORDS[word]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.core.layer_hooks import release
-from rewire.methods.core.pool import Pool, Purpose
+from rewire.methods.core.pool import Pool
 from rewire.methods.core.watch import Watch
 from rewire.nn import Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
 from rewire.nn.optimizers.wrappers import is_plain, listed, movers, trainers
 
-__all__ = ["Attachment", "Pool", "Purpose"]
+__all__ = ["Attachment", "trained_weights"]
 
 #: The attachment of the method that last took a model, for models without pools (a pool keeps its
 #: own claim).

@@ -24,7 +24,7 @@ from rewire.methods.core.refusals import (
     refuse_limits,
     refuse_weight_decay,
 )
-from rewire.methods.core.state import copied, restored
+from rewire.methods.core.state import copied, restore, saved
 from rewire.nn import Event, Moments
 from rewire.nn.weight.sharded import refuse_sharded
 
@@ -88,7 +88,8 @@ class Method(Changes, Declared, ABC):
     #: dormant position.
     needs_room: ClassVar[bool] = False
     #: Attributes of this class that a saved state holds: numbers, words, tensors, and lists (by
-    #: number of the pool) or dicts of them. Those of base classes are saved as well.
+    #: number of the pool) or dicts of them; ``"grow.averages"`` is the attribute of an attribute.
+    #: Those of base classes are saved as well.
     saves: ClassVar[tuple[str, ...]] = ()
     #: The optimizer of `rewire train` where the user names none, and its rate; None for the usual
     #: one of the optimizer.
@@ -331,20 +332,13 @@ class Method(Changes, Declared, ABC):
 
     def _state(self) -> dict[str, Any]:
         """The method's own state beyond the counters: what ``saves`` names."""
-        return {name.lstrip("_"): copied(getattr(self, name)) for name in self._saved()}
+        return saved(self, self._saved())
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         """Restore `_state`'s result; read all of it before changing anything."""
         places = {key: p.weight.device for p in self.pools for key in (p.name, p.number)}
         elsewhere: torch.device = self.optimizers[0].param_groups[0]["params"][0].device
-
-        def device(key: int | str) -> torch.device:
-            return places.get(key, elsewhere)
-
-        names = self._saved()
-        values = [restored(state[n.lstrip("_")], getattr(self, n), device) for n in names]
-        for name, value in zip(names, values, strict=True):
-            setattr(self, name, value)
+        restore(self, self._saved(), state, lambda key: places.get(key, elsewhere))
 
     def __deepcopy__(self, memo: object) -> Method:
         raise TypeError(_NO_COPY)

@@ -16,22 +16,22 @@ class EverActive:
     """The flat positions of each pool that have ever been active: sorted, 8 bytes each."""
 
     def __init__(self) -> None:
-        self.keys: dict[str, Tensor] = {}
+        self.ever: dict[str, Tensor] = {}
 
     def begin(self, pools: Sequence[Pool]) -> None:
         """Count what is active in pools that are not known yet."""
         for pool in pools:
-            if pool.name not in self.keys:
-                self.keys[pool.name] = pool.keys(pool.weight.active())
+            if pool.name not in self.ever:
+                self.ever[pool.name] = pool.keys(pool.weight.active())
 
     def add(self, pool: Pool, slots: Tensor) -> None:
         """Count the connections in ``slots``. Cost: O(n log n) for n positions known."""
-        self.keys[pool.name] = torch.cat([self.keys[pool.name], pool.keys(slots)]).unique()
+        self.ever[pool.name] = torch.cat([self.ever[pool.name], pool.keys(slots)]).unique()
 
     def share(self, pools: Sequence[Pool]) -> float:
         """Positions that have ever been active, over all positions."""
         known = [
-            self.keys[p.name].numel() if p.name in self.keys else p.weight.connections
+            self.ever[p.name].numel() if p.name in self.ever else p.weight.connections
             for p in pools
         ]
         return sum(known) / sum(pool.weight.size for pool in pools)

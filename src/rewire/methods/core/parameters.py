@@ -36,6 +36,7 @@ __all__ = [
     "data_field",
     "fits",
     "fraction_field",
+    "kinds_of",
     "moments_field",
     "parameter",
     "per_layer",
@@ -173,12 +174,8 @@ def _keep_declarations(cls: Any) -> None:
             base for base in cls.__mro__[1:] if name in vars(base).get("__annotations__", {})
         )
         cls.__annotations__ = {name: get_type_hints(owner)[name], **own}
-        setattr(cls, name, parameter_like(field, value))
-
-
-def parameter_like(field: Any, default: Any) -> Any:
-    """The declaration of ``field`` with another default."""
-    return dataclasses.field(default=default, kw_only=True, metadata=field.metadata)
+        again = dataclasses.field(default=value, kw_only=True, metadata=field.metadata)
+        setattr(cls, name, again)
 
 
 _KNOWN: weakref.WeakKeyDictionary[type, dict[str, Parameter]] = weakref.WeakKeyDictionary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rewire import random
-from rewire.methods.core.attachment import Pool
+from rewire.methods.core.pool import Pool
 from rewire.nn import SparseWeight
 
 __all__ = ["agreed_seed", "needs_data", "refuse_full", "refuse_limits", "refuse_weight_decay"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rewire.methods.core.attachment import Pool
+from rewire.methods.core.pool import Pool
 from rewire.nn import Event, Follower
 
 __all__ = ["PerSlot"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["copied", "restored"]
+__all__ = ["copied", "restore", "restored", "saved"]
 
 
 def copied(value: Any) -> Any:
@@ -55,3 +56,27 @@ def _part(
     if isinstance(given, Tensor) and not isinstance(mine, Tensor):
         return given.to(device(key), copy=True)
     return restored(given, mine, device)
+
+
+def saved(owner: object, paths: Sequence[str]) -> dict[str, Any]:
+    """Copies of the attributes at ``paths`` ("done", "grow.averages"), by their last name."""
+    return {_key(path): copied(attrgetter(path)(owner)) for path in paths}
+
+
+def restore(
+    owner: object,
+    paths: Sequence[str],
+    state: Mapping[str, Any],
+    device: Callable[[int | str], torch.device],
+) -> None:
+    """Set the attributes at ``paths`` to what `saved` gave; all of it is read before anything is
+    changed. ``device``: see `restored`. Raises KeyError or TypeError.
+    """
+    values = [restored(state[_key(path)], attrgetter(path)(owner), device) for path in paths]
+    for path, value in zip(paths, values, strict=True):
+        parent, _, name = path.rpartition(".")
+        setattr(attrgetter(parent)(owner) if parent else owner, name, value)
+
+
+def _key(path: str) -> str:
+    return path.rpartition(".")[2].lstrip("_")

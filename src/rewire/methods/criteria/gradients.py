@@ -166,12 +166,7 @@ def best_candidates(
     weight = pool.weight
     assert weight.candidates is not None
     n_cols = weight.matrix_shape[1]
-    keys = torch.cat(
-        [
-            weight.rows[dropped].long() * n_cols + weight.cols[dropped].long(),
-            weight.candidates.rows * n_cols + weight.candidates.cols,
-        ]
-    )
+    keys = torch.cat([pool.keys(dropped), weight.candidates.rows * n_cols + weight.candidates.cols])
     keys, order = torch.sort(keys)
     if weight.limits is not None:
         best = torch.sort(

@@ -84,7 +84,7 @@ class DenseMoments:
         """
         weight = self._pool.weight
         state = self._pool.optimizer.state.get(weight.values, {})
-        position = weight.rows[slots].long() * weight.matrix_shape[1] + weight.cols[slots].long()
+        position = self._pool.keys(slots)
         for key, kept in self.kept.items():
             if key in state and isinstance(state[key], Tensor):
                 state[key][slots] = kept[position].to(state[key])

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from rewire.methods.core.base import Data
-from rewire.methods.core.parameters import data_field, fraction_field, parameter
-from rewire.methods.core.refusals import needs_data
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
-from rewire.methods.criteria.activations import Mode, Which
 from rewire.methods.criteria.drop import ByMagnitudeAndSign
 from rewire.methods.criteria.grow import BySimilarity, Random
-from rewire.methods.criteria.similarity import Similarity
-from rewire.methods.dynamic.rewirer import Rewiring
+from rewire.methods.dynamic.similar import BySimilarActivations
 from rewire.schedules import Schedule
 
 __all__ = ["CoDACoRSET", "CoDASET", "CoPACoRSET", "CoPASET", "CoRSET", "CosineSET"]
 
 
-class CosineSET(Rewiring):
+class CosineSET(BySimilarActivations):
     """Sim(r, c) = abs(cosine) of what input c and output r of a layer do over the data, both taken
     before activation functions (`rewire.methods.criteria.activations`). At the end of every epoch
     but the last, in each layer but the output layer (which does as SET does)::
@@ -39,20 +35,7 @@ class CosineSET(Rewiring):
     tiles, never M.
     """
 
-    data: Data | None = data_field()
     fraction: float | Schedule = fraction_field(0.3, "zeta, the share to replace at an update")
-    samples: int | None = parameter(
-        default=None,
-        low=1,
-        help="rows of data to look at, drawn anew for each update; None for all, as the authors do",
-    )
-    mode: Mode = parameter(
-        default="eval",
-        help='how the model runs while looking; "train": dropout on, as in the authors\' code',
-    )
-    activations: Which = parameter(
-        default="pre", help='outputs of layers before ("pre") or behind activation functions'
-    )
     output_layer: bool = parameter(
         default=False, help="use similarities in the output layer too (the authors' is dense)"
     )
@@ -63,12 +46,6 @@ class CosineSET(Rewiring):
         "0 and "
         "1, the cosine says how bright they are on average, not whether they vary with the unit "
         "(see docs/defaults.md)",
-    )
-    candidates: int | None = parameter(
-        default=None,
-        low=1,
-        help="random dormant positions per new connection to choose from; None for all there are, "
-        "or for 4 in layers of more than 2^28 positions",
     )
     optimizer_state: Literal["keep", "reset"] = parameter(
         default="keep",
@@ -83,17 +60,7 @@ class CosineSET(Rewiring):
 
     def _check(self) -> None:
         super()._check()
-        if self.data is None:
-            raise needs_data(self)
-        source = Similarity(
-            self.model,
-            self.data,
-            samples=self.samples,
-            mode=self.mode,
-            activations=self.activations,
-            output_layer=self.output_layer,
-            centred=self.centred,
-        )
+        source = self._similarity(output_layer=self.output_layer, centred=self.centred)
         self.drop = ByMagnitudeAndSign(source if self.removal else None)
         if self.addition is None:
             self.grow = Random()

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from rewire import random
-from rewire.methods.core.base import Data, Evaluate, Pool, Purpose
-from rewire.methods.core.parameters import data_field, fraction_field, parameter
-from rewire.methods.core.refusals import needs_data
+from rewire.methods.core.base import Evaluate, Pool, Purpose
+from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
-from rewire.methods.criteria.activations import Mode, Which
+from rewire.methods.criteria.activations import Which
 from rewire.methods.criteria.drop import ByMagnitude
 from rewire.methods.criteria.grow import BySimilarity, Random, random_dormant
-from rewire.methods.criteria.similarity import Similarity
-from rewire.methods.dynamic.rewirer import Rewiring
+from rewire.methods.dynamic.similar import BySimilarActivations
 from rewire.schedules import Schedule
 
 __all__ = ["CTRE"]
@@ -33,10 +31,7 @@ class _SimilarElsewhere(BySimilarity):
         self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
     ) -> tuple[Tensor, Tensor]:
         rows, cols = super().__call__(pool, dropped, count, seed, step)
-        new = ~torch.isin(
-            _keys(pool, rows, cols),
-            _keys(pool, pool.weight.rows[dropped], pool.weight.cols[dropped]),
-        )
+        new = ~torch.isin(_keys(pool, rows, cols), pool.keys(dropped))
         rows, cols, lacking = rows[new], cols[new], count - int(new.sum())
         room = pool.weight.size - pool.weight.connections + dropped.numel()
         # A random set that has enough others even if it has all of the picks; of the others, a
@@ -72,7 +67,7 @@ def _uniform_values(pool: Pool, count: int, seed: int, step: int) -> Tensor:
     guarantees=("K exact in every layer at every moment",),
     needs="activations",
 )
-class CTRE(Rewiring):
+class CTRE(BySimilarActivations):
     """At the end of every epoch but the last, in each layer, the output layer included::
 
         drop  floor(zeta K) connections of smallest magnitude, of both signs together
@@ -89,7 +84,6 @@ class CTRE(Rewiring):
     Cost per update: as CosineSET's.
     """
 
-    data: Data | None = data_field()
     variant: Literal["sim", "seq"] = parameter(
         default="sim", saved=True, help="CTRE_sim or CTRE_seq, see above"
     )
@@ -101,22 +95,8 @@ class CTRE(Rewiring):
         saved=True,
         help='epochs without a better score after which "seq" turns to random growth',
     )
-    samples: int | None = parameter(
-        default=None,
-        low=1,
-        help="rows of data to look at, drawn anew for each update; None for all, as the authors do",
-    )
-    mode: Mode = parameter(
-        default="eval", help='how the model runs while looking; "train": dropout on'
-    )
     activations: Which = parameter(
         default="post", help='outputs of layers behind activation functions, or before ("pre")'
-    )
-    candidates: int | None = parameter(
-        default=None,
-        low=1,
-        help="random dormant positions per new connection to choose from; None for all there are, "
-        "or for 4 in layers of more than 2^28 positions",
     )
     new_values: Literal["uniform", "zero"] = parameter(
         default="uniform",
@@ -129,8 +109,6 @@ class CTRE(Rewiring):
     saves = ("_best", "_since")
 
     def _check(self) -> None:
-        if self.data is None:
-            raise needs_data(self)
         if self.variant == "seq":
             if self.every is not None:
                 raise ValueError(
@@ -139,14 +117,7 @@ class CTRE(Rewiring):
                 )
             self.every_epochs = self.every_epochs or 1
         super()._check()
-        source = Similarity(
-            self.model,
-            self.data,
-            samples=self.samples,
-            mode=self.mode,
-            activations=self.activations,
-            output_layer=True,
-        )
+        source = self._similarity(output_layer=True)
         kind = _SimilarElsewhere if self.variant == "sim" else BySimilarity
         self.grow = self._similar = kind(source, "top", self.candidates)
         self.values = _uniform_values if self.new_values == "uniform" else None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing
@@ -47,16 +44,9 @@ class DSR(Rewiring):
 
     published = Timing(every=500)
     grow = Random()
+    saves = ("threshold.magnitude",)
 
     def _check(self) -> None:
         super()._check()
         self.share = survivors
         self.drop = self.threshold = BelowOneMagnitude(float(self.magnitude), self.tolerance)
-
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"magnitude": self.threshold.magnitude}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        magnitude = float(state["magnitude"])
-        super()._load_state(state)
-        self.threshold.magnitude = magnitude

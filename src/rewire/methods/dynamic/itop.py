@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,7 +10,6 @@ from rewire.methods.core.base import Pool
 from rewire.methods.core.explored import EverActive
 from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.state import copied, restored
 from rewire.methods.core.updates import Timing
 from rewire.methods.criteria.drop import ByMagnitude
 from rewire.methods.criteria.gradients import CandidateCount, candidates_field
@@ -63,6 +61,7 @@ class ITOP(Rewiring):
     keeps_limits = ("fan-in", "fan-out", "block")
     published = Timing(every=4000)
     drop = ByMagnitude()
+    saves = ("_active.ever",)
 
     def _check(self) -> None:
         if self.growth == "random":
@@ -72,32 +71,23 @@ class ITOP(Rewiring):
 
     def _setup(self) -> None:
         super()._setup()
-        self._ever = EverActive()  # begun at the first step, when the model is surely loaded
+        self._active = EverActive()  # begun at the first step, when the model is surely loaded
 
     def _after_step(self, pools: list[Pool]) -> None:
         if self.track:
-            self._ever.begin(self.pools)
+            self._active.begin(self.pools)
         super()._after_step(pools)
 
     def _exchange(self, pool: Pool, *exchanged: Any) -> Tensor:
         grown = super()._exchange(pool, *exchanged)
         if self.track:
-            self._ever.add(pool, grown)
+            self._active.add(pool, grown)
         return grown
 
     def explored(self) -> float:
         """R_s: positions that have ever been active, over all positions."""
-        return self._ever.share(self.pools)
+        return self._active.share(self.pools)
 
     def stats(self) -> dict[str, Any]:
         """As every method's; also "explored", R_s."""
         return super().stats() | ({"explored": self.explored()} if self.track else {})
-
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"ever": copied(self._ever.keys)}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        devices = {pool.name: pool.weight.device for pool in self.pools}
-        ever = restored(dict(state["ever"]), {}, lambda name: devices[str(name)])
-        super()._load_state(state)
-        self._ever.keys = ever

@@ -99,7 +99,7 @@ class MEST(Rewiring):
     saves = ("_budgets",)
 
     def _check(self) -> None:
-        given = Timing(self.every, self.every_epochs, self.until, self.until_epochs)
+        given = self._timing()
         free = given == Timing() and self.milestones is None and not callable(self.margin)
         milestones = self.milestones or _MILESTONES
         if free and self.total_steps is not None and self.total_epochs is not None:

@@ -134,10 +134,12 @@ class Rewiring(Method):
             when = f"by default {'an update every epoch' if epochs == 1 else f'{epochs} epochs'}"
         return {"timing": f"{when}, or as often as {cls.least} updates need in a short training"}
 
+    def _timing(self) -> Timing:
+        return Timing(self.every, self.every_epochs, self.until, self.until_epochs)
+
     def _check(self) -> None:
-        given = Timing(self.every, self.every_epochs, self.until, self.until_epochs)
         timing = fill_in(
-            given,
+            self._timing(),
             self.published,
             self.total_steps,
             self.total_epochs,
@@ -191,7 +193,7 @@ class Rewiring(Method):
     # --- when -------------------------------------------------------------------------------------
 
     def _schedule(self) -> str | None:
-        return Timing(self.every, self.every_epochs, self.until, self.until_epochs).words()
+        return self._timing().words()
 
     def _stopped(self, time: int) -> bool:
         """Whether there are no updates any more at a step (an epoch, if updates come by epochs)."""

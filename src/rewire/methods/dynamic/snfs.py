@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import parameter
 from rewire.methods.core.registry import register
-from rewire.methods.core.state import copied, restored
 from rewire.methods.criteria import gradients
 from rewire.methods.criteria.drop import ByMagnitude
 from rewire.methods.criteria.gradients import CandidateCount
@@ -158,7 +156,7 @@ class SNFS(Rewiring):
     )
 
     drop = ByMagnitude()
-    saves = ("_left",)
+    saves = ("_left", "averaging.averages")
 
     def _check(self) -> None:
         super()._check()
@@ -241,12 +239,3 @@ class SNFS(Rewiring):
         if not self.averaging.exact and not event.loaded:
             # of other connections, or of other candidates
             self.averaging.averages.pop(pool.name, None)
-
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"averages": copied(self.averaging.averages)}
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        devices = {pool.name: pool.weight.device for pool in self.pools}
-        averages = restored(dict(state["averages"]), {}, lambda name: devices[str(name)])
-        super()._load_state(state)
-        self.averaging.averages = averages

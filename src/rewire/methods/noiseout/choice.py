@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.optim import Optimizer
 
 from rewire.methods.core.base import Data
 from rewire.methods.core.parameters import Patterns
@@ -18,7 +16,7 @@ from rewire.methods.noiseout.correlation import Merge, UnitMoments
 from rewire.nn.forward.tensors import head, rows
 from rewire.nn.surgery import UnitGraph
 
-__all__ = ["Inputs", "choose", "first_inputs", "next_merge", "trained"]
+__all__ = ["Inputs", "choose", "first_inputs", "next_merge"]
 
 
 class Inputs:
@@ -99,8 +97,3 @@ def next_merge(
         parameters = {name: graph.parameters(m.group) for name, m in moments.items()}
         return min(found, key=lambda merge: merge.damage / parameters[merge.name], default=None)
     return max(found, key=lambda merge: merge.correlation, default=None)
-
-
-def trained(optimizer: Optimizer) -> list[Tensor]:
-    """The parameters that ``optimizer`` has."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -12,7 +12,7 @@ from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose
 from rewire.methods.core.parameters import Patterns, data_field, parameter, service
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
-from rewire.methods.noiseout.choice import Inputs, choose, first_inputs, next_merge, trained
+from rewire.methods.noiseout.choice import Inputs, choose, first_inputs, next_merge
 from rewire.methods.noiseout.correlation import Merge, UnitMoments, measure
 from rewire.methods.noiseout.noise_outputs import NoiseOutputs, Targets
 from rewire.methods.noiseout.snapshot import Snapshot
@@ -224,7 +224,8 @@ class NoiseOut(Method):
                 "noise outputs stand beside the outputs of a last nn.Linear, and this network ends "
                 f"with {self._graph.last} ({type(last).__name__}): use targets='none'"
             )
-        owners = [o for o in self.optimizers if any(p is last.weight for p in trained(o))]
+        of = self._attachment.parameters
+        owners = [o for o in self.optimizers if any(p is last.weight for p in of(o))]
         trains = (owners or self.optimizers)[0]
         return NoiseOutputs(
             self.model,
