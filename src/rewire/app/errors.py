@@ -33,6 +33,10 @@ class BenchError(UserError):
     """A measurement that cannot be made."""
 
 
+class StudyError(UserError):
+    """A study that cannot be planned, opened or continued."""
+
+
 class StoppedError(UserError):
     """A signal asked the run to stop, and it has left a whole checkpoint behind."""
 

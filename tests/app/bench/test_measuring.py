@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from rewire.app import resident
 from rewire.app.bench import child, curves, large, models, sections, targets
 from rewire.app.bench.contenders import LAYERS, Layer, Linear, make
 from rewire.app.bench.curves import Setting, installed
@@ -95,7 +96,7 @@ def test_conv_compares_with_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(figures) == 3
 
 
-class _Meter(child.Memory):
+class _Meter(resident.Memory):
     """Memory that is always the same."""
 
     def now(self) -> int:

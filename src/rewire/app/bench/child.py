@@ -17,41 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rewire.app.errors import NotAvailable
+from rewire.app.resident import Memory, can_measure
 
-__all__ = ["Memory", "measure"]
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-class Memory:
-    """Resident memory of this process in bytes, without the pages of files.
-
-    Those are the code of libraries, which the system drops and reads again at will: 40 MB of it
-    would be 4 bytes for each of ten million connections.
-    """
-
-    @staticmethod
-    def _read(key: str) -> int:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-        raise NotAvailable(f"this system's /proc does not tell {key}")
-
-    def now(self) -> int:
-        """Resident now."""
-        return self._read("RssAnon")
-
-    def peak(self) -> int:
-        """Highest since `reset`. Reset shortly before: the pages of files are subtracted."""
-        return self._read("VmHWM") - self._read("RssFile")
-
-    def total(self) -> int:
-        """Highest since `reset`, with everything."""
-        return self._read("VmHWM")
-
-    def reset(self) -> None:
-        """Start the high-water mark at what is resident now."""
-        _CLEAR.write_text("5")
+__all__ = ["measure"]
 
 
 def measure(
@@ -63,7 +31,7 @@ def measure(
     timeout: float = 1800,
 ) -> dict[str, Any]:
     """Run one of `_tasks` in its own process. Raises `NotAvailable` where that cannot be done."""
-    if not _STATUS.exists() or not _CLEAR.exists():
+    if not can_measure():
         raise NotAvailable("memory is measured through /proc, which this system does not have")
     folder = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))

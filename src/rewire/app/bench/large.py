@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewire import methods, topology
-from rewire.app.bench.child import Memory
 from rewire.app.bench.contenders import Layer, Linear, make
 from rewire.app.bench.timing import Clock, quartiles
+from rewire.app.resident import Memory
 from rewire.nn import SparseLinear, SparseWeight
 
 __all__ = ["contender_memory", "million", "point", "training_memory", "wide_epoch"]

@@ -278,7 +278,7 @@ class Trainer:
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, observer: Observer | None = None) -> dict[str, Any]:
         """Score the test set, once, and write the model and then the result."""
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
@@ -307,6 +307,7 @@ class Trainer:
             **self._comparison(model, tensor_file.size(state)),
         }
         self.run_dir.write_result(result, written)
+        (observer or Observer()).finished(model, result)
         return result
 
     def _comparison(self, model: nn.Module, file_bytes: int) -> dict[str, Any]:
@@ -345,11 +346,13 @@ def run(
         if not resume:
             run_dir.check_free(overwrite=overwrite)
         trainer = Trainer(config, dataset, run_dir)
+        watcher = observer or Observer()
+        watcher.made(trainer.parts, resume=resume)
         with run_dir.lock(create=not resume):
             if resume:
                 trainer.restore()
             else:
                 run_dir.start(trainer.config, overwrite=overwrite)
                 trainer.begin()
-            trainer.train(observer or Observer(), stop)
-            return trainer.finish()
+            trainer.train(watcher, stop)
+            return trainer.finish(watcher)

@@ -1,0 +1,1 @@
+"""Studies: methods, densities and seeds compared, by any number of processes."""
