@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip obeys this inside its isolated builds too; without it torch's largest build would be fetched there.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-SOURCES := $(shell find src/rewire/ops/cpu -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := $(shell find src/rewire/ops/cpu -name '*.cpp' -o -name '*.h')
 # The tests start many processes; without bytecode each of them would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -18,7 +18,7 @@ ASAN_ENVIRONMENT = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) 
 ASAN_TESTS = tests/ops tests/nn/layers/test_conv.py tests/nn/weight/test_pool.py tests/topology tests/test_random.py \
   -k 'not compile and not export and not distributed'
 
-.PHONY: install demo test lint types layers pytest docs asan build wheels-test clean
+.PHONY: install demo test lint format types layers pytest docs asan build wheels-test clean
 
 install: $(VENV)/installed
 
@@ -39,6 +39,11 @@ test: lint types layers pytest
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 types: install
 	$(BIN)/mypy

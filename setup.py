@@ -74,7 +74,8 @@ def native():
     extension = CppExtension(
         "rewire.ops.cpu._C",
         sorted(str(path) for path in FOLDER.rglob("*.cpp")),
-        depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in FOLDER.rglob(pattern)),
+        include_dirs=[str(FOLDER.resolve())],
+        depends=sorted(str(path) for path in FOLDER.rglob("*.h")),
         define_macros=DEFINES,
         extra_compile_args=[] if platform.system() == "Windows" else FLAGS,
         extra_link_args=SANITIZERS if SANITIZE else [],

@@ -10,32 +10,6 @@
 #endif
 
 namespace rewire {
-namespace {
-
-const Kernels& choose() {
-  const char* variable = std::getenv("REWIRE_CPU_CAPABILITY");
-  const std::string cap = variable == nullptr ? "" : variable;
-  if (!cap.empty() && cap != "portable" && cap != "avx2" && cap != "avx512")
-    throw std::runtime_error("REWIRE_CPU_CAPABILITY is '" + cap + "'; allowed are portable, avx2 and avx512");
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (cap.empty() || cap == "avx512")) return avx512::kernels;
-  if (has_avx2 && cap != "portable") return avx2::kernels;
-#endif
-  return portable::kernels;
-}
-
-}  // namespace
-
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
-
 int64_t cache_bytes() {
   static const int64_t bytes = [] {
     const char* variable = std::getenv("REWIRE_CACHE_BYTES");
@@ -51,10 +25,12 @@ int64_t cache_bytes() {
 void want_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  // So large that the memory goes back to the system when it is freed: the wish would stay with it otherwise, for others.
+  // So large that the memory goes back to the system when it is freed: the wish would stay with it
+  // otherwise, for others.
   if (bytes < int64_t{64} << 20) return;
   const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (at + kPage - 1) / kPage * kPage, end = (at + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  const uintptr_t begin = (at + kPage - 1) / kPage * kPage,
+                  end = (at + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)memory;
@@ -68,8 +44,8 @@ Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  strides.begin(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+                                                  strides.begin(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -80,8 +56,8 @@ Tensor empty_1d(int64_t length, ScalarType type) {
                                                      : aoti_torch_dtype_int8();
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &length, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &length, &stride, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -1,4 +1,4 @@
-// What every op needs: which kernels to use, how to share out work, how to look into tensors.
+// What every op needs: how to share out work, how to look into tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,21 +14,20 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "simd/types.h"
 
 namespace rewire {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The kernels of the best instruction set that the processor has and REWIRE_CPU_CAPABILITY allows.
-const Kernels& kernels();
-
-// Bytes of the cache that a core has for itself: the second level's, or what REWIRE_CACHE_BYTES says.
+// Bytes of the cache that a core has for itself: the second level's, or what REWIRE_CACHE_BYTES
+// says.
 int64_t cache_bytes();
 
-// Asks the system for large pages, for fresh memory that is written in an order of its own: of a list of 10^8 numbers that
-// is written a line here and a line there, a processor cannot remember where all the small ones are. No more than a wish.
+// Asks the system for large pages, for fresh memory that is written in an order of its own: of a
+// list of 10^8 numbers that is written a line here and a line there, a processor cannot remember
+// where all the small ones are. No more than a wish.
 void want_large_pages(void* memory, int64_t bytes);
 
 [[noreturn]] inline void fail(const char* op, const std::string& what) {
@@ -39,8 +38,8 @@ inline void require(bool fine, const char* op, const char* what) {
   if (!fine) fail(op, what);
 }
 
-// What is at `from` now. The compiler must not read it again instead of keeping what was checked: another thread may write
-// to a caller's tensor meanwhile.
+// What is at `from` now. The compiler must not read it again instead of keeping what was checked:
+// another thread may write to a caller's tensor meanwhile.
 template <class T>
 inline T read_once(const T* from) {
   return __atomic_load_n(from, __ATOMIC_RELAXED);
@@ -49,9 +48,9 @@ inline T read_once(const T* from) {
 // Work below this many multiply-adds is done by the caller: waking a second thread costs more.
 constexpr int64_t kSerialWork = 1 << 18;
 
-// Calls job(item) for every item in [0, items), on torch's threads. Items are handed out one by one, so a slow
-// item or a busy core does not hold up the rest; which thread gets which item must not matter to the result.
-// A job must not throw.
+// Calls job(item) for every item in [0, items), on torch's threads. Items are handed out one by
+// one, so a slow item or a busy core does not hold up the rest; which thread gets which item must
+// not matter to the result. A job must not throw.
 template <class Job>
 void for_each_item(int64_t items, bool serial, const Job& job) {
   if (serial || items < 2) {
@@ -85,29 +84,40 @@ void try_each_item(int64_t items, bool serial, const Job& job) {
 
 inline int element_type(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    default: fail(op, "the kernels take float32 or float64 tensors");
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    default:
+      fail(op, "the kernels take float32 or float64 tensors");
   }
 }
 
 // Of the products and copies, which take 16-bit elements too.
 inline int any_element_type(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    default: fail(op, "the kernels take float32, float64, bfloat16 or float16 tensors");
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    default:
+      fail(op, "the kernels take float32, float64, bfloat16 or float16 tensors");
   }
 }
 inline bool is_narrow(int type) { return type >= kBFloat16; }
 
 inline int index_type(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::Int: return kInt32;
-    case ScalarType::Long: return kInt64;
-    default: fail(op, "index tensors must be int32 or int64");
+    case ScalarType::Int:
+      return kInt32;
+    case ScalarType::Long:
+      return kInt64;
+    default:
+      fail(op, "index tensors must be int32 or int64");
   }
 }
 
@@ -115,7 +125,9 @@ inline void require_cpu(const Tensor& t, const char* op) {
   require(t.is_cpu(), op, "every tensor must be on the CPU");
 }
 
-inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 // A fresh CPU tensor of the dtype of `like`.
 Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
@@ -124,7 +136,8 @@ Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
 // A fresh 1-D CPU tensor.
 Tensor empty_1d(int64_t length, ScalarType type);
 
-// The numbers of an int32 or int64 tensor as int64. `kept` owns the memory if it had to be converted.
+// The numbers of an int32 or int64 tensor as int64. `kept` owns the memory if it had to be
+// converted.
 struct Integers {
   Tensor kept;
   std::vector<int64_t> converted;

@@ -1,0 +1,70 @@
+// Compiles a file of kernels once per instruction set: the one place that names them, beside
+// simd/target.cpp.
+//
+//   #define REWIRE_KERNELS "conv/kernels-inl.h"
+//   #include "simd/each_target.h"
+//
+// includes conv/kernels-inl.h in namespaces rewire::portable, rewire::avx2 and rewire::avx512.
+// There, REWIRE_VECTOR_BYTES is the length of a vector and REWIRE_HAS_AVX2 says that intrinsics may
+// be used. Afterwards REWIRE_BEST(name) is the variable of this name from the namespace that suits
+// the machine.
+#include "simd/target.h"
+#include "simd/types.h"
+
+// What the compiler targets by default: SSE2 on x86-64, NEON on aarch64.
+#define REWIRE_VECTOR_BYTES 16
+namespace rewire::portable {
+#include REWIRE_KERNELS
+}  // namespace rewire::portable
+#undef REWIRE_VECTOR_BYTES
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define REWIRE_HAS_AVX2
+#define REWIRE_VECTOR_BYTES 32
+#define REWIRE_REGISTER "+x"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace rewire::avx2 {
+#include REWIRE_KERNELS
+}  // namespace rewire::avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef REWIRE_REGISTER
+#undef REWIRE_VECTOR_BYTES
+
+#define REWIRE_VECTOR_BYTES 64
+#define REWIRE_REGISTER "+v"
+#if defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
+#endif
+namespace rewire::avx512 {
+#include REWIRE_KERNELS
+}  // namespace rewire::avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef REWIRE_REGISTER
+#undef REWIRE_VECTOR_BYTES
+#undef REWIRE_HAS_AVX2
+
+#define REWIRE_BEST(name) \
+  ::rewire::best(::rewire::portable::name, ::rewire::avx2::name, ::rewire::avx512::name)
+#else
+#define REWIRE_BEST(name) ::rewire::portable::name
+#endif
