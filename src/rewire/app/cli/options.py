@@ -31,10 +31,15 @@ def with_train_options(command: _Command) -> _Command:
     """Give a command an option for each field of `TrainConfig`, before its own.
 
     The command gets them as keyword arguments (its ``**given``); those that the user left out are
-    None.
+    None. Where the command has a parameter of the name of a field, its own is the option.
     """
     fields = TrainConfig.model_fields
-    made = [_parameter(name, fields[name], option) for name, option in options().items()]
+    own_names = inspect.signature(command).parameters
+    made = [
+        _parameter(name, fields[name], option)
+        for name, option in options().items()
+        if name not in own_names
+    ]
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     # Typer reads signatures, and a function may have another than the one it was written with.

@@ -16,6 +16,7 @@ import typer
 
 from rewire.app import interrupts
 from rewire.app.cli.bench_command import bench
+from rewire.app.cli.compare_command import compare, recipes
 from rewire.app.cli.failures import CommandError, explained
 from rewire.app.cli.methods_command import methods
 from rewire.app.cli.train_command import train
@@ -29,6 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(compare)
+app.command()(recipes)
 app.command()(methods)
 
 

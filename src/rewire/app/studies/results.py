@@ -1,0 +1,38 @@
+"""Where a study stands, as tables in the terminal and in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from rewire.app.studies import table
+from rewire.app.studies.plan import Plan
+from rewire.app.studies.stages import Outlook
+from rewire.app.studies.statistics import check_claims, make_rows
+from rewire.storage import files
+
+__all__ = ["FORMATS", "show"]
+
+#: Kinds of tables, and the files that hold them.
+FORMATS = {"markdown": "table.md", "latex": "table.tex", "csv": "table.csv"}
+
+
+def show(plan: Plan, outlook: Outlook, folder: Path, kind: str, console: Console) -> None:
+    """Write all tables into the folder of the study and print one of ``kind``."""
+    rows = make_rows(plan, outlook)
+    verdicts = check_claims(plan, rows)
+    texts = {
+        "markdown": table.to_markdown(rows),
+        "latex": table.to_latex(rows),
+        "csv": table.to_csv(rows),
+    }
+    for name, file in FORMATS.items():
+        files.write_atomic(folder / file, texts[name].encode())
+    if kind in texts:
+        print(texts[kind], end="")
+        return
+    table.show(console, rows)
+    for line in table.claim_lines(verdicts):
+        console.print(line, markup=False)
+    print(f"tables  {', '.join(str(folder / file) for file in FORMATS.values())}")
