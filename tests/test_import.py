@@ -86,7 +86,7 @@ def test_importing_takes_as_long_as_torch_and_a_fifth_of_a_second(tmp_path: Path
     assert 0 < statistics.median(seconds) < 0.2
 
 
-@pytest.mark.parametrize("missing", ["typer", "plotly"])
+@pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_the_command_without_its_extra_says_what_to_install(missing: str) -> None:
     code = f"import sys; sys.modules['{missing}'] = None; import rewire.__main__ as r; r.main()"
     done = run(code)

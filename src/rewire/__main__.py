@@ -10,7 +10,7 @@ from typing import NoReturn
 from rewire.app import interrupts
 
 #: What the extra `app` installs: the command line needs it, the library does without.
-NEEDED = ("typer", "rich", "pydantic", "plotly")
+NEEDED = ("typer", "rich", "pydantic")
 
 
 def main() -> NoReturn:

@@ -16,7 +16,7 @@ from typing import Any
 
 SERVER = """
 import json, os, resource, signal, sys, time
-import rewire.app.cli, rewire.__main__, rewire.app.report, rewire.app.train.command, plotly.offline
+import rewire.app.cli, rewire.__main__, rewire.app.report, rewire.app.train.command
 import rewire.app.data.mnist
 import torch
 import torch._dynamo  # the first optimizer of a process imports it: here, not once in every child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from rewire.app.report.read import Run, read_run
 from rewire.storage.files import write_atomic
 
 REPORT = "report.html"
+#: The chart library: the bundle that plotly publishes as plotly.js-cartesian-dist-min, compressed.
+PLOTLY = "plotly/plotly-cartesian.min.js.gz"
 
 
 def write(folder: Path) -> Path:
@@ -43,8 +46,6 @@ def render(run: Run) -> str:
 
 def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
     """A self-contained page of HTML `body`; charts are drawn in the elements of their names."""
-    from plotly.offline import get_plotlyjs
-
     own = resources.files("rewire.app.report")
     charts = json.dumps({name: figure.to_json() for name, figure in drawn.items()}, allow_nan=False)
     texts = {
@@ -53,7 +54,7 @@ def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
         "@BODY@": body,
         # nothing in the data may end the script element
         "@FIGURES@": charts.replace("<", "\\u003c"),
-        "@PLOTLY@": get_plotlyjs(),
+        "@PLOTLY@": base64.b64encode((own / PLOTLY).read_bytes()).decode(),
     }
     # All in one pass: what is put in may hold such marks itself.
     return re.sub(
@@ -154,9 +155,10 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-def grid(charts: Sequence[Figure], drawn: dict[str, Figure]) -> str:
+def grid(charts: Sequence[Figure], drawn: dict[str, Figure], *, small: bool = False) -> str:
     """Charts side by side, entered into `drawn`."""
-    return f'<div class="grid">{"".join(_card(chart, drawn) for chart in charts)}</div>'
+    kind = "grid small" if small else "grid"
+    return f'<div class="{kind}">{"".join(_card(chart, drawn) for chart in charts)}</div>'
 
 
 def _card(chart: Figure, drawn: dict[str, Figure], kind: str = "card") -> str:

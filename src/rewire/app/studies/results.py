@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rewire.app.studies import table
+from rewire.app.report.page import REPORT
+from rewire.app.studies import report, table
 from rewire.app.studies.plan import Plan
 from rewire.app.studies.stages import Outlook
 from rewire.app.studies.statistics import check_claims, make_rows
@@ -29,6 +30,8 @@ def show(plan: Plan, outlook: Outlook, folder: Path, kind: str, console: Console
     }
     for name, file in FORMATS.items():
         files.write_atomic(folder / file, texts[name].encode())
+    page = report.render(plan, outlook, folder.resolve().name)
+    files.write_atomic(folder / REPORT, page.encode("utf-8", "replace"))
     if kind in texts:
         print(texts[kind], end="")
         return
@@ -36,3 +39,4 @@ def show(plan: Plan, outlook: Outlook, folder: Path, kind: str, console: Console
     for line in table.claim_lines(verdicts):
         console.print(line, markup=False)
     print(f"tables  {', '.join(str(folder / file) for file in FORMATS.values())}")
+    print(f"report  {folder / REPORT}")

@@ -96,7 +96,9 @@ class Store:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             arguments["connect_args"] = {"timeout": 60}
         else:
-            arguments |= {"pool_pre_ping": True}
+            arguments["pool_pre_ping"] = True
+            if "+psycopg" in self.url:  # a database without an encoding would give bytes
+                arguments["connect_args"] = {"client_encoding": "utf8", "connect_timeout": 10}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # heartbeats are experimental
             try:
