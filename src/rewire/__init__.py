@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # all but `export`, which imports other parts of the package
     from rewire.nn.convert.cut import to_sparse
     from rewire.nn.convert.densify import densify
     from rewire.nn.convert.sparsify import sparsify
+    from rewire.nn.frozen.freeze import freeze
     from rewire.nn.inspect.summary import summary
     from rewire.nn.optimizers.groups import param_groups
     from rewire.nn.weight.listing import sparse_weights
@@ -24,6 +25,7 @@ __all__ = [
     "distributed",
     "ema",
     "export",
+    "freeze",
     "methods",
     "nn",
     "ops",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 _FROM_NN = frozenset(
-    {"densify", "param_groups", "sparse_weights", "sparsify", "summary", "to_sparse"}
+    {"densify", "freeze", "param_groups", "sparse_weights", "sparsify", "summary", "to_sparse"}
 )
 
 

@@ -3,6 +3,8 @@
 from rewire.nn.convert.cut import to_sparse
 from rewire.nn.convert.densify import densify
 from rewire.nn.convert.sparsify import sparsify
+from rewire.nn.frozen.freeze import freeze
+from rewire.nn.frozen.weight import FrozenWeight, frozen_weights
 from rewire.nn.inspect.cost import Cost, LayerCost, cost
 from rewire.nn.inspect.summary import Summary, WeightSummary, summary
 from rewire.nn.layers.absent import Absent
@@ -29,6 +31,7 @@ __all__ = [
     "Cost",
     "Event",
     "Follower",
+    "FrozenWeight",
     "LayerCost",
     "Moments",
     "OptimizerFollower",
@@ -47,6 +50,8 @@ __all__ = [
     "cost",
     "densify",
     "follow_optimizer",
+    "freeze",
+    "frozen_weights",
     "param_groups",
     "register_initial_state",
     "sparse_weights",

@@ -4,6 +4,7 @@
   gradients. `sparse_linear` is the differentiable product made of them, `sparse_conv` the
   differentiable convolution.
 - `in_runs` and `in_rows` change the layout of activations; gradients pass.
+- `frozen_linear` and `frozen_conv` are for frozen weights, which have no slots and no gradients.
 - `Pair` is a captured call of a layer: input, and gradient of the output.
 - `langevin_step_`, `regrow_` and `walk_and_regrow_` are the steps of DEEP R, `add_normal_` is for
   soft-DEEP R.
@@ -14,6 +15,7 @@ library is there; everything else runs in plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv
+from rewire.ops.frozen import frozen_conv, frozen_linear
 from rewire.ops.geometry import Geometry
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.langevin import add_normal_, langevin_step_
@@ -35,6 +37,8 @@ __all__ = [
     "batch_major",
     "extremes",
     "feature_major",
+    "frozen_conv",
+    "frozen_linear",
     "in_rows",
     "in_runs",
     "langevin_step_",

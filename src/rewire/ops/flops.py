@@ -50,6 +50,12 @@ def _spmm_sddmm(
     return 4 * _connections(ptr, idx) * g.shape[0]
 
 
+def _frozen(
+    ptr: Tensor, cols: Tensor, values: Any, scale: Any, x: Tensor, *rest: Any, **named: Any
+) -> int:
+    return 2 * cols.shape[0] * x.shape[0]
+
+
 def _positions(y: Tensor) -> int:
     return y.shape[0] * math.prod(y.shape[2:])
 
@@ -68,6 +74,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "spmm": _spmm,
     "sddmm": _sddmm,
     "spmm_sddmm": _spmm_sddmm,
+    "frozen_linear": _frozen,
     "conv": _conv,
     "conv_input_gradient": _conv_gradient,
     "conv_value_gradient": _conv_gradient,

@@ -22,7 +22,7 @@ from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
 from rewire.topology import Index
 
-__all__ = ["GRU", "LSTM", "RELU", "TANH", "Cell", "State", "Weight", "recurrence"]
+__all__ = ["GRU", "LSTM", "RELU", "TANH", "Cell", "State", "Weight", "inference", "recurrence"]
 
 #: What goes from step to step, each (size, batch): the hidden state, and for an LSTM the cell
 #: state.
@@ -385,6 +385,32 @@ def _differentiable_backward(
         if relay is not None:
             relay.open()
     return [next(found) if need else None for need in needed]
+
+
+def inference(
+    cell: Cell,
+    x: Tensor,
+    sizes: Sequence[int],
+    reverse: bool,
+    start: State,
+    products: Sequence[Callable[[Tensor], Tensor]],
+) -> tuple[Tensor, State]:
+    """As `recurrence`, without gradients and for any weights: ``products`` are functions that apply
+    those of the input, of the hidden state and, if there is one, of the projection, (positions,
+    features) -> (positions, rows), biases included.
+    """
+    of_input, of_hidden, *projection = products
+    advance = cell.step if torch.compiler.is_compiling() else None
+
+    def step(t: int, piece: Tensor, state: State) -> State:
+        h = of_hidden(state[0].t()).t()
+        new = cell.forward(piece, h, state)[0] if advance is None else advance(piece, h, state)
+        for project in projection:
+            new = (project(new[0].t()).t(), *new[1:])
+        return new
+
+    outputs, final = _walk(of_input(x).t(), sizes, reverse, start, step)
+    return torch.cat(outputs, 1), final
 
 
 def recurrence(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rewire.nn.layers.attention import SparseMultiheadAttention
 from rewire.nn.layers.base import SparseLayer
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d, SparseConv3d
+from rewire.nn.layers.frozen import Frozen
 from rewire.nn.layers.linear import SparseLinear
 from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.weight.pool import SparseWeight
@@ -95,7 +96,9 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 
 def sparse_kind_of(layer: nn.Module) -> Kind | None:
-    """The entry of a sparse layer."""
+    """The entry of a sparse layer; None for a frozen one, which cannot be converted back."""
+    if isinstance(layer, Frozen):
+        return None
     return next((kind for kind in KINDS if isinstance(layer, kind.sparse)), None)
 
 

@@ -261,11 +261,15 @@ class SparseMultiheadAttention(Twin):
             if laid_out is None:
                 laid_out = ops.in_runs(x.reshape(-1, x.shape[-1]).to(_dtype(x, weight)))
                 runs.append((x, laid_out))
-            y = product(laid_out, weight, bias, contiguous_output=True)
+            y = self._project(laid_out, weight, bias)
             lead = x.shape[:-1] if x.dim() == 3 else (x.shape[0], 1)
             y = y.view(*lead, self.num_heads, self.head_dim)
             heads.append(y.transpose(1, 2) if batch_first else y.permute(1, 2, 0, 3))
         return heads[0], heads[1], heads[2]
+
+    def _project(self, x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+        """The product of ``x`` (positions, features) with one of the weights, row-major."""
+        return product(x, weight, bias, contiguous_output=True)
 
     def _extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values with the positions that ``add_bias_kv`` and ``add_zero_attn`` add."""

@@ -194,6 +194,10 @@ class _SparseConv(SparseLayer):
             )
         if self._pad is not None:
             x = F.pad(x, self._pad, mode=self.padding_mode)
+        return self._convolved(x)
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """The convolution of ``x`` with a batch in front, padded where zeros are not what pads."""
         weight = self.weight
         values, index = weight.operand()
         return ops.sparse_conv(x, values, self.bias, index, self._geometry, weight.capture)

@@ -1,0 +1,1 @@
+"""Inference copies of models: layers whose weights have no slots."""
