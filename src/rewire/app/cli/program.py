@@ -17,6 +17,7 @@ import typer
 from rewire.app import interrupts
 from rewire.app.cli.bench_command import bench
 from rewire.app.cli.compare_command import compare, recipes
+from rewire.app.cli.export_command import export
 from rewire.app.cli.failures import CommandError, explained
 from rewire.app.cli.methods_command import methods
 from rewire.app.cli.train_command import train
@@ -53,6 +54,7 @@ def report(
         raise CommandError(f"a file in {run_dir} is damaged or of another run: {error!r}") from None
 
 
+app.command()(export)
 app.command()(bench)
 
 

@@ -1,0 +1,67 @@
+"""`rewire export`: what a finished run leaves becomes C source and a program."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewire.app import cli, data
+from rewire.app.train import finished
+
+QUICK = ["--hidden", "10", "--epochs", "2", "--batch-size", "300", "--threads", "1", "--quiet"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.run(arguments) == 2
+    return capsys.readouterr().err.removeprefix("error: ").rstrip()
+
+
+@pytest.mark.parametrize("method", ["deep-r", "ternary"])
+def test_a_run_becomes_c_and_a_program(
+    method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "run")
+    assert cli.run(["train", *QUICK, "--method", method, "--run-dir", folder]) == 0
+    capsys.readouterr()
+    out, program = tmp_path / "out", tmp_path / "digits.pt2"
+    told = ["--c", str(out), "--name", "digits", "--values", "int8", "--program", str(program)]
+    assert cli.run(["export", folder, *told]) == 0
+    printed = capsys.readouterr().out
+    assert "int8 weights" in printed
+    assert f"{program.stat().st_size:,} bytes" in printed
+    x = data.load("digits").test_x[:20]
+    with torch.no_grad():
+        expected = finished.load(Path(folder))(x)
+        run = torch.export.load(program).module()
+        torch.testing.assert_close(run(x), expected, rtol=0.05, atol=0.05)
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler (cc) here")
+    built = tmp_path / "digits"
+    source = str(out / "digits.c")
+    subprocess.run(["cc", "-std=c99", "-DDIGITS_MAIN", source, "-o", built, "-lm"], check=True)
+    text = "\n".join(" ".join(map(str, row)) for row in x.tolist())
+    done = subprocess.run([built], input=text, capture_output=True, text=True, check=True)
+    found = torch.tensor([[float(v) for v in line.split()] for line in done.stdout.splitlines()])
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_refuses_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    nothing, c = str(tmp_path / "none"), str(tmp_path / "out")
+    assert "say what to write" in fails(capsys, "export", nothing)
+    assert "there is no run in" in fails(capsys, "export", nothing, "--c", c)
+    assert "allowed are float, int8, ternary" in fails(
+        capsys, "export", nothing, "--c", c, "--values", "int4"
+    )
+    assert "--name belongs to --c" in fails(
+        capsys, "export", nothing, "--program", "x.pt2", "--name", "net"
+    )
+    folder = str(tmp_path / "run")
+    assert cli.run(["train", *QUICK, "--run-dir", folder]) == 0
+    assert "a name that C allows" in fails(capsys, "export", folder, "--c", c, "--name", "1")
+    (tmp_path / "run" / "result.json").unlink()
+    assert "is not finished" in fails(capsys, "export", folder, "--c", c)
+    assert not (tmp_path / "out").exists()
