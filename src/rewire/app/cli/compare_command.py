@@ -60,6 +60,10 @@ def compare(
             r"accuracy; the winners then run on the seeds. \[default: 0]",
         ),
     ] = None,
+    untuned: Annotated[
+        bool | None,
+        described(STUDY, "", "With --tune: the defaults of every method as well.", "--untuned"),
+    ] = None,
     match: Annotated[
         str | None,
         described(
@@ -153,6 +157,7 @@ def compare(
         "data": data,
         "models": model,
         "tune": tune,
+        "untuned": untuned,
         "match": match,
     }
     plan = command.plan_from(

@@ -24,7 +24,7 @@ from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Progress
 from rewire.app.train.run_dir import RunDir
 
-__all__ = ["execute", "load_data"]
+__all__ = ["execute", "load_data", "nothing"]
 
 #: Seconds that a folder may be locked by a process that is about to end.
 LOCKED = 20.0
@@ -34,6 +34,10 @@ _LATE = 1.0  # seconds between messages on progress
 def load_data(config: TrainConfig, progress: Any = None) -> Dataset:
     """The data set that the options name."""
     return data.load(config.data, data_dir=config.data_dir, mirror=config.mirror, progress=progress)
+
+
+def nothing() -> None:
+    """Do nothing, in a process that has imported everything."""
 
 
 class _Told:

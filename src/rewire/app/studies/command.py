@@ -60,6 +60,12 @@ def needed() -> None:
         )
 
 
+class FailedRuns(UserError):
+    """Some runs of a study failed; the others are whole."""
+
+    code = 1
+
+
 # --- plans ----------------------------------------------------------------------------------------
 
 
@@ -89,6 +95,8 @@ def plan_from(
     """
     values = read_yaml(file) if file is not None else {}
     values |= given
+    if given.keys() & {"methods", "densities", "data"} and "expect" in values:
+        values["expect"] = _still_said(values)
     common = values.get("train", {})
     if not isinstance(common, dict):
         raise StudyError(f"{file}: train: needed are options by name, such as epochs: 20")
@@ -97,6 +105,21 @@ def plan_from(
         raise StudyError("give the methods to compare, for example --methods static,set,rigl,dense")
     plan = make_plan(values, "" if file is None else str(file))
     return _with_sets(plan, sets)
+
+
+def _still_said(values: Mapping[str, Any]) -> list[Any]:
+    """The claims of a file about what the study still has, after options went before the file."""
+    plan = make_plan({**values, "expect": [], "train": {}})
+    labels = {None, *(entry.label for entry in plan.methods)}
+    densities = {None, *plan.densities, *(d for e in plan.methods for d in e.densities or ())}
+    kept = []
+    for claim in values["expect"]:
+        names = claim if isinstance(claim, dict) else {}
+        said = {names.get("method"), names.get("above")} <= labels
+        said = said and names.get("data") in {None, *plan.data}
+        if said and names.get("density") in densities:
+            kept.append(claim)
+    return kept
 
 
 def _with_sets(plan: Plan, sets: list[str]) -> Plan:
@@ -134,7 +157,7 @@ def compare(plan: Plan, options: Options) -> None:
     from rewire.app.studies import results
     from rewire.app.studies.progress import Shower
     from rewire.app.studies.stages import Stages
-    from rewire.app.studies.store import Store
+    from rewire.app.studies.store import Store, is_failed
     from rewire.app.studies.work import Crew, cores
 
     name, folder = _place(plan, options)
@@ -177,6 +200,9 @@ def compare(plan: Plan, options: Options) -> None:
     files.write_atomic(folder / "plan.json", text.encode())
     results.show(plan, outlook, folder, options.table, Console(highlight=False, soft_wrap=False))
     store.close()
+    failed = sum(map(is_failed, outlook.trials))
+    if failed:
+        raise FailedRuns(f"{failed} of {outlook.planned} runs failed, as said above")
 
 
 def _check_data(plan: Plan, cells: Sequence[Cell], console: Console) -> None:

@@ -80,7 +80,10 @@ class _Strict(BaseModel):
 
 
 class Entry(_Strict):
-    """A method of the study, with settings of its own; the table calls it by ``name``."""
+    """A method of the study, with settings of its own; the table calls it by ``name``.
+
+    ``search`` replaces ranges of the search; with ``tuned: false`` there is none for this entry.
+    """
 
     method: str
     name: str = ""
@@ -88,6 +91,7 @@ class Entry(_Strict):
     set: dict[str, MethodOption] = {}
     train: dict[str, Any] = {}
     search: dict[str, Search] = {}
+    tuned: bool = True
 
     @property
     def label(self) -> str:
@@ -107,7 +111,11 @@ class Expectation(_Strict):
 
 
 class Plan(_Strict):
-    """A study. Fields of ``train`` are options of `rewire train`, the same for all runs."""
+    """A study. Fields of ``train`` are options of `rewire train`, the same for all runs.
+
+    ``tune``: trials of the search of each cell; with ``untuned`` every method is there twice, with
+    its defaults and with what its search found.
+    """
 
     title: str = ""
     claim: str = ""
@@ -120,6 +128,7 @@ class Plan(_Strict):
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("mlp:300,100",)
     train: dict[str, Any] = {}
     tune: Annotated[int, Field(ge=0, le=100_000)] = 0
+    untuned: bool = False
     match: Literal["epochs", "multiply-adds"] = "epochs"
     expect: tuple[Expectation, ...] = ()
 
@@ -279,6 +288,13 @@ def make_plan(values: Mapping[str, Any], where: str = "") -> Plan:
             if name not in TrainConfig.model_fields:
                 hint = did_you_mean(name, TrainConfig.model_fields)
                 raise StudyError(f"{prefix}train: unknown option {name!r}{hint}")
+    if plan.tune and plan.untuned and all(entry.tuned for entry in plan.methods):
+        beside = [
+            entry.model_copy(update=change)
+            for entry in plan.methods
+            for change in ({"tuned": False}, {"name": f"{entry.label} (tuned)"})
+        ]
+        plan = plan.model_copy(update={"methods": tuple(beside)})
     try:
         for entry in plan.methods:
             check_name("--methods", entry.method, _all_methods())

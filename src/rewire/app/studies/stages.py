@@ -99,10 +99,10 @@ class Stages:
             changed: dict[str, Any] = {}
             if self.plan.match == "multiply-adds":
                 if place not in epochs:
-                    seen.planned += self.plan.tune
+                    seen.planned += self.plan.tune * cell.entry.tuned
                     continue
                 changed["epochs"] = seen.epochs[place] = epochs[place]
-            if self.plan.tune:
+            if self.plan.tune and cell.entry.tuned:
                 seen.planned += self.plan.tune
                 winner = self._tuned(place, cell, changed, seen)
                 if winner is None:

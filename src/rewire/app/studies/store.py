@@ -359,6 +359,11 @@ class Ledger:
         self.store.patiently(end)
 
 
+def is_failed(trial: FrozenTrial) -> bool:
+    """Whether the trial's run cannot be made."""
+    return bool(trial.state == TrialState.FAIL)
+
+
 def is_ended(trial: FrozenTrial) -> bool:
     """Whether nothing more comes of the trial's key."""
     return trial.state in _ENDED or trial.state == TrialState.FAIL

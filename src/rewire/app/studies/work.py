@@ -84,9 +84,13 @@ class Crew:
 
     def work(self) -> Outlook:
         """Work until the study is over; returns where it stands. Raises KeyboardInterrupt."""
+        warm = False
         try:
             while True:
                 outlook = self.stages.look()
+                if not (warm or outlook.over):
+                    self._warm_up()
+                    warm = True
                 self._begin()
                 if not self.running and outlook.over:
                     self.watcher.stands(outlook, {})
@@ -100,6 +104,16 @@ class Crew:
                         raise KeyboardInterrupt
         finally:
             self._leave()
+
+    def _warm_up(self) -> None:
+        """Wait until processes begin at once: a run that is claimed must not wait without a beat
+        for torch to be imported.
+        """
+        from rewire.app.studies import child
+
+        process = self.context.Process(target=child.nothing)
+        process.start()
+        process.join()
 
     # --- runs -------------------------------------------------------------------------------------
 
