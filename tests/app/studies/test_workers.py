@@ -64,6 +64,9 @@ class Watch:
         self.store = Store(url, lambda line: None)
         self.ledger = self.store.ledger("s")
 
+    def close(self) -> None:
+        self.store.close()
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return [t for t in self.ledger._trials() if t.state in states]
 
@@ -117,6 +120,7 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path: Path) -> None:
     is_what_an_undisturbed_run_gives(trial, run, tmp_path / "undisturbed")
     told = (folder / "told").read_text()
     assert told.count("test ") == 6, told
+    watch.close()
 
 
 @pytest.fixture
@@ -149,4 +153,5 @@ def test_two_machines_one_dies_and_the_database_goes_away(
     assert [t.user_attrs["worker"]["machine"] for t in again] == ["two"]
     assert lost.number not in [t.number for t in complete]
     assert "rewire@" in told
+    watch.close()
     assert "| set |" in (folders["two"] / "table.md").read_text()
