@@ -1,14 +1,17 @@
 """Plans: what is compared, from flags and files, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rewire import methods
 from rewire.app.errors import StudyError
 from rewire.app.studies.command import plan_from
 from rewire.app.studies.plan import Plan, folder_name, make_plan, read_yaml
+from rewire.app.studies.search import Choice, Range, options_of, space_of
 
 
 def plan(**values: Any) -> Plan:
@@ -121,3 +124,51 @@ def test_a_file_that_is_no_plan(tmp_path: Path, text: str, told: str) -> None:
 def test_set_names_a_method_of_the_study(text: str) -> None:
     with pytest.raises(StudyError, match="write it as METHOD"):
         plan_from(None, {"methods": "static,set"}, {}, [text])
+
+
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "compare_methods.md"
+
+
+def test_the_plan_of_the_guide_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    made = plan_from(file, {}, {}, [])
+    assert len(made.cells()) == 8
+    assert made.seeds == (0, 1, 2, 3, 4)
+
+
+def test_the_space_of_a_search_follows_from_declarations() -> None:
+    made = make_plan(
+        {
+            "methods": [
+                "deep-r",
+                {"method": "rigl", "search": {"fraction": [0.05, 0.5], "init": ["auto", "sparse"]}},
+                {"method": "set", "set": {"fraction": 0.2}},
+                "halo",
+            ]
+        }
+    )
+    spaces = {}
+    for cell in made.cells():
+        run = made.run(cell, "tune", 9)
+        spaces[cell.entry.label] = space_of(cell, run.values)
+        # the search begins with the values of a run without one
+        begun = made.run(cell, "tune", 9, **options_of(spaces[cell.entry.label].start)).values
+        defaults = methods.info(cell.entry.method).parameters()
+        own = {n: v for n, v in begun["method_options"].items() if v != defaults[n].default}
+        assert {**begun, "method_options": own} == run.values
+    assert spaces["rigl"].parts["set.fraction"] == Range(0.05, 0.5, log=True)
+    assert spaces["rigl"].parts["init"] == Choice(("auto", "sparse"))
+    assert "set.fraction" not in spaces["set"].parts
+    l1 = spaces["deep-r"].parts["set.l1"]
+    assert l1 == Range(0.01, 1.0, log=True)  # around what suits Adam, not the constructor's 1e-5
+    assert "init" not in spaces["halo"].parts
+    assert all("lr" in space.parts for space in spaces.values())
+
+
+def test_a_search_for_what_there_is_not() -> None:
+    made = make_plan({"methods": [{"method": "set", "search": {"fractoin": [0.1, 0.2]}}]})
+    cell = made.cells()[0]
+    with pytest.raises(StudyError, match=r"no parameter 'fractoin' \(did you mean 'fraction'"):
+        space_of(cell, made.run(cell, "tune", 9).values)

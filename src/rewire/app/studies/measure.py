@@ -21,7 +21,7 @@ from rewire.app.run_files import METRICS
 from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Observer
 from rewire.app.train.parts import Parts
-from rewire.nn import SparseWeight
+from rewire.nn import SparseWeight, freeze
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.inspect.cost import cost
 
@@ -128,8 +128,13 @@ class Meter(Observer):
         return found
 
     def _inference(self, model: nn.Module) -> dict[str, Any]:
-        """Median milliseconds of a batch."""
+        """Median milliseconds of a batch, with the network frozen where that can be done."""
         x = self._sample(SAMPLES)
+        frozen = True
+        try:
+            model = freeze(model)
+        except ValueError:  # it has no sparse weights, or layers of somebody else's
+            frozen = False
         took: list[float] = []
         with evaluating(model), torch.inference_mode():
             model(x)
@@ -142,6 +147,7 @@ class Meter(Observer):
             "ms": 1000 * statistics.median(took),
             "samples": len(x),
             "threads": torch.get_num_threads(),
+            "frozen": frozen,
         }
 
     def _calibration(self, model: nn.Module) -> list[list[float]] | None:

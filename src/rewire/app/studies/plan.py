@@ -71,8 +71,18 @@ def _entries(value: object) -> object:
 Densities = Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_words)]
 Names = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_words)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+def _range(value: object) -> object:
+    """Two numbers are a range, and all else choices."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        numbers = [v for v in value if isinstance(v, int | float) and not isinstance(v, bool)]
+        return tuple(value) if len(numbers) == 2 else list(value)
+    return value
+
+
 #: A range of numbers, or choices.
-Search = tuple[float, float] | list[MethodOption]
+Search = Annotated[tuple[int | float, int | float] | list[MethodOption], BeforeValidator(_range)]
 
 
 class _Strict(BaseModel):

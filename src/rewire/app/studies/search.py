@@ -133,8 +133,10 @@ def _starts_dense(method: str) -> bool:
 def _part(annotation: Any, value: Any, declared: Declaration) -> Range | Choice | None:
     """What is searched of a parameter whose usual value is ``value``; None for what has no range.
 
-    Counts of steps and epochs whose default follows from the length of the run stay as they are.
+    Counts of steps and epochs stay as they are: a method finds them from the length of the run.
     """
+    if declared.unit:
+        return None
     kinds = kinds_of(annotation)
     if isinstance(value, bool):
         return Choice((True, False))
