@@ -21,8 +21,8 @@ __all__ = ["Choice", "Range", "Space", "space_of"]
 SPREAD = 10.0
 #: Options of `rewire train` that are searched too, with the choices of those that are words.
 INITS: list[Any] = ["auto", "dense"]
-#: Parameters that do not change what is learnt, or whether a paper's guarantee holds.
-LEFT = frozenset({"moments", "scope", "signs", "allotment", "candidates"})
+#: Parameters that are the budget, or on which what a method promises depends.
+LEFT = frozenset({"density", "moments", "scope", "signs", "allotment", "candidates"})
 
 
 @dataclass(frozen=True)
