@@ -23,10 +23,13 @@ from rewire import _native
 from rewire.ops import conv_kernels, flops, kernels
 from rewire.ops.geometry import Geometry, gathered, is_channels_last
 
-__all__ = ["Expanded", "expand", "frozen_conv", "frozen_linear"]
+__all__ = ["NATIVE_PRODUCT", "Expanded", "expand", "frozen_conv", "frozen_linear"]
 
 _NATIVE = _native.available("frozen_linear")
-_LINEAR: Callable[..., Tensor] | None = torch.ops.rewire.frozen_linear.default if _NATIVE else None
+#: The operator itself, for those who have made sure that it can run; None where there is none.
+NATIVE_PRODUCT: Callable[..., Tensor] | None = (
+    torch.ops.rewire.frozen_linear.default if _NATIVE else None
+)
 
 
 class Expanded(NamedTuple):
@@ -73,14 +76,14 @@ def frozen_linear(
     """
     numbers = values if scale is None else scale
     if (
-        _LINEAR is not None
+        NATIVE_PRODUCT is not None
         and x.is_cpu
         and x.dtype == torch.float32
         and numbers is not None
         and numbers.dtype == torch.float32
         and cols.dtype != torch.int64
     ):
-        return _LINEAR(ptr, cols, values, scale, x, bias)
+        return NATIVE_PRODUCT(ptr, cols, values, scale, x, bias)
     return kernels.batch_major(kernels.spmm(*expand(ptr, cols, values, scale), x, bias))
 
 

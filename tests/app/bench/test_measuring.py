@@ -18,7 +18,7 @@ from rewire.app import resident
 from rewire.app.bench import child, curves, large, models, sections, targets
 from rewire.app.bench.contenders import LAYERS, Layer, Linear, make
 from rewire.app.bench.curves import Setting, installed
-from rewire.app.bench.targets import big, conv, layers, training
+from rewire.app.bench.targets import big, conv, inference, layers, training
 from rewire.app.errors import BenchError, NotAvailable
 
 SETTING = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
@@ -72,8 +72,9 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
         lambda: training.update_share(SETTING, 32, 4, (0.2,)),
         lambda: training.lenet(SETTING, 4),
         lambda: training.small(SETTING, 2),
+        lambda: inference.forward(SETTING, {(8, 12): {0.5: 1.0, 0.2: 1.0}}, (1, 3)),
     ],
-    ids=["p1", "p3", "p4", "p5", "p6", "p7", "p12"],
+    ids=["p1", "p3", "p4", "p5", "p6", "p7", "p12", "p14"],
 )
 def test_bars_give_figures(measure: Callable[[], targets.Measured]) -> None:
     figures, _ = measure()

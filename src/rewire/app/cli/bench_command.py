@@ -158,7 +158,7 @@ def bench(
     """Measure speed and memory here, beside dense layers and other sparse ones; leaves figures and
     a picture.
 
-    Without further options: the grid of layers, the performance targets P1 to P12 and the wide
+    Without further options: the grid of layers, the performance targets and the wide
     network, in some minutes. Other programs disturb: the share of the machine they take is printed.
     """
     if sum(x is not None for x in (targets, layer, model)) > 1:

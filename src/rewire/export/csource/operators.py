@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,225 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewire.export.csource import kernels
-from rewire.export.csource.plan import Buffer, Plan, c_float
+from rewire.export.csource.call import Call, Handler, ModuleHandler
+from rewire.export.csource.curves import (
+    CURVES,
+    clamped,
+    curve,
+    curve_function,
+    curve_module,
+    prelu,
+    srelu,
+)
+from rewire.export.csource.plan import Buffer, c_float
 from rewire.nn.layers.srelu import SReLU
 
-__all__ = ["FUNCTIONS", "METHODS", "MODULES", "Call", "Refused", "per_channel"]
-
-
-class Refused(ValueError):
-    """An operation that cannot be written in C; the message says which, and why."""
-
-
-class Call:
-    """One operation while a plan is made.
-
-    Attributes:
-        plan: to add steps to. name: of the module or function, for errors.
-        arguments: positional and keyword arguments with real tensors.
-        inputs: the buffers of tensors among the arguments, by the ``id`` of the tensor.
-        result: what PyTorch computed.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: dict[int, Buffer],
-        result: Any,
-    ) -> None:
-        self.plan, self.name = plan, name
-        self.args, self.kwargs, self.inputs, self.result = args, kwargs, inputs, result
-        #: Applies the operation to another tensor in the place of `x`.
-        self.plan_view: Callable[[Tensor], Any] = lambda places: None
-
-    def arg(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument by position or keyword."""
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
-
-    @property
-    def x(self) -> Tensor:
-        """The first argument, which must be a tensor that the network computed."""
-        x = self.args[0] if self.args else self.kwargs.get("input", self.kwargs.get("x"))
-        if not isinstance(x, Tensor) or id(x) not in self.inputs:
-            raise self.refuse("its input is no tensor that the network computes")
-        return x
-
-    @property
-    def source(self) -> Buffer:
-        """The buffer of `x`."""
-        return self.inputs[id(self.x)]
-
-    def refuse(self, reason: str) -> Refused:
-        """The error for this operation."""
-        return Refused(f"{self.name} cannot be exported to C: {reason}")
-
-    def helper(self, name: str, text: str, *, math: bool = False) -> str:
-        """Note that a C function is called, and return its name."""
-        self.plan.helpers.setdefault(name, text)
-        self.plan.uses_math |= math
-        return f"@{name}"
-
-    def output(self, error: float | None) -> Buffer:
-        """A buffer for the result, whose floats can be off by ``error``."""
-        if not isinstance(self.result, Tensor) or not self.result.is_floating_point():
-            raise self.refuse("its result is no tensor of floats")
-        return self.plan.buffer(self.result, error=error)
-
-    def grown(self, factor: float) -> float | None:
-        """The error of the input times ``factor``."""
-        return None if self.source.error is None else self.source.error * factor
-
-
-Handler = Callable[[Call], Buffer]
-_Module = Callable[[Call, Any], Buffer]
-
-
-# --- activations ----------------------------------------------------------------------------------
-
-
-def _sigmoid(of: str = "v") -> str:
-    return f"1.0f / (1.0f + expf(-{of}))"
-
-
-def _clamp(low: float, high: float) -> str:
-    return f"v < {c_float(low)} ? {c_float(low)} : v > {c_float(high)} ? {c_float(high)} : v"
-
-
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> str:
-    b, t = c_float(beta), c_float(threshold)
-    return f"v * {b} > {t} ? v : log1pf(expf(v * {b})) / {b}"
-
-
-_SIX = "(v < -3.0f ? 0.0f : v > 3.0f ? 6.0f : v + 3.0f)"
-_SELU, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
-
-#: Expression of v, and the Lipschitz constant, by name; parameters are those of the functions of
-#: PyTorch, in their order, with the defaults that they have there.
-_CURVES: dict[str, tuple[tuple[tuple[str, Any], ...], Callable[..., tuple[str, float]]]] = {
-    "relu": ((), lambda: ("v > 0.0f ? v : 0.0f", 1.0)),
-    "relu6": ((), lambda: (_clamp(0, 6), 1.0)),
-    "hardtanh": ((("min_val", -1.0), ("max_val", 1.0)), lambda low, high: (_clamp(low, high), 1.0)),
-    "leaky_relu": (
-        (("negative_slope", 0.01),),
-        lambda slope: (f"v > 0.0f ? v : v * {c_float(slope)}", max(1.0, abs(slope))),
-    ),
-    "elu": (
-        (("alpha", 1.0),),
-        lambda alpha: (f"v > 0.0f ? v : {c_float(alpha)} * expm1f(v)", max(1.0, abs(alpha))),
-    ),
-    "celu": (
-        (("alpha", 1.0),),
-        lambda a: (f"v > 0.0f ? v : {c_float(a)} * expm1f(v / {c_float(a)})", 1.0),
-    ),
-    "selu": (
-        (),
-        lambda: (
-            f"{c_float(_SELU)} * (v > 0.0f ? v : {c_float(_SELU_ALPHA)} * expm1f(v))",
-            _SELU * _SELU_ALPHA,
-        ),
-    ),
-    "gelu": (
-        (("approximate", "none"),),
-        lambda how: (
-            f"0.5f * v * (1.0f + erff(v * {c_float(math.sqrt(0.5))}))"
-            if how == "none"
-            else f"0.5f * v * (1.0f + tanhf({c_float(math.sqrt(2 / math.pi))} * "
-            "(v + 0.044715f * v * v * v)))",
-            1.13,
-        ),
-    ),
-    "silu": ((), lambda: (f"v * ({_sigmoid()})", 1.1)),
-    "sigmoid": ((), lambda: (_sigmoid(), 0.25)),
-    "logsigmoid": ((), lambda: ("(v < 0.0f ? v : 0.0f) - log1pf(expf(v < 0.0f ? v : -v))", 1.0)),
-    "tanh": ((), lambda: ("tanhf(v)", 1.0)),
-    "tanhshrink": ((), lambda: ("v - tanhf(v)", 1.0)),
-    "softplus": (
-        (("beta", 1.0), ("threshold", 20.0)),
-        lambda beta, threshold: (_softplus(beta, threshold), 1.01),
-    ),
-    "softsign": ((), lambda: ("v / (1.0f + fabsf(v))", 1.0)),
-    "mish": ((), lambda: (f"v * tanhf({_softplus()})", 1.1)),
-    "hardswish": ((), lambda: (f"v * {_SIX} / 6.0f", 1.5)),
-    "hardsigmoid": ((), lambda: (f"{_SIX} / 6.0f", 1 / 6)),
-    "neg": ((), lambda: ("-v", 1.0)),
-    "abs": ((), lambda: ("fabsf(v)", 1.0)),
-}
-
-
-def _curve(call: Call, expression: str, lipschitz: float) -> Buffer:
-    made = call.output(call.grown(lipschitz))
-    names = [n for n, text in call.plan.helpers.items() if f" = {expression};" in text]
-    name = names[0] if names else f"curve{sum(n.startswith('curve') for n in call.plan.helpers)}"
-    text = kernels.elementwise(name, expression)
-    helper = call.helper(name, text, math="f(" in expression)
-    call.plan.add(f"{helper}($0, $1, {made.size}L);", (call.source, made))
-    return made
-
-
-def _curve_function(name: str) -> Handler:
-    parameters, make = _CURVES[name]
-
-    def handle(call: Call) -> Buffer:
-        given = [call.arg(1 + i, key, default) for i, (key, default) in enumerate(parameters)]
-        return _curve(call, *make(*given))
-
-    return handle
-
-
-def _curve_module(name: str) -> _Module:
-    parameters, make = _CURVES[name]
-    return lambda call, module: _curve(
-        call, *make(*(getattr(module, key) for key, _ in parameters))
-    )
-
-
-def _clamped(call: Call) -> Buffer:
-    low, high = call.arg(1, "min"), call.arg(2, "max")
-    if any(isinstance(limit, Tensor) for limit in (low, high)):
-        raise call.refuse("its limits are tensors")
-    most = torch.finfo(torch.float32).max
-    low, high = (-most if low is None else low), (most if high is None else high)
-    return _curve(call, _clamp(low, high), 1.0)
-
-
-def per_channel(call: Call, numbers: dict[str, Tensor], inner: int, expression: str) -> Buffer:
-    """A curve with learned numbers, which repeat after as many floats as there are, each for
-    ``inner`` floats in a row.
-    """
-    slope = max(1.0, *(float(n.abs().max()) for n in numbers.values()))
-    made = call.output(call.grown(slope))
-    number = sum(name.startswith("units") for name in call.plan.helpers)
-    name = f"units{number}"
-    reads = []
-    for key, tensor in numbers.items():
-        array = call.plan.array(f"{name}_{key}", tensor)
-        reads.append(f"    const float {key} = @{array}[i / {inner}L % {tensor.numel()}L];\n")
-    text = (
-        f"static void @{name}(const float *x, float *y, long n) {{\n"
-        "  for (long i = 0; i < n; ++i) {\n"
-        f"    const float v = x[i];\n{''.join(reads)}    y[i] = {expression};\n  }}\n}}\n"
-    )
-    call.plan.add(f"{call.helper(name, text)}($0, $1, {made.size}L);", (call.source, made))
-    return made
-
-
-def _prelu(call: Call, module: Any) -> Buffer:
-    inner = math.prod(call.x.shape[2:]) if module.weight.numel() > 1 else 1
-    return per_channel(call, {"slope": module.weight}, inner, "v > 0.0f ? v : slope * v")
-
-
-def _srelu(call: Call, module: Any) -> Buffer:
-    numbers = {
-        "tl": module.t_left,
-        "al": module.a_left,
-        "tr": module.t_left + module.t_right.abs(),
-        "ar": module.a_right,
-    }
-    curve = "v <= tl ? tl + al * (v - tl) : v >= tr ? tr + ar * (v - tr) : v"
-    return per_channel(call, numbers, 1, curve)
+__all__ = ["FUNCTIONS", "METHODS", "MODULES"]
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -326,7 +120,7 @@ def _with_number(call: Call, a: Any, b: Any, sign: str) -> Buffer:
         raise call.refuse("it divides by what the network computes")
     factor = abs(number) if sign == "*" else 1 / abs(number) if sign == "/" else 1.0
     call.args = (a if first else b,)
-    return _curve(call, text, factor)
+    return curve(call, text, factor)
 
 
 # --- pooling and means ----------------------------------------------------------------------------
@@ -368,13 +162,13 @@ def _pool(
     return made
 
 
-def _max_module(rank: int) -> _Module:
+def _max_module(rank: int) -> ModuleHandler:
     return lambda call, m: _pool(
         call, "max_pool", rank, m.kernel_size, m.stride, m.padding, m.dilation
     )
 
 
-def _mean_module(rank: int) -> _Module:
+def _mean_module(rank: int) -> ModuleHandler:
     def handle(call: Call, m: Any) -> Buffer:
         divisor = getattr(m, "divisor_override", None)
         options = m.padding, 1, m.count_include_pad, divisor
@@ -408,7 +202,7 @@ def _adaptive(what: str, rank: int) -> Handler:
     return lambda call: _pool(call, what, rank, 0, 1, counts=False)
 
 
-def _adaptive_module(what: str, rank: int) -> _Module:
+def _adaptive_module(what: str, rank: int) -> ModuleHandler:
     handle = _adaptive(what, rank)
     return lambda call, module: handle(call)
 
@@ -441,8 +235,8 @@ def _softmax(call: Call, dim: int | None, logarithm: bool) -> Buffer:
     return made
 
 
-def _modules() -> dict[type[nn.Module], _Module]:
-    found: dict[type[nn.Module], _Module] = {}
+def _modules() -> dict[type[nn.Module], ModuleHandler]:
+    found: dict[type[nn.Module], ModuleHandler] = {}
     curves = {
         "relu": nn.ReLU, "relu6": nn.ReLU6, "hardtanh": nn.Hardtanh, "leaky_relu": nn.LeakyReLU,
         "elu": nn.ELU, "celu": nn.CELU, "selu": nn.SELU, "gelu": nn.GELU, "silu": nn.SiLU,
@@ -451,7 +245,7 @@ def _modules() -> dict[type[nn.Module], _Module]:
         "mish": nn.Mish, "hardswish": nn.Hardswish, "hardsigmoid": nn.Hardsigmoid,
     }  # fmt: skip
     for name, module in curves.items():
-        found[module] = _curve_module(name)
+        found[module] = curve_module(name)
     for same in (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d):
         found[same] = lambda call, module: _same(call)
     found |= {nn.MaxPool1d: _max_module(1), nn.MaxPool2d: _max_module(2)}
@@ -462,12 +256,12 @@ def _modules() -> dict[type[nn.Module], _Module]:
     found |= {nn.AdaptiveAvgPool2d: _adaptive_module("mean_pool", 2)}
     found[nn.Softmax] = lambda call, module: _softmax(call, module.dim, False)
     found[nn.LogSoftmax] = lambda call, module: _softmax(call, module.dim, True)
-    found |= {nn.PReLU: _prelu, SReLU: _srelu}
+    found |= {nn.PReLU: prelu, SReLU: srelu}
     return found
 
 
 #: By the class of a module. Layers with weights are in `rewire.export.csource.trace`.
-MODULES: dict[type[nn.Module], _Module] = _modules()
+MODULES: dict[type[nn.Module], ModuleHandler] = _modules()
 
 _SOFT = {
     False: lambda call: _softmax(call, call.arg(1, "dim"), False),
@@ -479,10 +273,10 @@ _ADD, _SUB, _MUL, _DIV = (
 
 #: By the function that is called.
 FUNCTIONS: dict[Any, Handler] = {
-    **{getattr(F, name): _curve_function(name) for name in _CURVES if hasattr(F, name)},
-    **{getattr(torch, name): _curve_function(name) for name in _CURVES if hasattr(torch, name)},
-    operator.neg: _curve_function("neg"),
-    torch.clamp: _clamped,
+    **{getattr(F, name): curve_function(name) for name in CURVES if hasattr(F, name)},
+    **{getattr(torch, name): curve_function(name) for name in CURVES if hasattr(torch, name)},
+    operator.neg: curve_function("neg"),
+    torch.clamp: clamped,
     torch.flatten: _same,
     torch.reshape: _same,
     torch.squeeze: _same,
@@ -515,13 +309,13 @@ FUNCTIONS: dict[Any, Handler] = {
 
 #: By the method of a tensor.
 METHODS: dict[str, Handler] = {
-    **{name: _curve_function(name) for name in ("relu", "sigmoid", "tanh", "abs", "neg")},
+    **{name: curve_function(name) for name in ("relu", "sigmoid", "tanh", "abs", "neg")},
     **dict.fromkeys(
         ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "float", "detach"),
         _same,
     ),
     **dict.fromkeys(("permute", "transpose", "t", "select", "narrow"), _copied),
-    "clamp": _clamped,
+    "clamp": clamped,
     "mean": _mean,
     "softmax": _SOFT[False],
     "log_softmax": _SOFT[True],

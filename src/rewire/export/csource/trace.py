@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewire.export.csource import kernels
-from rewire.export.csource.operators import FUNCTIONS, METHODS, MODULES, Call, Refused, per_channel
+from rewire.export.csource.call import Call, Refused
+from rewire.export.csource.curves import per_channel
+from rewire.export.csource.operators import FUNCTIONS, METHODS, MODULES
 from rewire.export.csource.plan import Buffer, Matrix, Plan, smallest
 from rewire.nn.frozen.weight import FrozenWeight, Values
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d

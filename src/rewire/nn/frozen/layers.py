@@ -49,6 +49,16 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
 class FrozenLinear(Frozen, SparseLinear):
     """`rewire.nn.SparseLinear` for inference. Its output is row-major."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        # Many calls are for one row, where each look-up counts.
+        if not torch.is_autocast_enabled("cpu"):
+            weight: Any = self._modules["weight"]
+            y: Tensor | None = weight.quick(input, self._parameters["bias"])
+            if y is not None:
+                return y
+        return super().forward(input)
+
     def _product(self, x: Tensor) -> Tensor:
         weight: Any = self._modules["weight"]  # no look-up of attributes
         y: Tensor = weight.product(x, self._parameters["bias"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rewire.nn.frozen import quantize
 from rewire.nn.weight.pool import SparseWeight
 from rewire.ops import NARROW, frozen_linear
-from rewire.ops.frozen import expand
+from rewire.ops.frozen import NATIVE_PRODUCT, expand
 
 __all__ = ["FrozenWeight", "Values", "frozen_weights"]
 
@@ -81,6 +81,9 @@ class FrozenWeight(nn.Module):
         self.register_buffer("cols", cols.to(narrow if columns <= 2**31 else torch.int64))
         self.register_buffer("values", kept)
         self.register_buffer("scale", scale)
+        # What `quick` compares the input with; no input has a negative number of columns.
+        fits = numbers.dtype == torch.float32 and columns <= 2**31
+        self._quick_columns = columns if fits else -1
 
     def _account(self, rows: Tensor, exact: Tensor, rounded: Tensor) -> None:
         off = (exact.double() - rounded.double()).abs()
@@ -163,6 +166,22 @@ class FrozenWeight(nn.Module):
 
     # --- products ---------------------------------------------------------------------------------
 
+    def quick(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`product` for the usual case, where checks would take longer than a small product; None
+        for any other case.
+        """
+        if (
+            NATIVE_PRODUCT is None
+            or x.dtype is not torch.float32
+            or x.dim() != 2
+            or x.shape[1] != self._quick_columns
+            or x.requires_grad
+            or not x.is_cpu
+        ):
+            return None
+        b: dict[str, Any] = self._buffers
+        return NATIVE_PRODUCT(b["ptr"], b["cols"], b["values"], b["scale"], x, bias)
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``, (..., columns) -> (..., rows), row-major.
 
@@ -170,6 +189,9 @@ class FrozenWeight(nn.Module):
         and the result has 16 bits. Raises RuntimeError for dtypes and shapes that do not fit, and
         where x needs a gradient.
         """
+        y = self.quick(x, bias)
+        if y is not None:
+            return y
         check_no_gradient(x)
         kind, columns = self.dtype, self.matrix_shape[1]
         narrow = x.dtype in NARROW and kind == torch.float32

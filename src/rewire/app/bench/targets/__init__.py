@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.machine import Load
-from rewire.app.bench.targets import big, conv, layers, training
+from rewire.app.bench.targets import big, conv, inference, layers, training
 from rewire.app.bench.verdict import Measured, TargetResult, judge
 from rewire.app.errors import BenchError, NotAvailable
 
@@ -47,6 +47,7 @@ TARGETS: dict[str, Target] = {
         Target("p10", "30,000 x 30,000, K = 10^4 to 10^8: time and memory are lines", big.line),
         Target("p11", "10^6 x 10^6, K = 10^7", big.million),
         Target("p12", "small networks: whole step, and an 8 x 8 layer", training.small),
+        Target("p14", "a frozen layer's forward pass, batch 1, 8 and 64", inference.forward),
     )
 }
 

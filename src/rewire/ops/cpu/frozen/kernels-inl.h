@@ -48,86 +48,23 @@ REWIRE_INLINE void widen(const int8_t* from, float* to, int64_t n) {
 // --- one row of x
 // ---------------------------------------------------------------------------------------------------
 
-// Partial sums of values[k] * x[cols[k]], or of x[cols[k]] without values.
-#if REWIRE_VECTOR_BYTES == 64
-// Without masks and a first operand, GCC takes the intrinsics for reads of memory that nobody
-// wrote.
-constexpr __mmask16 kAll = 0xffff;
-using One = Vec<float, 16>;
-REWIRE_INLINE __m512i columns(const uint16_t* cols) {
-  return _mm512_maskz_cvtepu16_epi32(kAll,
-                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cols)));
-}
-REWIRE_INLINE __m512i columns(const int32_t* cols) { return _mm512_loadu_si512(cols); }
-REWIRE_INLINE __m512i columns(const uint16_t* cols, __mmask16 some) {
-  return _mm512_maskz_cvtepu16_epi32(kAll, _mm256_maskz_loadu_epi16(some, cols));
-}
-REWIRE_INLINE __m512i columns(const int32_t* cols, __mmask16 some) {
-  return _mm512_maskz_loadu_epi32(some, cols);
-}
+// Sums of values[k] * x[cols[k]], or of x[cols[k]] without values, one for each remainder of k.
+// Single numbers are loaded: instructions that gather are no faster on many processors, and several
+// times slower where microcode guards them against data sampling.
+constexpr int kOne = 8;
+using One = Vec<float, kOne>;
 
 template <bool Weighted, class Col>
 REWIRE_INLINE One one_run(const Col* cols, const float* values, int64_t n, const float* x) {
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  float sums[kOne] = {};
   int64_t k = 0;
-  for (; k + 32 <= n; k += 32) {
-    for (int u = 0; u < 2; ++u) {
-      const __m512 found =
-          _mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, columns(cols + k + 16 * u), x, 4);
-      if constexpr (Weighted)
-        sums[u] = _mm512_fmadd_ps(_mm512_loadu_ps(values + k + 16 * u), found, sums[u]);
-      else
-        sums[u] = _mm512_add_ps(sums[u], found);
-    }
-  }
-  for (; k < n; k += 16) {
-    const __mmask16 some = static_cast<__mmask16>(n - k >= 16 ? 0xffff : (1 << (n - k)) - 1);
-    const __m512 found =
-        _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, columns(cols + k, some), x, 4);
-    if constexpr (Weighted)
-      sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, values + k), found, sums[0]);
-    else
-      sums[0] = _mm512_add_ps(sums[0], found);
-  }
-  return One(_mm512_add_ps(sums[0], sums[1]));
-}
-#elif REWIRE_VECTOR_BYTES == 32
-using One = Vec<float, 8>;
-REWIRE_INLINE __m256i columns(const uint16_t* cols) {
-  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cols)));
-}
-REWIRE_INLINE __m256i columns(const int32_t* cols) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cols));
-}
-
-template <bool Weighted, class Col>
-REWIRE_INLINE One one_run(const Col* cols, const float* values, int64_t n, const float* x) {
-  __m256 sums = _mm256_setzero_ps();
-  int64_t k = 0;
-  for (; k + 8 <= n; k += 8) {
-    const __m256 found = _mm256_i32gather_ps(x, columns(cols + k), 4);
-    if constexpr (Weighted)
-      sums = _mm256_fmadd_ps(_mm256_loadu_ps(values + k), found, sums);
-    else
-      sums = _mm256_add_ps(sums, found);
-  }
-  float rest[8] = {};
-  for (int u = 0; k < n; ++k, ++u) rest[u] = Weighted ? values[k] * x[cols[k]] : x[cols[k]];
-  return One(sums) + load<One>(rest);
-}
-#else
-using One = Vec<float, 4>;
-template <bool Weighted, class Col>
-REWIRE_INLINE One one_run(const Col* cols, const float* values, int64_t n, const float* x) {
-  float sums[4] = {};
-  int64_t k = 0;
-  for (; k + 4 <= n; k += 4)
-    for (int u = 0; u < 4; ++u)
+  for (; k + kOne <= n; k += kOne)
+#pragma GCC unroll 8
+    for (int u = 0; u < kOne; ++u)
       sums[u] += Weighted ? values[k + u] * x[cols[k + u]] : x[cols[k + u]];
   for (int u = 0; k < n; ++k, ++u) sums[u] += Weighted ? values[k] * x[cols[k]] : x[cols[k]];
   return load<One>(sums);
 }
-#endif
 
 // Calls add(columns, values, n) for the connections from begin to end, int8 values widened in
 // pieces.

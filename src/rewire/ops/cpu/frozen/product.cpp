@@ -1,6 +1,12 @@
 // y = x W^T + bias for a frozen weight: no slots, no index by column, no gradients.
+#include <cstdlib>
+#include <new>
+
 #include "frozen/kernels.h"
 #include "runtime.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace rewire {
 namespace {
@@ -12,7 +18,7 @@ constexpr const char* kOp = "frozen_linear";
 constexpr int64_t kItem = 4096;
 // Work below this many connections (times the batch, where vectors are full) is done by the caller.
 constexpr int64_t kAlone = 1 << 15;
-// Floats of a panel that a thread keeps for its next product.
+// Floats of a panel that a thread keeps for its next product: those of a large page.
 constexpr int64_t kKept = 1 << 19;
 
 const float* row_numbers(const std::optional<Tensor>& t, int64_t rows, const char* name) {
@@ -76,18 +82,39 @@ Weight weight_of(const Tensor& ptr, const Tensor& cols, const std::optional<Tens
   return found;
 }
 
-// A panel's memory. Fresh memory of this size costs more than filling it, so threads keep theirs.
+// A panel's memory. Fresh memory of this size costs more than filling it, so threads keep theirs,
+// in a large page: of 128 small ones, which are read in any order, a processor cannot remember
+// where all of them are.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
-    static thread_local std::vector<float> kept;
-    std::vector<float>& room = floats <= kKept ? kept : own_;
-    if (static_cast<int64_t>(room.size()) < floats) room.resize(static_cast<size_t>(floats));
-    data = room.data();
+    if (floats > kKept) {
+      own_.resize(static_cast<size_t>(floats));
+      data = own_.data();
+      return;
+    }
+    static thread_local Kept kept;
+    if (kept.data == nullptr) kept.data = allocate();
+    data = kept.data;
   }
   float* data;
 
  private:
+  struct Kept {
+    float* data = nullptr;
+    ~Kept() { std::free(data); }
+  };
+
+  static float* allocate() {
+    constexpr size_t kBytes = static_cast<size_t>(kKept) * sizeof(float);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kBytes, kBytes) != 0) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(memory, kBytes, MADV_HUGEPAGE);
+#endif
+    return static_cast<float*>(memory);
+  }
+
   std::vector<float> own_;
 };
 
