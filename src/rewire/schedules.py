@@ -53,9 +53,14 @@ def within(name: str, number: float, low: float, high: float = math.inf) -> floa
     return number
 
 
-def _positive_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+class _OverSteps:
+    """What ends after so many steps."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -69,22 +74,19 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_OverSteps):
     """Linear from ``start`` at step 0 to ``end`` at step ``steps``; ``end`` from then on."""
 
     start: float
     end: float
     steps: int
 
-    def __post_init__(self) -> None:
-        _positive_steps(self.steps)
-
     def __call__(self, step: int) -> float:
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_OverSteps):
     """``end + (start - end) (1 + cos(pi t / steps)) / 2``; ``end`` from ``steps`` on (RigL, Evci et
     al. 2020).
     """
@@ -93,25 +95,19 @@ class Cosine:
     steps: int
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        _positive_steps(self.steps)
-
     def __call__(self, step: int) -> float:
         t = min(step / self.steps, 1.0)
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * t)) / 2
 
 
 @dataclass(frozen=True)
-class Cubic:
+class Cubic(_OverSteps):
     """``end + (start - end) (1 - t / steps)^3`` (gradual magnitude pruning, Zhu and Gupta 2017)."""
 
     start: float
     end: float
     steps: int
     begin: int = 0
-
-    def __post_init__(self) -> None:
-        _positive_steps(self.steps)
 
     def __call__(self, step: int) -> float:
         t = min(max(step - self.begin, 0) / self.steps, 1.0)

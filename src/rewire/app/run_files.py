@@ -267,9 +267,8 @@ def metrics_prefix(folder: Path, wanted: Prefix) -> None:
         raise RunFileError(f"cannot read {path}: {error.strerror}") from None
     if found != wanted.sha256:
         raise RunFileError(
-            f"{path} was changed after the checkpoint was made: sha256 of its first "
-            f"{wanted.bytes} bytes is {found}, "
-            f"expected {wanted.sha256}"
+            f"{path} was changed after the checkpoint was made: sha256 of its first {wanted.bytes} "
+            f"bytes is {found}, expected {wanted.sha256}"
         )
 
 

@@ -1,7 +1,6 @@
 """Averages over sampled networks: DEEP R samples a posterior, so use more than its last network.
 
-    posterior = rewire.posterior.Posterior(model, burn_in=30_000, every=500)
-    for x, y in loader:
+    posterior = rewire.posterior.Posterior(model, burn_in=30_000, every=500) for x, y in loader:
         ...                         # loss, backward, optimizer.step(), method.step()
         posterior.update()
     prediction = posterior.predict(test_x)  # .mean: averaged probabilities; .std, .entropy ...

@@ -15,7 +15,7 @@ from harness import LAYERS, Run
 from rewire import methods, schedules, topology
 from rewire.methods import DSR, MEST, SNFS, SRigL
 from rewire.methods.criteria.share import spread
-from rewire.methods.dynamic.mest import Margin
+from rewire.methods.dynamic.margin import Margin
 from rewire.nn import SparseLinear, SparseWeight, sparse_weights
 
 

@@ -125,9 +125,8 @@ class Attachment:
             where = "in no optimizer" if not homes else f"in the optimizer {len(homes)} times"
             raise ValueError(
                 f"{name}.values is {where}, and must be there exactly once: make the optimizer "
-                "after "
-                "rewire.sparsify or loading, from model.parameters(), and pass all optimizers to "
-                "the method"
+                "after rewire.sparsify or loading, from model.parameters(), and pass all "
+                "optimizers to the method"
             )
         mover = movers(homes[0][0], weight.values)[0]
         _, group, index = _homes([mover], weight.values)[0]
@@ -308,9 +307,8 @@ class Attachment:
             if not pool.at_home():
                 raise RuntimeError(
                     f"{pool.name}.values is in no parameter group of the method's optimizer any "
-                    "more, so nothing would "
-                    "train it: put it back, or freeze it with requires_grad_(False) instead of "
-                    "taking it out"
+                    "more, so nothing would train it: put it back, or freeze it with "
+                    "requires_grad_(False) instead of taking it out"
                 )
         self._refuse_strangers(
             {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -335,10 +333,9 @@ class Attachment:
             if not isinstance(owner, Attachment) or not owner.attached:
                 raise RuntimeError(
                     f"{name}.values is trained now, but the method was made when it was not, and "
-                    "does not know it: "
-                    "give the optimizer all parameters from the start and freeze layers with "
-                    "requires_grad_(False), or "
-                    "finalize() the method and make a new one after add_param_group()"
+                    "does not know it: give the optimizer all parameters from the start and freeze "
+                    "layers with requires_grad_(False), or finalize() the method and make a new "
+                    "one after add_param_group()"
                 )
 
     def idle(self) -> None:

@@ -401,9 +401,8 @@ class Method(Changes, Declared, ABC):
                 calls += ", and call step() after every optimizer.step()"
             warnings.warn(
                 f"{type(self).__name__} made no update in its steps ({self.steps}) and epochs "
-                f"({self.epochs}), because "
-                f"its schedule allowed none ({schedule}): choose a schedule that fits the run, or "
-                f"train longer{calls}",
+                f"({self.epochs}), because its schedule allowed none ({schedule}): choose a "
+                f"schedule that fits the run, or train longer{calls}",
                 stacklevel=3,
             )
 

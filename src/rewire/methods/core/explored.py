@@ -15,18 +15,24 @@ __all__ = ["EverActive"]
 class EverActive:
     """The flat positions of each pool that have ever been active: sorted, 8 bytes each."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: bool = True) -> None:
+        self.known = known  # whether they are kept at all
         self.ever: dict[str, Tensor] = {}
 
     def begin(self, pools: Sequence[Pool]) -> None:
         """Count what is active in pools that are not known yet."""
         for pool in pools:
-            if pool.name not in self.ever:
+            if self.known and pool.name not in self.ever:
                 self.ever[pool.name] = pool.keys(pool.weight.active())
 
     def add(self, pool: Pool, slots: Tensor) -> None:
         """Count the connections in ``slots``. Cost: O(n log n) for n positions known."""
-        self.ever[pool.name] = torch.cat([self.ever[pool.name], pool.keys(slots)]).unique()
+        if self.known:
+            self.ever[pool.name] = torch.cat([self.ever[pool.name], pool.keys(slots)]).unique()
+
+    def stats(self, pools: Sequence[Pool]) -> dict[str, float]:
+        """`share` as "explored", if they are kept."""
+        return {"explored": self.share(pools)} if self.known else {}
 
     def share(self, pools: Sequence[Pool]) -> float:
         """Positions that have ever been active, over all positions."""

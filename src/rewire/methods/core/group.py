@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ __all__ = ["Group"]
 
 #: Makes a method: its class, or `functools.partial` of it with hyper-parameters.
 Factory = Callable[..., Method]
+_V = TypeVar("_V")
 
 
 class Group(Method):
@@ -100,27 +101,19 @@ class Group(Method):
 
     def count_connections(self) -> dict[str, int]:
         """Connections of each weight, by name."""
-        return {
-            name: k
-            for method in self.methods.values()
-            for name, k in method.count_connections().items()
-        }
+        return self._together(lambda method: method.count_connections())
 
     def active_masks(self) -> dict[str, Tensor]:
         """Those of all methods."""
-        return {
-            name: mask
-            for method in self.methods.values()
-            for name, mask in method.active_masks().items()
-        }
+        return self._together(lambda method: method.active_masks())
 
     def active_units(self) -> dict[str, Tensor]:
         """Those of all methods."""
-        return {
-            name: units
-            for method in self.methods.values()
-            for name, units in method.active_units().items()
-        }
+        return self._together(lambda method: method.active_units())
+
+    def _together(self, of: Callable[[Method], dict[str, _V]]) -> dict[str, _V]:
+        """What each method says of its own weights or layers, in one dict."""
+        return {name: v for method in self.methods.values() for name, v in of(method).items()}
 
     def stats(self) -> dict[str, Any]:
         """Counts of all methods together: the most steps and updates, dropped and grown of every
@@ -139,9 +132,7 @@ class Group(Method):
         return {pattern: method.state_dict() for pattern, method in self.methods.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result; ValueError for the state of a group with other
-        patterns.
-        """
+        """Restore `state_dict`'s result; ValueError for the state of a group with other patterns."""
         if set(state) != set(self.methods):
             raise ValueError(
                 f"this is the state of a group of {', '.join(state)}, not of "

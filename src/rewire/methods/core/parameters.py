@@ -3,7 +3,7 @@
 ::
 
     class RigL(Rewiring):
-        fraction: float | Schedule = parameter(default=0.3, low=0, high=1, help="share to replace")
+        fraction: Share | Schedule = parameter(default=0.3, help="share to replace")
 
 A method is a dataclass, and `parameter` makes a field that carries a `Declaration`. The
 constructor, its checks and error texts, the registry, ``--set``, the settings in a saved state,
@@ -20,18 +20,23 @@ import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
 
 from rewire.schedules import Schedule, at, checked
 
 __all__ = [
+    "Count",
     "Declaration",
     "Declared",
+    "Epochs",
+    "NonNegative",
     "Parameter",
     "Patterns",
     "PerLayer",
+    "Share",
+    "Steps",
     "check",
     "data_field",
     "fits",
@@ -41,6 +46,7 @@ __all__ = [
     "parameter",
     "per_layer",
     "service",
+    "setting",
 ]
 
 #: One number (or schedule) for all layers, a list of them in the model's order, or a dict from glob
@@ -64,7 +70,7 @@ class Declaration:
     take. check: further checks of a value that is not None; it raises ValueError.
     """
 
-    help: str
+    help: str = ""
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
@@ -90,10 +96,23 @@ class Declaration:
         return inside and number not in (math.inf, -math.inf)
 
 
+#: Kinds of numbers that many arguments take. What `parameter` is given besides goes before.
+Count: TypeAlias = Annotated[int, Declaration(low=1)]
+Steps: TypeAlias = Annotated[int, Declaration(low=1, unit="steps")]
+Epochs: TypeAlias = Annotated[int, Declaration(low=1, unit="epochs")]
+Share: TypeAlias = Annotated[float, Declaration(low=0, high=1)]
+NonNegative: TypeAlias = Annotated[float, Declaration(low=0)]
+
+
 def parameter(*, default: Any = dataclasses.MISSING, help: str, **declared: Any) -> Any:
     """A hyper-parameter: a keyword-only dataclass field; ``declared``: see `Declaration`."""
-    metadata = {_KEY: Declaration(help, **declared)}
+    metadata = {_KEY: {"help": help, **declared}}
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+def setting(*, default: Any = dataclasses.MISSING, help: str, **declared: Any) -> Any:
+    """A hyper-parameter that a saved state must agree with."""
+    return parameter(default=default, help=help, saved=True, **declared)
 
 
 def service(*, default: Any, help: str, **declared: Any) -> Any:
@@ -133,7 +152,9 @@ def check(name: str, value: Any, annotation: Any, **declared: Any) -> None:
 
 
 @dataclass_transform(
-    kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field, parameter, service)
+    kw_only_default=True,
+    eq_default=False,
+    field_specifiers=(dataclasses.field, parameter, setting, service),
 )
 class Declared:
     """A class that declares its hyper-parameters as dataclass fields; subclasses inherit them."""
@@ -173,7 +194,7 @@ def _keep_declarations(cls: Any) -> None:
         owner = next(
             base for base in cls.__mro__[1:] if name in vars(base).get("__annotations__", {})
         )
-        cls.__annotations__ = {name: get_type_hints(owner)[name], **own}
+        cls.__annotations__ = {name: get_type_hints(owner, include_extras=True)[name], **own}
         again = dataclasses.field(default=value, kw_only=True, metadata=field.metadata)
         setattr(cls, name, again)
 
@@ -185,21 +206,31 @@ def _declared(cls: Any) -> dict[str, Parameter]:
     if cls in _KNOWN:
         return _KNOWN[cls]
     hints: dict[str, Any] = get_type_hints(cls)
+    kinds: dict[str, Any] = get_type_hints(cls, include_extras=True)
     found: dict[str, Parameter] = {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     # those of the class itself first, then what it inherits
     names = dict.fromkeys(n for base in cls.__mro__ for n in vars(base).get("__annotations__", ()))
     for field in (fields[name] for name in names if name in fields):
-        declaration = field.metadata.get(_KEY)
-        if declaration is not None:
-            words = cls.words()
-            help = declaration.help
-            for word, shown in words.items():
+        given = field.metadata.get(_KEY)
+        if given is not None:
+            help = given["help"]
+            for word, shown in cls.words().items():
                 help = help.replace(f"{{{word}}}", str(shown))
-            declaration = dataclasses.replace(declaration, help=help)
-            found[field.name] = Parameter(field.name, hints[field.name], field.default, declaration)
+            declared = dataclasses.replace(
+                _declared_of(kinds[field.name]), **{**given, "help": help}
+            )
+            found[field.name] = Parameter(field.name, hints[field.name], field.default, declared)
     _KNOWN[cls] = found
     return found
+
+
+def _declared_of(annotation: Any) -> Declaration:
+    """What the kind of number in an annotation declares."""
+    for kind in kinds_of(annotation):
+        if get_origin(kind) is Annotated:
+            return next(part for part in get_args(kind) if isinstance(part, Declaration))
+    return Declaration()
 
 
 def kinds_of(annotation: Any) -> list[Any]:

@@ -99,8 +99,8 @@ def register(
     name: str,
     paper: str,
     summary: str,
-    keeps_budget: str,
     guarantees: Iterable[str],
+    keeps_budget: str = "every step",
     memory: Memory = "O(K)",
     needs: str = "",
 ) -> Callable[[_M], _M]:

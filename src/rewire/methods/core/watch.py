@@ -129,8 +129,7 @@ class Watch:
 
 _NEVER = (
     "no step of the method's optimizer was seen before the end of the epoch: make the method with "
-    "the optimizer that "
-    "trains the model (a copy or a new optimizer needs a method of its own)"
+    "the optimizer that trains the model (a copy or a new optimizer needs a method of its own)"
 )
 
 
@@ -138,10 +137,8 @@ def _refuse(names: list[str]) -> None:
     if names:
         raise RuntimeError(
             f"no step of the method's optimizer was seen, but {', '.join(names[:5])} changed: "
-            "something else trains "
-            "them (a new or another optimizer, or one that updates weights elsewhere than in "
-            "step()). Make the method "
-            "with the optimizer that trains the model, the outermost one where one wraps another; "
-            "for a new optimizer "
-            "make a new method and give it this one's state_dict()"
+            "something else trains them (a new or another optimizer, or one that updates weights "
+            "elsewhere than in step()). Make the method with the optimizer that trains the model, "
+            "the outermost one where one wraps another; for a new optimizer make a new method and "
+            "give it this one's state_dict()"
         )

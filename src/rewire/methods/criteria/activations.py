@@ -72,9 +72,8 @@ class Recorder:
     and leaves the model's modes, buffers and gradients and torch's random state as they were.
 
     Cost: one forward pass over the rows (with recurrent or attention layers, also a backward one,
-    for their inner
-    weights), O(rows x features of all layers) memory. With ``samples``, the data are read once
-    more.
+    for their inner weights), O(rows x features of all layers) memory. With ``samples``, the data
+    are read once more.
     """
 
     def __init__(
@@ -91,8 +90,7 @@ class Recorder:
         if not isinstance(data, Iterable) or isinstance(data, Iterator):
             raise ValueError(
                 "data must be batches that can be gone through again and again (a list or a "
-                "DataLoader), "
-                f"not {type(data).__name__}, which is used up after once"
+                f"DataLoader), not {type(data).__name__}, which is used up after once"
             )
         if samples is not None and (not isinstance(samples, int) or samples < 1):
             raise ValueError(

@@ -1,6 +1,4 @@
-"""Which connections to drop: small criteria without state, plugged into a
-`rewire.methods.Rewirer`.
-"""
+"""Which connections to drop: small criteria without state, plugged into a `rewire.methods.Rewirer`."""
 
 from __future__ import annotations
 
@@ -101,8 +99,7 @@ class ByMagnitudeAndGradient(Drop):
         if gradient is None:
             raise RuntimeError(
                 f"{pool.name} took no part in a step since the last update, so the gradient that "
-                "its connections are "
-                "scored by is not known"
+                "its connections are scored by is not known"
             )
         score = values[slots].abs() + self.weight * gradient[slots].abs()
         return smallest(slots, score, int(fraction * slots.numel()))

@@ -100,8 +100,7 @@ class BySimilarity(Grow):
             positions.
 
     Cost: O(samples M) time, O(tile + count) memory; with candidates O(samples count candidates),
-    O(rows + cols + count
-    candidates).
+    O(rows + cols + count candidates).
     """
 
     source: Similarity | None

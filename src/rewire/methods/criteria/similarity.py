@@ -5,13 +5,14 @@ and could be.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Data, Pool
-from rewire.methods.criteria.activations import Mode, Recorder, Which
+from rewire.methods.criteria.activations import Recorder
 from rewire.nn import SparseWeight
 from rewire.ops.pairs import Pair
 from rewire.topology import Index
@@ -98,19 +99,9 @@ class Similarity:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        *,
-        samples: int | None = None,
-        mode: Mode = "eval",
-        activations: Which = "pre",
-        output_layer: bool = False,
-        centred: bool = False,
+        self, model: nn.Module, data: Data, *, output_layer: bool = False, **looking: Any
     ) -> None:
-        self.recorder = Recorder(
-            model, data, samples=samples, mode=mode, activations=activations, centred=centred
-        )
+        self.recorder = Recorder(model, data, **looking)
         self.output_layer = output_layer
         self._cosines: dict[int, Cosines] = {}
 

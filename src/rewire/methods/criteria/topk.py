@@ -77,9 +77,7 @@ class Best:
         self._keys, self._scores, self._held = [keys], [scores], keys.numel()
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Keys (int64, ascending) and their scores; fewer than ``count`` if there were not as
-        many.
-        """
+        """Keys (int64, ascending) and their scores; fewer than ``count`` if there were not as many."""
         if not self._held:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._cut()
@@ -245,16 +243,13 @@ def recorded(pool: Pool) -> Record:
     if record is None or status is Status.UNKNOWN:
         raise RuntimeError(
             f"the gradients of {pool.name}, which the method needs, were not captured: a compiled "
-            "layer cannot be "
-            "captured, so give the method candidates=... (a number) there, which works in "
-            "compiled models; gradients "
-            "put into .grad by hand, or computed before the method was made, are not known at "
-            "dormant positions"
+            "layer cannot be captured, so give the method candidates=... (a number) there, which "
+            "works in compiled models; gradients put into .grad by hand, or computed before the "
+            "method was made, are not known at dormant positions"
         )
     if status is Status.PARTIAL:
         raise RuntimeError(
             f"the gradients of {pool.name} that the optimizer used are not all of backward passes "
-            "since the method's "
-            "last step: call zero_grad() after each optimizer step"
+            "since the method's last step: call zero_grad() after each optimizer step"
         )
     return record

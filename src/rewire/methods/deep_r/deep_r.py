@@ -10,7 +10,14 @@ from torch import Tensor
 
 from rewire import random
 from rewire.methods.core.base import Method, Pool, Purpose
-from rewire.methods.core.parameters import PerLayer, parameter, per_layer
+from rewire.methods.core.parameters import (
+    NonNegative,
+    PerLayer,
+    Steps,
+    parameter,
+    per_layer,
+    setting,
+)
 from rewire.methods.core.registry import register
 from rewire.methods.core.slots import PerSlot
 from rewire.methods.core.state import copied
@@ -31,7 +38,6 @@ __all__ = ["DeepR"]
     paper="Bellec, Kappel, Maass, Legenstein, ICLR 2018 (arXiv 1711.05136)",
     summary="a random walk over weights and connections: what crosses zero is replaced at once by "
     "a random connection",
-    keeps_budget="every step",
     guarantees=(
         "K exact after every step, per layer, per network or per neuron",
         "samples the posterior over networks (plain SGD, constant rate, every=1)",
@@ -88,43 +94,35 @@ class DeepR(Method):
     l1: PerLayer = parameter(
         default=1e-5, low=0, help="the prior's coefficient alpha; schedules are over steps"
     )
-    noise: float | Schedule | None = parameter(
-        default=None, low=0, help="standard deviation of the noise over eta; by default 1e-5"
+    noise: NonNegative | Schedule | None = parameter(
+        default=None, help="standard deviation of the noise over eta; by default 1e-5"
     )
-    temperature: float | Schedule | Literal["tied"] | None = parameter(
-        default=None, low=0, help="T itself instead of noise=, as in the paper"
+    temperature: NonNegative | Schedule | Literal["tied"] | None = parameter(
+        default=None, help="T itself instead of noise=, as in the paper"
     )
-    scope: Scope = parameter(
+    scope: Scope = setting(
         default="layer",
-        saved=True,
         help='over what the budget is kept; "network": connections wander between layers, '
-        '"neuron": '
-        "every row keeps its fan-in",
+        '"neuron": every row keeps its fan-in',
     )
-    signs: Literal["fixed", "redrawn", "neuron"] = parameter(
-        default="fixed", saved=True, help="which sign a grown connection gets, see above"
+    signs: Literal["fixed", "redrawn", "neuron"] = setting(
+        default="fixed", help="which sign a grown connection gets, see above"
     )
-    allotment: Literal["uniform", "authors"] = parameter(
+    allotment: Literal["uniform", "authors"] = setting(
         default="uniform",
-        saved=True,
         help='how scope "network" shares out new connections: over all dormant ones of the '
-        "network, "
-        "or by the layers' initial budgets as in the authors' code (which adds a prior on layers)",
+        "network, or by the layers' initial budgets as in the authors' code (which adds a prior on "
+        "layers)",
     )
-    every: int = parameter(
+    every: Steps = setting(
         default=1,
-        low=1,
-        unit="steps",
-        saved=True,
         help="optimizer steps between rewirings. The paper's 1 keeps the law; with more, "
-        "connections "
-        "that crossed zero wait at 0, without effect, for the next rewiring",
+        "connections that crossed zero wait at 0, without effect, for the next rewiring",
     )
     moments: Literal["auto", "aged", "cleared", "dense"] = parameter(
         default="auto",
         help='what momentum or Adam start from on a grown connection: "dense" see above, the '
-        "others "
-        "see rewire.nn.follow_optimizer",
+        "others see rewire.nn.follow_optimizer",
     )
 
     forbids_weight_decay = True

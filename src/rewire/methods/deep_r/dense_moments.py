@@ -38,8 +38,7 @@ def _rules(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, _Rule]:
         return {"momentum_buffer": _momentum} if group["momentum"] else {}
     raise ValueError(
         "moments='dense' knows what SGD, Adam and AdamW (without amsgrad) keep, not "
-        f"{type(optimizer).__name__}: "
-        "use one of these, or moments='cleared'"
+        f"{type(optimizer).__name__}: use one of these, or moments='cleared'"
     )
 
 

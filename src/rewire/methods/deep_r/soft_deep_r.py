@@ -1,6 +1,4 @@
-"""soft-DEEP R: every potential connection performs a random walk, and those above zero are
-active.
-"""
+"""soft-DEEP R: every potential connection performs a random walk, and those above zero are active."""
 
 from __future__ import annotations
 
@@ -12,7 +10,14 @@ from torch import Tensor
 
 from rewire import random
 from rewire.methods.core.base import Method, Moments, Pool, Purpose
-from rewire.methods.core.parameters import PerLayer, moments_field, parameter, per_layer
+from rewire.methods.core.parameters import (
+    NonNegative,
+    PerLayer,
+    moments_field,
+    parameter,
+    per_layer,
+    setting,
+)
 from rewire.methods.core.registry import register
 from rewire.methods.core.slots import PerSlot
 from rewire.methods.deep_r.heat import Heat
@@ -71,18 +76,15 @@ class SoftDeepR(Method):
     l1: PerLayer = parameter(
         default=1e-5, low=0, help="the prior's coefficient alpha; schedules are over steps"
     )
-    noise: float | Schedule | None = parameter(
+    noise: NonNegative | Schedule | None = parameter(
         default=None,
-        low=0,
         help="standard deviation of the noise over eta, as in the authors' code: T = eta noise^2 / "
         "2; by default 1e-5",
     )
-    temperature: float | Schedule | Literal["tied"] | None = parameter(
+    temperature: NonNegative | Schedule | Literal["tied"] | None = parameter(
         default=None,
-        low=0,
-        help='T itself instead, as in the paper; "tied": T = eta l1^2 / 18 (the noise is a '
-        "third of "
-        "the L1 step, at every rate)",
+        help='T itself instead, as in the paper; "tied": T = eta l1^2 / 18 (the noise is a third '
+        "of the L1 step, at every rate)",
     )
     p_min: PerLayer | None = parameter(
         default=None,
@@ -94,13 +96,12 @@ class SoftDeepR(Method):
     theta_min: PerLayer | None = parameter(
         default=None, low=-_HUGE, high=-_TINY, help="the lower bound itself instead"
     )
-    boundary: Literal["clip", "reflect"] = parameter(
+    boundary: Literal["clip", "reflect"] = setting(
         default="clip",
-        saved=True,
         help="what happens at theta_min: the paper's bound, or theta <- 2 theta_min - theta",
     )
-    start: Literal["all", "authors"] = parameter(
-        default="all", saved=True, help="which connections are active at first, see above"
+    start: Literal["all", "authors"] = setting(
+        default="all", help="which connections are active at first, see above"
     )
     moments: Moments = moments_field()
 
@@ -142,8 +143,7 @@ class SoftDeepR(Method):
         if pool.weight.shared_seed is not None and pool.weight.capacity < pool.weight.size:
             raise ValueError(
                 f"{pool.name} has {pool.weight.capacity} slots, and under DDP it cannot get more: "
-                "soft-DEEP R has no "
-                f"budget, so make the layer with capacity={pool.weight.size}"
+                f"soft-DEEP R has no budget, so make the layer with capacity={pool.weight.size}"
             )
 
     # --- the step ---------------------------------------------------------------------------------
@@ -208,8 +208,7 @@ class SoftDeepR(Method):
         if not l1:
             raise ValueError(
                 f"p_min sets theta_min = -T (1 - p_min) / (l1 p_min), and l1 of {pool.name} is 0 "
-                f"(step {step}): keep "
-                "l1 above 0, or give theta_min="
+                f"(step {step}): keep l1 above 0, or give theta_min="
             )
         return -self.heat.at(pool.lr, l1, step) * (1 - share) / (l1 * share)
 
@@ -239,8 +238,7 @@ class SoftDeepR(Method):
             if theirs.shape != mine.shape:
                 raise ValueError(
                     f"this is the state of a model where {pool.name} has {theirs.numel()} "
-                    "potential connections, "
-                    f"not {mine.numel()}"
+                    f"potential connections, not {mine.numel()}"
                 )
             loaded.append(theirs.to(mine, copy=True))
         super()._load_state(state)

@@ -104,8 +104,7 @@ def in_scope(
         for path in attached.prune_masks(layer, kind):
             raise ValueError(
                 f"{join(layer_name, path)} has a prune mask, and the method decides itself what "
-                "stays: call "
-                "torch.nn.utils.prune.remove(layer, name) first, or exclude the layer"
+                "stays: call torch.nn.utils.prune.remove(layer, name) first, or exclude the layer"
             )
     return [
         DenseWeight(name, at, layer, list(_homes(name, w, optimizers)))

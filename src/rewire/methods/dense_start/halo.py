@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.methods.core.base import Evaluate, Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.registry import register
 from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.nn.convert.cut import to_sparse
@@ -85,29 +85,24 @@ class Halo(DenseStart):
     Cost: O(M) time per step and, besides the dense weights, O(M) memory (lambda, and its momentum).
     """
 
-    xi: float | Schedule = parameter(
-        default=4e-5, low=0, help="of the weights' term; a schedule is over epochs"
+    xi: NonNegative | Schedule = parameter(
+        default=4e-5, help="of the weights' term; a schedule is over epochs"
     )
-    psi: float | Schedule = parameter(
-        default=4e-5, low=0, help="of lambda's term; a schedule is over epochs"
+    psi: NonNegative | Schedule = parameter(
+        default=4e-5, help="of lambda's term; a schedule is over epochs"
     )
-    variant: Variant = parameter(default="halo", saved=True, help="which penalty, see above")
-    shared: Literal["model", "weight"] = parameter(
-        default="model",
-        saved=True,
-        help='"sws" has one lambda for the whole model or one for each weight',
+    variant: Variant = setting(default="halo", help="which penalty, see above")
+    shared: Literal["model", "weight"] = setting(
+        default="model", help='"sws" has one lambda for the whole model or one for each weight'
     )
-    after_epochs: int | None = parameter(
+    after_epochs: Epochs | None = parameter(
         default=None,
-        low=1,
-        unit="epochs",
-        help="when to cut; None leaves it to `finalize`. `rewire train` cuts after three "
-        "quarters of "
-        "the run",
+        help="when to cut; None leaves it to `finalize`. `rewire train` cuts after three quarters "
+        "of the run",
     )
     lambda_start: float = parameter(default=1.0, low=FLOOR, help="what lambda starts at")
-    lambda_lr: float = parameter(
-        default=100.0, low=0, help="learning rate of lambda, in multiples of its weight's"
+    lambda_lr: NonNegative = parameter(
+        default=100.0, help="learning rate of lambda, in multiples of its weight's"
     )
     lambda_momentum: float | None = parameter(
         default=None,
@@ -115,8 +110,8 @@ class Halo(DenseStart):
         below=1,
         help="of lambda's SGD; None is the optimizer's own (0 where it has none)",
     )
-    lambda_decay: float | None = parameter(
-        default=None, low=0, help="weight decay of lambda; None is the optimizer's own"
+    lambda_decay: NonNegative | None = parameter(
+        default=None, help="weight decay of lambda; None is the optimizer's own"
     )
 
     # lambda moves by SGD of the weights' rate, so that rate must be one of SGD

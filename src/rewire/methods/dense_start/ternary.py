@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewire.methods.core.base import Evaluate, Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.registry import register
 from rewire.methods.dense_start.dense import DenseStart, largest
@@ -72,44 +72,38 @@ class Ternary(DenseStart):
     dense weights until `finalize`. Cost: O(M) time per forward pass and step, O(M) memory.
     """
 
-    threshold: float = parameter(
+    threshold: NonNegative = parameter(
         default=0.05,
-        low=0,
         high=HIGHEST,
         help="t of every weight at the start, a share of its largest magnitude",
     )
-    trainable: bool = parameter(
-        default=True, saved=True, help="whether thresholds are trained; otherwise they stay"
+    trainable: bool = setting(
+        default=True, help="whether thresholds are trained; otherwise they stay"
     )
-    push: float | Schedule = parameter(
+    push: NonNegative | Schedule = parameter(
         default=1e-2,
-        low=0,
         help="strength of the regularizer that raises thresholds; a schedule is over epochs",
     )
-    l2: float | Schedule = parameter(
-        default=1e-5, low=0, help="strength of the L2 term of stage 1; a schedule is over epochs"
+    l2: NonNegative | Schedule = parameter(
+        default=1e-5, help="strength of the L2 term of stage 1; a schedule is over epochs"
     )
-    after_epochs: int | Literal["auto"] = parameter(
+    after_epochs: Epochs | Literal["auto"] = setting(
         default="auto",
-        low=1,
-        unit="epochs",
-        saved=True,
         help='when stages 2 and 3 begin; "auto": at the end of the epoch in which the share of '
         "survivors has first come down to ``density`` (it hovers there from then on); at the last "
-        "epoch's end anyway, after which nothing trains what is left. `rewire train` freezes "
-        "in the "
-        "middle of the run",
+        "epoch's end anyway, after which nothing trains what is left. `rewire train` freezes in "
+        "the middle of the run",
     )
-    scale: Literal["mean", "one"] = parameter(
-        default="mean", saved=True, help="the mean magnitude of a weight's survivors, or 1"
+    scale: Literal["mean", "one"] = setting(
+        default="mean", help="the mean magnitude of a weight's survivors, or 1"
     )
     clip: float | None = parameter(
         default=1.0,
         above=0,
         help="no gradient goes to dense weights of a larger magnitude; None: it goes to all",
     )
-    threshold_lr: float = parameter(
-        default=1.0, low=0, help="learning rate of the thresholds, in multiples of their weight's"
+    threshold_lr: NonNegative = parameter(
+        default=1.0, help="learning rate of the thresholds, in multiples of their weight's"
     )
 
     # thresholds move by SGD of the weights' rate, so that rate must be one of SGD
@@ -164,9 +158,7 @@ class Ternary(DenseStart):
     # --- training ---------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in
-        `step`.
-        """
+        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in `step`."""
         strength = self._now("l2", self.epochs)
         if self.stage == 3 or not strength:
             return super().penalty()
@@ -220,8 +212,7 @@ class Ternary(DenseStart):
     def _schedule(self) -> str | None:
         if self.after_epochs == "auto":
             return (
-                f"after_epochs='auto' waits until at most density={self.density} is "
-                "left, and "
+                f"after_epochs='auto' waits until at most density={self.density} is left, and "
                 f"{self.survivors():.3g} is"
             )
         return f"after_epochs={self.after_epochs}"

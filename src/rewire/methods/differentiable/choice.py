@@ -34,8 +34,7 @@ def chosen(
             looked = ", ".join(f"{n} {unfit('units', n)}" for n in linear) or "there is none"
             raise ValueError(
                 "the model has no Linear layer but the last whose units could be gated "
-                f"({looked}): say what to gate, "
-                "with units=, weights=, heads= or branches="
+                f"({looked}): say what to gate, with units=, weights=, heads= or branches="
             )
         return {"units": units, "weights": [], "heads": [], "branches": []}
     found: dict[str, list[str]] = {}
@@ -95,9 +94,8 @@ def _fits(
         if last_affine(module) is not None:
             return None
         return (
-            f"({what}) does not end in a Linear, Conv or BatchNorm layer with weights, "
-            "which "
-            "could take its factor"
+            f"({what}) does not end in a Linear, Conv or BatchNorm layer with weights, which could "
+            "take its factor"
         )
     allowed = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if kind == "units" and gate != "group" and isinstance(module, _BatchNorm):

@@ -23,8 +23,10 @@ from rewire.methods.differentiable.targets import (
     last_affine,
     make_gate,
     parametrization,
+    place_of,
     scale_affine,
     take_off,
+    weight_of,
 )
 from rewire.nn.convert.cut import to_sparse
 from rewire.nn.layers.absent import Absent
@@ -35,13 +37,14 @@ __all__ = ["Branches", "Heads", "Weights"]
 class Weights(Target):
     """Single weights of one layer, under a parametrization."""
 
+    gate: Elementwise
+
     order = 3
 
     def __init__(self, model: nn.Module, name: str, kind: Any, options: Mapping[str, Any]) -> None:
         self.model, self.name = model, name
         self.module = model.get_submodule(name)
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(self.module)
         self.count = weight.numel()
         there = parametrization(self.module)
         if isinstance(there, Elementwise):
@@ -54,21 +57,15 @@ class Weights(Target):
         return [self.gate.beta]
 
     def values(self) -> Tensor:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return weight_of(self.module)
 
     def bake(self) -> None:
         bake_parametrization(self.module)
 
     def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
-        there = next(
-            (name for name, module in self.model.named_modules() if module is self.module), None
-        )
+        there = place_of(self.model, self.module)
         if there is not None:  # not in a branch that is gone
-            weight = self.module.weight
-            assert isinstance(weight, Tensor)
-            to_sparse(self.model, {f"{there}.weight": weight != 0}, optimizers)
+            to_sparse(self.model, {f"{there}.weight": weight_of(self.module) != 0}, optimizers)
 
 
 class Heads(Target):
@@ -93,21 +90,12 @@ class Heads(Target):
                 module.out_proj, "weight", Columns(self.gate, module.head_dim)
             )
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.gate.parameters())
-
-    def values(self) -> Tensor:
-        a: Tensor = self.gate()
-        return a
-
     def bake(self) -> None:
         self.alive = self.gate() != 0
         bake_parametrization(self.module.out_proj)
 
     def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
-        there = next(
-            (name for name, module in self.model.named_modules() if module is self.module), None
-        )
+        there = place_of(self.model, self.module)
         if there is None or bool(self.alive.all()):
             return
         rows = self.alive.repeat_interleave(self.module.head_dim)
@@ -143,13 +131,6 @@ class Branches(Target):
             module.register_forward_hook(partial(_gate_branch, self.gate, i))
             for i, module in enumerate(self.modules)
         ]
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.gate.parameters())
-
-    def values(self) -> Tensor:
-        a: Tensor = self.gate()
-        return a
 
     def bake(self) -> None:
         self.a = self.gate()

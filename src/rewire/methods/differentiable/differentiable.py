@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.core.base import Data, Method
 from rewire.methods.core.layer_hooks import LayerHook
-from rewire.methods.core.parameters import Patterns, data_field, parameter
+from rewire.methods.core.parameters import NonNegative, Patterns, data_field, parameter, setting
 from rewire.methods.core.registry import register
 from rewire.methods.differentiable.choice import chosen
 from rewire.methods.differentiable.components import Branches, Heads, Weights
@@ -73,65 +73,51 @@ class Differentiable(Method):
     single weights.
     """
 
-    units: Patterns | None = parameter(
+    units: Patterns | None = setting(
         default=None,
-        saved=True,
-        help="names of Linear, Conv and BatchNorm layers whose outputs get gates; by default, "
-        "if no "
-        "target is given, all Linear layers but the last",
+        help="names of Linear, Conv and BatchNorm layers whose outputs get gates; by default, if "
+        "no target is given, all Linear layers but the last",
     )
-    weights: Patterns | None = parameter(
+    weights: Patterns | None = setting(
         default=None,
-        saved=True,
         help="names of layers whose single weights get thresholds; they end as sparse layers",
     )
-    heads: Patterns | None = parameter(
-        default=None,
-        saved=True,
-        help="names of `torch.nn.MultiheadAttention` layers, whose heads get gates",
+    heads: Patterns | None = setting(
+        default=None, help="names of `torch.nn.MultiheadAttention` layers, whose heads get gates"
     )
-    branches: Patterns | None = parameter(
-        default=None, saved=True, help="names of modules, each of which gets one gate"
+    branches: Patterns | None = setting(
+        default=None, help="names of modules, each of which gets one gate"
     )
-    gate: GateKind = parameter(
+    gate: GateKind = setting(
         default="non-competitive",
-        saved=True,
         help='parameterisation of units, heads and branches ("group" is for units alone)',
     )
-    weight_gate: Literal["non-competitive", "exclusive"] = parameter(
-        default="non-competitive",
-        saved=True,
-        help="one threshold per layer, or one per output (no row dies)",
+    weight_gate: Literal["non-competitive", "exclusive"] = setting(
+        default="non-competitive", help="one threshold per layer, or one per output (no row dies)"
     )
-    strength: float | Schedule = parameter(
-        default=1e-4, low=0, help="lambda; a schedule is over steps"
+    strength: NonNegative | Schedule = parameter(
+        default=1e-4, help="lambda; a schedule is over steps"
     )
-    p: float = parameter(
+    p: float = setting(
         default=0.5,
         above=0,
         high=2,
-        saved=True,
         help='exponent of R; below 1 if gate="competitive", where ||a||_1 is 1',
     )
-    normalise: bool = parameter(
+    normalise: bool = setting(
         default=False,
-        saved=True,
         help="R of a / ||a||_1, so that shrinking all gates while growing weights does not pay; "
         "needs p < 1",
     )
-    initial: float = parameter(
+    initial: float = setting(
         default=0.01,
         above=0,
         below=1,
-        saved=True,
         help="c: thresholds start at beta = logit(c / n), so that everything is on and the "
-        "function "
-        "unchanged",
+        "function unchanged",
     )
-    recover: Recover = parameter(
-        default="elu",
-        saved=True,
-        help='what is off learns by the derivative of ELU, or not at all ("none")',
+    recover: Recover = setting(
+        default="elu", help='what is off learns by the derivative of ELU, or not at all ("none")'
     )
     data: Data | None = data_field()
 
@@ -306,9 +292,8 @@ def _home(optimizers: Optimizer | Iterable[Optimizer], model: nn.Module) -> dict
                 return group
     raise ValueError(
         "every parameter group that trains the model has weight decay, which would pull the "
-        "thresholds to where "
-        "everything is cut: make the optimizer without, or with rewire.param_groups(model, "
-        "weight_decay)"
+        "thresholds to where everything is cut: make the optimizer without, or with "
+        "rewire.param_groups(model, weight_decay)"
     )
 
 

@@ -2,9 +2,8 @@
 the modules of them.
 
 Source: Lee, Differentiable Sparsification for Deep Neural Networks (arXiv 1910.03201). Its body
-could not be read; the
-formulas are those known from its abstract and from memory, the properties below are derived from
-them and tested.
+could not be read; the formulas are those known from its abstract and from memory, the properties
+below are derived from them and tested.
 """
 
 from __future__ import annotations

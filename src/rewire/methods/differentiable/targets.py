@@ -34,8 +34,10 @@ __all__ = [
     "last_affine",
     "make_gate",
     "parametrization",
+    "place_of",
     "scale_affine",
     "take_off",
+    "weight_of",
 ]
 
 #: The name under which a gate is a submodule of what it gates.
@@ -84,16 +86,16 @@ class Target(ABC):
     name: str
     count: int
     order: int
+    gate: nn.Module
 
-    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """Gates and thresholds, which join the optimizer."""
+        return list(self.gate.parameters())
 
-    @abstractmethod
     def values(self) -> Tensor:
-        """The a_i that the penalty is taken of; 0 exactly where a component is off. With
-        gradient.
-        """
+        """The a_i that the penalty is taken of; 0 exactly where a component is off. With gradient."""
+        a: Tensor = self.gate()
+        return a
 
     @abstractmethod
     def bake(self) -> None:
@@ -102,6 +104,18 @@ class Target(ABC):
     @abstractmethod
     def cut(self, optimizers: Sequence[Optimizer], cutting: Cutting) -> None:
         """Take out what is zero; the function stays the same."""
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer, as its forward pass sees it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def place_of(model: nn.Module, module: nn.Module) -> str | None:
+    """The name of a module in the model; None if it is not in it any more."""
+    return next((name for name, there in model.named_modules() if there is module), None)
 
 
 _G = TypeVar("_G", bound=nn.Module)
@@ -129,9 +143,8 @@ def make_gate(
 def fitting(gate: _G, name: str, wanted: object, has: object) -> _G:
     if wanted != has:
         raise ValueError(
-            f"{name} has a gate of {has} from another Differentiable, and this one wants "
-            f"{wanted}: give the same "
-            "settings, or copy the model before the other method is made"
+            f"{name} has a gate of {has} from another Differentiable, and this one wants {wanted}: "
+            "give the same settings, or copy the model before the other method is made"
         )
     return gate
 
@@ -160,18 +173,14 @@ def bake_parametrization(module: nn.Module) -> None:
 
 
 def take_off(module: nn.Module, function: Any) -> None:
-    """Remove the hook that applied a gate for another method (also in copies, which have it
-    too).
-    """
+    """Remove the hook that applied a gate for another method (also in copies, which have it too)."""
     for number, hook in list(module._forward_hooks.items()):
         if isinstance(hook, partial) and hook.func is function:
             del module._forward_hooks[number]
 
 
 class Columns(nn.Module):
-    """Parametrization of an attention's output projection: one factor for the columns of each
-    head.
-    """
+    """Parametrization of an attention's output projection: one factor for the columns of each head."""
 
     def __init__(self, gate: Gate, width: int) -> None:
         super().__init__()

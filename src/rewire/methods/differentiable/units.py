@@ -21,6 +21,7 @@ from rewire.methods.differentiable.targets import (
     make_gate,
     scale_affine,
     take_off,
+    weight_of,
 )
 from rewire.nn.forward.modes import evaluating, rehearsing
 from rewire.nn.forward.tensors import first_input, first_tensor
@@ -39,8 +40,7 @@ class Units(Target):
     def __init__(self, model: nn.Module, name: str, kind: Any, options: Mapping[str, Any]) -> None:
         self.model, self.name = model, name
         self.module = model.get_submodule(name)
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(self.module)
         self.count = weight.shape[0]
         like = {"device": weight.device, "dtype": weight.dtype}
         self.gate = make_gate(
@@ -50,12 +50,8 @@ class Units(Target):
         dim = -1 if isinstance(self.module, nn.Linear) else 1
         self._handle = self.module.register_forward_hook(partial(_gate_output, self.gate, dim))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.gate.parameters())
-
     def values(self) -> Tensor:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(self.module)
         a: Tensor = self.gate(weight)
         if self.gate.kind == "group":  # the norm of the gated row is what shrinks, not the factor
             a = a * torch.linalg.vector_norm(weight.flatten(1), dim=1)
@@ -123,8 +119,7 @@ def group_of(graph: UnitGraph, name: str) -> Group | str:
         if any(site.name == name for site in (*group.producers, *group.followers)):
             return group
     return (
-        "no layer whose units can be cut goes through "
-        f"{name}: "
+        f"no layer whose units can be cut goes through {name}: "
         f"{'; '.join(refused) or 'it was not called'}"
     )
 
@@ -152,9 +147,7 @@ def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
 def _constants(
     model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Sequence[int]
 ) -> dict[int, float]:
-    """What each unit gives its consumers, for those units that give all of them the same
-    constant.
-    """
+    """What each unit gives its consumers, for those units that give all of them the same constant."""
     if not units:
         return {}
     seen: dict[str, list[Tensor]] = {site.name: [] for site in group.consumers}

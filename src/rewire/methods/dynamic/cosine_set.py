@@ -42,10 +42,9 @@ class CosineSET(BySimilarActivations):
     centred: bool = parameter(
         default=True,
         help="in the first layer, take the inputs from their means over the data. The authors "
-        "standardise their data, which does the same; of other inputs, such as pixels between "
-        "0 and "
-        "1, the cosine says how bright they are on average, not whether they vary with the unit "
-        "(see docs/defaults.md)",
+        "standardise their data, which does the same; of other inputs, such as pixels between 0 "
+        "and 1, the cosine says how bright they are on average, not whether they vary with the "
+        "unit (see docs/defaults.md)",
     )
     optimizer_state: Literal["keep", "reset"] = parameter(
         default="keep",
@@ -78,7 +77,6 @@ def _variant(
         name=cls.lower(),
         paper="Pieterse, Mocanu 2019 (arXiv 1903.07138v1)",
         summary=summary,
-        keeps_budget="every step",
         guarantees=(
             "K exact in every layer at every moment",
             "the same share of each sign is dropped",

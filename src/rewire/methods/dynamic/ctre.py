@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewire import random
 from rewire.methods.core.base import Evaluate, Pool, Purpose
-from rewire.methods.core.parameters import fraction_field, parameter
+from rewire.methods.core.parameters import Epochs, fraction_field, parameter, setting
 from rewire.methods.core.registry import register
 from rewire.methods.criteria.activations import Which
 from rewire.methods.criteria.drop import ByMagnitude
@@ -63,7 +63,6 @@ def _uniform_values(pool: Pool, count: int, seed: int, step: int) -> Tensor:
     "1903.07138v3)",
     summary="drops the smallest weights, grows between the most similar units, and at random "
     "where that stands still",
-    keeps_budget="every step",
     guarantees=("K exact in every layer at every moment",),
     needs="activations",
 )
@@ -84,16 +83,10 @@ class CTRE(BySimilarActivations):
     Cost per update: as CosineSET's.
     """
 
-    variant: Literal["sim", "seq"] = parameter(
-        default="sim", saved=True, help="CTRE_sim or CTRE_seq, see above"
-    )
+    variant: Literal["sim", "seq"] = setting(default="sim", help="CTRE_sim or CTRE_seq, see above")
     fraction: float | Schedule = fraction_field(0.2, "zeta, the share to replace at an update")
-    patience: int = parameter(
-        default=40,
-        low=1,
-        unit="epochs",
-        saved=True,
-        help='epochs without a better score after which "seq" turns to random growth',
+    patience: Epochs = setting(
+        default=40, help='epochs without a better score after which "seq" turns to random growth'
     )
     activations: Which = parameter(
         default="post", help='outputs of layers behind activation functions, or before ("pre")'
@@ -131,9 +124,8 @@ class CTRE(BySimilarActivations):
         if self.variant == "seq" and self._since < self.patience:
             if evaluate is None:
                 raise ValueError(
-                    "CTRE's variant 'seq' turns by the validation score: call "
-                    "end_epoch(evaluate), a function of the "
-                    "model, or choose variant='sim'"
+                    "CTRE's variant 'seq' turns by the validation score: call end_epoch(evaluate), "
+                    "a function of the model, or choose variant='sim'"
                 )
             score = float(evaluate(self.model))
             better = self._best is None or score > self._best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewire.methods.core.parameters import fraction_field, parameter
+from rewire.methods.core.parameters import Share, fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing
 from rewire.methods.criteria.drop import BelowOneMagnitude
@@ -19,7 +19,6 @@ __all__ = ["DSR"]
     paper="Mostafa and Wang, ICML 2019 (arXiv 1902.05967)",
     summary="one adaptive magnitude threshold for all layers; random regrowth in proportion to "
     "what survives in each",
-    keeps_budget="every step",
     guarantees=("K exact in total at every moment", "layers grow in proportion to their survivors"),
 )
 class DSR(Rewiring):
@@ -38,8 +37,8 @@ class DSR(Rewiring):
         0.05, "share of all connections to replace, the target of H"
     )
     magnitude: float = parameter(default=1e-3, low=1e-30, help="H at the start")
-    tolerance: float = parameter(
-        default=0.1, low=0, high=1, help="relative distance from the target up to which H stays"
+    tolerance: Share = parameter(
+        default=0.1, help="relative distance from the target up to which H stays"
     )
 
     published = Timing(every=500)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rewire.methods.core.base import Pool
 from rewire.methods.core.explored import EverActive
-from rewire.methods.core.parameters import fraction_field, parameter
+from rewire.methods.core.parameters import fraction_field, setting
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing
 from rewire.methods.criteria.drop import ByMagnitude
@@ -25,7 +25,6 @@ __all__ = ["ITOP"]
     paper="Liu et al., ICML 2021 (arXiv 2102.02887)",
     summary="SET or RigL with rare updates and constant exploration, so that most positions are "
     "active at some time",
-    keeps_budget="every step",
     guarantees=(
         "K exact in every layer at every moment",
         "the share of positions ever active is exact",
@@ -46,14 +45,13 @@ class ITOP(Rewiring):
     Cost per update: O(M samples) (gradient, exact) or O(K log K), and O(positions ever active).
     """
 
-    growth: Literal["gradient", "random"] = parameter(
-        default="gradient", saved=True, help="RigL-ITOP (gradient) or SET-ITOP (random)"
+    growth: Literal["gradient", "random"] = setting(
+        default="gradient", help="RigL-ITOP (gradient) or SET-ITOP (random)"
     )
     fraction: float | Schedule = fraction_field(0.5, "share to replace")
     candidates: CandidateCount = candidates_field()
-    track: bool = parameter(
+    track: bool = setting(
         default=True,
-        saved=True,
         help="count R_s: it keeps the positions ever active, 8 bytes each (K at the start, M at "
         "most, whence O(M)); without it memory is O(K)",
     )
@@ -67,21 +65,16 @@ class ITOP(Rewiring):
         if self.growth == "random":
             self.published = Timing(every=1500)  # type: ignore[misc]  # of this one alone
         self.grow = ByGradient(self.candidates) if self.growth == "gradient" else Random()
+        self._active = EverActive(self.track)  # begun at the first step: the model is loaded then
         super()._check()
 
-    def _setup(self) -> None:
-        super()._setup()
-        self._active = EverActive()  # begun at the first step, when the model is surely loaded
-
     def _after_step(self, pools: list[Pool]) -> None:
-        if self.track:
-            self._active.begin(self.pools)
+        self._active.begin(self.pools)
         super()._after_step(pools)
 
     def _exchange(self, pool: Pool, *exchanged: Any) -> Tensor:
         grown = super()._exchange(pool, *exchanged)
-        if self.track:
-            self._active.add(pool, grown)
+        self._active.add(pool, grown)
         return grown
 
     def explored(self) -> float:
@@ -90,4 +83,4 @@ class ITOP(Rewiring):
 
     def stats(self) -> dict[str, Any]:
         """As every method's; also "explored", R_s."""
-        return super().stats() | ({"explored": self.explored()} if self.track else {})
+        return super().stats() | self._active.stats(self.pools)

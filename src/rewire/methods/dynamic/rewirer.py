@@ -12,7 +12,15 @@ from torch.optim import Optimizer
 
 from rewire import random
 from rewire.methods.core.base import Evaluate, Method, Moments, Pool, Purpose
-from rewire.methods.core.parameters import fraction_field, moments_field, parameter, service
+from rewire.methods.core.parameters import (
+    Epochs,
+    Steps,
+    fraction_field,
+    moments_field,
+    parameter,
+    service,
+    setting,
+)
 from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.recording import Status
 from rewire.methods.core.updates import LEAST, Timing, fill_in
@@ -63,42 +71,23 @@ class Rewiring(Method):
     took no part in the step) has no update this time.
     """
 
-    every: int | None = parameter(
+    every: Steps | None = setting(default=None, help="optimizer steps between updates; {timing}")
+    every_epochs: Epochs | None = setting(
         default=None,
-        low=1,
-        unit="steps",
-        saved=True,
-        help="optimizer steps between updates; {timing}",
-    )
-    every_epochs: int | None = parameter(
-        default=None,
-        low=1,
-        unit="epochs",
-        saved=True,
         help="update at the end of every so many epochs instead, but not after the last",
     )
-    until: int | None = parameter(
+    until: Steps | None = setting(
         default=None,
         low=0,
-        unit="steps",
-        saved=True,
         help="no update after this many steps; by default three quarters of a training of known "
         "length, else there is no end",
     )
-    until_epochs: int | None = parameter(
-        default=None,
-        low=0,
-        unit="epochs",
-        saved=True,
-        help="the same in epochs, where updates come by epochs",
+    until_epochs: Epochs | None = setting(
+        default=None, low=0, help="the same in epochs, where updates come by epochs"
     )
     moments: Moments = moments_field()
-    total_steps: int | None = service(
-        default=None, low=1, unit="steps", help="optimizer steps of the whole training"
-    )
-    total_epochs: int | None = service(
-        default=None, low=1, unit="epochs", help="epochs of the whole training"
-    )
+    total_steps: Steps | None = service(default=None, help="optimizer steps of the whole training")
+    total_epochs: Epochs | None = service(default=None, help="epochs of the whole training")
 
     needs_room = True
     #: As published, and updates that a training of known length has room for at least.
@@ -372,8 +361,7 @@ class Rewirer(Rewiring):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(
                     f"{name} must be a criterion, a "
-                    f"rewire.methods.criteria.{name}.{kind.__name__}, "
-                    f"not {getattr(self, name)!r}"
+                    f"rewire.methods.criteria.{name}.{kind.__name__}, not {getattr(self, name)!r}"
                 )
         super()._check()
 

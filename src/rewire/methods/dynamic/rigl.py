@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rewire.methods.core.parameters import fraction_field, parameter
+from rewire.methods.core.parameters import fraction_field, setting
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing, decay
 from rewire.methods.criteria.drop import ByMagnitude
@@ -13,7 +13,26 @@ from rewire.methods.criteria.grow import ByGradient
 from rewire.methods.dynamic.rewirer import Rewiring
 from rewire.schedules import Schedule
 
-__all__ = ["RigL"]
+__all__ = ["ByGradients", "RigL"]
+
+
+class ByGradients(Rewiring):
+    """What RigL and SRigL share: a share that falls along a cosine, the weakest go, and the largest
+    gradients come.
+    """
+
+    fraction: float | Schedule = fraction_field(
+        0.3, "alpha, the share to replace at the start; a schedule stays"
+    )
+    candidates: CandidateCount = candidates_field()
+
+    published = Timing(every=100)
+    drop = ByMagnitude()
+
+    def _check(self) -> None:
+        super()._check()
+        self.fraction = decay(self.fraction, self.until_epochs or self.until)
+        self.grow = ByGradient(self.candidates)
 
 
 @register(
@@ -21,14 +40,13 @@ __all__ = ["RigL"]
     paper="Evci et al., ICML 2020 (arXiv 1911.11134)",
     summary="every 100 steps, replace the weakest weights by the dormant connections with the "
     "largest gradients",
-    keeps_budget="every step",
     guarantees=(
         "K exact in every layer at every moment",
         "exact growth equals a brute-force dense computation",
     ),
     needs="gradients",
 )
-class RigL(Rewiring):
+class RigL(ByGradients):
     """Every ``every`` steps until T_end = ``until``, in each layer of K connections::
 
         n     floor(f K),  f(t) = fraction / 2 (1 + cos(pi t / T_end))
@@ -41,32 +59,18 @@ class RigL(Rewiring):
     O(K samples).
     """
 
-    fraction: float | Schedule = fraction_field(
-        0.3, "alpha, the share to replace at the start; a schedule stays"
-    )
-    candidates: CandidateCount = candidates_field()
-    regrown: Literal["new", "keep"] = parameter(
+    regrown: Literal["new", "keep"] = setting(
         default="new",
-        saved=True,
-        help="what is dropped and grows again starts at 0 (the paper), or has never gone "
-        "(value and "
-        "momentum stay, the authors' code)",
+        help="what is dropped and grows again starts at 0 (the paper), or has never gone (value "
+        "and momentum stay, the authors' code)",
     )
-    skip_step: bool = parameter(
+    skip_step: bool = setting(
         default=True,
-        saved=True,
         help="a step that updates the topology moves no parameter of the optimizer, as in the "
         "paper's algorithm and code; False: it does both",
     )
 
     keeps_limits = ("fan-in", "fan-out", "block")
-    published = Timing(every=100)
-    drop = ByMagnitude()
-
-    def _check(self) -> None:
-        super()._check()
-        self.fraction = decay(self.fraction, self.until_epochs or self.until)
-        self.grow = ByGradient(self.candidates)
 
     def _setup(self) -> None:
         super()._setup()

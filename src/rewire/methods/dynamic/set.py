@@ -21,7 +21,6 @@ __all__ = ["SET"]
     paper="Mocanu et al., Nature Communications 2018 (doi 10.1038/s41467-018-04316-3)",
     summary="after every epoch, replace the weakest positive and negative weights by random "
     "connections",
-    keeps_budget="every step",
     guarantees=("K exact in every layer at every moment", "the same share of each sign is dropped"),
 )
 class SET(Rewiring):
@@ -47,9 +46,8 @@ class SET(Rewiring):
     )
     optimizer_state: Literal["keep", "reset"] = parameter(
         default="keep",
-        help="of survivors: keep it, or reset all state of all parameters at every update, as "
-        "a new "
-        "optimizer would",
+        help="of survivors: keep it, or reset all state of all parameters at every update, as a "
+        "new optimizer would",
     )
 
     keeps_limits = ("fan-in", "fan-out", "block")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rewire.methods.core.base import Data
-from rewire.methods.core.parameters import data_field, parameter
+from rewire.methods.core.parameters import Count, data_field, parameter
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.criteria.activations import Mode, Which
 from rewire.methods.criteria.similarity import Similarity
@@ -18,9 +18,8 @@ class BySimilarActivations(Rewiring):
     """A `Rewiring` that looks at activations before an update (`Similarity`)."""
 
     data: Data | None = data_field()
-    samples: int | None = parameter(
+    samples: Count | None = parameter(
         default=None,
-        low=1,
         help="rows of data to look at, drawn anew for each update; None for all, as the authors do",
     )
     mode: Mode = parameter(
@@ -30,9 +29,8 @@ class BySimilarActivations(Rewiring):
     activations: Which = parameter(
         default="pre", help='outputs of layers before ("pre") or behind activation functions'
     )
-    candidates: int | None = parameter(
+    candidates: Count | None = parameter(
         default=None,
-        low=1,
         help="random dormant positions per new connection to choose from; None for all there are, "
         "or for 4 in layers of more than 2^28 positions",
     )

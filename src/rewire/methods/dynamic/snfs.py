@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewire.methods.core.base import Evaluate, Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Count, Share, Steps, parameter, setting
 from rewire.methods.core.registry import register
 from rewire.methods.criteria import gradients
 from rewire.methods.criteria.drop import ByMagnitude
@@ -100,7 +100,6 @@ class Momentum(Grow):
     paper="Dettmers and Zettlemoyer 2019 (arXiv 1907.04840)",
     summary="sparse momentum: every epoch, grow where the momentum is largest, more in layers "
     "where it is large",
-    keeps_budget="every step",
     guarantees=(
         "K exact in total at every moment",
         "layers grow in proportion to the mean momentum of their weights",
@@ -124,33 +123,24 @@ class SNFS(Rewiring):
     samples) per step.
     """
 
-    fraction: float | Schedule = parameter(
+    fraction: Share | Schedule = parameter(
         default=0.5,
-        low=0,
-        high=1,
         help="share to replace; a number falls along a cosine to 0.005 at the end where that is "
         "known, a schedule stays",
     )
-    beta: float = parameter(
-        default=0.9, low=0, high=1, saved=True, help="of the average, the paper's momentum"
-    )
-    exact: bool = parameter(
+    beta: Share = setting(default=0.9, help="of the average, the paper's momentum")
+    exact: bool = setting(
         default=False,
-        saved=True,
-        help="keep m for all positions, updated at every step: O(M) memory, a dense gradient "
-        "a step",
+        help="keep m for all positions, updated at every step: O(M) memory and a dense gradient a "
+        "step",
     )
-    candidates: int | Literal["auto"] = parameter(
+    candidates: Count | Literal["auto"] = parameter(
         default="auto",
-        low=1,
-        help='random dormant positions per layer; "auto" for as many as it has connections '
-        "(all positions: exact=True)",
+        help='random dormant positions per layer; "auto" for as many as it has connections (all '
+        "positions: exact=True)",
     )
-    window: int | None = parameter(
+    window: Steps | None = setting(
         default=None,
-        low=1,
-        unit="steps",
-        saved=True,
         help="steps that m covers when it is not exact; by default 10, or ``every`` where that is "
         "fewer",
     )
@@ -166,8 +156,7 @@ class SNFS(Rewiring):
         if longest is not None and self.window > longest:
             raise ValueError(
                 "window must be a whole number of steps of at least 1 and at most "
-                f"every={longest}, "
-                f"not {self.window}"
+                f"every={longest}, not {self.window}"
             )
         if self.exact:
             self.window = 1

@@ -7,20 +7,11 @@ from torch import Tensor, nn
 
 from rewire import topology
 from rewire.methods.core.base import Pool, Purpose
-from rewire.methods.core.parameters import fraction_field, parameter
+from rewire.methods.core.parameters import Share, setting
 from rewire.methods.core.registry import register
-from rewire.methods.core.updates import Timing, decay
-from rewire.methods.criteria.drop import ByMagnitude
-from rewire.methods.criteria.gradients import (
-    CandidateCount,
-    best_candidates,
-    candidates_field,
-    probed,
-)
-from rewire.methods.criteria.grow import ByGradient
+from rewire.methods.criteria.gradients import best_candidates, probed
 from rewire.methods.criteria.topk import TILE_ELEMENTS, Gradients, top
-from rewire.methods.dynamic.rewirer import Rewiring
-from rewire.schedules import Schedule
+from rewire.methods.dynamic.rigl import ByGradients
 
 __all__ = ["SRigL"]
 
@@ -37,7 +28,7 @@ __all__ = ["SRigL"]
     ),
     needs="gradients",
 )
-class SRigL(Rewiring):
+class SRigL(ByGradients):
     """Every ``every`` steps until T_end, in each layer with fan-in k::
 
         n        floor(f K),  f(t) as RigL's
@@ -61,27 +52,13 @@ class SRigL(Rewiring):
     and O(K) memory besides the step's activations; sampled O(K samples), and O(K log K) to rank.
     """
 
-    fraction: float | Schedule = fraction_field(
-        0.3, "alpha, the share to replace at the start; a schedule stays"
-    )
-    gamma: float = parameter(
+    gamma: Share = setting(
         default=0.3,
-        low=0,
-        high=1,
-        saved=True,
         help="share of the fan-in that must be salient; 0 turns ablation off (but for neurons with "
         "nothing salient)",
     )
-    candidates: CandidateCount = candidates_field()
 
-    published = Timing(every=100)
-    drop = ByMagnitude()
     saves = ("_budgets",)
-
-    def _check(self) -> None:
-        super()._check()
-        self.fraction = decay(self.fraction, self.until_epochs or self.until)
-        self.grow = ByGradient(self.candidates)
 
     def _setup(self) -> None:
         super()._setup()
@@ -208,9 +185,7 @@ class _Exact:
 
 
 class _Sampled:
-    """Growth by the gradients of candidates and of what is dropped, of all of which there are
-    O(K).
-    """
+    """Growth by the gradients of candidates and of what is dropped, of all of which there are O(K)."""
 
     def __init__(self, pool: Pool, seed: int, step: int) -> None:
         assert pool.weight.candidates is not None

@@ -14,7 +14,6 @@ __all__ = ["Static"]
     paper="baseline of Bellec et al., ICLR 2018 (arXiv 1711.05136)",
     summary="fixed random connectivity: the topology drawn at the start is trained and never "
     "changed",
-    keeps_budget="every step",
     guarantees=("K exact in every layer at every moment", "topology never changes"),
 )
 class Static(Method):

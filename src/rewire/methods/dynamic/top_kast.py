@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rewire import random, topology
 from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Method, Moments, Pool, Purpose
-from rewire.methods.core.parameters import moments_field, parameter, service
+from rewire.methods.core.parameters import NonNegative, Steps, moments_field, service, setting
 from rewire.methods.core.registry import register
 from rewire.methods.core.updates import Timing, fill_in
 from rewire.methods.criteria.topk import recorded
@@ -29,7 +29,6 @@ __all__ = ["TopKAST"]
     paper="Jayakumar, Pascanu, Rae, Osindero, Elsen, NeurIPS 2020 (arXiv 2106.03517)",
     summary="the K largest weights take part, the next largest learn as well, without effect "
     "until they are among them",
-    keeps_budget="every step",
     guarantees=(
         "K exact in every layer at every moment, forward and backward",
         "a connection that leaves keeps its value and may come back with it",
@@ -65,38 +64,26 @@ class TopKAST(Method):
     M values per layer, and optimizer state for B.
     """
 
-    explore: float = parameter(
-        default=1.0,
-        low=0,
-        saved=True,
-        help="size of B \\ A as a multiple of K; 1 is the paper's usual B = 2 A",
+    explore: NonNegative = setting(
+        default=1.0, help="size of B \\ A as a multiple of K; 1 is the paper's usual B = 2 A"
     )
-    l2: float = parameter(
+    l2: NonNegative = setting(
         default=1e-4,
-        low=0,
-        saved=True,
         help="coefficient of the exploration penalty; eta l2 / D must stay below 1 to be sensible",
     )
-    every: int | None = parameter(
+    every: Steps | None = setting(
         default=None,
-        low=1,
-        unit="steps",
-        saved=True,
         help="optimizer steps between choices of the sets; by default 100, or as often as 10 "
         "choices need in a short training",
     )
-    until: int | None = parameter(
+    until: Steps | None = setting(
         default=None,
         low=0,
-        unit="steps",
-        saved=True,
         help="no other choice after this many steps (the topology then stays, and exploring ends); "
         "by default three quarters of a training of known length, else there is no end",
     )
     moments: Moments = moments_field()
-    total_steps: int | None = service(
-        default=None, low=1, unit="steps", help="optimizer steps of the whole training"
-    )
+    total_steps: Steps | None = service(default=None, help="optimizer steps of the whole training")
 
     needs_room = True
 
@@ -208,9 +195,8 @@ class _Exploring:
             )
         except TypeError as error:
             raise ValueError(
-                f"top-kast needs a second optimizer like yours, and {kind.__name__} cannot be "
-                "made from its defaults "
-                f"({error}): use one of torch.optim"
+                f"top-kast needs a second optimizer like yours, and {kind.__name__} cannot be made "
+                f"from its defaults ({error}): use one of torch.optim"
             ) from None
 
     def begin(self, at: Tensor, theta: Tensor) -> None:

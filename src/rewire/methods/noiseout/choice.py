@@ -1,6 +1,4 @@
-"""What NoiseOut looks at: the layers whose units it merges, and the inputs it measures them
-over.
-"""
+"""What NoiseOut looks at: the layers whose units it merges, and the inputs it measures them over."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""NoiseOut's extra outputs: a linear head on the input of the last layer that must predict
-noise.
-"""
+"""NoiseOut's extra outputs: a linear head on the input of the last layer that must predict noise."""
 
 from __future__ import annotations
 
@@ -51,8 +49,7 @@ def noise_targets(
 
 _NOTHING_SEEN = (
     "the noise outputs' penalty saw no forward pass before this step: call model.train() before "
-    "training and "
-    "method.penalty() after model(x), with gradients on (not within a checkpoint of "
+    "training and method.penalty() after model(x), with gradients on (not within a checkpoint of "
     "use_reentrant=True)"
 )
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from rewire.methods.core.base import Data, Evaluate, Method, Pool, Purpose
-from rewire.methods.core.parameters import Patterns, data_field, parameter, service
+from rewire.methods.core.parameters import (
+    Count,
+    NonNegative,
+    Patterns,
+    Share,
+    Steps,
+    data_field,
+    parameter,
+    service,
+    setting,
+)
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
 from rewire.methods.noiseout.choice import Inputs, choose, first_inputs, next_merge
@@ -55,11 +65,10 @@ class NoiseOut(Method):
     constant, units become dependent.
 
     Layers: nn.Linear, convolutions, and nn.LSTM, nn.GRU, nn.RNN of one layer and direction. A
-    convolution that pads
-    with zeros, a layer without bias (or BatchNorm behind it) and a recurrent layer's first state
-    take no constant, so there the fit is through the origin and exact for proportional units.
-    Layers that cannot be cut are left alone (``stats()["refused"]`` says why); named without
-    wildcards they are an error.
+    convolution that pads with zeros, a layer without bias (or BatchNorm behind it) and a recurrent
+    layer's first state take no constant, so there the fit is through the origin and exact for
+    proportional units. Layers that cannot be cut are left alone (``stats()["refused"]`` says why);
+    named without wildcards they are an error.
 
     One noise output is too weak: on a toy of two hidden units mean |rho| is 0.8 with one, as with
     none, and 1.00 with eight, each of which asks for another direction to be constant.
@@ -75,101 +84,73 @@ class NoiseOut(Method):
     `end_epoch` is not given one.
 
     Cost: a check passes over the samples once, O(units^2) per position, and one evaluation and a
-    copy of the model
-    and its optimizer state per merge; for each that is undone, at every check anew, another
-    evaluation and pass. Between checks nothing costs beyond the noise outputs.
+    copy of the model and its optimizer state per merge; for each that is undone, at every check
+    anew, another evaluation and pass. Between checks nothing costs beyond the noise outputs.
     """
 
     data: Data | None = data_field()
     evaluate: Evaluate | None = service(
         default=None, help="model -> score, for checks where `end_epoch` is not given one"
     )
-    targets: Targets = parameter(
-        default="gaussian", saved=True, help='of the noise outputs; "none": no noise outputs'
+    targets: Targets = setting(
+        default="gaussian", help='of the noise outputs; "none": no noise outputs'
     )
-    noise_outputs: int = parameter(default=8, low=1, saved=True, help="number of noise outputs")
-    strength: float = parameter(
-        default=1.0,
-        low=0,
-        saved=True,
-        help="factor of the noise loss (summed over outputs, mean over the batch)",
+    noise_outputs: Count = setting(default=8, help="number of noise outputs")
+    strength: NonNegative = setting(
+        default=1.0, help="factor of the noise loss (summed over outputs, mean over the batch)"
     )
-    mean: float = parameter(
+    mean: float = setting(
         default=0.1,
         low=-1e6,
         high=1e6,
-        saved=True,
         help="of the targets: of the normal distribution, probability of a one, or the constant",
     )
-    deviation: float = parameter(
-        default=0.4, low=0, saved=True, help="standard deviation of the gaussian targets"
-    )
+    deviation: NonNegative = setting(default=0.4, help="standard deviation of the gaussian targets")
     required_score: float | None = parameter(
         default=None,
         help="score that a network must meet; by default that of the first check, less ``slack``",
     )
-    slack: float = parameter(
+    slack: NonNegative = setting(
         default=0.0,
-        low=0,
-        saved=True,
-        help="how much worse than at the first check the score may be, where ``required_score`` "
-        "is not "
-        "given",
+        help="how much worse than at the first check the score may be, where ``required_score`` is "
+        "not given",
     )
-    larger_is_better: bool = parameter(
-        default=True, saved=True, help="whether scores grow (accuracy) or fall (a cost)"
+    larger_is_better: bool = setting(
+        default=True, help="whether scores grow (accuracy) or fall (a cost)"
     )
-    only: Patterns | None = parameter(
-        default=None,
-        saved=True,
-        help="names of the layers to merge units of; None: all that can be",
+    only: Patterns | None = setting(
+        default=None, help="names of the layers to merge units of; None: all that can be"
     )
-    criterion: Literal["correlation", "damage"] = parameter(
+    criterion: Literal["correlation", "damage"] = setting(
         default="correlation",
-        saved=True,
         help="the paper's, or the pair whose merge changes its readers least in mean square, "
-        "|w_u|^2 "
-        "Var(h_u) (1 - rho^2), for each parameter that goes with the unit",
+        "|w_u|^2 Var(h_u) (1 - rho^2), for each parameter that goes with the unit",
     )
-    every: int | None = parameter(
+    every: Steps | None = setting(
         default=None,
-        low=1,
-        unit="steps",
-        saved=True,
         help="optimizer steps between checks (needs ``evaluate=``); None: at the end of each epoch",
     )
-    warmup: int = parameter(
+    warmup: int = setting(
         default=0,
         low=0,
         unit="checks",
-        saved=True,
         help="first checks that only train; `rewire train` takes half of its epochs where neither "
         "this nor ``required_score`` or ``every`` is given",
     )
-    pace: float = parameter(
+    pace: Share = setting(
         default=0.0,
-        low=0,
-        high=1,
-        saved=True,
         help="share of the remaining units that is merged between two scores; 0 scores after every "
         "merge",
     )
-    at_once: int | None = parameter(
-        default=None,
-        low=1,
-        saved=True,
-        help="merges per check at most; None: as many as the threshold allows",
+    at_once: Count | None = setting(
+        default=None, help="merges per check at most; None: as many as the threshold allows"
     )
-    overshoot: Literal["train", "undo"] = parameter(
+    overshoot: Literal["train", "undo"] = setting(
         default="train",
-        saved=True,
-        help="what becomes of merges that break the threshold: they stay, or are taken back "
-        "at once",
+        help="what becomes of merges that break the threshold: they stay, or go back at once",
     )
-    samples: int | None = parameter(
+    samples: Count | None = setting(
         default=2000,
-        low=1,
-        saved=True,
         help="inputs of ``data`` over which correlations are taken, the first so many, kept; None: "
         "all",
     )

@@ -14,7 +14,7 @@ from rewire.methods.criteria import gradients
 from rewire.methods.criteria.drop import smallest
 from rewire.methods.criteria.gradients import CandidateCount, candidates_field
 from rewire.methods.criteria.grow import ByGradient
-from rewire.methods.pruning.gmp import Gradual
+from rewire.methods.pruning.gradual import Gradual
 from rewire.methods.pruning.shrink import lowest, scope_field
 from rewire.nn import Event
 from rewire.schedules import Schedule, at

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.methods.core.base import Evaluate, Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.registry import register
 from rewire.methods.pruning.shrink import Shrinking
 from rewire.schedules import Schedule
@@ -45,21 +45,16 @@ class L1(Shrinking):
     Cost: one pass over the connections there are, each step.
     """
 
-    l1: float | Schedule = parameter(
-        default=1e-3, low=0, help="the coefficient; a float or a schedule over steps"
+    l1: NonNegative | Schedule = parameter(
+        default=1e-3, help="the coefficient; a float or a schedule over steps"
     )
-    zero: float = parameter(
+    zero: NonNegative = setting(
         default=0.0,
-        low=0,
-        saved=True,
         help="magnitude up to which a weight counts as zero; at 0 finalize changes no prediction, "
         "because the proximal step makes exact zeros",
     )
-    every_epochs: int | None = parameter(
+    every_epochs: Epochs | None = setting(
         default=None,
-        low=1,
-        unit="epochs",
-        saved=True,
         help="drop what is zero for good every so many epochs, which frees memory and time; None: "
         "at the end only",
     )
@@ -103,9 +98,7 @@ class L1(Shrinking):
         self.updates += 1
 
     def count_connections(self) -> dict[str, int]:
-        """Connections above ``zero``, by weight: what finalize would leave (before a
-        budget).
-        """
+        """Connections above ``zero``, by weight: what finalize would leave (before a budget)."""
         return {name: int(mask.sum()) for name, mask in self.active_masks().items()}
 
     def active_masks(self) -> dict[str, Tensor]:
@@ -116,9 +109,7 @@ class L1(Shrinking):
         }
 
     def finalize(self) -> nn.Module:
-        """Drop what is at most ``zero``, then what is above the budget, and return the
-        model.
-        """
+        """Drop what is at most ``zero``, then what is above the budget, and return the model."""
         self._warn_of_no_update()
         if self._attachment.attached:
             with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from rewire.methods.core.base import Evaluate
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Count, Epochs, NonNegative, setting
 from rewire.methods.core.registry import register
 from rewire.methods.pruning.shrink import Shrinking, scope_field
 
@@ -44,16 +44,12 @@ class Magnitude(Shrinking):
     are.
     """
 
-    cycles: int = parameter(default=5, low=1, saved=True, help="number of cuts")
-    every_epochs: int = parameter(
-        default=2, low=1, unit="epochs", saved=True, help="epochs of training before each cut"
-    )
-    quality: float | None = parameter(
+    cycles: Count = setting(default=5, help="number of cuts")
+    every_epochs: Epochs = setting(default=2, help="epochs of training before each cut")
+    quality: NonNegative | None = setting(
         default=None,
-        low=0,
-        saved=True,
         help="q, the threshold over the standard deviation; None for percentiles. With a final "
-        "budget as well, no cut goes below it, and the last one ends there; without, none is "
+        "budget as well, no cut goes below it, and the last one ends there; without, no budget is "
         "needed",
     )
     scope: Literal["layer", "network"] = scope_field(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rewire.methods.core.base import Evaluate, Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Epochs, Steps, setting
 from rewire.methods.core.registry import register
 from rewire.methods.pruning.shrink import Shrinking, scope_field
 
@@ -36,20 +36,15 @@ class OneShot(Shrinking):
     Cost: that of the connections there are: O(M) before the cut if all are, O(K) afterwards.
     """
 
-    after_epochs: int | None = parameter(
-        default=None,
-        low=1,
-        unit="epochs",
-        saved=True,
-        help="training before the cut; 5 epochs, if neither this nor ``after`` is given",
+    after_epochs: Epochs | None = setting(
+        default=None, help="training before the cut; 5 epochs without this and ``after``"
     )
-    after: int | None = parameter(
-        default=None, low=1, unit="steps", saved=True, help="the same in optimizer steps"
-    )
+    after: Steps | None = setting(default=None, help="the same in optimizer steps")
     scope: Literal["layer", "network"] = scope_field(
         "layer", "cut each layer to its own budget, or compare magnitudes over all layers"
     )
 
+    done = False
     saves = ("done",)
 
     @classmethod
@@ -63,10 +58,6 @@ class OneShot(Shrinking):
             raise ValueError("give after= (optimizer steps) or after_epochs=, not both")
         if self.after is None and self.after_epochs is None:
             self.after_epochs = 5
-
-    def _setup(self) -> None:
-        super()._setup()
-        self.done = False
 
     def _schedule(self) -> str | None:
         steps = self.after is not None

@@ -128,8 +128,7 @@ class Shrinking(Method):
             if sum(final) > sum(has):
                 raise ValueError(
                     f"the network has {sum(has)} connections and is to end with {sum(final)}: "
-                    "build it with more "
-                    "(density=1 on its layers), or choose a smaller budget"
+                    "build it with more (density=1 on its layers), or choose a smaller budget"
                 )
             return
         for pool, k, f in zip(self.pools, has, final, strict=True):

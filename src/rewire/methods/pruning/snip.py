@@ -1,6 +1,4 @@
-"""SNIP: choose the connections before training, by what the loss says about them at
-initialisation.
-"""
+"""SNIP: choose the connections before training, by what the loss says about them at initialisation."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rewire.methods.core.base import Pool
-from rewire.methods.core.parameters import parameter
+from rewire.methods.core.parameters import Count, setting
 from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.registry import register
 from rewire.methods.pruning.shrink import Shrinking, scope_field
@@ -46,20 +44,17 @@ class SNIP(Shrinking):
     Cost: ``batches`` passes over the connections there are (all M, normally), O(K) from then on.
     """
 
-    batches: int = parameter(
+    batches: Count = setting(
         default=1,
-        low=1,
-        saved=True,
-        help="optimizer steps that measure; each may itself be of several accumulated "
-        "micro-batches",
+        help="optimizer steps that measure; each may be of several accumulated micro-batches",
     )
     scope: Literal["layer", "network"] = scope_field(
         "network",
         "rank all layers together, as in the paper (then the sum of the budget counts), "
         "or within each layer",
     )
-    at_least: int = parameter(
-        default=1, low=1, saved=True, help="connections that every layer keeps, whatever its scores"
+    at_least: Count = setting(
+        default=1, help="connections that every layer keeps, whatever its scores"
     )
 
     saves = ("done", "_measured", "_gradients")

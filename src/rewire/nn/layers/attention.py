@@ -1,6 +1,4 @@
-"""`SparseMultiheadAttention`: the twin of `torch.nn.MultiheadAttention` with a connection
-budget.
-"""
+"""`SparseMultiheadAttention`: the twin of `torch.nn.MultiheadAttention` with a connection budget."""
 
 from __future__ import annotations
 
@@ -185,8 +183,7 @@ class SparseMultiheadAttention(Twin):
             is_causal: a hint that ``attn_mask``, which must be given as well, is the causal mask.
 
         Returns the output, shaped as ``query``, and the weights (N, L, S), (N, num_heads, L, S) or
-        None.
-        Raises RuntimeError for shapes that do not fit.
+        None. Raises RuntimeError for shapes that do not fit.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             raise RuntimeError(

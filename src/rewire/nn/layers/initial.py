@@ -32,13 +32,12 @@ def draw_values(
     Args:
         init: "auto": b = bound sqrt(cols / n) in a row of n connections. An output then has the
             variance that it has in the dense twin, whatever the density, so signals reach the last
-            layer of a deep network, and gradients the first.
-            "dense": b = bound. Signals shrink by the square root of the density in every layer.
-            Values are small compared to what training adds in a step, so connections without a
-            gradient (of pixels that are always 0) soon are the weakest and get replaced: good for
-            long training with the settings of DEEP R's authors.
-            "sparse": as "auto", with the mean number of connections of a row (at least 1) for all
-            rows.
+            layer of a deep network, and gradients the first. "dense": b = bound. Signals shrink by
+            the square root of the density in every layer. Values are small compared to what
+            training adds in a step, so connections without a gradient (of pixels that are always 0)
+            soon are the weakest and get replaced: good for long training with the settings of DEEP
+            R's authors. "sparse": as "auto", with the mean number of connections of a row (at least
+            1) for all rows.
         generator: draws; torch's default generator otherwise.
 
     Raises ValueError for another ``init``.
