@@ -1,6 +1,6 @@
 """Pages that MkDocs makes from the code: one per method, the API reference, changelog.
 
-MkDocs calls `on_config` and `on_files` (mkdocs.yml names this file as a hook). Methods come from
+MkDocs calls the functions `on_...` (mkdocs.yml names this file as a hook). Methods come from
 the registry, through what `rewire.methods.MethodInfo` offers to everybody, so a new method has a
 page without any other change.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from rewire import methods
 
@@ -301,3 +303,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+#: A tag that makes a browser fetch something from another server; a link that people follow is
+#: fine.
+_FETCHES = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^\">]*")
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Warn of what a page fetches from elsewhere: a strict build then fails."""
+    for tag in _FETCHES.findall(output):
+        logging.getLogger("mkdocs.hooks.generate").warning(
+            "%s fetches from another server: %s", page.file.src_uri, tag
+        )
+    return output

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from pages import run_page
-
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "differentiable.md").read_text()
 MEASURED: dict[str, Any] = json.loads((DOCS / "results" / "differentiable.json").read_text())
@@ -98,10 +96,3 @@ def test_structure_was_learned(name: str, most_lost: float, most_left: float) ->
     for run in MEASURED[name]["runs"]:
         if run["strength"]:
             assert abs(run["accuracy_after"] - run["accuracy_before"]) <= 1e-3
-
-
-def test_example_runs() -> None:
-    pytest.importorskip("torch_pruning")
-    names = run_page("docs/differentiable.md")
-    assert [target.name for target in names["method"].targets] == ["bn1", "bn2", "branches"]
-    assert names["model"](names["x"]).shape == (4, 2)

@@ -7,11 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-import rewire
-from pages import run_page
 from rewire import methods
 
 ROOT = Path(__file__).parents[2]
@@ -85,14 +82,6 @@ def test_results_are_those_that_were_measured() -> None:
 
 
 POSTERIOR = (ROOT / "docs" / "posterior.md").read_text()
-
-
-def test_posterior_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = run_page("docs/posterior.md")
-    assert len(names["samples"]) == 7
-    again = rewire.posterior.Posterior.load("samples.safetensors", names["model"])
-    assert torch.equal(again.predict(names["test_x"]).mean, names["prediction"].mean)
 
 
 def test_posterior_is_as_measured() -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from pages import run_page
-
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "noiseout.md").read_text()
 REPORT = json.loads((ROOT / "docs" / "results" / "noiseout.json").read_text())
@@ -80,10 +78,6 @@ def test_what_the_page_says_of_the_papers_figures() -> None:
         assert words.format(mean(network, "gaussian", "removed")) in PAGE
         assert mean(network, "gaussian", "test_error") <= 0.95
     assert mean("lenet-5, channels too", "gaussian", "removed") >= 97.75
-
-
-def test_the_example_runs() -> None:
-    assert run_page("docs/noiseout.md")["model"][0].out_features == 1
 
 
 def test_the_rate_falls_without_merges_and_rises_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
