@@ -227,7 +227,9 @@ class Limits:
         return min(capacity(near) for near in product((False, True), repeat=4))
 
     def check(self, rows: int, cols: int, connections: int) -> None:
-        """Raise ValueError if a rows x cols matrix cannot have ``connections`` within the limits."""
+        """Raise ValueError if a rows x cols matrix cannot have ``connections`` within the
+        limits.
+        """
         most = self.maximum(rows, cols)
         if connections > most:
             raise ValueError(

@@ -66,7 +66,9 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model with averaged weights inside the ``with``, and with its own weights afterwards."""
+        """The model with averaged weights inside the ``with``, and with its own weights
+        afterwards.
+        """
         pairs = self._pairs()
         own = {p: p.detach().clone() for _, p, _ in pairs}
         self._kept.append(own)

@@ -30,7 +30,9 @@ SEED_BOUND = 2**63
 
 
 def seed_from(generator: torch.Generator | None = None) -> int:
-    """Draw a seed from ``generator``, or from torch's default one, which `torch.manual_seed` sets."""
+    """Draw a seed from ``generator``, or from torch's default one, which `torch.manual_seed`
+    sets.
+    """
     return int(torch.randint(0, SEED_BOUND - 1, (), dtype=torch.int64, generator=generator).item())
 
 
@@ -62,7 +64,9 @@ def bits(seed: int, step: int, stream: int, index: Tensor) -> Tensor:
 
 
 def below(seed: int, step: int, stream: int, index: Tensor, bound: int | Tensor) -> Tensor:
-    """An integer in ``[0, bound)`` for each element of ``index``; bias at most ``bound / 2**63``."""
+    """An integer in ``[0, bound)`` for each element of ``index``; bias at most ``bound /
+    2**63``.
+    """
     return bits(seed, step, stream, index) % bound
 
 

@@ -6,13 +6,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from interpreter import run_python
 from rewire.app import cli
 from rewire.app.train import display
 from rewire.app.train.config import TrainConfig, option_name, options
@@ -293,9 +292,7 @@ def test_full_disk_keeps_the_last_checkpoint(capsys) -> None:
         sys.exit(cli.run({options!r}))
         """
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    done = run_python(script)
     assert done.returncode == 2
     assert done.stderr == (
         "error: cannot read or write r/checkpoint-6.safetensors: File too large; make room; the "

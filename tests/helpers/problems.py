@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
@@ -150,15 +146,3 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Bit by bit, the sign bits of zeros too, in which the signs of new connections are kept."""
     bits = (torch.signbit(t) if t.is_floating_point() else t for t in (a, b))
     return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(*bits)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # the rewire of this process, wherever it is
-    paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )

@@ -29,18 +29,30 @@ from rewire.nn import Event, SparseWeight
 
 Case = tuple[str, dict[str, Any]]
 all_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
-#: Every case on every layer.
-all_layers = pytest.mark.parametrize("layer", LAYERS)
-#: For what hardly depends on the layer: every case on two of them, in turn.
-two_layers = pytest.mark.parametrize(
-    ("case", "layer"),
-    [
-        (case, list(LAYERS)[(number + half) % len(LAYERS)])
-        for number, case in enumerate(CASES)
-        for half in (0, len(LAYERS) // 2)
-    ],
-    ids=lambda value: value if isinstance(value, str) else case_id(value),
+RECURRENT = ["rnn", "lstm", "gru"]
+
+
+def on_layers(layers: list[list[str]], run: int = 1) -> pytest.MarkDecorator:
+    """Each case on one of these lists of layers; the next list after ``run`` cases."""
+    return pytest.mark.parametrize(
+        ("case", "layer"),
+        [
+            (case, layer)
+            for number, case in enumerate(CASES)
+            for layer in layers[number // run % len(layers)]
+        ],
+        ids=lambda value: value if isinstance(value, str) else case_id(value),
+    )
+
+
+#: Every case on every kind of layer, which differ in one cell for the three recurrent ones: on one
+#: of these in turn, for as many cases as there are optimizers, so that each meets each of those.
+all_layers = on_layers(
+    [[layer for layer in LAYERS if layer == one or layer not in RECURRENT] for one in RECURRENT],
+    run=len(OPTIMIZERS),
 )
+#: For what hardly depends on the layer: every case on two of them, in turn.
+two_layers = on_layers([[*LAYERS][k::3] for k in range(3)])
 
 #: When to stop, and whether the model is restored before the method is made. Every second one has
 #: all stops and orders.
@@ -57,7 +69,7 @@ def optimizer_of(case: Case, layer: str) -> str:
 
 def turn(case: Case, layer: str) -> int:
     """A number that spreads a further choice evenly over (case, layer), instead of testing all of
-    it. Modulo 2 or 6, each case, each layer and each optimizer meets every choice.
+    it.
     """
     return CASES.index(case) + list(LAYERS).index(layer)
 
@@ -80,7 +92,6 @@ def per_slot_state(run: Run, weight: SparseWeight) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
 
 
-@all_cases
 @all_layers
 def test_budget_is_exact_after_every_step(case: Case, layer: str) -> None:
     dtype = (torch.float32, torch.float64)[turn(case, layer) % 2]
@@ -107,7 +118,6 @@ def test_budget_is_exact_after_every_step(case: Case, layer: str) -> None:
                 assert torch.equal(weight.fan_in(), fan_in[name])
 
 
-@all_cases
 @all_layers
 def test_state_starts_afresh_where_grown_and_is_untouched_elsewhere(case: Case, layer: str) -> None:
     run = Run(case, layer, optimizer_of(case, layer))
@@ -152,7 +162,6 @@ def test_same_seed_same_run(case: Case, layer: str) -> None:
     assert runs[0].method.stats() == runs[1].method.stats()
 
 
-@all_cases
 @all_layers
 def test_resume_is_bit_exact(case: Case, layer: str) -> None:
     stop, model_first = RESUMES[turn(case, layer) % 6]

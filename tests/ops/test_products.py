@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from problems import BATCHES, LAYOUTS, in_layout, problem, problems, run_python
+from interpreter import run_python
+from problems import BATCHES, LAYOUTS, in_layout, problem, problems
 from rewire import _native, ops
 from rewire.ops import reference
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from problems import close, problem, run_python
+from interpreter import run_python
+from problems import close, problem
 from rewire import _native, ops
 
 native = pytest.mark.skipif(not _native.available("spmm"), reason="the C++ extension is not in use")

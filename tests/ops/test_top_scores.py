@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from problems import Problem, problem, run_python
+from interpreter import run_python
+from problems import Problem, problem
 from rewire import _native, random
 from rewire.ops import Draw, above, above_drawn, extremes, top_scores, uniforms, weakest
 

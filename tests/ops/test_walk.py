@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from interpreter import run_python
 from merging import check_candidates, check_merges
-from problems import run_python, same
+from problems import same
 from rewire import _native
 from rewire.nn import SparseWeight
 from rewire.nn.weight.walk import walk

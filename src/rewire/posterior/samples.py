@@ -49,7 +49,9 @@ class Prediction:
 
     @property
     def mutual_information(self) -> Tensor:
-        """The part of `entropy` from the disagreement between samples about the network, in nats."""
+        """The part of `entropy` from the disagreement between samples about the network, in
+        nats.
+        """
         return (self.entropy - self.expected_entropy).clamp(min=0)
 
 
@@ -203,11 +205,15 @@ class Posterior:
         return Inclusion(key // width, key % width, count / len(self.samples), mean, spread.sqrt())
 
     def inputs(self, name: str | None = None) -> Tensor:
-        """Share of the samples in which each column (input) of the weight has connections; float64."""
+        """Share of the samples in which each column (input) of the weight has connections;
+        float64.
+        """
         return self._share(name, 1)
 
     def outputs(self, name: str | None = None) -> Tensor:
-        """Share of the samples in which each row (output) of the weight has connections; float64."""
+        """Share of the samples in which each row (output) of the weight has connections;
+        float64.
+        """
         return self._share(name, 0)
 
     def _share(self, name: str | None, axis: int) -> Tensor:

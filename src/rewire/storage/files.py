@@ -56,7 +56,9 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that the folder's list of names is on the disk, without which a rename is not safe."""
+    """Make sure that the folder's list of names is on the disk, without which a rename is not
+    safe.
+    """
     if os.name == "nt":  # Windows cannot open a folder, and its file system journals names
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -106,7 +108,9 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def _blocks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """The pieces in at least one block of about `PIECE` bytes: small ones joined, large ones cut."""
+    """The pieces in at least one block of about `PIECE` bytes: small ones joined, large ones
+    cut.
+    """
     waiting = bytearray()
     any_yet = False
     for piece in pieces:

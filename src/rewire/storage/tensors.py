@@ -68,7 +68,9 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's numbers, row by row; a copy only if they are not so in the CPU's memory already."""
+    """A tensor's numbers, row by row; a copy only if they are not so in the CPU's memory
+    already.
+    """
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return array.data

@@ -24,7 +24,9 @@ class TopologyError(ValueError):
 
 
 class Index(NamedTuple):
-    """The lists by row and by column through which kernels read a pool; see docs/architecture.md."""
+    """The lists by row and by column through which kernels read a pool; see
+    docs/architecture.md.
+    """
 
     row_ptr: Tensor
     row_cols: Tensor

@@ -24,7 +24,9 @@ _ROUNDS, _ORDER = 1 << 34, 1 << 60
 
 
 def violation(index: Index, n_rows: int, n_cols: int, limits: Limits) -> str | None:
-    """The limit that the connections in ``index`` exceed most, in words; None if they exceed none."""
+    """The limit that the connections in ``index`` exceed most, in words; None if they exceed
+    none.
+    """
     rows, cols = _positions(index)
     grid = Grid.of(n_rows, n_cols, limits)
     for name, room in zip(("row", "column", "block"), grid.room(rows, cols), strict=True):

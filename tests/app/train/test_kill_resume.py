@@ -29,7 +29,7 @@ TRAIN = [
     "--epochs",
     "2",
     "--batch-size",
-    "25",
+    "50",
     "--lr-decay",
     "0.9",
     "--threads",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-import rewire
 from harness import assert_identical
+from interpreter import run_python
 from rewire import methods
 from rewire.methods import SET, SNIP, DeepR, Group, OneShot, RigL, Static, parameter
 from rewire.methods.core.registry import _METHODS
@@ -221,6 +218,7 @@ def test_classes_of_other_packages_are_found_and_broken_ones_named(tmp_path: Pat
         "plug_module:Plug\n"
     )
     code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import warnings\n"
         "from rewire import methods\n"
         "assert methods.info('plug').cls.__name__ == 'Plug'\n"
@@ -229,13 +227,6 @@ def test_classes_of_other_packages_are_found_and_broken_ones_named(tmp_path: Pat
         "    assert 'plug' in methods.available() and 'broken' not in methods.available()\n"
         "print(len(seen))\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(rewire.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "'broken' of plug (plug_module:Missing) cannot be used" in done.stderr

@@ -10,6 +10,7 @@ import torch
 
 from rewire import methods
 from rewire.methods import parameter
+from rewire.methods.core.parameters import Count, Epochs, setting
 from rewire.nn import SparseLinear
 
 
@@ -32,6 +33,23 @@ def test_a_plain_class_attribute_is_the_new_default_of_a_declaration() -> None:
     with pytest.raises(ValueError, match="fraction must be"):
         made(Often, fraction=9.0)
     assert methods.RigL.declared()["every"].default is None
+
+
+def test_kinds_of_numbers_bring_their_bounds_which_a_declaration_may_widen() -> None:
+    class Counted(methods.SET):
+        times: Count | None = parameter(default=None, help="how often")
+        after: Epochs = setting(default=0, low=0, help="from when on")
+        every: int = 5
+
+    declared = Counted.declared()
+    assert declared["times"].allowed() == "a whole number of at least 1, or None"
+    assert declared["after"].allowed() == "a whole number of epochs of at least 0"
+    saved = {name: found.declared.saved for name, found in declared.items()}
+    assert (saved["times"], saved["after"], saved["every"]) == (False, True, True)
+    assert made(Counted).after == 0
+    for bad in ({"times": 0}, {"after": -1}, {"every": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be a whole number"):
+            made(Counted, **bad)
 
 
 def test_an_error_in_a_declaration_does_not_switch_checks_off() -> None:

@@ -37,8 +37,7 @@ def chains(
     return weight, optimizer, SoftDeepR(model, optimizer, **parameters), signs.view(n, cols)
 
 
-@pytest.mark.parametrize("boundary", ["clip", "reflect"])
-@pytest.mark.parametrize("p_min", [0.1, 0.4])
+@pytest.mark.parametrize(("p_min", "boundary"), [(0.1, "clip"), (0.4, "reflect")])
 def test_a_share_p_min_is_active_where_the_loss_is_flat(boundary: Any, p_min: float) -> None:
     eta, one_in = (5e-4, 3) if p_min == 0.4 else (5e-3, 8)
     l1, temperature = 1.0, 0.2

@@ -442,10 +442,8 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(
-    ("backend", "reference"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
-)
-def test_compiles(backend: str, reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reference", [False, True])
+def test_compiles(reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if reference:
         use_reference(monkeypatch)
     net = nn.Sequential(
@@ -454,7 +452,7 @@ def test_compiles(backend: str, reference: bool, monkeypatch: pytest.MonkeyPatch
         nn.ReLU(),
         make(2, 6, 4, 3, stride=2, groups=2),
     ).eval()
-    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False)
     for last in (False, True):
         x = torch.randn(4, 3, 8, 8)
         if last:

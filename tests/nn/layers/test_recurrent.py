@@ -163,7 +163,7 @@ def test_gradcheck(kind):
         return tensors(torch.func.functional_call(layer, named, (x,)))
 
     assert torch.autograd.gradcheck(run, (x, *parameters))
-    assert torch.autograd.gradgradcheck(run, (x, *parameters), atol=1e-4)
+    assert torch.autograd.gradgradcheck(run, (x, *parameters), atol=1e-4, fast_mode=True)
 
 
 @all_kinds
@@ -355,13 +355,11 @@ def test_autocast_narrows_results_only(kind):
 
 # torch's compiler calls what torch deprecates
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("kind", "backend"), [("gru", "aot_eager"), ("projected", "aot_eager"), ("lstm", "inductor")]
-)
-def test_compiles(kind, backend):
+@pytest.mark.parametrize("kind", ["gru", "projected"])
+def test_compiles(kind):
     torch._dynamo.reset()
     layer = build(kind, bidirectional=True, batch_first=True)
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
     hx = initial(layer, 2)
     leaves = [x, *tensors(hx)]

@@ -4,12 +4,11 @@ fit into.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from interpreter import run_python
 
 SCRIPT = """
 import io, resource, sys, warnings
@@ -58,14 +57,8 @@ print(int(megabytes() - start))
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 @pytest.mark.parametrize("native", ["", "0"])
 def test_nothing_allocates_rows_times_cols(native: str) -> None:
-    source = Path(__file__).parents[3] / "src"
-    environment = os.environ | {"REWIRE_NATIVE": native, "PYTHONPATH": str(source)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = run_python(
+        "import warnings\nwarnings.simplefilter('ignore')" + SCRIPT, REWIRE_NATIVE=native
     )
     assert done.returncode == 0, done.stderr
     # Pool, index, momentum, signs, gradients, a second layer, the file: some 20 numbers a

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from typing import Any
 
 import numpy as np
@@ -369,80 +367,12 @@ def test_a_pool_without_connections(check_pool: Any) -> None:
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def _through_torch_save(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _through_torch_save]
-)
-def test_copies_are_independent_and_have_no_followers(
-    way: Any, dormant: Any, check_pool: Any
-) -> None:
-    layer = SparseLinear(6, 5, connections=10, capacity=12)
-    events: list[Event] = []
-    layer.weight.follow(events.append)
-    layer.weight.follow(lambda event: None)  # cannot be pickled
-    x = torch.randn(3, 6)
-    twin = way(layer)
-    assert torch.equal(twin(x), layer(x))
-    expected = layer(x).detach().clone()
-    twin.weight.rewire(torch.tensor([0, 11]), *dormant(twin.weight, 2), 1.0)
-    check_pool(twin.weight)
-    check_pool(layer.weight)
-    assert not events
-    assert torch.equal(layer(x), expected)
-    assert not torch.equal(twin(x), expected)
-    layer.weight.rewire(torch.tensor([0]), *dormant(layer.weight, 1))
-    assert len(events) == 1
-
-
-def test_conversion_of_dtype(dormant: Any, check_pool: Any, twin: Any) -> None:
-    layer = SparseLinear(6, 5, connections=10, capacity=12)
-    parameter = layer.weight.values
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        layer.to(dtype)
-        assert layer.weight.values is parameter
-        assert layer.weight.dtype == layer.bias.dtype == dtype
-        assert layer.weight.rows.dtype == layer.weight.index.row_ptr.dtype == torch.int32
-        layer.weight.rewire(torch.tensor([0]), *dormant(layer.weight, 1), 0.5)
-        check_pool(layer.weight)
-        x = torch.randn(3, 6, dtype=dtype)
-        tolerance = {"rtol": 0.02, "atol": 0.02} if dtype.itemsize == 2 else {}
-        torch.testing.assert_close(layer(x), twin(layer)(x), **tolerance)
-    layer.to("cpu").float().double()
-    check_pool(layer.weight)
-
-
-def test_meta_device_and_back(twin: Any, check_pool: Any) -> None:
-    source = SparseLinear(6, 5, connections=10)
-    layer = SparseLinear(6, 5, connections=10, device="meta")
-    assert layer(torch.empty(3, 6, device="meta")).shape == (3, 5)
-    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
-    check_pool(layer.weight)
-    assert torch.equal(layer.weight.to_dense(), source.weight.to_dense())
-
-
 def test_repr_tells_the_budget() -> None:
     layer = SparseLinear(784, 300, connections=2352, bias=False)
     assert (
         "in_features=784, out_features=300, bias=False, connections=2352, density=0.01"
     ) in repr(layer)
     assert "capacity=20" in repr(SparseWeight((5, 6), 10, capacity=20))
-
-
-def test_deferred_initialisation_draws_the_topology() -> None:
-    """torch's recipe: build on meta, to_empty, reset_parameters."""
-    layer = SparseLinear(20, 15, connections=60, capacity=70, device="meta").to_empty(device="cpu")
-    assert not layer.weight.drawn
-    layer.reset_parameters()
-    assert layer.weight.drawn
-    assert layer(torch.randn(4, 20)).shape == (4, 15)
-    assert int(layer.weight.fan_in().sum()) == 60
 
 
 def test_a_rewire_under_activation_checkpointing_raises() -> None:
@@ -487,16 +417,3 @@ def test_an_emptied_slot_is_zero_whatever_value_is_given(check_pool: Any) -> Non
     weight.rewire(torch.tensor([2, 3]), nowhere, nowhere, torch.full((2,), torch.inf))
     check_pool(weight)
     assert weight.connections == 8
-
-
-@pytest.mark.parametrize("name", ["values", "rows", "cols"])
-def test_loading_from_the_meta_device_changes_nothing(name: str) -> None:
-    weight = SparseWeight((8, 6), connections=12)
-    before = {n: t.clone() for n, t in weight.state_dict().items()}
-    state = SparseWeight((8, 6), connections=12).state_dict()
-    state[name] = state[name].to("meta")
-    with pytest.raises(
-        RuntimeError, match=f"{name} must be an ordinary tensor, not one on the meta device"
-    ):
-        weight.load_state_dict(state)
-    assert all(torch.equal(t, before[n]) for n, t in weight.state_dict().items())

@@ -132,7 +132,9 @@ class Group(Method):
         return {pattern: method.state_dict() for pattern, method in self.methods.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result; ValueError for the state of a group with other patterns."""
+        """Restore `state_dict`'s result; ValueError for the state of a group with other
+        patterns.
+        """
         if set(state) != set(self.methods):
             raise ValueError(
                 f"this is the state of a group of {', '.join(state)}, not of "

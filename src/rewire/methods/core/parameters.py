@@ -194,8 +194,11 @@ def _keep_declarations(cls: Any) -> None:
         owner = next(
             base for base in cls.__mro__[1:] if name in vars(base).get("__annotations__", {})
         )
-        cls.__annotations__ = {name: get_type_hints(owner, include_extras=True)[name], **own}
-        again = dataclasses.field(default=value, kw_only=True, metadata=field.metadata)
+        kind = get_type_hints(owner, include_extras=True)[name]
+        cls.__annotations__ = {name: kind, **own}
+        # the kind's bounds hold for an annotation of the subclass's own as well
+        declared = {**vars(_declared_of(kind)), **field.metadata[_KEY]}
+        again = dataclasses.field(default=value, kw_only=True, metadata={_KEY: declared})
         setattr(cls, name, again)
 
 

@@ -1,4 +1,6 @@
-"""Which connections to drop: small criteria without state, plugged into a `rewire.methods.Rewirer`."""
+"""Which connections to drop: small criteria without state, plugged into a
+`rewire.methods.Rewirer`.
+"""
 
 from __future__ import annotations
 

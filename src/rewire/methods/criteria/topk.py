@@ -77,7 +77,9 @@ class Best:
         self._keys, self._scores, self._held = [keys], [scores], keys.numel()
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Keys (int64, ascending) and their scores; fewer than ``count`` if there were not as many."""
+        """Keys (int64, ascending) and their scores; fewer than ``count`` if there were not as
+        many.
+        """
         if not self._held:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._cut()

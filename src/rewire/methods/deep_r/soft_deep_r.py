@@ -1,4 +1,6 @@
-"""soft-DEEP R: every potential connection performs a random walk, and those above zero are active."""
+"""soft-DEEP R: every potential connection performs a random walk, and those above zero are
+active.
+"""
 
 from __future__ import annotations
 

@@ -158,7 +158,9 @@ class Ternary(DenseStart):
     # --- training ---------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in `step`."""
+        """``l2 sum ||W||^2`` in stage 1, else 0; the push on the thresholds is applied in
+        `step`.
+        """
         strength = self._now("l2", self.epochs)
         if self.stage == 3 or not strength:
             return super().penalty()

@@ -93,7 +93,9 @@ class Target(ABC):
         return list(self.gate.parameters())
 
     def values(self) -> Tensor:
-        """The a_i that the penalty is taken of; 0 exactly where a component is off. With gradient."""
+        """The a_i that the penalty is taken of; 0 exactly where a component is off. With
+        gradient.
+        """
         a: Tensor = self.gate()
         return a
 
@@ -173,14 +175,18 @@ def bake_parametrization(module: nn.Module) -> None:
 
 
 def take_off(module: nn.Module, function: Any) -> None:
-    """Remove the hook that applied a gate for another method (also in copies, which have it too)."""
+    """Remove the hook that applied a gate for another method (also in copies, which have it
+    too).
+    """
     for number, hook in list(module._forward_hooks.items()):
         if isinstance(hook, partial) and hook.func is function:
             del module._forward_hooks[number]
 
 
 class Columns(nn.Module):
-    """Parametrization of an attention's output projection: one factor for the columns of each head."""
+    """Parametrization of an attention's output projection: one factor for the columns of each
+    head.
+    """
 
     def __init__(self, gate: Gate, width: int) -> None:
         super().__init__()

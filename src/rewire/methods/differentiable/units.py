@@ -147,7 +147,9 @@ def _silent(graph: UnitGraph, site: Any, unit: int) -> bool:
 def _constants(
     model: nn.Module, example: Any, graph: UnitGraph, group: Group, units: Sequence[int]
 ) -> dict[int, float]:
-    """What each unit gives its consumers, for those units that give all of them the same constant."""
+    """What each unit gives its consumers, for those units that give all of them the same
+    constant.
+    """
     if not units:
         return {}
     seen: dict[str, list[Tensor]] = {site.name: [] for site in group.consumers}

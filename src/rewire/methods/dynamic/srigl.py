@@ -185,7 +185,9 @@ class _Exact:
 
 
 class _Sampled:
-    """Growth by the gradients of candidates and of what is dropped, of all of which there are O(K)."""
+    """Growth by the gradients of candidates and of what is dropped, of all of which there are
+    O(K).
+    """
 
     def __init__(self, pool: Pool, seed: int, step: int) -> None:
         assert pool.weight.candidates is not None

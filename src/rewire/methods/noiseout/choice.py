@@ -1,4 +1,6 @@
-"""What NoiseOut looks at: the layers whose units it merges, and the inputs it measures them over."""
+"""What NoiseOut looks at: the layers whose units it merges, and the inputs it measures them
+over.
+"""
 
 from __future__ import annotations
 

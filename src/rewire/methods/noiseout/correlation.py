@@ -96,7 +96,9 @@ class UnitMoments:
         self._sums = [_Moments() for _ in self.readers]
 
     def hooks(self) -> list[Any]:
-        """Hooks that add what the readers see that have seen nothing yet, until they are removed."""
+        """Hooks that add what the readers see that have seen nothing yet, until they are
+        removed.
+        """
         handles = []
         for site, sums in zip(self.readers, self._sums, strict=True):
             if not sums.count:

@@ -1,4 +1,6 @@
-"""NoiseOut's extra outputs: a linear head on the input of the last layer that must predict noise."""
+"""NoiseOut's extra outputs: a linear head on the input of the last layer that must predict
+noise.
+"""
 
 from __future__ import annotations
 

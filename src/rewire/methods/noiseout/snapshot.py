@@ -1,4 +1,6 @@
-"""A network and its optimizers' state at one moment, to go back to, whatever shapes it has by then."""
+"""A network and its optimizers' state at one moment, to go back to, whatever shapes it has by
+then.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""SNIP: choose the connections before training, by what the loss says about them at initialisation."""
+"""SNIP: choose the connections before training, by what the loss says about them at
+initialisation.
+"""
 
 from __future__ import annotations
 

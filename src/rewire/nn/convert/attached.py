@@ -1,4 +1,6 @@
-"""Moves what PyTorch and users attach to a layer to the layer's twin, or refuses it with a reason."""
+"""Moves what PyTorch and users attach to a layer to the layer's twin, or refuses it with a
+reason.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def disguised(module: nn.Module) -> str | None:
-    """Why a module that was made of one of `KINDS` is not one of them; None for any other module."""
+    """Why a module that was made of one of `KINDS` is not one of them; None for any other
+    module.
+    """
     bases = {kind.dense for kind in KINDS} | {kind.sparse for kind in KINDS}
     if parametrize.is_parametrized(module) and type(module).__bases__[0] in bases:
         return _parametrized(module)
@@ -202,7 +206,9 @@ def parameter(layer: nn.Module, kind: Kind, path: str) -> nn.Parameter:
 
 
 def source_of(module: nn.Module, attribute: str) -> nn.Parameter | None:
-    """The parameter of a weight, which may be under a prune mask; None if it is computed otherwise."""
+    """The parameter of a weight, which may be under a prune mask; None if it is computed
+    otherwise.
+    """
     own = module._parameters.get(attribute)
     if own is None and _pruning(module, attribute):
         own = module._parameters.get(f"{attribute}_orig")

@@ -1,4 +1,6 @@
-"""Cut a dense model to the connections of masks: truly sparse layers, and optimizers that follow."""
+"""Cut a dense model to the connections of masks: truly sparse layers, and optimizers that
+follow.
+"""
 
 from __future__ import annotations
 
@@ -223,7 +225,9 @@ def _taken(cut: _Cut, dense: Tensor) -> Tensor:
 
 
 def _twin(layer: nn.Module, kind: Kind) -> nn.Module:
-    """The sparse layer with its settings and biases, and weights of one connection to be replaced."""
+    """The sparse layer with its settings and biases, and weights of one connection to be
+    replaced.
+    """
     device = next(layer.parameters()).device
     # What is drawn here is thrown away, and no other random numbers may depend on it.
     with contextlib.ExitStack() as stack:

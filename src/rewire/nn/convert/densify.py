@@ -127,7 +127,9 @@ class Move:
 
     @torch.no_grad()
     def make(self) -> None:
-        """Put the dense parameter in the place of the values (of the first, if there are several)."""
+        """Put the dense parameter in the place of the values (of the first, if there are
+        several).
+        """
         parameter = self.targets[0].parameter
         gone = {id(target.pool.values) for target in self.targets}
         members: list[Tensor] = self.group["params"]

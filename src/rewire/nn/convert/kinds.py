@@ -1,4 +1,6 @@
-"""The layer types that `sparsify` and `densify` convert: one entry for each, with both directions."""
+"""The layer types that `sparsify` and `densify` convert: one entry for each, with both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Kind:
     to_dense: Callable[[Any], nn.Module]
 
     def plain(self) -> nn.Module:
-        """A fresh dense layer without values; what other layers have beyond it was added to them."""
+        """A fresh dense layer without values; what other layers have beyond it was added to
+        them.
+        """
         return self.dense(*self.sizes, device="meta")
 
     def plain_sparse(self) -> nn.Module:
@@ -56,7 +60,9 @@ class Kind:
         return made
 
     def places(self, layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-        """Module and attribute of each weight of a dense layer, by the name of the sparse weight."""
+        """Module and attribute of each weight of a dense layer, by the name of the sparse
+        weight.
+        """
         found = {}
         for path, name in self.names(layer).items():
             parent, _, leaf = name.rpartition(".")
@@ -172,7 +178,9 @@ def _recurrent_weights(layer: nn.RNNBase) -> dict[str, str]:
 
 
 def _recurrent_arguments(layer: nn.RNNBase | Recurrent) -> dict[str, Any]:
-    """The arguments of both constructors, without dropout, because a useless one would warn again."""
+    """The arguments of both constructors, without dropout, because a useless one would warn
+    again.
+    """
     names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional"]
     if isinstance(layer, nn.LSTM | SparseLSTM):
         names.append("proj_size")

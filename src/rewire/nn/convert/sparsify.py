@@ -198,7 +198,9 @@ def _restrict(
 def _refuse_disguised(
     model: nn.Module, only: Patterns | None, exclude: Patterns | None, given: Any
 ) -> None:
-    """Raise ValueError for a layer that the patterns choose, but that has become of another type."""
+    """Raise ValueError for a layer that the patterns choose, but that has become of another
+    type.
+    """
     for name, module in model.named_modules() if given is not None else ():
         what = attached.disguised(module)
         meant = what is not None and chosen(name, only, exclude)

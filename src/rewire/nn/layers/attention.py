@@ -1,4 +1,6 @@
-"""`SparseMultiheadAttention`: the twin of `torch.nn.MultiheadAttention` with a connection budget."""
+"""`SparseMultiheadAttention`: the twin of `torch.nn.MultiheadAttention` with a connection
+budget.
+"""
 
 from __future__ import annotations
 

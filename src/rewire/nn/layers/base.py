@@ -18,7 +18,9 @@ __all__ = ["SparseLayer", "autocast_dtype"]
 
 
 def autocast_dtype(x: Tensor, weight: SparseWeight) -> torch.dtype | None:
-    """The dtype that autocast gives products; None if it is off and, as in torch.nn, for float64."""
+    """The dtype that autocast gives products; None if it is off and, as in torch.nn, for
+    float64.
+    """
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or weight.dtype == torch.float64:
         return None

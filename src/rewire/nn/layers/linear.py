@@ -17,7 +17,9 @@ __all__ = ["SparseLinear", "input_dtype", "product"]
 
 
 def input_dtype(weight: SparseWeight, narrow: torch.dtype) -> torch.dtype:
-    """The dtype of the input of a product with ``weight`` under autocast with the dtype ``narrow``."""
+    """The dtype of the input of a product with ``weight`` under autocast with the dtype
+    ``narrow``.
+    """
     return narrow if weight.dtype == torch.float32 and narrow in ops.NARROW else weight.dtype
 
 

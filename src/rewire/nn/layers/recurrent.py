@@ -159,7 +159,9 @@ class SparseLSTM(Recurrent):
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """(time, batch, input_size) -> output (time, batch, directions x output_size), (h_n, c_n)."""
+        """(time, batch, input_size) -> output (time, batch, directions x output_size), (h_n,
+        c_n).
+        """
         y, states = self._forward(input, hx)
         return y, (states[0], states[1])
 

@@ -192,7 +192,9 @@ def cannot_age(optimizer: Optimizer) -> str | None:
 
 
 def looks_biased(state: Mapping[str, Any]) -> bool:
-    """Whether this seems to be the state of a relative of Adam, with updates that depend on a step."""
+    """Whether this seems to be the state of a relative of Adam, with updates that depend on a
+    step.
+    """
     return "step" in state and ("exp_avg" in state or "exp_avg_sq" in state)
 
 

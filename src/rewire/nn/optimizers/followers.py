@@ -147,7 +147,9 @@ def _start(optimizer: Optimizer, kept: Kept) -> float | None:
 
 
 def initial_of(optimizer: Optimizer, key: str, group: dict[str, Any]) -> float | None:
-    """The initial value of state ``key`` for a new connection; None for the connection's own value."""
+    """The initial value of state ``key`` for a new connection; None for the connection's own
+    value.
+    """
     rule = _declared(type(optimizer), key)
     if rule is None:
         return None if key in _COPIES.get(optimizer, ()) else 0.0

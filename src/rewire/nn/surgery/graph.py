@@ -242,7 +242,9 @@ class UnitGraph:
     def _plan(
         self, dead: Iterable[tuple[Group, Tensor]]
     ) -> tuple[dict[tuple[str, Side], Tensor], dict[tuple[str, Side], Tensor], dict[str, Keep]]:
-        """The positions that stay and go along each side, and the entries that each tensor keeps."""
+        """The positions that stay and go along each side, and the entries that each tensor
+        keeps.
+        """
         gone: dict[tuple[str, Side], Tensor] = {}
         modules: dict[str, nn.Module] = {}
         for group, units in dead:

@@ -1,4 +1,6 @@
-"""The layers from which units can be cut: tensors that hold units, and attributes that count them."""
+"""The layers from which units can be cut: tensors that hold units, and attributes that count
+them.
+"""
 
 from __future__ import annotations
 

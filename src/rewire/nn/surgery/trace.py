@@ -142,7 +142,9 @@ def _node(outputs: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _stand_in(module: Any, input: Any, hx: Any = None) -> Any:
-    """The forward of a recurrent layer in the traced copy: output and last states, from one node."""
+    """The forward of a recurrent layer in the traced copy: output and last states, from one
+    node.
+    """
     data: Tensor = input.data if isinstance(input, PackedSequence) else input
     width = module.hidden_size
     if isinstance(input, PackedSequence):
