@@ -110,7 +110,7 @@ class Shower:
             self.say(f"{run.cell} seed {run.seed} failed: {value}")
         if self.quiet or what == "failed":
             return
-        count = min(outlook.ended + 1, outlook.planned)
+        count = min(outlook.ended + (what != "stopped"), outlook.planned)
         stage = {"run": "", "pilot": "pilot ", "tune": "search "}[run.stage]
         if what == "pruned":
             told = "ended early, no better than others"

@@ -81,13 +81,14 @@ class Crew:
             self.context.set_forkserver_preload(["rewire.app.studies.child"])
         self.running: dict[int, _Running] = {}
         self.beaten = 0.0
+        self.outlook = Outlook()
 
     def work(self) -> Outlook:
         """Work until the study is over; returns where it stands. Raises KeyboardInterrupt."""
         warm = False
         try:
             while True:
-                outlook = self.stages.look()
+                outlook = self.outlook = self.stages.look()
                 if not (warm or outlook.over):
                     self._warm_up()
                     warm = True
@@ -237,7 +238,6 @@ class Crew:
         for run in self.running.values():
             self._ask(run, "stop")
         until = time.monotonic() + LEAVE
-        outlook = Outlook()
         for run in list(self.running.values()):
             while run.process.is_alive() and time.monotonic() < until:
                 wait([run.connection, run.process.sentinel], timeout=0.2)
@@ -249,7 +249,7 @@ class Crew:
                 pass
             if run.answer is None:
                 run.answer = ("stopped", "stop")
-            self._end(run, outlook)
+            self._end(run, self.outlook)
 
 
 def _brief(outcome: Mapping[str, Any]) -> dict[str, Any]:
