@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.state import copied
 from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.nn.convert.cut import to_sparse
 from rewire.schedules import Schedule
@@ -267,16 +268,8 @@ class Halo(DenseStart):
     # --- saving -----------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        kept = (
-            None
-            if self._kept is None
-            else {name: mask.clone() for name, mask in self._kept.items()}
-        )
-        numbers = {
-            "lambda": [a.clone() for a in self._lambda],
-            "momentum": [b.clone() for b in self._buffers],
-        }
-        return numbers | {"kept": kept}
+        own = {"lambda": self._lambda, "momentum": self._buffers, "kept": self._kept}
+        return dict(copied(own))
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         kept: Mapping[str, Tensor] | None = state["kept"]
@@ -289,8 +282,7 @@ class Halo(DenseStart):
             raise ValueError(f"this is the state of weights of other shapes: {shapes}")
         for target, source in zip(mine, given, strict=True):
             target.copy_(source)
+        places = {w.name: w.tensor.device for w in self.weights}
         self._kept = (
-            None
-            if kept is None
-            else {w.name: kept[w.name].to(w.tensor.device).clone() for w in self.weights}
+            None if kept is None else {n: kept[n].to(at, copy=True) for n, at in places.items()}
         )

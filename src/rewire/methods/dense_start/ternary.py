@@ -17,6 +17,7 @@ from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.registry import register
+from rewire.methods.core.state import copied
 from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.methods.dense_start.quantize import (
     Rule,
@@ -293,21 +294,12 @@ class Ternary(DenseStart):
     # --- saving -----------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        masks = [m.clone() for m in self._masks]
-        thresholds = list(self._thresholds)
-        return {
-            "stage": self.stage,
-            "reached": self._reached,
-            "thresholds": thresholds,
-            "masks": masks,
-        }
+        own = {"thresholds": self._thresholds, "masks": self._masks}
+        return {"stage": self.stage, "reached": self._reached, **copied(own)}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        stage, reached, thresholds = (
-            int(state["stage"]),
-            bool(state["reached"]),
-            [*map(float, state["thresholds"])],
-        )
+        stage, reached = int(state["stage"]), bool(state["reached"])
+        thresholds = [*map(float, state["thresholds"])]
         masks = [
             m.to(w.tensor.device, torch.bool)
             for m, w in zip(state["masks"], self.weights, strict=stage == 3)

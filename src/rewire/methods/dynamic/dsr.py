@@ -17,8 +17,7 @@ __all__ = ["DSR"]
 @register(
     name="dsr",
     paper="Mostafa and Wang, ICML 2019 (arXiv 1902.05967)",
-    summary="one adaptive magnitude threshold for all layers; random regrowth in proportion to "
-    "what survives in each",
+    summary="one adaptive threshold for all layers; random growth in proportion to survivors",
     guarantees=("K exact in total at every moment", "layers grow in proportion to their survivors"),
 )
 class DSR(Rewiring):

@@ -12,8 +12,7 @@ __all__ = ["Static"]
 @register(
     name="static",
     paper="baseline of Bellec et al., ICLR 2018 (arXiv 1711.05136)",
-    summary="fixed random connectivity: the topology drawn at the start is trained and never "
-    "changed",
+    summary="fixed random connectivity: the topology drawn at the start never changes",
     guarantees=("K exact in every layer at every moment", "topology never changes"),
 )
 class Static(Method):

@@ -17,6 +17,7 @@ from rewire.distributed import sum_over_ranks
 from rewire.methods.core.base import Method, Moments, Pool, Purpose
 from rewire.methods.core.parameters import NonNegative, Steps, moments_field, service, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.state import copied
 from rewire.methods.core.updates import Timing, fill_in
 from rewire.methods.criteria.topk import recorded
 from rewire.topology import Index
@@ -132,11 +133,8 @@ class TopKAST(Method):
 
     def _choose(self, pool: Pool) -> None:
         """Take the largest theta into the pool, the next largest into the exploring set."""
-        weight, theta, exploring = (
-            pool.weight,
-            self._theta[pool.number],
-            self._exploring[pool.number],
-        )
+        weight, theta = pool.weight, self._theta[pool.number]
+        exploring = self._exploring[pool.number]
         k, cols = weight.connections, weight.matrix_shape[1]
         slots = weight.active()
         mine = pool.keys(slots)
@@ -144,24 +142,18 @@ class TopKAST(Method):
         theta[exploring.at] = exploring.values.detach()
         order = torch.sort(theta.abs(), descending=True, stable=True).indices
         chosen = order[:k]
-        leaving, entering = (
-            ~torch.isin(mine, chosen),
-            torch.sort(chosen[~torch.isin(chosen, mine)]).values,
-        )
+        leaving = ~torch.isin(mine, chosen)
+        entering = torch.sort(chosen[~torch.isin(chosen, mine)]).values
         self._exchange(pool, slots[leaving], entering // cols, entering % cols, theta[entering])
         exploring.begin(torch.sort(order[k : k + round(self.explore * k)]).values, theta)
 
     # --- state ------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
+        names = [pool.name for pool in self.pools]
         return {
-            "theta": {
-                pool.name: theta.clone()
-                for pool, theta in zip(self.pools, self._theta, strict=True)
-            },
-            "exploring": {
-                pool.name: e.state() for pool, e in zip(self.pools, self._exploring, strict=True)
-            },
+            "theta": copied(dict(zip(names, self._theta, strict=True))),
+            "exploring": {n: e.state() for n, e in zip(names, self._exploring, strict=True)},
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
@@ -230,11 +222,7 @@ class _Exploring:
 
     def state(self) -> dict[str, Any]:
         kept = self.optimizer.state.get(self.values, {})
-        return {
-            "at": self.at.clone(),
-            "values": self.values.detach().clone(),
-            "optimizer": {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()},
-        }
+        return dict(copied({"at": self.at, "values": self.values, "optimizer": kept}))
 
     def load(self, state: Mapping[str, Any]) -> None:
         like = self.pool.weight.values.detach()
