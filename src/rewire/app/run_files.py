@@ -6,6 +6,7 @@
                                 itself, its tensors, the options, the metrics up to it
     checkpoint-N.safetensors    its tensors
     model.safetensors           the finished network
+    inputs.safetensors          how inputs and targets were standardised, if they were
     checksums.json              before the result: sums of all other files
     result.json                 the scores; the last to be written, so a run that has it is finished
     report.html                 made of all this, and never read
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,11 +30,12 @@ from rewire.app.errors import RunFileError
 from rewire.storage import files, reading
 from rewire.storage.reading import FileError
 
-CONFIG, METRICS, RESULT, MODEL, REPORT, CHECKSUMS, COMMIT = (
+CONFIG, METRICS, RESULT, MODEL, INPUTS, REPORT, CHECKSUMS, COMMIT = (
     "config.json",
     "metrics.jsonl",
     "result.json",
     "model.safetensors",
+    "inputs.safetensors",
     "report.html",
     "checksums.json",
     "checkpoint.json",
@@ -80,6 +82,7 @@ class Info(_Part):
     """What a run is about."""
 
     starts_dense: bool = False
+    score: Literal["accuracy", "r2"] = "accuracy"
     layers: Annotated[list[Layer], Field(min_length=1)]
     image_shape: list[Size] | None = None
     samples: Samples
@@ -90,9 +93,11 @@ class Epoch(_Part):
 
     epoch: Size
     train_loss: Finite
-    train_accuracy: Share
+    train_accuracy: Share | None = None
+    train_r2: Finite | None = None
     validation_loss: Finite | None
-    validation_accuracy: Share | None
+    validation_accuracy: Share | None = None
+    validation_r2: Finite | None = None
     connections: list[Count]
     turnover: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     units: list[Count] = []
@@ -133,7 +138,8 @@ class Timing(_Part):
 class Result(_Part):
     """`result.json`."""
 
-    test_accuracy: Share
+    test_accuracy: Share | None = None
+    test_r2: Finite | None = None
     test_loss: Finite
     connections: Count
     possible_connections: Size
@@ -276,7 +282,7 @@ def write_checksums(folder: Path, config_sha256: str, result: bytes, known: dict
     """Write `checksums.json` of a run that ``result`` is about to finish."""
     commit = read_commit(folder)
     names = (METRICS, MODEL, COMMIT, commit["file"])
-    sums = {name: known.get(name) or files.sha256_file(folder / name) for name in names}
+    sums = {name: known.get(name) or files.sha256_file(folder / name) for name in names} | known
     value = {
         "format": FORMAT,
         "config_sha256": config_sha256,
@@ -306,12 +312,11 @@ def read_result(folder: Path, config_sha256: str) -> dict[str, Any]:
     path = folder / RESULT
     result = read_object(path)
     checked = check(result, Result, path)
-    for key, network in (("before", checked.before), ("after", checked.after)):
-        if network is not None and len(network.layers) != len(checked.info.layers):
-            refuse(
-                path,
-                f"{key!r} has {len(network.layers)} layers, the run has {len(checked.info.layers)}",
-            )
+    if f"test_{checked.info.score}" not in result:
+        refuse(path, f"'test_{checked.info.score}' is missing")
+    before, after = checked.before, checked.after
+    if before is not None and after is not None and len(before.layers) != len(after.layers):
+        refuse(path, f"'before' has {len(before.layers)} layers, 'after' has {len(after.layers)}")
     return result
 
 
@@ -367,9 +372,13 @@ def check_together(
     folder: Path, lines: Sequence[Mapping[str, Any]], info: Mapping[str, Any]
 ) -> None:
     """Refuse metrics that lack a layer's number, or validation scores in some epochs."""
-    layers = len(info["layers"])
+    layers, score = len(info["layers"]), info.get("score", "accuracy")
     for line in lines:
-        for key in ("validation_loss", "validation_accuracy"):
+        if line.get(f"train_{score}") is None:
+            refuse(folder / METRICS, f"epoch {line['epoch']} has no train_{score}")
+        for key in ("validation_loss", f"validation_{score}"):
+            if key not in line:
+                refuse(folder / METRICS, f"epoch {line['epoch']} has no {key}")
             if (line[key] is None) != (lines[0]["validation_loss"] is None):
                 refuse(
                     folder / METRICS,

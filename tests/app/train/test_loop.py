@@ -79,8 +79,11 @@ def test_optimizers_get_their_options(name: str) -> None:
     config = toy.config(optimizer=name, lr=0.25, weight_decay=0.01, momentum=momentum)
     optimizer = make_optimizer(config, torch.nn.Linear(2, 2))
     assert type(optimizer).__name__.lower() == name
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group.get("momentum", 0)) == (0.25, 0.01, momentum)
+    groups = optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]  # the bias has none
+    assert [[p.dim() for p in group["params"]] for group in groups] == [[2], [1]]
+    for group in groups:
+        assert (group["lr"], group.get("momentum", 0)) == (0.25, momentum)
 
 
 def test_bar_shows_the_run(tmp_path: Path) -> None:

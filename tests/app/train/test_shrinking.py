@@ -207,9 +207,9 @@ def test_methods_that_keep_their_budget_are_scored_as_trained(
     """
     calls: list[int] = []
 
-    def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    def evaluated(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> tuple[float, float]:
         calls.append(len(y))
-        return evaluate(model, x, y)
+        return evaluate(model, x, y, task)
 
     monkeypatch.setattr(loop, "evaluate", evaluated)
     loop.run(

@@ -20,7 +20,7 @@ def methods(
     ] = False,
 ) -> None:
     """List the methods: paper, what they do, what they guarantee, memory."""
-    from rewire import methods as registry
+    from rewire.app.train import baselines as registry
     from rewire.app.train.config import check_name
 
     if name is not None:
@@ -36,7 +36,7 @@ def methods(
 
 def _described(name: str) -> dict[str, Any]:
     """All that is known of a method, as JSON has it."""
-    from rewire import methods as registry
+    from rewire.app.train import baselines as registry
     from rewire.app.train.config import make_config
 
     entry, suits = registry.info(name), make_config({"method": name})
@@ -67,7 +67,7 @@ def _page(method: dict[str, Any]) -> str:
     lines = [
         f"{method['name']}: {method['summary']}",
         method["paper"],
-        f"guarantees: {'; '.join(method['guarantees'])}",
+        f"guarantees: {'; '.join(method['guarantees']) or 'nothing about connections'}",
     ]
     if method["start_density"] is not None:
         lines.append(f"starts: at density {method['start_density']:g}, comes down to its budget")
@@ -81,7 +81,7 @@ def _page(method: dict[str, Any]) -> str:
         f"memory: {method['memory']}",
         "rewire train, unless you say otherwise: "
         f"--optimizer {train['optimizer']} --lr {train['lr']:g}{chosen}",
-        "parameters (--set name=value):",
+        "parameters (--set name=value):" if method["parameters"] else "no parameters",
     ]
     for name, parameter in method["parameters"].items():
         lines.append(f"  {name} = {parameter['default']}\n      {parameter['help']}")

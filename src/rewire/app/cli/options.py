@@ -50,7 +50,7 @@ def with_train_options(command: _Command) -> _Command:
 def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
     """A field as a parameter of a function, with Typer's annotation; the default is None."""
     typed: Any = str  # pydantic reads the text
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         typed = bool
     elif option.metavar == "FOLDER":
         typed = Path  # the shell completes it

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rewire.app.cli.failures import CommandError, resumable
 from rewire.app.cli.options import described, with_train_options
-from rewire.app.train.config import RUN
+from rewire.app.train.option import RUN
 from rewire.app.train.signals import Signals
 
 if TYPE_CHECKING:  # torch is loaded when a run begins, so that --help is quick

@@ -1,6 +1,8 @@
 """Data sets: embedded, from local files, or downloaded; each checked against its checksum."""
 
 from rewire.app.data.dataset import Dataset
-from rewire.app.data.sources import available, load
+from rewire.app.data.download import Progress
+from rewire.app.data.options import FileOptions
+from rewire.app.data.sources import available, check, load
 
-__all__ = ["Dataset", "available", "load"]
+__all__ = ["Dataset", "FileOptions", "Progress", "available", "check", "load"]

@@ -84,8 +84,16 @@ def _diamond(colour: str) -> dict[str, Any]:
     return {"mode": "markers", "marker": {"size": 12, "symbol": "diamond", "color": colour}}
 
 
-def accuracy(run: Run) -> Figure:
-    """Accuracy over time, and the one test score."""
+def score(run: Run) -> Figure:
+    """Accuracy or R² over time, and the one test score."""
+    if run.score == "r2":
+        return Figure(
+            "R²",
+            "Share of the targets' variance that the outputs explain; the test set is scored once, "
+            "at the end.",
+            _scores(run, "r2"),
+            _epoch_axes(run, "R²"),
+        )
     return Figure(
         "Accuracy",
         "Training accuracy is the mean over the epoch; the test set is scored once, at the end.",
@@ -95,12 +103,15 @@ def accuracy(run: Run) -> Figure:
 
 
 def loss(run: Run) -> Figure:
-    """Cross-entropy over time."""
+    """The loss over time."""
+    what, unit = "cross-entropy", "cross-entropy (nats)"
+    if run.score == "r2":
+        what, unit = "squared error", "squared error (of standardised targets)"
     return Figure(
         "Loss",
-        "Mean cross-entropy per sample, without any term that the method adds.",
+        f"Mean {what}, without any term that the method adds.",
         _scores(run, "loss"),
-        _epoch_axes(run, "cross-entropy (nats)", yaxis_rangemode="tozero"),
+        _epoch_axes(run, unit, yaxis_rangemode="tozero"),
     )
 
 
@@ -126,7 +137,7 @@ def turnover(run: Run) -> Figure:
 
 
 def _layer_lines(
-    run: Run, key: str, start: Sequence[int], end: Sequence[int] | None
+    run: Run, key: str, start: Sequence[int], end: Sequence[int | None] | None
 ) -> list[dict[str, Any]]:
     """A line for each layer from epoch 0, and a diamond where the end differs from it."""
     epochs = [0, *(line["epoch"] for line in run.metrics)]
@@ -137,10 +148,11 @@ def _layer_lines(
             (f"layer {i + 1} ({entry['inputs']} → {entry['outputs']})"),
         )
         data.append(_line(label, epochs, [start[i], *(m[key][i] for m in run.metrics)], colour))
-        if end is not None and end[i] != run.metrics[-1][key][i]:
+        last = None if end is None else end[i]
+        if last is not None and last != run.metrics[-1][key][i]:
             name = f"layer {i + 1} at the end"
             hidden = {"showlegend": False, "cliponaxis": False}
-            data.append(_line(name, epochs[-1:], [end[i]], colour) | _diamond(colour) | hidden)
+            data.append(_line(name, epochs[-1:], [last], colour) | _diamond(colour) | hidden)
     return data
 
 
@@ -162,13 +174,14 @@ def _falling_axes(run: Run, y: str, data: Sequence[dict[str, Any]]) -> dict[str,
     return axes
 
 
-def _final(run: Run, key: str) -> list[int] | None:
-    """A number of each finished layer; None before the end, or if the network kept its size."""
-    return (
-        None
-        if run.result is None or not run.after
-        else [int(layer[key]) for layer in run.after["layers"]]
-    )
+def _final(run: Run, key: str) -> list[int | None] | None:
+    """A number of each finished weight, as far as it is known; None before the end, or if the
+    network kept its size.
+    """
+    if run.result is None or not run.after:
+        return None
+    found = {f"{layer['name']}.weight": int(layer[key]) for layer in run.after["layers"]}
+    return [found.get(layer["name"]) for layer in run.info["layers"]]
 
 
 def active(run: Run) -> Figure:
@@ -251,16 +264,16 @@ def fans(run: Run) -> list[Figure]:
 def pixels(run: Run) -> Figure | None:
     """Connections of every pixel, as an image; None if the inputs are no image."""
     shape = run.info.get("image_shape")
-    if not shape or len(shape) != 2 or not run.layers or math.prod(shape) != run.layers[0].inputs:
+    if not shape or len(shape) > 3 or not run.layers or math.prod(shape) != run.layers[0].inputs:
         return None
     fan = run.layers[0].fan_out
     if fan is None or fan.size > PIXELS:
         return None
-    height, width = shape
-    counts = fan.all()
+    # the colours of a pixel together
+    counts = fan.all().reshape(-1, *shape[-2:]).sum(0)
     data = {
         "type": "heatmap",
-        "z": counts.reshape(height, width).tolist(),
+        "z": counts.tolist(),
         "colorscale": "Viridis",
         "zmin": 0,
         "zmax": max(1, int(counts.max())),
@@ -274,8 +287,8 @@ def pixels(run: Run) -> Figure | None:
         layout[axis] |= {"constrain": "domain", "showgrid": False, "zeroline": False}
     return Figure(
         "Where the network looks",
-        f"How many connections lead from each pixel into the first layer; {fan.unused} of "
-        f"{fan.size} pixels have none.",
+        f"How many connections lead from each pixel into the first layer; "
+        f"{int((counts == 0).sum())} of {counts.size} pixels have none.",
         [data],
         layout | {"height": 460},
     )

@@ -39,9 +39,7 @@ def render(run: Run) -> str:
     """The page."""
     drawn: dict[str, Figure] = {}
     body = "\n".join(_sections(run, drawn))
-    return assemble(
-        f"{run.name}: {run.config.get('method')} on {run.config.get('data')}", body, drawn
-    )
+    return assemble(f"{run.name}: {run.config.get('method')} on {run.data}", body, drawn)
 
 
 def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
@@ -65,7 +63,7 @@ def assemble(title: str, body: str, drawn: Mapping[str, Figure]) -> str:
 def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
     config = run.config
     parts = [
-        f"<h1>{escape(str(config.get('method')))} on {escape(str(config.get('data')))}</h1>",
+        f"<h1>{escape(str(config.get('method')))} on {escape(run.data)}</h1>",
         f'<p class="soft">run {escape(run.name)}, seed {escape(str(config.get("seed")))}</p>',
     ]
     if run.result is None:
@@ -77,7 +75,7 @@ def _sections(run: Run, drawn: dict[str, Figure]) -> list[str]:
     parts.append(_tiles(run))
     if run.metrics:
         parts.append("<h2>Training</h2>")
-        parts.append(grid([figures.accuracy(run), figures.loss(run)], drawn))
+        parts.append(grid([figures.score(run), figures.loss(run)], drawn))
         parts.append(f"<h2>{'Units and connections' if _shrinks(run) else 'Rewiring'}</h2>")
         parts.append(grid(_changes(run), drawn))
     if run.before and run.after and run.inference:
@@ -124,13 +122,12 @@ def _tiles(run: Run) -> str:
     tiles = []
     if run.result is not None:
         samples = run.info["samples"]["test"]
-        tiles.append((f"{run.result['test_accuracy']:.2%}", f"test accuracy, {samples:,} samples"))
+        value = _score(run, run.result[f"test_{run.score}"])
+        tiles.append((value, f"test {_score_name(run)}, {samples:,} samples"))
     tiles.append((f"{connections:,}", f"connections of {possible:,}"))
     tiles.append((f"{connections / possible:.2%}", "density"))
-    if run.metrics and run.metrics[-1]["validation_accuracy"] is not None:
-        tiles.append(
-            (f"{run.metrics[-1]['validation_accuracy']:.2%}", "validation accuracy, last epoch")
-        )
+    if run.metrics and (last := run.metrics[-1][f"validation_{run.score}"]) is not None:
+        tiles.append((_score(run, last), f"validation {_score_name(run)}, last epoch"))
     if run.result is not None:
         tiles.append(
             (_duration(run.result["seconds"]), f"training time, {run.result['steps']:,} steps")
@@ -138,6 +135,14 @@ def _tiles(run: Run) -> str:
     return _boxes(tiles) + (
         _boxes(comparison.tiles(run)) if run.before and run.after and run.inference else ""
     )
+
+
+def _score_name(run: Run) -> str:
+    return "R²" if run.score == "r2" else "accuracy"
+
+
+def _score(run: Run, value: float) -> str:
+    return f"{value:.4f}" if run.score == "r2" else f"{value:.2%}"
 
 
 def _boxes(tiles: Sequence[tuple[str, str]]) -> str:
@@ -212,6 +217,8 @@ def _options(config: Mapping[str, Any]) -> dict[str, str]:
         # a report may be shared, and paths are private
         if value is None or name in ("data_dir", "mirror"):
             continue
+        if name in ("data", "test_data", "validation_data"):
+            value = Path(str(value)).name
         if isinstance(value, list):
             value = ", ".join(map(str, value))
         if isinstance(value, dict):

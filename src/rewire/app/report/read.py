@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,16 @@ class Run:
     layers: list[Layer]
 
     @property
+    def data(self) -> str:
+        """The name of the data set; a path stays private."""
+        return str(self.info.get("data", self.config.get("data")))
+
+    @property
+    def score(self) -> str:
+        """Which score the task has: "accuracy" or "r2"."""
+        return str(self.info.get("score", "accuracy"))
+
+    @property
     def before(self) -> dict[str, Any]:
         """Size of the network before training, or of its dense twin; empty if not compared."""
         return self._compared("before")
@@ -174,9 +185,11 @@ def _layers(
             outputs, inputs = entry["outputs"], entry["inputs"]
             # layers that were dense may have lost units before they became sparse
             if shape is not None:
-                if shape.shape != (2,) or shape.dtype.kind not in "iu" or int(shape.min()) < 1:
-                    raise tensors.refuse(f"{name}.shape", "is no size of a matrix")
-                outputs, inputs = (int(n) for n in shape)
+                matrix = shape.ndim == 1 and 2 <= len(shape) <= 5
+                if not matrix or shape.dtype.kind not in "iu" or int(shape.min()) < 1:
+                    raise tensors.refuse(f"{name}.shape", "is no size of a weight")
+                outputs, *kernel = (int(n) for n in shape)
+                inputs = math.prod(kernel)
             for part, index in (("rows", rows), ("cols", cols)):
                 if index.ndim != 1 or index.dtype.kind != "i" or index.shape != rows.shape:
                     raise tensors.refuse(f"{name}.{part}", "is no list of positions")
@@ -190,16 +203,16 @@ def _layers(
             layers.append(Layer(name, inputs, outputs, int(active.sum()), fan_in, fan_out))
         # the method says what takes part, by gates or thresholds
         elif prefix and info.get("starts_dense"):
-            inputs = layers[-1].outputs if layers else entry["inputs"]
+            stack = info.get("model", "mlp") == "mlp"
+            inputs = layers[-1].outputs if layers and stack else entry["inputs"]
             units = (last or {}).get("units") or [layer["outputs"] for layer in info["layers"]]
             connections = (last or {}).get("connections") or [
                 layer["connections"] for layer in info["layers"]
             ]
             layers.append(Layer(name, inputs, units[number], connections[number]))
-        elif weight is not None and weight.ndim == 2:
-            layers.append(
-                Layer(name, weight.shape[1], weight.shape[0], int(np.count_nonzero(weight)))
-            )
+        elif weight is not None and weight.ndim >= 2:
+            inputs = math.prod(weight.shape[1:])
+            layers.append(Layer(name, inputs, weight.shape[0], int(np.count_nonzero(weight))))
         else:
             missing = "cols" if rows is not None else "rows"
             raise ReportError(f"{tensors.path} has no tensor '{prefix}{name}.{missing}'")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewire.app.train.batches import Inputs
 from rewire.app.train.remaining import structure
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.inspect.cost import cost
@@ -42,16 +43,18 @@ def file_size(model: nn.Module) -> int:
     return tensor_file.size(model.state_dict())
 
 
-def size(model: nn.Module, x: Tensor, file_bytes: int) -> dict[str, Any]:
+def size(
+    model: nn.Module, x: Tensor | Inputs, file_bytes: int, *, stack: bool = True
+) -> dict[str, Any]:
     """What the network costs for inputs like ``x``, as plain numbers, with the length of its file.
 
     Besides the units that a layer has it says how many of them are active: with connections in and
     out.
     """
     found = cost(model, x[:2]).to_json()
-    active = structure(model).units
+    active = structure(model, stack=stack).units
     for layer in found["layers"]:
-        layer["active_units"] = active[f"{layer['name']}.weight"]
+        layer["active_units"] = active.get(f"{layer['name']}.weight", layer["units"])
     return {
         "parameters": found["parameters"],
         "bytes": found["bytes"],
@@ -59,16 +62,18 @@ def size(model: nn.Module, x: Tensor, file_bytes: int) -> dict[str, Any]:
     } | found
 
 
-def compare(before: nn.Module, after: nn.Module, x: Tensor, file_bytes: int) -> dict[str, Any]:
+def compare(
+    before: nn.Module, after: nn.Module, x: Tensor | Inputs, file_bytes: int, *, stack: bool = True
+) -> dict[str, Any]:
     """Sizes of both networks and time of inference for (the first `ROWS` of) ``x``, for
     `result.json`.
 
-    ``file_bytes`` is the length of the file that holds ``after``.
+    ``file_bytes`` is the length of the file that holds ``after``; ``stack`` as for `structure`.
     """
     x = x[:ROWS]
     return {
-        "before": size(before, x, file_size(before)),
-        "after": size(after, x, file_bytes),
+        "before": size(before, x, file_size(before), stack=stack),
+        "after": size(after, x, file_bytes, stack=stack),
         "inference": asdict(in_turns(before, after, x)),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from rewire import budget, methods
-from rewire.app import data
+from rewire import budget
+from rewire.app import data, models
+from rewire.app.data import Dataset
 from rewire.app.errors import TrainError
-from rewire.app.train import loop
+from rewire.app.train import baselines, loop
 from rewire.app.train.config import (
     FREE_ON_RESUME,
     TrainConfig,
@@ -33,8 +35,9 @@ from rewire.app.train.signals import Signals
 def config_to_start(given: Mapping[str, Any], pairs: Sequence[str]) -> TrainConfig:
     """Check the options of a new run: fields of the configuration and ``--set``."""
     config = read_options(given)
-    check_name("--data", config.data, data.available())
-    check_name("--method", config.method, methods.available())
+    data.check(config.data)
+    models.parse(config.model)
+    check_name("--method", config.method, baselines.available())
     if config.distribution is not None:
         check_name("--distribution", config.distribution, budget.DISTRIBUTIONS)
     return make_config({**given, "method_options": parse_method_options(config.method, pairs)})
@@ -57,12 +60,33 @@ def config_to_resume(place: RunDir, given: Mapping[str, Any], pairs: Sequence[st
 
 def fresh_folder(config: TrainConfig) -> Path:
     """runs/digits-deep-r-0, or the first of ...-2, ...-3 that does not exist."""
-    base = Path("runs") / f"{config.data}-{config.method}-{config.seed}"
+    parts = [Path(config.data).stem, config.model, config.method, str(config.seed)]
+    words = [re.sub(r"[^\w.-]+", "-", part) for part in parts if part != "mlp"]
+    base = Path("runs") / "-".join(words)
     folder, number = base, 1
     while folder.exists():
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder
+
+
+def load_data(config: TrainConfig, progress: data.Progress | None = None) -> Dataset:
+    """The data set that the options mean; raises `DataError`."""
+    return data.load(
+        config.data,
+        data_dir=config.data_dir,
+        mirror=config.mirror,
+        progress=progress,
+        options=data.FileOptions(
+            target=config.target,
+            task=config.task,
+            test_share=config.test_share,
+            test_data=config.test_data,
+            validation_data=config.validation_data,
+            split_seed=config.split_seed,
+            image_size=config.image_size,
+        ),
+    )
 
 
 def execute(
@@ -79,9 +103,7 @@ def execute(
         place.check_free(overwrite=overwrite)  # before anything is downloaded
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     with contextlib.closing(DownloadBar(console)) as download:
-        dataset = data.load(
-            config.data, data_dir=config.data_dir, mirror=config.mirror, progress=download
-        )
+        dataset = load_data(config, download)
     signals.training = True
     with warnings.catch_warnings(), contextlib.ExitStack() as until:
         warnings.showwarning = _in_one_line

@@ -1,205 +1,43 @@
-"""The options of `rewire train`: each is declared once, as a field of `TrainConfig`.
-
-The command line, the checks, `config.json` and the report are made from these fields.
-"""
+"""The options of a run, checked one by one and together, and completed by what suits them."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-)
+from pydantic import ValidationError
 
-import rewire  # its parts load torch, which the command line does without until a run begins
 from rewire.app import run_files
 from rewire.app.errors import TrainError
+from rewire.app.train.fields import RATES, MethodOption, TrainConfig
+from rewire.app.train.option import Option, check_name, did_you_mean
 from rewire.storage import reading
 
-#: Each optimizer, and its learning rate where neither the user nor the method names one.
-RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.002}
+if TYPE_CHECKING:
+    from rewire.methods import MethodInfo
+
+__all__ = [
+    "FREE_ON_RESUME",
+    "RATES",
+    "MethodOption",
+    "Option",
+    "TrainConfig",
+    "check_name",
+    "did_you_mean",
+    "difference",
+    "make_config",
+    "option_name",
+    "options",
+    "parse_config",
+    "read_options",
+    "shown",
+    "starts_dense",
+    "suited",
+]
 
 # What may differ when a run is resumed: where the data lie and how often to save decide no number.
 # The number of threads decides none either, but a run keeps it.
 FREE_ON_RESUME = frozenset(run_files.FREE) - {"threads"}
-
-
-@dataclass(frozen=True)
-class Option:
-    """How the command line shows a field of `TrainConfig`.
-
-    Attributes:
-        panel: the heading that it stands under in ``--help``.
-        metavar: a word for its value in ``--help``; "" for a flag.
-        help: one sentence.
-        names: what the user types; by default the name of the field.
-        shown: the default in words, where the field's own does not say it.
-        allowed: the values in words, where the field's bounds do not say them.
-    """
-
-    panel: str
-    metavar: str
-    help: str
-    names: tuple[str, ...] = ()
-    shown: str = ""
-    allowed: str = ""
-
-
-def _field(default: Any, panel: str, metavar: str, help: str, *names: str, **more: str) -> Any:
-    """A field of the configuration that is an `Option`."""
-    option = Option(panel, metavar, help, names, **more)
-    return Field(default, json_schema_extra={"option": cast(Any, option)})
-
-
-def _parts(value: object) -> object:
-    """ "300,100", as the command line has it, in parts; "none" has no part."""
-    if not isinstance(value, str):
-        return value
-    return [] if value.strip().lower() == "none" else value.split(",")
-
-
-DATA, NETWORK, METHOD, TRAINING, RUN = "Data", "Network and budget", "Method", "Training", "Run"
-
-MethodOption = bool | int | float | str | list[int | float] | dict[str, int | float] | None
-# torch cannot count the elements of a weight with more units
-Size = Annotated[int, Field(gt=0, lt=2**40)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Folder = Annotated[Path, AfterValidator(Path.absolute), PlainSerializer(str)]
-Sizes = Annotated[tuple[Size, ...], BeforeValidator(_parts)]
-Shares = Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_parts)]
-Block = Annotated[tuple[Size, Size, Size], BeforeValidator(_parts)]
-
-
-class TrainConfig(BaseModel):
-    """The options of `rewire train`; written to `config.json` and read back by `--resume`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str = _field(
-        "digits", DATA, "NAME", "digits (part of the package), mnist or fashion-mnist."
-    )
-    data_dir: Folder | None = _field(
-        None, DATA, "FOLDER", "Has the four *-ubyte.gz files, or a subfolder named as the data set."
-    )
-    mirror: str | None = _field(
-        None, DATA, "URL", "The folder to download from, where --data-dir is not given."
-    )
-    validation: BelowOne = _field(
-        0.1, DATA, "SHARE", "Share of the training samples that is held out to report on."
-    )
-
-    hidden: Sizes = _field(
-        (300, 100),
-        NETWORK,
-        "SIZES",
-        "Units of the hidden layers; none makes a linear model.",
-        allowed="sizes from 1 to 2^40 - 1 such as 300,100, or none",
-    )
-    bias: bool = _field(True, NETWORK, "", "Layers with biases.", "--bias/--no-bias")
-    density: Shares | None = _field(
-        None,
-        NETWORK,
-        "SHARES",
-        "Share of the possible connections that is allowed: one number, or one for each layer.",
-        shown="0.1",
-        allowed="a number greater than 0 and at most 1, or one for each layer: 0.01,0.03,0.3",
-    )
-    connections: Size | None = _field(
-        None, NETWORK, "NUMBER", "Allowed connections of the network, instead of --density."
-    )
-    distribution: str | None = _field(
-        None, NETWORK, "NAME", "How layers share one budget: erk, er or uniform.", shown="erk"
-    )
-    start_density: Share | None = _field(
-        None,
-        NETWORK,
-        "SHARE",
-        "Density at the start, for methods that begin above their budget.",
-        shown="1 for most of them",
-    )
-    fan_in: Size | None = _field(
-        None, NETWORK, "NUMBER", "Most connections of one output of a layer."
-    )
-    fan_out: Size | None = _field(
-        None, NETWORK, "NUMBER", "Most connections of one input of a layer."
-    )
-    block: Block | None = _field(
-        None,
-        NETWORK,
-        "NUMBERS",
-        "64,32,99: at most 99 connections in each block of 64 outputs x 32 inputs.",
-        allowed="three whole numbers greater than 0 (outputs, inputs, connections): 64,32,99",
-    )
-    init: Literal["auto", "dense", "sparse"] = _field(
-        "auto",
-        NETWORK,
-        "RULE",
-        "First values: auto keeps the strength of a dense network's signals; or dense, sparse.",
-    )
-
-    method: str = _field("deep-r", METHOD, "NAME", "One of those that 'rewire methods' lists.")
-    method_options: dict[str, MethodOption] = _field(
-        {}, METHOD, "NAME=VALUE", "A parameter of the method; may be repeated.", "--set"
-    )
-
-    epochs: Size = _field(20, TRAINING, "NUMBER", "Passes over the training data.")
-    batch_size: Size = _field(16, TRAINING, "NUMBER", "Samples in a step.")
-    optimizer: str = _field(
-        "adam",
-        TRAINING,
-        "NAME",
-        f"One of {', '.join(RATES)}.",
-        shown="the one that suits the method, mostly adam",
-    )
-    lr: Positive | None = _field(
-        None,
-        TRAINING,
-        "NUMBER",
-        "Learning rate.",
-        shown="what suits method and optimizer, mostly 0.01",
-    )
-    lr_decay: Positive | None = _field(
-        None,
-        TRAINING,
-        "FACTOR",
-        "Multiplies the learning rate after every epoch.",
-        shown="half a cosine down to 0",
-    )
-    momentum: BelowOne = _field(0.0, TRAINING, "NUMBER", "Of sgd and rmsprop.")
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _field(
-        0.0, TRAINING, "NUMBER", "Some methods refuse it."
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = _field(
-        0, TRAINING, "NUMBER", "Decides all random numbers."
-    )
-
-    checkpoint_every: Annotated[int, Field(ge=0)] = _field(
-        0, RUN, "STEPS", "Save within epochs too; 0 saves only at their ends."
-    )
-    threads: Annotated[int, Field(gt=0, le=1024)] | None = _field(
-        None, RUN, "NUMBER", "CPU threads.", shown="one for small networks, else all cores"
-    )
-
-    def to_json(self) -> str:
-        """The text of `config.json`."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
-
-    def sha256(self) -> str:
-        """Checksum over all that decides the numbers of the run."""
-        return run_files.config_sum(self.model_dump())
 
 
 def options() -> dict[str, Option]:
@@ -213,22 +51,6 @@ def option_name(field: str) -> str:
     option = options().get(field)
     names = option.names if option is not None else ()
     return names[0].split("/")[-1] if names else "--" + field.replace("_", "-")
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """A hint for a mistyped name, or nothing."""
-    close = difflib.get_close_matches(given, list(allowed), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def check_name(option: str, given: str, allowed: Iterable[str]) -> None:
-    """Refuse a name that is not in the list."""
-    names = list(allowed)
-    if given not in names:
-        raise TrainError(
-            f"{option}: unknown name {given!r}{did_you_mean(given, names)}; "
-            f"allowed are {', '.join(names)}"
-        )
 
 
 #: How an error of pydantic begins, and what is allowed then.
@@ -264,10 +86,24 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
 
 def read_options(values: Mapping[str, Any]) -> TrainConfig:
     """Options as typed or as in `config.json`, each checked alone. Raises `TrainError`."""
+    values = _with_sizes(values)
     try:
         return TrainConfig(**values)
     except ValidationError as error:
         raise TrainError(_explain(error, values)) from None
+
+
+def _with_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """ "mlp:300,100" in its two parts, ``model`` and ``hidden``."""
+    name, colon, sizes = str(values.get("model", "")).partition(":")
+    if name != "mlp" or not colon:
+        return dict(values)
+    hidden = values.get("hidden", sizes)
+    if isinstance(hidden, list | tuple):
+        hidden = ",".join(map(str, hidden))
+    if hidden != sizes:
+        raise TrainError(f"--model: given mlp:{sizes} and --hidden {hidden}: give the sizes once")
+    return {**values, "model": "mlp", "hidden": sizes}
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -275,11 +111,13 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 
     The names of methods and data sets are checked elsewhere. Raises `TrainError`.
     """
-    config = suited(read_options(values))
+    config = _scheduled(_modelled(suited(read_options(values))))
     check_name("--optimizer", config.optimizer, RATES)
     if starts_dense(config.method):
         return _with_rate(_dense_budget(config))
-    densities, layers = config.density, len(config.hidden) + 1
+    densities = config.density
+    # how many weights other networks have is known when they are made
+    layers = len(config.hidden) + 1 if config.model == "mlp" else None
     if densities is not None and config.connections is not None:
         raise TrainError(
             "--density and --connections both say how many connections: give one of them"
@@ -287,7 +125,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     change: dict[str, Any] = {}
     if densities is None and config.connections is None:
         change["density"] = (0.1,)
-    if densities is not None and len(densities) not in (1, layers):
+    if densities is not None and layers is not None and len(densities) not in (1, layers):
         raise TrainError(
             f"--density: given {len(densities)} numbers for {layers} layers "
             f"(--hidden has {len(config.hidden)}); "
@@ -303,15 +141,49 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     return _with_rate(config.model_copy(update=change))
 
 
+def _modelled(config: TrainConfig) -> TrainConfig:
+    """The options, after those that the network does not have are refused."""
+    if config.model != "mlp":
+        for field in ("hidden", "bias"):
+            if getattr(config, field) != TrainConfig.model_fields[field].default:
+                raise TrainError(
+                    f"{option_name(field)}: this is for mlp, and --model is {config.model}; leave "
+                    "it out"
+                )
+    return config
+
+
+def _scheduled(config: TrainConfig) -> TrainConfig:
+    """The options, with a schedule that fits --lr-decay and --milestones."""
+    schedule = config.schedule
+    if config.lr_decay is not None and "schedule" not in config.model_fields_set:
+        schedule = "step" if config.milestones else "exponential"
+    elif config.milestones and "schedule" not in config.model_fields_set:
+        schedule = "step"
+    if config.milestones and schedule != "step":
+        raise TrainError(f"--milestones: --schedule is {schedule}; they are for step")
+    if config.lr_decay is not None and schedule not in ("step", "exponential"):
+        raise TrainError(f"--lr-decay: --schedule is {schedule}; it is for step and exponential")
+    if schedule == "exponential" and config.lr_decay is None:
+        raise TrainError("--schedule exponential needs --lr-decay, its factor of an epoch")
+    if config.warmup >= config.epochs:
+        raise TrainError(
+            f"--warmup: given {config.warmup:g} epochs of {config.epochs}, allowed is less than "
+            "the whole run"
+        )
+    return config.model_copy(update={"schedule": schedule})
+
+
 def suited(config: TrainConfig) -> TrainConfig:
     """The options, with the optimizer, learning rate and hyper-parameters that suit the method
     where they were not given.
 
     Momentum without an optimizer means sgd.
     """
-    if config.method not in rewire.methods.available():
+    entry = _method(config.method)
+    if entry is None:
         return config
-    cls = rewire.methods.info(config.method).cls
+    cls = entry.cls
     if "optimizer" in config.model_fields_set:
         optimizer = config.optimizer
     else:
@@ -329,7 +201,15 @@ def suited(config: TrainConfig) -> TrainConfig:
 
 def starts_dense(method: str) -> bool:
     """Whether the method begins with a dense network; False for an unknown name."""
-    return method in rewire.methods.available() and rewire.methods.info(method).cls.starts_dense
+    entry = _method(method)
+    return entry is not None and entry.cls.starts_dense
+
+
+def _method(name: str) -> MethodInfo | None:
+    """What is known of a method; None for an unknown name."""
+    from rewire.app.train import baselines  # loads torch, which --help does without
+
+    return baselines.info(name) if name in baselines.available() else None
 
 
 def _dense_budget(config: TrainConfig) -> TrainConfig:
@@ -337,7 +217,10 @@ def _dense_budget(config: TrainConfig) -> TrainConfig:
 
     It finds out how much is left, or has a parameter ``density``, which --density sets.
     """
-    takes_density = "density" in rewire.methods.info(config.method).parameters()
+    entry = _method(config.method)
+    assert entry is not None  # starts_dense knows it
+    is_small = config.method == "small-dense"
+    takes_density = is_small or "density" in entry.parameters()
     is_set = "density" in config.method_options
     if takes_density and config.density is not None:
         if is_set:
@@ -349,15 +232,20 @@ def _dense_budget(config: TrainConfig) -> TrainConfig:
                 f"--density: given {len(config.density)} numbers, allowed is one: "
                 f"{config.method} spreads its budget over the layers by itself"
             )
-    useless = ("connections", "distribution", "start_density", "fan_in", "fan_out", "block", "init")
-    for field in useless if takes_density else ("density", *useless):
+    useless = ["distribution", "start_density", "fan_in", "fan_out", "block", "init"]
+    useless += [] if is_small else ["connections"]
+    if is_small and config.density is not None and config.connections is not None:
+        raise TrainError(
+            "--density and --connections both say how many connections: give one of them"
+        )
+    for field in useless if takes_density else ["density", *useless]:
         if getattr(config, field) != TrainConfig.model_fields[field].default:
             instead = takes_density and field == "connections"
             raise TrainError(
                 f"{option_name(field)}: {config.method} starts from a dense network and has no "
                 f"such budget; {'use --density' if instead else 'leave it out'}"
             )
-    if takes_density and config.density is None and not is_set:
+    if takes_density and config.density is None and config.connections is None and not is_set:
         # as for the other methods, so that they compare
         config = config.model_copy(update={"density": (0.1,)})
     return config

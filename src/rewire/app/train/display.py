@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,23 @@ from rich.progress import Progress as Bar
 from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Observer, Progress
 
+#: How scores are called.
+SCORES = {"accuracy": "accuracy", "r2": "R²"}
+
+
+def shown_score(score: str, value: float) -> str:
+    """A score with its name."""
+    return f"{SCORES[score]} {value:.2%}" if score == "accuracy" else f"{SCORES[score]} {value:.4f}"
+
 
 def heading(info: Mapping[str, Any]) -> str:
     """What is about to be trained, in one line."""
     layers, samples = info["layers"], info["samples"]
-    sizes = "-".join(
-        str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)]
-    )
+    sizes = info.get("model", "mlp")
+    if sizes == "mlp":
+        sizes = "-".join(
+            str(size) for size in [layers[0]["inputs"], *(layer["outputs"] for layer in layers)]
+        )
     connections = sum(layer["connections"] for layer in layers)
     possible = sum(layer["inputs"] * layer["outputs"] for layer in layers)
     budget = sum(layer.get("budget", layer["connections"]) for layer in layers)
@@ -33,10 +44,10 @@ def heading(info: Mapping[str, Any]) -> str:
 
 def epoch_line(record: EpochRecord, epochs: int, *, dense: bool = False) -> str:
     """One epoch, in one line; of methods that start ``dense`` with units in place of turnover."""
-    if record.validation_accuracy is None:
-        scores = f"train accuracy {record.train_accuracy:.2%}"
+    if record.validation_score is None:
+        scores = f"train {shown_score(record.score, record.train_score)}"
     else:
-        scores = f"validation accuracy {record.validation_accuracy:.2%}"
+        scores = f"validation {shown_score(record.score, record.validation_score)}"
     connections = sum(record.connections)
     if dense:
         change = f"units {'-'.join(map(str, record.units))}"
@@ -51,8 +62,14 @@ def epoch_line(record: EpochRecord, epochs: int, *, dense: bool = False) -> str:
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
     """How the run ended."""
+    info, loss = result["info"], result["test_loss"]
+    score = info.get("score", "accuracy")
+    shown = f"{result[f'test_{score}']:.2%}" if score == "accuracy" else f"{result['test_r2']:.4f}"
+    text = f"loss {loss:.4f}"
+    if info.get("signature", {}).get("tokens"):
+        text += f", {loss / math.log(2):.3f} bits per token"
     lines = [
-        f"test accuracy  {result['test_accuracy']:.2%}  (loss {result['test_loss']:.4f})",
+        f"{'test ' + SCORES[score]:<13}  {shown}  ({text})",
         f"connections    {result['connections']:,} of {result['possible_connections']:,} "
         f"(density {result['density']:.2%})",
     ]
@@ -81,11 +98,12 @@ class Lines(Observer):
     """Plain lines, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.epochs, self.dense = console, 0, False
+        self.console, self.epochs, self.dense, self.score = console, 0, False, "accuracy"
 
     def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
         """Print the heading."""
         self.epochs, self.dense = epochs, bool(info.get("starts_dense"))
+        self.score = info.get("score", "accuracy")
         self.console.print(heading(info))
         if done:
             self.console.print(f"resumed after step {done:,} of {epochs * batches:,}")
@@ -93,6 +111,9 @@ class Lines(Observer):
     def epoch_ended(self, record: EpochRecord) -> None:
         """Print the epoch's line."""
         self.console.print(epoch_line(record, self.epochs, dense=self.dense))
+
+    def _score(self, value: float) -> str:
+        return f"acc {value:.1%}" if self.score == "accuracy" else f"R² {value:.3f}"
 
     def close(self) -> None:
         """Do nothing."""
@@ -124,7 +145,7 @@ class LiveBar(Lines):
     def progress(self, progress: Progress) -> None:
         """Move the bar."""
         text = (
-            f"epoch {progress.epoch}  acc {progress.accuracy:.1%}  loss {progress.loss:.3f}  "
+            f"epoch {progress.epoch}  {self._score(progress.accuracy)}  loss {progress.loss:.3f}  "
             f"active {progress.connections:,}"
         )
         if not self.dense:
@@ -142,7 +163,7 @@ class LiveBar(Lines):
                 record.epoch,
                 self.batches,
                 record.train_loss,
-                record.train_accuracy,
+                record.train_score,
                 connections,
                 turnover,
             )

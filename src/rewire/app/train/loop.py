@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,22 +18,18 @@ from rewire.app import memory
 from rewire.app.data import Dataset
 from rewire.app.errors import StoppedError, TrainError
 from rewire.app.run_files import COMMIT, EMPTY
-from rewire.app.train import before_after, checkpoint
+from rewire.app.train import baselines, before_after, checkpoint, rates
 from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig
 from rewire.app.train.metrics import EpochRecord, evaluate, versions
 from rewire.app.train.observer import Observer, Progress
 from rewire.app.train.parts import assemble
-from rewire.app.train.remaining import layer_counts, structure
-from rewire.app.train.run_dir import METRICS, MODEL, RunDir
+from rewire.app.train.run_dir import INPUTS, METRICS, MODEL, RunDir
 from rewire.nn.surgery import load_resized
-from rewire.schedules import Cosine
 from rewire.storage import files, reading
 from rewire.storage import tensors as tensor_file
 
 PROGRESS_SECONDS = 0.2
-# how often a falling rate changes in a run: each change costs the methods some work
-RATE_STEPS = 1000
 
 
 class Trainer:
@@ -46,10 +43,14 @@ class Trainer:
         self.model, self.optimizer, self.method = parts.model, parts.optimizer, parts.method
         # The base class's penalty is 0: adding it would cost two operations a step for nothing.
         self.has_penalty = type(self.method).penalty is not methods.Method.penalty
+        self.task, self.variance = parts.task, parts.task.variance(self.batches.y)
+        # float16 loses small gradients, so the loss is scaled; of the others this changes nothing
+        self.scaler = torch.amp.GradScaler("cpu", enabled=config.precision == "float16")
         # epochs completed, batches of this one, steps in all
         self.epoch, self.batch, self.step = 0, 0, 0
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.correct = torch.zeros((), dtype=torch.int64)
+        self.count = 0  # labels, or samples of a regression, of this epoch so far
         self.before = parts.counts()  # dropped and grown when this epoch began
         self.metrics = EMPTY
         self.seconds_before, self.clock = 0.0, time.perf_counter()
@@ -70,6 +71,8 @@ class Trainer:
             "batch": self.batch,
             "loss_sum": self.loss_sum,
             "correct": self.correct,
+            "count": self.count,
+            "scaler": self.scaler.state_dict(),
             "before": self.before,
             "torch_random": torch.get_rng_state(),
         }
@@ -106,6 +109,11 @@ class Trainer:
             self.begin()
             return
         saved = self.run_dir.read_checkpoint(self.config)
+        if saved.info.get("data_sha256") != self.info["data_sha256"]:
+            raise TrainError(
+                f"--resume: the data are not those that the run in {folder} began with; restore "
+                "them, or start the run again with --overwrite"
+            )
         state = saved.state
         try:
             if self.parts.dense:  # it may have fewer units by now
@@ -116,6 +124,9 @@ class Trainer:
             self.method.load_state_dict(state["method"])
             self.batch, self.before = int(state["batch"]), state["before"]
             self.loss_sum, self.correct = state["loss_sum"], state["correct"]
+            self.count = int(state["count"])
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_random"])
         except Exception as error:  # a file can hold anything
             if memory.is_exhausted(error):
@@ -146,22 +157,35 @@ class Trainer:
     def _train_epoch(self, observer: Observer, stop: Callable[[], int]) -> None:
         config, model, optimizer, method = self.config, self.model, self.optimizer, self.method
         batches = len(self.batches)
+        task, scaler = self.task, self.scaler
         self._set_lr()
-        each = self._rate_interval
+        each = rates.interval(config, batches)
         due = time.perf_counter() + PROGRESS_SECONDS
         model.train()
         for x, y in self.batches.epoch(self.epoch, self.batch):
             if self.step % each == 0:
                 self._set_lr()
-            logits = model(x)
-            loss = nn.functional.cross_entropy(logits, y)
+            if config.precision == "float32":
+                output = model(x)
+            else:
+                with torch.autocast("cpu", getattr(torch, config.precision)):
+                    output = model(x)
+                output = output.float()
+            loss = task.loss(output, y)
             optimizer.zero_grad()
-            (loss + method.penalty() if self.has_penalty else loss).backward()
-            optimizer.step()
+            whole = loss + method.penalty() if self.has_penalty else loss
+            scaler.scale(whole).backward()
+            if config.clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            scaler.step(optimizer)
+            scaler.update()
             method.step()
+            count = task.count(y)
             # Sums stay tensors: reading a number each step would cost more than keeping it.
-            self.loss_sum.add_(loss.detach(), alpha=len(y))
-            self.correct.add_((logits.detach().argmax(1) == y).sum())
+            self.loss_sum.add_(loss.detach(), alpha=count)
+            self.correct.add_(task.correct(output.detach(), y))
+            self.count += count
             self.batch += 1
             self.step += 1
             if self.batch < batches:  # after the last batch, the end of the epoch does this
@@ -174,31 +198,17 @@ class Trainer:
                 observer.progress(self._progress())
                 due = time.perf_counter() + PROGRESS_SECONDS
 
-    @property
-    def _rate_interval(self) -> int:
-        """Steps until the learning rate changes: an epoch, or a part of the cosine."""
-        batches = len(self.batches)
-        return (
-            batches
-            if self.config.lr_decay is not None
-            else max(self.config.epochs * batches // RATE_STEPS, 1)
-        )
-
     def _set_lr(self) -> None:
-        """Set this step's rate: ``lr_decay`` an epoch, by default half a cosine down to 0."""
-        config = self.config
-        assert config.lr is not None  # make_config filled it in
-        if config.lr_decay is not None:
-            lr = config.lr * config.lr_decay**self.epoch
-        else:
-            lr = Cosine(config.lr, config.epochs * len(self.batches))(
-                self.step - self.step % self._rate_interval
-            )
+        """Set this step's rate."""
+        lr = rates.rate_at(self.config, len(self.batches), self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _samples_seen(self) -> int:
-        return min(self.batch * self.config.batch_size, len(self.batches.y))
+    def _train_score(self) -> float:
+        """Of the steps of this epoch so far."""
+        count = max(self.count, 1)
+        mean = float(self.loss_sum) / count
+        return self.task.scored(mean, int(self.correct), count, self.variance)
 
     def _progress(self) -> Progress:
         connections = sum(self.parts.connections().values())
@@ -206,35 +216,35 @@ class Trainer:
         return Progress(
             epoch=self.epoch + 1,
             batch=self.batch,
-            loss=float(self.loss_sum) / self._samples_seen(),
-            accuracy=int(self.correct) / self._samples_seen(),
+            loss=float(self.loss_sum) / max(self.count, 1),
+            accuracy=self._train_score(),
             connections=connections,
             turnover=grown / max(connections, 1),
         )
 
     def _end_epoch(self, observer: Observer) -> None:
         """Score, let the method act, write the line, commit the checkpoint."""
-        config, samples = self.config, self._samples_seen()
-        train_loss = float(self.loss_sum) / samples
+        config, task = self.config, self.task
+        train_loss = float(self.loss_sum) / max(self.count, 1)
         if not math.isfinite(train_loss):
             raise TrainError(self._diverged(f"the loss is {train_loss}"))
         held_x, held_y = self.held_out
-        scores = evaluate(self.model, held_x, held_y) if len(held_y) else None
+        scores = evaluate(self.model, held_x, held_y, task) if len(held_y) else None
 
-        def accuracy(model: nn.Module) -> float:
-            return evaluate(model, held_x, held_y)[1]
+        def score(model: nn.Module) -> float:
+            return evaluate(model, held_x, held_y, task)[1]
 
         lr = float(self.optimizer.param_groups[0]["lr"])
         last = self.epoch + 1 == config.epochs
         found = sum(self.parts.connections().values())
         try:
-            self.method.end_epoch(accuracy if scores else None, last=last)
+            self.method.end_epoch(score if scores else None, last=last)
         except ValueError as error:  # a method that decides by a score, without a validation split
             raise TrainError(f"--method {config.method}: {error}") from None
         counts = self.parts.counts()
         connections = list(self.parts.connections().values())
         if scores and sum(connections) != found:  # the method removed some: score what is left
-            scores = evaluate(self.model, held_x, held_y)
+            scores = evaluate(self.model, held_x, held_y, task)
         if scores and not math.isfinite(scores[0]):
             raise TrainError(self._diverged(f"the loss on the validation samples is {scores[0]}"))
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped
@@ -249,9 +259,9 @@ class Trainer:
             step=self.step,
             lr=lr,
             train_loss=train_loss,
-            train_accuracy=int(self.correct) / samples,
+            train_accuracy=None,
             validation_loss=scores[0] if scores else None,
-            validation_accuracy=scores[1] if scores else None,
+            validation_accuracy=None,
             connections=connections,
             dropped=change["dropped"],
             grown=change["grown"],
@@ -259,10 +269,16 @@ class Trainer:
                 grown / max(k, 1) for grown, k in zip(change["grown"], connections, strict=True)
             ],
             seconds=self.seconds,
-            units=list(structure(self.model, self.method).units.values()),
+            units=self.parts.units(),
         )
+        score_now: dict[str, Any] = {
+            f"train_{task.score}": self._train_score(),
+            f"validation_{task.score}": scores[1] if scores else None,
+        }
+        record = replace(record, **score_now)
         self.loss_sum.zero_()
         self.correct.zero_()
+        self.count = 0
         self.before = counts
         self.metrics = self.run_dir.append_metrics(record.to_line())
         self.save()
@@ -285,14 +301,16 @@ class Trainer:
             model = self.method.finalize()
         for warning in noticed:  # as a line of their own, for whoever looks at the run
             print(f"warning: {' '.join(str(warning.message).split())}", file=sys.stderr)
-        loss, accuracy = evaluate(model, self.dataset.test_x, self.dataset.test_y)
+        loss, score = evaluate(model, *self.parts.data.test, self.task)
         if not math.isfinite(loss):
             raise TrainError(self._diverged(f"the loss on the test set is {loss}"))
         state = model.state_dict()
-        written = tensor_file.write(self.run_dir.path / MODEL, state)
-        connections, possible = sum(layer_counts(model).values()), sum(self.parts.possible)
+        written = {MODEL: tensor_file.write(self.run_dir.path / MODEL, state)}
+        if scaled := self.parts.data.tensors():
+            written[INPUTS] = tensor_file.write(self.run_dir.path / INPUTS, scaled)
+        connections, possible = sum(self.parts.left(model).values()), self.parts.whole
         result = {
-            "test_accuracy": accuracy,
+            f"test_{self.task.score}": score,
             "test_loss": loss,
             "connections": connections,
             "possible_connections": possible,
@@ -318,11 +336,14 @@ class Trainer:
         larger: stored with its positions, a connection takes three times the memory.
         """
         parts = self.parts
-        if not parts.dense and list(layer_counts(model).values()) == parts.starts_with:
+        if self.config.method in baselines.BASELINES:
+            return {}
+        if not parts.dense and list(parts.left(model).values()) == parts.starts_with:
             return {}
         dense = parts.dense or 3 * sum(parts.starts_with) >= sum(parts.possible)
         before = parts.start_model(dense=dense)
-        part = before_after.compare(before, model, self.dataset.test_x, file_bytes)
+        x = parts.data.test[0]
+        part = before_after.compare(before, model, x, file_bytes, stack=parts.network.is_stack)
         part["before"]["network"] = "dense" if dense else "start"
         return part
 

@@ -7,8 +7,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from rewire import methods
 from rewire.app.errors import TrainError
+from rewire.app.train import baselines
 from rewire.app.train.config import MethodOption, did_you_mean
 from rewire.methods.core.parameters import kinds_of
 
@@ -25,7 +25,7 @@ WORDS: dict[str, bool | None] = {
 
 def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, MethodOption]:
     """Turn `["l1=1e-5", ...]` into typed values; refuse unknown names and wrong values."""
-    parameters = methods.info(method).parameters()
+    parameters = baselines.info(method).parameters()
     parsed: dict[str, MethodOption] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 
 import rewire
 from rewire import budget, methods
+from rewire.app import models
 from rewire.app.errors import TrainError
+from rewire.app.models import Signature
+from rewire.app.train.batches import derive_seed, make_generator
 from rewire.app.train.config import TrainConfig, check_name
 from rewire.budget import Limits
+from rewire.nn import sparse_weights
+from rewire.nn.convert.counts import chosen
+from rewire.nn.convert.cut import dense_weights
 from rewire.nn.layers.initial import Init
 
-Shape = tuple[int, int]  # (outputs, inputs), as in the weight
+Shape = tuple[int, ...]  # (outputs, inputs), as in the weight, and those of a kernel
 
 
-def layer_shapes(inputs: int, hidden: Sequence[int], outputs: int) -> list[Shape]:
-    """Weight shapes of a multi-layer perceptron."""
-    sizes = [inputs, *hidden, outputs]
+def layer_shapes(
+    inputs: int, hidden: Sequence[int], outputs: int, width: float = 1.0
+) -> list[tuple[int, int]]:
+    """Weight shapes of a multi-layer perceptron; ``width`` is a factor on its hidden layers."""
+    sizes = [inputs, *(max(1, round(n * width)) for n in hidden), outputs]
     return [(after, before) for before, after in pairwise(sizes)]
 
 
 def layer_connections(config: TrainConfig, shapes: Sequence[Shape]) -> list[int]:
     """Connections of each layer: at least one, at most as many as it has room for."""
-    possible = [rows * cols for rows, cols in shapes]
+    possible = [math.prod(shape) for shape in shapes]
     densities = config.density
     if densities is not None and len(densities) > 1:
+        if len(densities) != len(shapes):
+            raise TrainError(
+                f"--density: given {len(densities)} numbers for {len(shapes)} weights; allowed is "
+                f"one number for the whole network or {len(shapes)}"
+            )
         counts = [round(d * m) for d, m in zip(densities, possible, strict=True)]
         for number, (count, density, m) in enumerate(
             zip(counts, densities, possible, strict=True), start=1
@@ -84,7 +100,7 @@ def start_connections(
         return list(budgets)
     density = entry.start_density if config.start_density is None else config.start_density
     if config.start_density is not None:
-        given, final = sum(round(density * rows * cols) for rows, cols in shapes), sum(budgets)
+        given, final = sum(round(density * math.prod(shape)) for shape in shapes), sum(budgets)
         if given < final:
             raise TrainError(
                 f"--start-density: {density} is {given} connections, and the network is to end "
@@ -93,15 +109,12 @@ def start_connections(
                 "--connections"
             )
     limits = limits_of(config)
-    return [
-        max(
-            k,
-            min(
-                round(density * rows * cols), limits.maximum(rows, cols) if limits else rows * cols
-            ),
-        )
-        for k, (rows, cols) in zip(budgets, shapes, strict=True)
-    ]
+    counts = []
+    for k, shape in zip(budgets, shapes, strict=True):
+        size = math.prod(shape)
+        most = limits.maximum(shape[0], size // shape[0]) if limits else size
+        counts.append(max(k, min(round(density * size), most)))
+    return counts
 
 
 def limits_of(config: TrainConfig) -> Limits | None:
@@ -117,7 +130,7 @@ def check_limits(config: TrainConfig, shapes: Sequence[Shape], connections: Sequ
     if limits is None:
         return
     for number, (shape, count) in enumerate(zip(shapes, connections, strict=True), start=1):
-        most = limits.maximum(*shape)
+        most = limits.maximum(shape[0], math.prod(shape[1:]))
         if count > most:
             raise TrainError(
                 f"--fan-in, --fan-out, --block: layer {number} ({_shown(shape)}) gets {count} "
@@ -127,11 +140,11 @@ def check_limits(config: TrainConfig, shapes: Sequence[Shape], connections: Sequ
 
 
 def _shown(shape: Shape) -> str:
-    return f"{shape[1]} inputs, {shape[0]} outputs"
+    return f"{math.prod(shape[1:])} inputs, {shape[0]} outputs"
 
 
 def build(
-    shapes: Sequence[Shape],
+    shapes: Sequence[tuple[int, int]],
     connections: Sequence[int],
     bias: bool,
     generator: torch.Generator,
@@ -159,7 +172,9 @@ def build(
     return nn.Sequential(*modules)
 
 
-def build_dense(shapes: Sequence[Shape], bias: bool, generator: torch.Generator) -> nn.Sequential:
+def build_dense(
+    shapes: Sequence[tuple[int, int]], bias: bool, generator: torch.Generator
+) -> nn.Sequential:
     """`nn.Linear` layers with ReLU between them, initialised as PyTorch's default does."""
     modules: list[nn.Module] = []
     for outputs, inputs in shapes:
@@ -173,11 +188,108 @@ def build_dense(shapes: Sequence[Shape], bias: bool, generator: torch.Generator)
     return nn.Sequential(*modules)
 
 
+@dataclass(frozen=True)
+class Network:
+    """The network that the options mean, and its weights that can be sparse.
+
+    Attributes:
+        config: the options.
+        signature: what it reads and gives.
+        width: a factor on the units of hidden layers.
+        names, shapes: of the weights that the budget is for, as far as they are dense.
+        is_sparse: whether the network of one's own has sparse layers already: then it decides
+            itself how many connections they have.
+    """
+
+    config: TrainConfig
+    signature: Signature
+    width: float
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    is_sparse: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig, signature: Signature, width: float = 1.0) -> Network:
+        """Look at the network once. Raises `TrainError` if it cannot be made or has no weight."""
+        if config.model == "mlp" and (signature.tokens or signature.each_step):
+            raise TrainError(
+                "--model: mlp reads numbers and gives one answer for a sample; choose gpt:4x256 "
+                "for tokens, or lstm:200 where each step has a class"
+            )
+        if config.model == "mlp" and not _has_patterns(config):
+            sizes = layer_shapes(signature.features, config.hidden, signature.outputs, width)
+            known = tuple(f"{2 * i}.weight" for i in range(len(sizes)))
+            return cls(config, signature, width, known, tuple(sizes))
+        model = cls(config, signature, width, (), ())._dense()
+        sparse = [(name, tuple(weight.shape)) for name, weight in sparse_weights(model)]
+        found = sparse or [
+            (name, tuple(weight.shape))
+            for name, layer, _, weight in dense_weights(model)
+            if weight.requires_grad and chosen(layer, config.only, config.exclude)
+        ]
+        if not found:
+            raise TrainError(
+                "--model: no layer to make sparse: it needs trainable layers of torch.nn (Linear, "
+                "convolutions, RNN, LSTM, GRU, MultiheadAttention), and --only and --exclude must "
+                "leave some of them"
+            )
+        names, shapes = zip(*found, strict=True)
+        return cls(config, signature, width, names, shapes, bool(sparse))
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of linear layers."""
+        return self.config.model == "mlp"
+
+    def make(self, connections: Sequence[int] | None) -> nn.Module:
+        """The network at the start, made anew by the seed; dense without ``connections``."""
+        config = self.config
+        if self.is_stack and not _has_patterns(config):
+            generator = make_generator(config.seed, "model")
+            shapes = [(rows, cols) for rows, cols in self.shapes]
+            if connections is None:
+                return build_dense(shapes, config.bias, generator)
+            limits = limits_of(config)
+            return build(shapes, connections, config.bias, generator, config.init, limits)
+        model = self._dense()
+        if connections is None or self.is_sparse:
+            return model
+        try:
+            return rewire.sparsify(
+                model,
+                connections=dict(zip(self.names, connections, strict=True)),
+                limits=limits_of(config),
+                generator=make_generator(config.seed, "topology"),
+                init=config.init,
+            )
+        except ValueError as error:
+            raise TrainError(f"--model {config.model}: {error}") from None
+
+    def _dense(self) -> nn.Module:
+        """The network as it is without a budget; torch's own random numbers stay as they are."""
+        config = self.config
+        if config.model == "mlp":
+            sizes = layer_shapes(
+                self.signature.features, config.hidden, self.signature.outputs, self.width
+            )
+            return build_dense(sizes, config.bias, make_generator(config.seed, "model"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "model"))
+            return models.build(config.model, self.signature, self.width)
+
+
+def _has_patterns(config: TrainConfig) -> bool:
+    return config.only is not None or config.exclude is not None
+
+
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the options ask for."""
-    parameters = list(model.parameters())
     assert config.lr is not None  # make_config filled it in
     lr, decay = config.lr, config.weight_decay
+    parameters: Any = list(model.parameters())
+    if decay:  # biases and norms have none
+        groups = rewire.nn.param_groups(model, decay)
+        parameters = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
     if config.optimizer == "rmsprop":

@@ -16,7 +16,10 @@ if TYPE_CHECKING:  # it makes the observers' calls
 
 @dataclass(frozen=True)
 class Progress:
-    """A run at one moment; `turnover` is of this epoch so far, over all layers."""
+    """A run at one moment; `turnover` is of this epoch so far, over all layers.
+
+    `accuracy` is the task's score; of a regression, R².
+    """
 
     epoch: int
     batch: int

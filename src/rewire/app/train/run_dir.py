@@ -5,19 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rewire.app import run_files
 from rewire.app.errors import RunFileError, TrainError
-from rewire.app.run_files import CHECKSUMS, COMMIT, CONFIG, METRICS, MODEL, REPORT, RESULT, Prefix
+from rewire.app.run_files import (
+    CHECKSUMS,
+    COMMIT,
+    CONFIG,
+    INPUTS,
+    METRICS,
+    MODEL,
+    REPORT,
+    RESULT,
+    Prefix,
+)
 from rewire.app.train import checkpoint
 from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig, parse_config
 from rewire.storage import files, reading
 
-__all__ = ["CHECKSUMS", "CONFIG", "METRICS", "MODEL", "REPORT", "RESULT", "RunDir"]
+__all__ = ["CHECKSUMS", "CONFIG", "INPUTS", "METRICS", "MODEL", "REPORT", "RESULT", "RunDir"]
 
 
 class RunDir:
@@ -47,7 +57,7 @@ class RunDir:
             )
         if not self.has_run() and self.path.is_dir():
             # A run that was killed while it was being replaced may have left files of its own.
-            ours = (MODEL, REPORT, CHECKSUMS, COMMIT.partition(".")[0], ".")
+            ours = (MODEL, INPUTS, REPORT, CHECKSUMS, COMMIT.partition(".")[0], ".")
             strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(ours))
             if strangers:
                 raise TrainError(
@@ -62,7 +72,7 @@ class RunDir:
         with self.lock(create=True):
             self.check_free(overwrite=overwrite)
             # The result goes first: a run that is half removed must never look finished.
-            for name in (RESULT, CHECKSUMS, CONFIG, COMMIT, METRICS, MODEL, REPORT):
+            for name in (RESULT, CHECKSUMS, CONFIG, COMMIT, METRICS, MODEL, INPUTS, REPORT):
                 files.remove(self.path / name)
             checkpoint.remove_orphans(self.path, keep=None)
             files.remove_unfinished(self.path)
@@ -139,10 +149,13 @@ class RunDir:
 
     # --- the result -------------------------------------------------------------------------------
 
-    def write_result(self, result: dict[str, Any], model_sha256: str) -> None:
-        """Write the checksums of all that the run leaves, then `result.json`."""
+    def write_result(self, result: dict[str, Any], written: Mapping[str, str]) -> None:
+        """Write the checksums of all that the run leaves, then `result.json`.
+
+        ``written`` has the sums of the files that belong to it, by name.
+        """
         content = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
-        known = {MODEL: model_sha256, METRICS: self._metrics.hexdigest()}
+        known = {**written, METRICS: self._metrics.hexdigest()}
         run_files.write_checksums(self.path, str(result["config_sha256"]), content, known)
         files.write_atomic(self.path / RESULT, content)
 
