@@ -27,6 +27,7 @@ from rewire.app.train.config import make_config
 from rewire.app.train.metrics import evaluate
 from rewire.app.train.remaining import structure
 from rewire.app.train.run_dir import RunDir
+from rewire.app.train.task import Task
 
 DENSE: dict[str, Any] = {
     "hidden": [12, 9],
@@ -181,7 +182,7 @@ def test_scores_are_those_of_what_is_left(
     """
     seen: list[int] = []
 
-    def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    def evaluated(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> tuple[float, float]:
         seen.append(sum(structure(model).connections.values()))
         return 0.0, seen[-1] / 1000
 
@@ -267,7 +268,7 @@ def test_times_are_taken_in_turns_and_compared_within_a_round() -> None:
             "--density: differentiable starts .* leave it out",
         ),
         (
-            {"method": "differentiable", "weight_decay": 0.1},
+            {"method": "differentiable", "weight_decay": 0.1, "bias": False},
             "weight decay.*leave out --weight-decay$",
         ),
     ],

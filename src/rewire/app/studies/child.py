@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch._dynamo  # the first optimizer imports it: here once, not in every child
 
-from rewire.app import data
 from rewire.app.data import Dataset
 from rewire.app.errors import StoppedError, UserError
 from rewire.app.memory import is_exhausted
 from rewire.app.studies.measure import Meter
-from rewire.app.train import loop
+from rewire.app.train import command, loop
 from rewire.app.train.config import TrainConfig, make_config
 from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Progress
@@ -33,7 +32,7 @@ _LATE = 1.0  # seconds between messages on progress
 
 def load_data(config: TrainConfig, progress: Any = None) -> Dataset:
     """The data set that the options name."""
-    return data.load(config.data, data_dir=config.data_dir, mirror=config.mirror, progress=progress)
+    return command.load_data(config, progress)
 
 
 def nothing() -> None:
@@ -133,7 +132,7 @@ def _train(values: Mapping[str, Any], folder: Path, told: _Told) -> dict[str, An
     validation = meter.measured["curves"]["validation_accuracy"][-1]
     return {
         **meter.measured,
-        "score": result["test_accuracy"],
+        "score": result[f"test_{result['info']['score']}"],
         "loss": loss,
         "validation": validation,
     }

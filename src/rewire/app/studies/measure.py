@@ -89,8 +89,7 @@ class Meter(Observer):
             file.write(json.dumps(line) + "\n")
 
     def _sample(self, count: int) -> Tensor:
-        x: Tensor = self.dataset.test_x[:count]
-        return x.to_dense() if x.layout != torch.strided else x
+        return self.parts.data.test[0][:count]
 
     def finished(self, model: nn.Module, result: Mapping[str, Any]) -> None:
         """Measure the finished network."""
@@ -152,14 +151,13 @@ class Meter(Observer):
 
     def _calibration(self, model: nn.Module) -> list[list[float]] | None:
         """By bin of confidence on the test set: samples, sum of confidences, samples right."""
-        y = self.dataset.test_y
+        x, y = self.parts.data.test
         if y.dtype != torch.int64 or y.dim() != 1:
             return None
         bins = torch.zeros(BINS, 3, dtype=torch.float64)
         with evaluating(model), torch.inference_mode():
             for first in range(0, len(y), 1000):
-                x = self.dataset.test_x[first : first + 1000]
-                logits = model(x.to_dense() if x.layout != torch.strided else x)
+                logits = model(x[first : first + 1000])
                 if logits.dim() != 2:
                     return None
                 confidence, predicted = logits.double().softmax(1).max(1)
@@ -176,7 +174,7 @@ def _positions(model: nn.Module) -> dict[str, Tensor]:
     for name, weight in _weights(model):
         active = weight.rows >= 0
         rows, cols = weight.rows[active].long(), weight.cols[active].long()
-        found[name] = rows * weight.shape[1] + cols
+        found[name] = rows * weight.matrix_shape[1] + cols
     return found
 
 
@@ -194,6 +192,10 @@ def _curves(
         name: [line.get(name) for line in chosen]
         for name in ("epoch", "train_loss", "train_accuracy", "validation_accuracy")
     }
+    # of a regression the score is R²
+    for name in ("train", "validation"):
+        if f"{name}_r2" in chosen[-1]:
+            found[f"{name}_accuracy"] = [line.get(f"{name}_r2") for line in chosen]
     found["connections"] = [sum(line["connections"]) for line in chosen]
     found["turnover"] = [sum(line["grown"]) / max(sum(line["connections"]), 1) for line in chosen]
     found["survived"] = [own.get(line["epoch"], {}).get("survived") for line in chosen]
@@ -208,10 +210,11 @@ def _degrees(model: nn.Module) -> list[dict[str, Any]]:
     found = []
     for name, weight in _weights(model):
         active = weight.rows >= 0
-        part: dict[str, Any] = {"name": name, "outputs": weight.shape[0], "inputs": weight.shape[1]}
+        outputs, inputs = weight.matrix_shape
+        part: dict[str, Any] = {"name": name, "outputs": outputs, "inputs": inputs}
         for kind, index, size in (
-            ("in", weight.rows[active], weight.shape[0]),
-            ("out", weight.cols[active], weight.shape[1]),
+            ("in", weight.rows[active], outputs),
+            ("out", weight.cols[active], inputs),
         ):
             _, counts = torch.unique(index, return_counts=True)
             most = int(counts.max()) if len(counts) else 0

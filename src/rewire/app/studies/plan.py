@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from rewire import methods
 from rewire.app import run_files
 from rewire.app.errors import StudyError, TrainError
+from rewire.app.train import baselines
 from rewire.app.train.command import config_to_start
 from rewire.app.train.config import (
     MethodOption,
@@ -256,9 +256,9 @@ def folder_name(key: str) -> str:
 
 def takes_density(method: str) -> bool:
     """Whether a run of the method is given a budget: not if it is dense, or finds one itself."""
-    if method not in methods.available():
-        return method != "dense"
-    entry = methods.info(method)
+    if method not in baselines.available() or method == baselines.SMALL_DENSE:
+        return True
+    entry = baselines.info(method)
     return not entry.cls.starts_dense or "density" in entry.parameters()
 
 
@@ -317,7 +317,7 @@ def make_plan(values: Mapping[str, Any], where: str = "") -> Plan:
 
 
 def _all_methods() -> list[str]:
-    return methods.available()
+    return baselines.available()
 
 
 def _check_expectations(plan: Plan) -> None:

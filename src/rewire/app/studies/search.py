@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from optuna.trial import Trial
 
-from rewire import methods
 from rewire.app.errors import StudyError
 from rewire.app.studies.plan import Cell, Search, takes_density
+from rewire.app.train import baselines
 from rewire.app.train.config import TrainConfig, did_you_mean
 from rewire.methods.core.parameters import Declaration, kinds_of
 
@@ -121,13 +121,13 @@ def space_of(cell: Cell, config: Mapping[str, Any]) -> Space:
 
 
 def _parameters(method: str) -> dict[str, Any]:
-    if method not in methods.available():
+    if method not in baselines.available():
         return {}
-    return dict(methods.info(method).parameters())
+    return dict(baselines.info(method).parameters())
 
 
 def _starts_dense(method: str) -> bool:
-    return method in methods.available() and methods.info(method).cls.starts_dense
+    return method in baselines.available() and baselines.info(method).cls.starts_dense
 
 
 def _part(annotation: Any, value: Any, declared: Declaration) -> Range | Choice | None:

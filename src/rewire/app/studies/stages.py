@@ -16,11 +16,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rewire import methods
 from rewire.app.errors import StudyError
-from rewire.app.studies.plan import Cell, Plan, Run, takes_density
+from rewire.app.studies.plan import Cell, Plan, Run
 from rewire.app.studies.search import Space, options_of, space_of
 from rewire.app.studies.store import Ledger, Store, Task, is_ended
+from rewire.app.train import baselines
 
 __all__ = ["Outlook", "Stages", "Work"]
 
@@ -263,7 +263,7 @@ def _why(trial: FrozenTrial) -> str:
 
 def _shrinks(method: str) -> bool:
     """Whether the number of connections changes while the method trains."""
-    if not takes_density(method) and method == "dense":
+    entry = baselines.info(method)
+    if method in baselines.BASELINES:
         return False
-    entry = methods.info(method)
     return entry.cls.starts_dense or entry.start_density is not None

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rewire.app import run_files
 from rewire.app.errors import TrainError
 from rewire.app.train.fields import RATES, MethodOption, TrainConfig
-from rewire.app.train.option import Option, check_name, did_you_mean
+from rewire.app.train.option import Option, Share, check_name, did_you_mean
 from rewire.storage import reading
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "RATES",
     "MethodOption",
     "Option",
+    "Share",
     "TrainConfig",
     "check_name",
     "did_you_mean",
