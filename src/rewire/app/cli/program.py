@@ -17,6 +17,7 @@ import typer
 from rewire.app import interrupts
 from rewire.app.cli.bench_command import bench
 from rewire.app.cli.compare_command import compare, recipes
+from rewire.app.cli.data_command import data
 from rewire.app.cli.export_command import export
 from rewire.app.cli.failures import CommandError, explained
 from rewire.app.cli.methods_command import methods
@@ -34,6 +35,7 @@ app.command()(train)
 app.command()(compare)
 app.command()(recipes)
 app.command()(methods)
+app.command()(data)
 
 
 @app.command()

@@ -3,6 +3,6 @@
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress
 from rewire.app.data.options import FileOptions
-from rewire.app.data.sources import available, check, load
+from rewire.app.data.sources import REGISTERED, available, check, load
 
-__all__ = ["Dataset", "FileOptions", "Progress", "available", "check", "load"]
+__all__ = ["REGISTERED", "Dataset", "FileOptions", "Progress", "available", "check", "load"]

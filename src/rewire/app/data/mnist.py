@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from rewire.app.data import idx
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress, download, is_whole
+from rewire.app.data.public import cache_folder
 from rewire.app.errors import DataError
 from rewire.storage import reading
 from rewire.storage.files import sha256_bytes
@@ -111,15 +111,6 @@ FASHION_MNIST = Family(
         ),
     ),
 )
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $REWIRE_DATA, else $XDG_CACHE_HOME/rewire, else ~/.cache/rewire."""
-    if folder := os.environ.get("REWIRE_DATA"):
-        return Path(folder)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "rewire"
-    return Path.home() / ".cache" / "rewire"
 
 
 def read(path: Path, file: IdxFile) -> NDArray[np.uint8]:

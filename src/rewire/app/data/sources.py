@@ -8,11 +8,13 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from rewire.app.data import digits, mnist
+from rewire.app.data import cifar10, digits, files, mnist, own, skfeature, speech, stdlib
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress
 from rewire.app.data.options import FileOptions
-from rewire.app.errors import DataError
+from rewire.app.errors import DataError, UserError
+from rewire.app.importing import call_with, load_object
+from rewire.storage.reading import brief
 
 __all__ = ["REGISTERED", "Registered", "available", "check", "load"]
 
@@ -32,6 +34,12 @@ def _embedded(data_dir: Path | None, mirror: str | None, progress: Progress | No
     return digits.load()  # comes with the package: no folder, no network
 
 
+def _standard_library(
+    data_dir: Path | None, mirror: str | None, progress: Progress | None
+) -> Dataset:
+    return stdlib.load(data_dir)
+
+
 REGISTERED: dict[str, Registered] = {
     "digits": Registered("1,797 images of 8 x 8, 10 digits", "part of the package", _embedded),
     "mnist": Registered(
@@ -41,6 +49,36 @@ REGISTERED: dict[str, Registered] = {
         "70,000 images of 28 x 28, 10 kinds of clothes",
         "download",
         partial(mnist.load, mnist.FASHION_MNIST),
+    ),
+    "cifar-10": Registered("60,000 colour images of 32 x 32, 10 kinds", "download", cifar10.load),
+    "fsdd": Registered(
+        "3,000 spoken digits, 39 features each 10 ms; takes 0 to 4 are tests",
+        "--data-dir",
+        speech.fsdd,
+    ),
+    "fsdd-speaker": Registered(
+        "the same; tests are all of one speaker",
+        "--data-dir",
+        partial(speech.fsdd, held_out=speech.HELD_OUT),
+    ),
+    "isolet": Registered(
+        "1,560 spoken letters, 617 features, 26 classes", "download", skfeature.loader("isolet")
+    ),
+    "madelon": Registered(
+        "2,600 samples, 500 features of which 20 tell, 2 classes",
+        "download",
+        skfeature.loader("madelon"),
+    ),
+    "leukemia": Registered(
+        "72 patients, 7,070 genes, 2 classes", "download", skfeature.loader("leukemia")
+    ),
+    "timit": Registered(
+        "spoken sentences, one of 61 phones at each step", "--data-dir (licensed)", speech.timit
+    ),
+    "stdlib": Registered(
+        "characters of Python's standard library; which one comes next",
+        "your Python",
+        _standard_library,
     ),
 }
 
@@ -52,12 +90,25 @@ def available() -> list[str]:
 
 def check(source: str) -> None:
     """Raise DataError for what is neither a name, nor a path, nor a function; loads nothing."""
-    if source not in REGISTERED:
-        near = get_close_matches(source, REGISTERED, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(
-            f"--data: unknown name {source!r}{hint}; allowed are {', '.join(REGISTERED)}"
-        )
+    if source in REGISTERED or _is_path(source) or _function(source) is not None:
+        return
+    near = get_close_matches(source, REGISTERED, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise DataError(
+        f"--data: unknown name {source!r}{hint}; allowed are {', '.join(REGISTERED)}, a file "
+        f"({', '.join(files.ENDINGS)}), a folder of images, sklearn:NAME, or "
+        "path.to.module:function"
+    )
+
+
+def _is_path(source: str) -> bool:
+    return "/" in source or Path(source).suffix.lower() in files.ENDINGS
+
+
+def _function(source: str) -> tuple[str, str] | None:
+    """Module and function, or "sklearn" and the name of a data set."""
+    module, colon, name = source.partition(":")
+    return (module, name) if colon and module and name and "/" not in source else None
 
 
 def load(
@@ -71,7 +122,7 @@ def load(
     """Load what ``source`` says, see `check`.
 
     Args:
-        source: a name of `available`.
+        source: a name of `available`, a path, "sklearn:NAME", or "module:function".
         data_dir: the folder to take the files of a name from, instead of a download.
         mirror: the folder to download from.
         progress: told about downloads.
@@ -79,6 +130,29 @@ def load(
     """
     check(source)
     options = options or FileOptions()
-    options.refuse(source, "target", "task", "test_share", "test_data", "validation_data")
-    options.refuse(source, "split_seed", "image_size")
-    return REGISTERED[source].load(data_dir, mirror, progress)
+    if source in REGISTERED:
+        options.refuse(source, "target", "task", "test_share", "test_data", "validation_data")
+        options.refuse(source, "split_seed", "image_size")
+        return REGISTERED[source].load(data_dir, mirror, progress)
+    if _is_path(source):
+        path = Path(source)
+        if path.is_dir():
+            options.refuse(source, "target", "task")
+            return own.from_folder(path, options)
+        options.refuse(source, "image_size")
+        return files.load(path, options)
+    options.refuse(source, "target", "test_data", "validation_data", "image_size")
+    found = _function(source)
+    assert found is not None  # check refuses everything else
+    if found[0] == "sklearn":
+        return own.from_sklearn(found[1], options)
+    function = load_object("--data", source)
+    try:
+        result = call_with(function, {"data_dir": data_dir})
+    except UserError:
+        raise
+    except Exception as error:  # somebody else's code
+        raise DataError(
+            f"--data: {source!r} failed: {type(error).__name__}: {brief(error)}"
+        ) from None
+    return own.from_function(source, result, options)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rewire.app.errors import TrainError
+from rewire.app.importing import call_with, load_object
 from rewire.app.models import images, sequences
 
-__all__ = ["NAMES", "Signature", "build", "call_with", "load_object", "parse"]
+__all__ = ["NAMES", "Signature", "build", "parse"]
 
 
 @dataclass(frozen=True)
@@ -173,38 +171,6 @@ def build(source: str, signature: Signature, width: float = 1.0) -> nn.Module:
         return _own(source, signature, width)
     known, numbers = found
     return known.make(numbers, signature, width)
-
-
-def load_object(option: str, source: str) -> Any:
-    """What "module:attribute" names; modules in the current folder are found. Raises TrainError."""
-    module, _, attribute = source.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as python -m has it
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # somebody else's code runs
-        raise TrainError(
-            f"{option}: {source!r} cannot be loaded: {type(error).__name__}: {error}"
-        ) from None
-    if not callable(found):
-        raise TrainError(
-            f"{option}: {source!r} is a {type(found).__name__}, allowed is something to call"
-        )
-    return found
-
-
-def call_with(function: Callable[..., Any], offered: dict[str, Any]) -> Any:
-    """Call ``function`` with those of the arguments that it takes, by name."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C
-        return function()
-    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return function(**{n: value for n, value in offered.items() if takes_all or n in names})
 
 
 def _own(source: str, signature: Signature, width: float) -> nn.Module:
