@@ -361,7 +361,7 @@ def test_quiet(capsys) -> None:
 
 
 def test_methods(capsys, monkeypatch) -> None:
-    from rewire import methods
+    from rewire.app.train import baselines as methods
 
     monkeypatch.setenv("COLUMNS", "200")
     table = works(capsys, "methods")

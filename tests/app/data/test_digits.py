@@ -49,7 +49,8 @@ def test_damaged_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(
-        DataError, match="unknown data set 'cifar'; allowed are digits, mnist, fashion-mnist"
+        DataError,
+        match=r"unknown name 'cifar' \(did you mean 'cifar-10'\?\); allowed are digits, mnist",
     ):
         data.load("cifar")
 

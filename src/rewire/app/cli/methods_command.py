@@ -67,7 +67,7 @@ def _page(method: dict[str, Any]) -> str:
     lines = [
         f"{method['name']}: {method['summary']}",
         method["paper"],
-        f"guarantees: {'; '.join(method['guarantees']) or 'nothing about connections'}",
+        f"guarantees: {'; '.join(method['guarantees'])}",
     ]
     if method["start_density"] is not None:
         lines.append(f"starts: at density {method['start_density']:g}, comes down to its budget")

@@ -25,19 +25,31 @@ class Dense(Method):
     starts_dense = True
 
 
-def _entry(name: str, summary: str, budget: str) -> MethodInfo:
+def _entry(name: str, summary: str, budget: str, guarantee: str) -> MethodInfo:
     return MethodInfo(
-        name, Dense, "baseline", summary, keeps_budget=budget, memory="O(M)", guarantees=()
+        name,
+        Dense,
+        "baseline",
+        summary,
+        keeps_budget=budget,
+        memory="O(M)",
+        guarantees=(guarantee,),
     )
 
 
 #: The dense networks by name.
 BASELINES = {
-    DENSE: _entry(DENSE, "the dense network, for comparison: every connection trains", "no"),
+    DENSE: _entry(
+        DENSE,
+        "the dense network, for comparison: every connection trains",
+        "no",
+        "no connection is dropped",
+    ),
     SMALL_DENSE: _entry(
         SMALL_DENSE,
         "for comparison: a narrower dense network with as many parameters as the sparse one",
         "at most",
+        "no more parameters than the sparse network",
     ),
 }
 
