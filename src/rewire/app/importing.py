@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -11,15 +12,27 @@ from typing import Any
 
 from rewire.app.errors import TrainError
 
-__all__ = ["call_with", "load_object"]
+__all__ = ["call_with", "is_importable", "load_object"]
+
+
+def _find_here() -> None:
+    """Let modules in the current folder be found, as ``python -m`` has it."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def is_importable(module: str) -> bool:
+    """Whether there is such a module, or the package that it would be in; imports nothing."""
+    _find_here()
+    first = module.partition(".")[0]
+    return bool(first) and importlib.util.find_spec(first) is not None
 
 
 def load_object(option: str, source: str) -> Any:
     """What "module:attribute" names; modules in the current folder are found. Raises TrainError."""
     module, _, attribute = source.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as python -m has it
-        sys.path.insert(0, here)
+    _find_here()
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):

@@ -274,8 +274,8 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         ("rows", np.zeros((0, 4), np.int32), "is no list of positions"),
         ("cols", np.array([1.0, 5.0, 1.0, -1.0]), "is no list of positions"),
         ("cols", np.array([-1, 5, 1, -1], np.int32), "has other empty slots than its columns"),
-        ("shape", np.array([2**62, 6, 1]), "is no size of a matrix"),
-        ("shape", np.array([0, 6]), "is no size of a matrix"),
+        ("shape", np.array([[2**62, 6, 1]]), "is no size of a weight"),
+        ("shape", np.array([0, 6]), "is no size of a weight"),
     ],
 )
 def test_positions_that_cannot_be(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from rewire.app.errors import TrainError
-from rewire.app.importing import call_with, load_object
+from rewire.app.importing import call_with, is_importable, load_object
 from rewire.app.models import images, sequences
 
 __all__ = ["NAMES", "Signature", "build", "parse"]
@@ -141,7 +141,7 @@ def parse(source: str) -> tuple[_Known, tuple[int, ...]] | None:
                 )
             return known, numbers
     module, colon, attribute = source.partition(":")
-    if colon and module and attribute and "." not in attribute[:1] and not _misspelt(module):
+    if colon and attribute and not _misspelt(module) and is_importable(module):
         return None
     near = get_close_matches(source, NAMES, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""

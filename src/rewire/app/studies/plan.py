@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rewire.app import run_files
-from rewire.app.errors import StudyError, TrainError
+from rewire.app.errors import DataError, StudyError, TrainError
 from rewire.app.train import baselines
 from rewire.app.train.command import config_to_start
 from rewire.app.train.config import (
@@ -311,7 +311,7 @@ def make_plan(values: Mapping[str, Any], where: str = "") -> Plan:
         for cell in plan.cells():
             plan.run(cell, "run", plan.seeds[0])
         _check_expectations(plan)
-    except (StudyError, TrainError) as error:
+    except (DataError, StudyError, TrainError) as error:
         raise StudyError(f"{prefix}{error}") from None
     return plan
 
