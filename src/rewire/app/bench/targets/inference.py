@@ -41,7 +41,8 @@ class _Csr(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:  # faster than the product with a matrix of one column
             return torch.addmv(self.bias, self.weight, x[0]).unsqueeze(0)
-        return torch.sparse.mm(self.weight, x.t()).t() + self.bias
+        y: Tensor = torch.sparse.mm(self.weight, x.t()).t() + self.bias
+        return y
 
 
 def _called(layer: nn.Module, p: Linear) -> Call:

@@ -48,22 +48,43 @@ REWIRE_INLINE void widen(const int8_t* from, float* to, int64_t n) {
 // --- one row of x
 // ---------------------------------------------------------------------------------------------------
 
-// Sums of values[k] * x[cols[k]], or of x[cols[k]] without values, one for each remainder of k.
-// Single numbers are loaded: instructions that gather are no faster on many processors, and several
-// times slower where microcode guards them against data sampling.
+// Lanes of a sum over one row of x.
 constexpr int kOne = 8;
 using One = Vec<float, kOne>;
+using Lanes8 = MakePositions<kOne>::type;
 
+// Single numbers are loaded: instructions that gather are no faster on many processors, and several
+// times slower where microcode guards them against data sampling.
+template <class Col, int... P>
+REWIRE_INLINE One found(const Col* cols, const float* x, Positions<P...>) {
+  return One{x[cols[P]]...};
+}
+
+// The sum of values[k] * x[cols[k]], or of x[cols[k]] without values, spread over lanes. Rows are
+// short, and a loop over the rest would be guessed wrong for most of them: the last lanes are taken
+// again from `first` on, the first column that has been checked, and what is in the sum already or
+// belongs to the row before is cleared.
 template <bool Weighted, class Col>
-REWIRE_INLINE One one_run(const Col* cols, const float* values, int64_t n, const float* x) {
-  float sums[kOne] = {};
+REWIRE_INLINE One one_run(const Col* first, const Col* cols, const float* values, int64_t n,
+                          const float* x) {
+  One sum = {};
+  const auto part = [&](int64_t k) {
+    const One terms = found(cols + k, x, Lanes8());
+    if constexpr (Weighted)
+      return terms * load<One>(values + k);
+    else
+      return terms;
+  };
   int64_t k = 0;
-  for (; k + kOne <= n; k += kOne)
-#pragma GCC unroll 8
-    for (int u = 0; u < kOne; ++u)
-      sums[u] += Weighted ? values[k + u] * x[cols[k + u]] : x[cols[k + u]];
-  for (int u = 0; k < n; ++k, ++u) sums[u] += Weighted ? values[k] * x[cols[k]] : x[cols[k]];
-  return load<One>(sums);
+  for (; k + kOne <= n; k += kOne) sum += part(k);
+  if (k == n) return sum;
+  if (cols + n - first >= kOne)
+    return sum +
+           only<float, kOne>(mask_from<float, kOne>(static_cast<int>(kOne - (n - k)), Lanes8()),
+                             part(n - kOne));
+  float rest[kOne] = {};
+  for (int u = 0; k < n; ++k, ++u) rest[u] = Weighted ? values[k] * x[cols[k]] : x[cols[k]];
+  return sum + load<One>(rest);
 }
 
 // Calls add(columns, values, n) for the connections from begin to end, int8 values widened in
@@ -72,7 +93,9 @@ template <int Value, class Col, class Add>
 REWIRE_INLINE void in_pieces(const FrozenWeight& w, int64_t begin, int64_t end, const Add& add) {
   const Col* cols = static_cast<const Col*>(w.cols);
   if constexpr (Value == kFrozenInt8) {
-    float wide[kWidened];
+    float room[kOne + kWidened];
+    for (int u = 0; u < kOne; ++u) room[u] = 0.0f;  // read before the first, and cleared then
+    float* const wide = room + kOne;
     for (int64_t k = begin; k < end; k += kWidened) {
       const int64_t n = end - k < kWidened ? end - k : kWidened;
       widen(static_cast<const int8_t*>(w.values) + k, wide, n);
@@ -97,11 +120,12 @@ Status one_rows(const FrozenWeight& w, const FrozenPart& p, int64_t row0, int64_
   const int64_t each = segments<Value>();
   const Status status = check<Col>(w, each * row0, each * row1);
   if (status != kFine) return status;
+  const Col* first = static_cast<const Col*>(w.cols) + pointer(w, each * row0);
   const auto sum = [&](int64_t at) {
     One total = {};
     in_pieces<Value, Col>(w, pointer(w, at), pointer(w, at + 1),
                           [&](const Col* cols, const float* values, int64_t n) {
-                            total += one_run<kWeighted>(cols, values, n, p.x);
+                            total += one_run<kWeighted>(first, cols, values, n, p.x);
                           });
     return total;
   };
