@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from problems import run_python
+from interpreter import run_python
 from rewire import _native, ops
 from rewire.ops import frozen
 
