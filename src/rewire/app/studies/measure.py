@@ -101,6 +101,7 @@ class Meter(Observer):
         adds = [3 * seen * own[n]["multiply_adds"] for n in range(1, len(lines) + 1) if n in own]
         info = result["info"]
         self.measured = {
+            "metric": info.get("score", "accuracy"),
             "connections": result["connections"],
             "possible": result["possible_connections"],
             "seconds": result["seconds"],

@@ -77,7 +77,7 @@ def _claims(verdicts: Sequence[Verdict]) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     """The table, with the calibration error as one more column."""
-    head = [*table.HEAD, "calibration error"]
+    head = [*table.head_of(rows), "calibration error"]
     lines = ["".join(f"<th{_kind(i)}>{escape(cell)}</th>" for i, cell in enumerate(head))]
     for row in rows:
         error = figures.expected_error(row) if row.outcomes else None

@@ -74,6 +74,12 @@ def density(row: Row) -> str:
     return f"{100 * connections / row.possible:.3g} %"
 
 
+def head_of(rows: Sequence[Row]) -> list[str]:
+    """The names of the columns; of a regression the score is R²."""
+    metrics = {o.get("metric") for row in rows for o in row.outcomes.values()}
+    return [name.replace("accuracy", "R²") if metrics == {"r2"} else name for name in HEAD]
+
+
 def cells_of(row: Row) -> list[str]:
     """What the table shows of a row, as `HEAD` says."""
     seconds, inference = row.number("seconds"), row.inference
@@ -105,7 +111,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     for heading, group in groups(rows):
         table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left")
         for i in columns:
-            table.add_column(HEAD[i], justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(head_of(group)[i], justify="left" if i == 0 else "right", no_wrap=True)
         last: Any = None
         for row in group:
             if last is not None and row.cell.density != last[0]:
@@ -126,7 +132,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         lines = [
             f"**{heading}**",
             "",
-            "| " + " | ".join(HEAD) + " |",
+            "| " + " | ".join(head_of(group)) + " |",
             "| --- |" + " ---: |" * (len(HEAD) - 1),
         ]
         for row in group:
@@ -150,6 +156,7 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
+    "²": "$^2$",
     "<": "$<$",
     ">": "$>$",
 }
@@ -167,7 +174,7 @@ def to_latex(rows: Sequence[Row]) -> str:
             f"% {heading}",
             r"\begin{tabular}{l" + "r" * (len(HEAD) - 1) + "}",
             r"\toprule",
-            " & ".join(map(_latex, HEAD)) + r" \\",
+            " & ".join(map(_latex, head_of(group))) + r" \\",
             r"\midrule",
         ]
         last = group[0].cell.density
