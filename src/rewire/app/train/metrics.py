@@ -17,8 +17,9 @@ from rewire.app.train.batches import Inputs
 from rewire.app.train.task import CLASSIFICATION, Task
 from rewire.nn.forward.modes import evaluating
 
-# samples at a time, and input numbers: a convolutional network has many activations for each
-EVALUATION_BATCH, EVALUATION_NUMBERS = 1000, 1 << 20
+# at a time: samples, input numbers, and, where each step has an answer, steps: networks for images
+# and sequences have many activations for each
+EVALUATION_BATCH, EVALUATION_NUMBERS, EVALUATION_STEPS = 1000, 1 << 20, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def evaluate(
     """Mean loss and score of a task; the model's mode is as before afterwards."""
     loss = torch.zeros((), dtype=torch.float64)
     correct, count = torch.zeros((), dtype=torch.int64), 0
-    size = max(1, min(EVALUATION_BATCH, EVALUATION_NUMBERS // max(math.prod(x.shape[1:]), 1)))
+    size = min(EVALUATION_BATCH, EVALUATION_NUMBERS // max(math.prod(x.shape[1:]), 1))
+    if task.each_step:
+        size = min(size, EVALUATION_STEPS // y.shape[1])
+    size = max(size, 1)
     with evaluating(model):
         for first in range(0, len(y), size):
             labels = y[first : first + size]
