@@ -11,6 +11,7 @@ import torch
 
 from rewire.app import cli, data
 from rewire.app.train import finished
+from rewire.nn import sparse_weights
 
 QUICK = ["--hidden", "10", "--epochs", "2", "--batch-size", "300", "--threads", "1", "--quiet"]
 
@@ -35,7 +36,7 @@ def test_a_run_becomes_c_and_a_program(
     assert f"{program.stat().st_size:,} bytes" in printed
     x = data.load("digits").test_x[:20]
     with torch.no_grad():
-        expected = finished.load(Path(folder))(x)
+        expected = finished.load(Path(folder))[0](x)
         run = torch.export.load(program).module()
         torch.testing.assert_close(run(x), expected, rtol=0.05, atol=0.05)
     if shutil.which("cc") is None:
@@ -47,6 +48,31 @@ def test_a_run_becomes_c_and_a_program(
     done = subprocess.run([built], input=text, capture_output=True, text=True, check=True)
     found = torch.tensor([[float(v) for v in line.split()] for line in done.stdout.splitlines()])
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+NETWORK = """
+from torch import nn
+
+def make():
+    conv = nn.Conv2d(1, 4, 3, padding=1)
+    return nn.Sequential(nn.Unflatten(1, (1, 8)), conv, nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+"""
+
+
+def test_a_network_of_ones_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exported_net.py").write_text(NETWORK)
+    folder = str(tmp_path / "run")
+    quick = ["--epochs", "1", "--batch-size", "300", "--threads", "1", "--quiet"]
+    assert cli.run(["train", *quick, "--model", "exported_net:make", "--run-dir", folder]) == 0
+    model, example = finished.load(Path(folder))
+    assert any(sparse_weights(model))
+    assert cli.run(["export", folder, "--c", str(tmp_path / "out")]) == 0
+    header = (tmp_path / "out" / "network.h").read_text()
+    assert f"#define NETWORK_INPUTS {example.numel()}\n" in header
 
 
 def test_refuses_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -40,15 +40,14 @@ def export(
     kind = values or "float"
     if kind not in _VALUES:
         raise CommandError(f"--values: given {kind!r}, allowed are {', '.join(_VALUES)}")
-    import torch
-
+    from rewire.app.run_files import INPUTS
     from rewire.app.train import finished
     from rewire.export import c as write_c
     from rewire.export import save_program
 
-    model = finished.load(run_dir)
-    first: Any = model[0]
-    example = torch.zeros(1, first.in_features)
+    model, example = finished.load(run_dir)
+    if (run_dir / INPUTS).exists():
+        print(f"scaling        the network reads scaled inputs, by {run_dir / INPUTS}")
     try:
         if c is not None:
             made = write_c(model, example, c, name=name or "network", values=kind)  # type: ignore[arg-type]
