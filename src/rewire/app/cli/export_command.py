@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +41,22 @@ def export(
     kind = values or "float"
     if kind not in _VALUES:
         raise CommandError(f"--values: given {kind!r}, allowed are {', '.join(_VALUES)}")
+    import torch
+
     from rewire.app.run_files import INPUTS
-    from rewire.app.train import finished
+    from rewire.app.train.rebuild import load_network
+    from rewire.app.train.run_dir import RunDir
     from rewire.export import c as write_c
     from rewire.export import save_program
 
-    model, example = finished.load(run_dir)
-    if (run_dir / INPUTS).exists():
+    model, scaling = load_network(run_dir)
+    place = RunDir(run_dir)
+    sample = place.read_result()["info"]["signature"]
+    shape = sample["shape"]
+    if place.read_config().model == "mlp":  # which reads the numbers of a sample in a row
+        shape = [math.prod(shape)]
+    example = torch.zeros(1, *shape, dtype=torch.int64 if sample["tokens"] else torch.float32)
+    if scaling:
         print(f"scaling        the network reads scaled inputs, by {run_dir / INPUTS}")
     try:
         if c is not None:
