@@ -162,11 +162,9 @@ CALLS: dict[str, Call] = {
         "gradient",
         lambda c, _: [0.3, c.choice((0.0, 0.5)), *_draws(c, 5), c.random() < 0.5],
     ),
-    "spmm": _of("by_row", "values", "x", "bias"),
+    "spmm": _of("by_row", "values", "x", "bias", lambda c, _: [c.random() < 0.5]),
     "sddmm": _of("by_row", lambda _, p: [p["values"].numel()], "g", "x"),
-    "spmm_sddmm": _of("by_col", "values", "x", "g"),
-    "feature_major": _of("x"),
-    "batch_major": _of("x"),
+    "spmm_sddmm": _of("by_col", "values", "x", "g", lambda c, _: [c.random() < 0.5]),
     "above": _of(
         "scores",
         lambda _, p: [0],
