@@ -1,4 +1,4 @@
-"""Cosines similarity of the activations at the two ends of a connection, for connections there are
+"""Cosine similarity of the activations at the two ends of a connection, for connections there are
 and could be.
 """
 
@@ -88,7 +88,7 @@ class Similarity:
     """The similarities that criteria ask for during one update, all of the model as it was before.
 
     Give one object to both criteria of a `rewire.methods.Rewirer`
-    (``drop.MagnitudeBySign(similarity)``, ``grow.Cosines(similarity)``), which has it record at the
+    (``ByMagnitudeAndSign(similarity)``, ``BySimilarity(similarity)``), which has it record at the
     start of an update and forget at its end.
 
     Args:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,6 +101,11 @@ class CTRE(BySimilarActivations):
     drop = ByMagnitude()
     regrown = "keep"
     saves = ("_best", "_since")
+
+    @classmethod
+    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+        """New connections start at 0: random values would disturb a short run to its end."""
+        return {"new_values": "zero"}
 
     def _check(self) -> None:
         if self.variant == "seq":
