@@ -51,7 +51,7 @@ def test_awkward_values_come_back() -> None:
 
 
 def test_what_json_cannot_hold_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"state\.a\.1: a set cannot be put into a checkpoint"):
+    with pytest.raises(TypeError, match=r"state\.a\.1: a set cannot be saved"):
         flatten({"a": [1, {2}]}, {})
 
 

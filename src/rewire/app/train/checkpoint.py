@@ -20,6 +20,7 @@ from rewire.app.errors import RunFileError, TrainError
 from rewire.app.run_files import COMMIT, FORMAT, Prefix
 from rewire.storage import files, reading
 from rewire.storage import tensors as tensor_file
+from rewire.storage.nested import flatten, unflatten
 
 ADVICE = "the run cannot be resumed; start it again with --overwrite"
 TENSORS = "checkpoint-*.safetensors"
@@ -36,44 +37,6 @@ class Checkpoint:
     seconds: float
     info: dict[str, Any]
     state: dict[str, Any]
-
-
-def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
-    """Put every tensor of `value` into `tensors`, a reference in its place, and return what JSON
-    can hold.
-
-    Dicts with keys that are no strings (optimizer state) and tuples come back as they were.
-    """
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach()  # no copy: it is written before anything can change it
-        return {"$tensor": path}
-    if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: flatten(item, tensors, f"{path}.{key}") for key, item in value.items()}
-        return {
-            "$dict": [[key, flatten(item, tensors, f"{path}.{key}")] for key, item in value.items()]
-        }
-    if isinstance(value, list | tuple):
-        items = [flatten(item, tensors, f"{path}.{i}") for i, item in enumerate(value)]
-        return {"$tuple": items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{path}: a {type(value).__name__} cannot be put into a checkpoint")
-
-
-def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `flatten`."""
-    if isinstance(value, list):
-        return [unflatten(item, tensors) for item in value]
-    if isinstance(value, dict):
-        if "$tensor" in value:
-            return tensors[value["$tensor"]]
-        if "$dict" in value:
-            return {key: unflatten(item, tensors) for key, item in value["$dict"]}
-        if "$tuple" in value:
-            return tuple(unflatten(item, tensors) for item in value["$tuple"])
-        return {key: unflatten(item, tensors) for key, item in value.items()}
-    return value
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,373 @@
+"""What the estimators share: parameters, checks, fitting, pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from rewire import methods
+from rewire.adapters.sklearn.data import Batches, Rows, floating
+from rewire.adapters.sklearn.network import (
+    ACTIVATIONS,
+    budgets,
+    build,
+    input_connectivity,
+    start_budgets,
+)
+from rewire.adapters.sklearn.training import Loss, Training, from_bytes, threads, to_bytes
+from rewire.budget import DISTRIBUTIONS, Limits
+from rewire.schedules import Cosine
+
+__all__ = ["SparseMLP"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+#: Learning rates that suit sparse networks, by optimizer.
+RATES = {"adam": 0.01, "adamw": 0.01, "rmsprop": 0.003, "sgd": 0.5}
+DENSITY = 0.1
+
+
+class SparseMLP(BaseEstimator):
+    """A multi-layer perceptron with a connection budget; base class of the estimators."""
+
+    def __init__(
+        self,
+        hidden_layer_sizes: Any = (100,),
+        *,
+        method: str = "set",
+        method_params: Mapping[str, Any] | None = None,
+        density: float | None = None,
+        connections: int | None = None,
+        distribution: str = "erk",
+        limits: Limits | None = None,
+        activation: str = "relu",
+        solver: str = "auto",
+        learning_rate_init: float | None = None,
+        learning_rate: str = "cosine",
+        alpha: float = 0.0,
+        batch_size: int | str = "auto",
+        max_epochs: int = 200,
+        shuffle: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.method = method
+        self.method_params = method_params
+        self.density = density
+        self.connections = connections
+        self.distribution = distribution
+        self.limits = limits
+        self.activation = activation
+        self.solver = solver
+        self.learning_rate_init = learning_rate_init
+        self.learning_rate = learning_rate
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.max_epochs = max_epochs
+        self.shuffle = shuffle
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.warm_start = warm_start
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # --- what subclasses say ----------------------------------------------------------------------
+
+    def _loss(self) -> Loss:
+        raise NotImplementedError
+
+    def _outputs(self) -> int:
+        raise NotImplementedError
+
+    def _score_of(self, network: nn.Module, x: Rows, y: Tensor, weight: Any) -> float:
+        """The score of held-out rows, higher is better."""
+        raise NotImplementedError
+
+    # --- parameters -------------------------------------------------------------------------------
+
+    def _sizes(self) -> tuple[int, ...]:
+        given = self.hidden_layer_sizes
+        sizes = (given,) if isinstance(given, Integral) else tuple(given)
+        if any(not isinstance(size, Integral) or size < 1 for size in sizes):
+            raise ValueError(
+                f"hidden_layer_sizes must be positive whole numbers, not {self.hidden_layer_sizes}"
+            )
+        return tuple(map(int, sizes))
+
+    def _check_parameters(self) -> None:
+        """Raise ValueError for a parameter that nothing else checks."""
+        self._sizes()
+        choices = {
+            "activation": ACTIVATIONS,
+            "distribution": DISTRIBUTIONS,
+            "learning_rate": ("constant", "cosine"),
+            "solver": ("auto", *OPTIMIZERS),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(sorted(allowed))}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        methods.info(self.method)
+        if self.density is not None and self.connections is not None:
+            raise ValueError("give density or connections, not both")
+        for name in ("max_epochs", "n_iter_no_change"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        size = self.batch_size
+        if size != "auto" and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"batch_size must be 'auto' or a whole number of at least 1, not {size!r}")
+        if self.early_stopping and not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must lie between 0 and 1, not {self.validation_fraction}"
+            )
+        if self.n_jobs is not None and (not isinstance(self.n_jobs, Integral) or self.n_jobs == 0):
+            raise ValueError(f"n_jobs must be None or a whole number but 0, not {self.n_jobs!r}")
+
+    def _batch(self, samples: int) -> int:
+        return min(200, samples) if self.batch_size == "auto" else int(self.batch_size)
+
+    def _solver(self) -> tuple[str, float]:
+        """The optimizer and its first rate; by default those that suit the method."""
+        cls = methods.info(self.method).cls
+        name = cls.run_optimizer if self.solver == "auto" else self.solver
+        rate = self.learning_rate_init
+        if rate is None:
+            rate = cls.run_lr if name == cls.run_optimizer else None
+        return name, RATES[name] if rate is None else float(rate)
+
+    # --- fitting ----------------------------------------------------------------------------------
+
+    def _begin(
+        self, x: Rows, seed: int, epochs: int | None, network: nn.Sequential | None
+    ) -> Training:
+        """Network, optimizer and method before the first step.
+
+        epochs: how long the training will be; None if nobody knows. network: one to go on with.
+        """
+        entry = methods.info(self.method)
+        sizes = (x.features, *self._sizes(), self._outputs())
+        density = DENSITY if self.density is None and self.connections is None else self.density
+        final = start = None
+        if not entry.cls.starts_dense:
+            final = budgets(sizes, density, self.connections, self.distribution)
+            start = start_budgets(entry, sizes, final, self.limits)
+        if network is None:
+            network = build(
+                sizes,
+                start,
+                activation=self.activation,
+                dtype=x.dtype,
+                limits=self.limits,
+                seed=seed,
+            )
+        name, rate = self._solver()
+        optimizer = OPTIMIZERS[name](network.parameters(), lr=rate, weight_decay=self.alpha)  # type: ignore[call-arg]
+        provided: dict[str, Any] = {"data": Batches(x), "connections": final}
+        given = dict(self.method_params or {})
+        if epochs is not None:
+            steps = epochs * -(-len(x) // self._batch(len(x)))
+            provided |= {"total_steps": steps, "total_epochs": epochs}
+            given = entry.cls.run_options(epochs, given, name) | given
+        settings = {key: value for key, value in provided.items() if key in entry.services}
+        if entry.cls.starts_dense and "density" in entry.parameters() and density is not None:
+            settings["density"] = density
+        if "evaluate" in entry.services:
+            raise ValueError(
+                f"method={self.method!r} decides by a validation score while it trains, which an "
+                "estimator does not give it: use rewire.methods in a loop of your own"
+            )
+        method = methods.create(self.method, network, optimizer, seed=seed, **settings, **given)
+        return Training(network, optimizer, method, self._loss(), seed)
+
+    def _train(
+        self, x: Rows, y: Tensor, weight: Tensor | None, held: tuple[Rows, Tensor, Any] | None
+    ) -> None:
+        """Train for ``max_epochs``, or until the score of ``held`` rows stops rising."""
+        features = x.features
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        again = self.warm_start and hasattr(self, "network_")
+        network = self.network_ if again else None
+        if network is not None:
+            had = next(iter(network.children())).in_features, list(network.children())[-1].out_features
+            if had != (features, self._outputs()):
+                raise ValueError(
+                    f"warm_start=True goes on with a network of {had[0]} inputs and {had[1]} outputs; "
+                    f"the data has {features} features and asks for {self._outputs()} outputs"
+                )
+        batch = self._batch(len(x))
+        training = self._begin(x, seed, self.max_epochs, network)
+        rate = training.optimizer.param_groups[0]["lr"]
+        schedule = Cosine(rate, self.max_epochs)
+        best: tuple[float, dict[str, Tensor]] | None = None
+        budget_met = methods.info(self.method).start_density is None
+        self.loss_curve_: list[float] = []
+        self.validation_scores_ = [] if held else None
+        waited = 0
+        products = batch * sum(training.method.count_connections().values())
+        with threads(self.n_jobs, products):
+            for epoch in range(self.max_epochs):
+                if self.learning_rate == "cosine":
+                    for group in training.optimizer.param_groups:
+                        group["lr"] = schedule(epoch)
+                loss = training.epoch(x, y, weight, batch, self.shuffle)
+                if not np.isfinite(loss):
+                    raise ValueError(
+                        f"training diverged in epoch {epoch + 1}: the loss is {loss}; scale the "
+                        f"data, or try a smaller learning_rate_init (it is {rate})"
+                    )
+                training.method.end_epoch(last=epoch + 1 == self.max_epochs)
+                self.loss_curve_.append(loss)
+                if self.verbose:
+                    print(f"epoch {epoch + 1}: loss {loss:.6f}")
+                if held is None:
+                    continue
+                score = self._score_of(training.network.eval(), *held)
+                assert self.validation_scores_ is not None
+                self.validation_scores_.append(score)
+                # A method that comes down to its budget must get there before anything is compared.
+                budget_met = budget_met or epoch >= 0.75 * self.max_epochs
+                waited += budget_met
+                if budget_met and (best is None or score > best[0] + self.tol):
+                    kept = {key: value.clone() for key, value in training.network.state_dict().items()}
+                    best, waited = (score, kept), 0
+                if waited >= self.n_iter_no_change:
+                    break
+            if best is not None:
+                training.network.load_state_dict(best[1])
+            self.network_ = training.method.finalize().eval()
+        self._training = None
+        self._finish(training.epochs, self.loss_curve_[-1])
+        if best is not None:
+            self.best_validation_score_ = best[0]
+
+    def _finish(self, epochs: int, loss: float) -> None:
+        self.n_iter_, self.loss_ = epochs, loss
+        self.n_layers_ = len(self._sizes()) + 2
+        self.n_outputs_ = self._outputs()
+
+    def _continue(self, x: Rows, y: Tensor, weight: Tensor | None) -> None:
+        """One epoch more, of a training whose end nobody knows."""
+        training = getattr(self, "_training", None)
+        if training is None:
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            network = getattr(self, "network_", None)
+            training = self._begin(x, seed, None, network)
+        elif isinstance(training, Mapping):  # from a pickle
+            state = training
+            training = self._begin(x, int(state["seed"]), None, self.network_)
+            training.load_state(state)
+        batch = self._batch(len(x))
+        products = batch * sum(training.method.count_connections().values())
+        with threads(self.n_jobs, products):
+            loss = training.epoch(x, y, weight, batch, self.shuffle)
+            training.method.end_epoch()
+        self._training, self.network_ = training, training.network
+        self.network_.eval()
+        self._finish(training.epochs, loss)
+
+    def _forward(self, network: nn.Module, rows: Rows) -> np.ndarray:
+        """The outputs of a network, (samples, outputs)."""
+        widest = max(rows.features, *self._sizes(), self._outputs())
+        with torch.no_grad():
+            found: np.ndarray = torch.cat([network(x) for x in rows.pieces(widest)]).numpy()
+        return found
+
+    def _rows(self, x: Any) -> Rows:
+        """The rows to predict for, checked."""
+        check_is_fitted(self, "network_")
+        dtype = next(self.network_.parameters()).dtype
+        kind = np.float32 if dtype == torch.float32 else np.float64
+        x = validate_data(self, x, accept_sparse="csr", dtype=kind, reset=False)
+        return Rows(x, dtype)
+
+    # --- the evolved connectivity -----------------------------------------------------------------
+
+    @property
+    def feature_counts_(self) -> np.ndarray:
+        """How many connections leave each input of the network, (features,), int64."""
+        check_is_fitted(self, "network_")
+        return input_connectivity(self.network_)[0]
+
+    @property
+    def feature_importances_(self) -> np.ndarray:
+        """The sum of the magnitudes of the connections that leave each input, (features,); the sum
+        of all is 1 (0 if every connection is 0).
+
+        Neuron strength as in QuickSelection (Atashgahi et al., Machine Learning 2022). It compares
+        features of one scale: standardise them before.
+        """
+        check_is_fitted(self, "network_")
+        strength = input_connectivity(self.network_)[1]
+        total = strength.sum()
+        found: np.ndarray = strength / total if total else strength
+        return found
+
+    # --- pickling ---------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = dict(super().__getstate__())
+        if "network_" in state:
+            training = state.pop("_training", None)
+            going_on = training.state() if isinstance(training, Training) else training
+            state["network_"] = to_bytes(state["network_"], going_on)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if isinstance(content := state.get("network_"), bytes):
+            state["network_"], state["_training"] = from_bytes(content)
+        super().__setstate__(state)
+
+
+def weights_of(weight: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:
+    """Sample weights as the loop takes them: with a mean of 1."""
+    if weight is None:
+        return None
+    total = weight.sum()
+    if not total > 0:
+        raise ValueError("sample_weight must have a positive sum")
+    return torch.from_numpy(weight * (len(weight) / total)).to(dtype)
+
+
+def checked(estimator: SparseMLP, x: Any, y: Any, *, reset: bool, **options: Any) -> tuple[Any, Any]:
+    """X (an array or CSR matrix of float32 or float64) and y, as scikit-learn checks them."""
+    found: tuple[Any, Any] = validate_data(
+        estimator,
+        x,
+        y,
+        accept_sparse="csr",
+        dtype=(np.float64, np.float32),
+        reset=reset,
+        **options,
+    )
+    return found
+
+
+def rows_of(x: Any) -> Rows:
+    """The rows of checked data."""
+    return Rows(x, floating(x.dtype))

@@ -1,0 +1,164 @@
+"""`ConnectivitySelector`."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from sklearn.feature_selection import SelectorMixin
+from sklearn.utils.multiclass import type_of_target
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from torch import Tensor, nn
+
+from rewire.adapters.sklearn.base import SparseMLP, checked
+from rewire.adapters.sklearn.classifier import cross_entropy, fit_classes
+from rewire.adapters.sklearn.data import Rows
+from rewire.adapters.sklearn.regressor import scaled, squared_error
+from rewire.adapters.sklearn.training import Loss
+
+__all__ = ["ConnectivitySelector"]
+
+
+class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
+    """Selects the features to which a sparse network, while it trains, gives its connections.
+
+    It trains a network as `SparseMLPClassifier` does (where y holds classes) or as
+    `SparseMLPRegressor`, with the same parameters, and keeps the features with the strongest
+    connections, as in QuickSelection (Atashgahi et al., Machine Learning 2022).
+
+    Args:
+        n_features_to_select: how many to keep: a number, a share between 0 and 1, or None for all
+            features at or above the mean.
+        importance: "strength", the sum of the magnitudes of the connections that leave a feature,
+            or "counts", their number; equal ones are told apart by the other.
+
+    The others are those of `SparseMLPClassifier`. Standardise the features before: a strength
+    compares features of one scale.
+    """
+
+    def __init__(
+        self,
+        n_features_to_select: int | float | None = None,
+        *,
+        importance: str = "strength",
+        hidden_layer_sizes: Any = (100,),
+        method: str = "set",
+        method_params: Any = None,
+        density: float | None = None,
+        connections: int | None = None,
+        distribution: str = "erk",
+        limits: Any = None,
+        activation: str = "relu",
+        solver: str = "auto",
+        learning_rate_init: float | None = None,
+        learning_rate: str = "cosine",
+        alpha: float = 0.0,
+        batch_size: int | str = "auto",
+        max_epochs: int = 200,
+        shuffle: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(
+            hidden_layer_sizes,
+            method=method,
+            method_params=method_params,
+            density=density,
+            connections=connections,
+            distribution=distribution,
+            limits=limits,
+            activation=activation,
+            solver=solver,
+            learning_rate_init=learning_rate_init,
+            learning_rate=learning_rate,
+            alpha=alpha,
+            batch_size=batch_size,
+            max_epochs=max_epochs,
+            shuffle=shuffle,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            tol=tol,
+            warm_start=warm_start,
+            n_jobs=n_jobs,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.n_features_to_select = n_features_to_select
+        self.importance = importance
+
+    def _loss(self) -> Loss:
+        return cross_entropy if self._classes else squared_error
+
+    def _outputs(self) -> int:
+        return self._targets
+
+    def _score_of(self, network: nn.Module, x: Rows, y: Tensor, weight: Any) -> float:
+        outputs = self._forward(network, x)
+        if self._classes:
+            return float(np.average(outputs.argmax(1) == y.numpy(), weights=weight))
+        error = ((outputs - y.numpy()) ** 2).mean(1)
+        return -float(np.average(error, weights=weight))
+
+    def _wanted(self, features: int) -> int | None:
+        """How many features to keep; None for those at or above the mean."""
+        given = self.n_features_to_select
+        if given is None:
+            return None
+        if isinstance(given, Integral) and 1 <= given <= features:
+            return int(given)
+        if not isinstance(given, Integral) and 0 < given <= 1:
+            return max(1, round(given * features))
+        raise ValueError(
+            f"n_features_to_select must be None, a whole number from 1 to {features} or a share "
+            f"above 0 and at most 1, not {given!r}"
+        )
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ConnectivitySelector:
+        """Train on X (samples, features) and y, classes or values, and choose the features."""
+        self._check_parameters()
+        if self.importance not in ("counts", "strength"):
+            raise ValueError(f"importance must be 'counts' or 'strength', not {self.importance!r}")
+        x, y = checked(self, X, y, reset=True, multi_output=True)
+        self._wanted(x.shape[1])
+        weight = None
+        if sample_weight is not None:
+            weight = _check_sample_weight(
+                sample_weight, x, dtype=np.float64, ensure_non_negative=True
+            )
+        self._classes = type_of_target(y) in ("binary", "multiclass")
+        if self._classes:
+            classes, targets = np.unique(y, return_inverse=True)
+            self._targets = len(classes)
+        else:
+            values = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+            mean, spread = scaled(values, weight)
+            targets, self._targets = (values - mean) / spread, values.shape[1]
+        fit_classes(self, x, targets, weight, stratify=targets if self._classes else None)
+        return self
+
+    def _get_support_mask(self) -> np.ndarray:
+        check_is_fitted(self, "network_")
+        counts, strength = self.feature_counts_, self.feature_importances_
+        first, second = (counts, strength) if self.importance == "counts" else (strength, counts)
+        wanted = self._wanted(len(first))
+        if wanted is None:
+            found: np.ndarray = first >= first.mean()
+            return found
+        order = np.lexsort((second, first))[::-1]
+        mask = np.zeros(len(first), dtype=bool)
+        mask[order[:wanted]] = True
+        return mask
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.input_tags.sparse = True
+        return tags
