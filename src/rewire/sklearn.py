@@ -1,4 +1,4 @@
-"""scikit-learn estimators with a connection budget; needs ``pip install 'torch-rewire[sklearn]'``."""
+"""scikit-learn estimators with a connection budget (the extra ``sklearn``)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ except ImportError as error:
         "rewire.sklearn needs scikit-learn: pip install 'torch-rewire[sklearn]'"
     ) from error
 
-from rewire.adapters.sklearn import (
-    ConnectivitySelector,
-    SparseMLPClassifier,
-    SparseMLPRegressor,
-)
+from rewire.adapters.sklearn import ConnectivitySelector, SparseMLPClassifier, SparseMLPRegressor
 
 __all__ = ["ConnectivitySelector", "SparseMLPClassifier", "SparseMLPRegressor"]

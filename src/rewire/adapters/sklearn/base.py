@@ -37,10 +37,24 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 #: Learning rates that suit sparse networks, by optimizer.
 RATES = {"adam": 0.01, "adamw": 0.01, "rmsprop": 0.003, "sgd": 0.5}
 DENSITY = 0.1
+#: With ``max_epochs="auto"``: passes over the data and optimizer steps, at least.
+PASSES, STEPS = 20, 1000
+#: Steps in an epoch of a method, at least.
+EPOCH_STEPS = 10
 
 
-class SparseMLP(BaseEstimator):
+def is_whole(value: object, least: int | None = None) -> bool:
+    """Whether ``value`` is a whole number, of Python or NumPy, of at least ``least``."""
+    return isinstance(value, Integral) and (least is None or int(value) >= least)
+
+
+class SparseMLP(BaseEstimator):  # type: ignore[misc]
     """A multi-layer perceptron with a connection budget; base class of the estimators."""
+
+    network_: nn.Sequential
+    loss_curve_: list[float]
+    validation_scores_: list[float] | None
+    _training: Any
 
     def __init__(
         self,
@@ -58,7 +72,7 @@ class SparseMLP(BaseEstimator):
         learning_rate: str = "cosine",
         alpha: float = 0.0,
         batch_size: int | str = "auto",
-        max_epochs: int = 200,
+        max_epochs: int | str = "auto",
         shuffle: bool = True,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -109,8 +123,8 @@ class SparseMLP(BaseEstimator):
 
     def _sizes(self) -> tuple[int, ...]:
         given = self.hidden_layer_sizes
-        sizes = (given,) if isinstance(given, Integral) else tuple(given)
-        if any(not isinstance(size, Integral) or size < 1 for size in sizes):
+        sizes = (given,) if is_whole(given) else tuple(given)
+        if not all(is_whole(size, 1) for size in sizes):
             raise ValueError(
                 f"hidden_layer_sizes must be positive whole numbers, not {self.hidden_layer_sizes}"
             )
@@ -134,22 +148,36 @@ class SparseMLP(BaseEstimator):
         methods.info(self.method)
         if self.density is not None and self.connections is not None:
             raise ValueError("give density or connections, not both")
-        for name in ("max_epochs", "n_iter_no_change"):
+        if not is_whole(self.n_iter_no_change, 1):
+            raise ValueError(
+                "n_iter_no_change must be a whole number of at least 1, "
+                f"not {self.n_iter_no_change!r}"
+            )
+        for name in ("batch_size", "max_epochs"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        size = self.batch_size
-        if size != "auto" and (not isinstance(size, Integral) or size < 1):
-            raise ValueError(f"batch_size must be 'auto' or a whole number of at least 1, not {size!r}")
+            if value != "auto" and not is_whole(value, 1):
+                raise ValueError(
+                    f"{name} must be 'auto' or a whole number of at least 1, not {value!r}"
+                )
         if self.early_stopping and not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction must lie between 0 and 1, not {self.validation_fraction}"
             )
-        if self.n_jobs is not None and (not isinstance(self.n_jobs, Integral) or self.n_jobs == 0):
+        if self.n_jobs is not None and (not is_whole(self.n_jobs) or self.n_jobs == 0):
             raise ValueError(f"n_jobs must be None or a whole number but 0, not {self.n_jobs!r}")
 
     def _batch(self, samples: int) -> int:
         return min(200, samples) if self.batch_size == "auto" else int(self.batch_size)
+
+    def _plan(self, samples: int) -> tuple[int, int, int]:
+        """Samples of a step, passes over the data, and passes that make an epoch of the method.
+
+        Methods know published intervals in epochs. A pass over few samples is too short for one.
+        """
+        batch = self._batch(samples)
+        steps = -(-samples // batch)
+        passes = max(PASSES, -(-STEPS // steps)) if self.max_epochs == "auto" else self.max_epochs
+        return batch, int(passes), -(-EPOCH_STEPS // steps)
 
     def _solver(self) -> tuple[str, float]:
         """The optimizer and its first rate; by default those that suit the method."""
@@ -163,11 +191,12 @@ class SparseMLP(BaseEstimator):
     # --- fitting ----------------------------------------------------------------------------------
 
     def _begin(
-        self, x: Rows, seed: int, epochs: int | None, network: nn.Sequential | None
+        self, x: Rows, seed: int, passes: int | None, network: nn.Sequential | None
     ) -> Training:
         """Network, optimizer and method before the first step.
 
-        epochs: how long the training will be; None if nobody knows. network: one to go on with.
+        passes: over the data, in the whole training; None if nobody knows. network: one to go on
+        with.
         """
         entry = methods.info(self.method)
         sizes = (x.features, *self._sizes(), self._outputs())
@@ -189,8 +218,9 @@ class SparseMLP(BaseEstimator):
         optimizer = OPTIMIZERS[name](network.parameters(), lr=rate, weight_decay=self.alpha)  # type: ignore[call-arg]
         provided: dict[str, Any] = {"data": Batches(x), "connections": final}
         given = dict(self.method_params or {})
-        if epochs is not None:
-            steps = epochs * -(-len(x) // self._batch(len(x)))
+        if passes is not None:
+            batch, _, together = self._plan(len(x))
+            steps, epochs = passes * -(-len(x) // batch), -(-passes // together)
             provided |= {"total_steps": steps, "total_epochs": epochs}
             given = entry.cls.run_options(epochs, given, name) | given
         settings = {key: value for key, value in provided.items() if key in entry.services}
@@ -213,24 +243,25 @@ class SparseMLP(BaseEstimator):
         again = self.warm_start and hasattr(self, "network_")
         network = self.network_ if again else None
         if network is not None:
-            had = next(iter(network.children())).in_features, list(network.children())[-1].out_features
-            if had != (features, self._outputs()):
+            had = _width(network[0], "in_features"), _width(network[-1], "out_features")
+            now = features, self._outputs()
+            if had != now:
                 raise ValueError(
-                    f"warm_start=True goes on with a network of {had[0]} inputs and {had[1]} outputs; "
-                    f"the data has {features} features and asks for {self._outputs()} outputs"
+                    f"warm_start=True goes on with a network of {had[0]} inputs and {had[1]} "
+                    f"outputs; the data asks for {now[0]} inputs and {now[1]} outputs"
                 )
-        batch = self._batch(len(x))
-        training = self._begin(x, seed, self.max_epochs, network)
+        batch, passes, together = self._plan(len(x))
+        training = self._begin(x, seed, passes, network)
         rate = training.optimizer.param_groups[0]["lr"]
-        schedule = Cosine(rate, self.max_epochs)
+        schedule = Cosine(rate, passes)
         best: tuple[float, dict[str, Tensor]] | None = None
         budget_met = methods.info(self.method).start_density is None
-        self.loss_curve_: list[float] = []
+        self.loss_curve_ = []
         self.validation_scores_ = [] if held else None
         waited = 0
         products = batch * sum(training.method.count_connections().values())
         with threads(self.n_jobs, products):
-            for epoch in range(self.max_epochs):
+            for epoch in range(passes):
                 if self.learning_rate == "cosine":
                     for group in training.optimizer.param_groups:
                         group["lr"] = schedule(epoch)
@@ -240,7 +271,9 @@ class SparseMLP(BaseEstimator):
                         f"training diverged in epoch {epoch + 1}: the loss is {loss}; scale the "
                         f"data, or try a smaller learning_rate_init (it is {rate})"
                     )
-                training.method.end_epoch(last=epoch + 1 == self.max_epochs)
+                last = epoch + 1 == passes
+                if last or (epoch + 1) % together == 0:
+                    training.method.end_epoch(last=last)
                 self.loss_curve_.append(loss)
                 if self.verbose:
                     print(f"epoch {epoch + 1}: loss {loss:.6f}")
@@ -250,16 +283,19 @@ class SparseMLP(BaseEstimator):
                 assert self.validation_scores_ is not None
                 self.validation_scores_.append(score)
                 # A method that comes down to its budget must get there before anything is compared.
-                budget_met = budget_met or epoch >= 0.75 * self.max_epochs
+                budget_met = budget_met or epoch >= 0.75 * passes
                 waited += budget_met
                 if budget_met and (best is None or score > best[0] + self.tol):
-                    kept = {key: value.clone() for key, value in training.network.state_dict().items()}
+                    kept = {
+                        key: value.clone() for key, value in training.network.state_dict().items()
+                    }
                     best, waited = (score, kept), 0
                 if waited >= self.n_iter_no_change:
                     break
             if best is not None:
                 training.network.load_state_dict(best[1])
-            self.network_ = training.method.finalize().eval()
+            training.method.finalize()  # which changes the network in place
+            self.network_ = training.network.eval()
         self._training = None
         self._finish(training.epochs, self.loss_curve_[-1])
         if best is not None:
@@ -344,6 +380,10 @@ class SparseMLP(BaseEstimator):
         super().__setstate__(state)
 
 
+def _width(layer: nn.Module, name: str) -> int:
+    return int(getattr(layer, name))
+
+
 def weights_of(weight: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:
     """Sample weights as the loop takes them: with a mean of 1."""
     if weight is None:
@@ -354,16 +394,12 @@ def weights_of(weight: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:
     return torch.from_numpy(weight * (len(weight) / total)).to(dtype)
 
 
-def checked(estimator: SparseMLP, x: Any, y: Any, *, reset: bool, **options: Any) -> tuple[Any, Any]:
+def checked(
+    estimator: SparseMLP, x: Any, y: Any, *, reset: bool, **options: Any
+) -> tuple[Any, Any]:
     """X (an array or CSR matrix of float32 or float64) and y, as scikit-learn checks them."""
     found: tuple[Any, Any] = validate_data(
-        estimator,
-        x,
-        y,
-        accept_sparse="csr",
-        dtype=(np.float64, np.float32),
-        reset=reset,
-        **options,
+        estimator, x, y, accept_sparse="csr", dtype=(np.float64, np.float32), reset=reset, **options
     )
     return found
 

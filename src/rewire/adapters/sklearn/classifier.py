@@ -45,7 +45,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
         learning_rate: "cosine" lets it fall to 0 over ``max_epochs``; "constant".
         alpha: weight decay of the optimizer. Methods that it would mislead refuse it.
         batch_size: samples of a step; "auto" for 200, or all if there are fewer.
-        max_epochs: passes over the data.
+        max_epochs: passes over the data; "auto" for at least 20 passes and 1,000 steps.
         shuffle: draw the order of the samples anew in each epoch.
         early_stopping: hold ``validation_fraction`` of the samples out, end the training where
             their score has not risen by ``tol`` for ``n_iter_no_change`` epochs, and keep the
@@ -88,7 +88,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
         learning_rate: str = "cosine",
         alpha: float = 0.0,
         batch_size: int | str = "auto",
-        max_epochs: int = 200,
+        max_epochs: int | str = "auto",
         shuffle: bool = True,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -189,7 +189,9 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
     def _sample_weight(self, x: Any, y: Any, given: Any) -> np.ndarray | None:
         if given is None and self.class_weight is None:
             return None
-        weight: np.ndarray = _check_sample_weight(given, x, dtype=np.float64, ensure_non_negative=True)
+        weight: np.ndarray = _check_sample_weight(
+            given, x, dtype=np.float64, ensure_non_negative=True
+        )
         if self.class_weight is not None:
             weight = weight * compute_sample_weight(self.class_weight, y)
         return weight
@@ -240,5 +242,8 @@ def fit_classes(
     part = None if weight is None else weight[kept]
     held_weight = None if weight is None else weight[held]
     estimator._train(
-        rows_of(x[kept]), y[kept], weights_of(part, rows.dtype), (rows_of(x[held]), y[held], held_weight)
+        rows_of(x[kept]),
+        y[kept],
+        weights_of(part, rows.dtype),
+        (rows_of(x[held]), y[held], held_weight),
     )

@@ -118,7 +118,9 @@ def describe(network: nn.Module) -> list[list[Any]]:
             sizes = [module.in_features, module.out_features]
             found.append(["sparse", *sizes, weight.connections, weight.capacity, limits])
         elif type(module) is nn.Linear:
-            found.append(["dense", module.in_features, module.out_features, module.bias is not None])
+            found.append(
+                ["dense", module.in_features, module.out_features, module.bias is not None]
+            )
         else:
             raise TypeError(f"an estimator with a {type(module).__name__} cannot be pickled")
     return found
@@ -162,7 +164,9 @@ def input_connectivity(network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         active = weight.rows >= 0
         cols = weight.cols[active].long()
         magnitude = weight.values.detach()[active].abs().double()
-        strength = torch.zeros(first.in_features, dtype=torch.float64).index_add_(0, cols, magnitude)
+        strength = torch.zeros(first.in_features, dtype=torch.float64).index_add_(
+            0, cols, magnitude
+        )
         counts = torch.bincount(cols, minlength=first.in_features)
         return counts.numpy(), strength.numpy()
     assert isinstance(first, nn.Linear)

@@ -88,7 +88,7 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
     def predict(self, X: Any) -> np.ndarray:
         """The values for X, of the shape that y had."""
         rows = self._rows(X)
-        found = self._forward(self.network_, rows) * self._spread + self._mean
+        found: np.ndarray = self._forward(self.network_, rows) * self._spread + self._mean
         return found[:, 0] if self._flat else found
 
     def __sklearn_tags__(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked
+from rewire.adapters.sklearn.base import SparseMLP, checked, is_whole
 from rewire.adapters.sklearn.classifier import cross_entropy, fit_classes
 from rewire.adapters.sklearn.data import Rows
 from rewire.adapters.sklearn.regressor import scaled, squared_error
@@ -55,7 +54,7 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
         learning_rate: str = "cosine",
         alpha: float = 0.0,
         batch_size: int | str = "auto",
-        max_epochs: int = 200,
+        max_epochs: int | str = "auto",
         shuffle: bool = True,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -112,9 +111,10 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
         given = self.n_features_to_select
         if given is None:
             return None
-        if isinstance(given, Integral) and 1 <= given <= features:
-            return int(given)
-        if not isinstance(given, Integral) and 0 < given <= 1:
+        if is_whole(given):
+            if 1 <= given <= features:
+                return int(given)
+        elif 0 < given <= 1:
             return max(1, round(given * features))
         raise ValueError(
             f"n_features_to_select must be None, a whole number from 1 to {features} or a share "

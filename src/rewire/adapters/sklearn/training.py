@@ -27,8 +27,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @contextmanager
 def threads(wanted: int | None, products: int) -> Iterator[None]:
-    """Compute with ``wanted`` threads inside the ``with``: None for torch's number, or for one where
-    a step has few ``products``; a negative number counts from all cores, as in joblib.
+    """Compute with ``wanted`` threads inside the ``with``.
+
+    None stands for torch's number, or for one where a step has few ``products``. A negative number
+    counts down from all cores, as in joblib.
     """
     before = torch.get_num_threads()
     if wanted is None:
