@@ -45,6 +45,7 @@ PUBLIC = (
     "rewire.posterior",
     "rewire.distributed",
     "rewire.export",
+    "rewire.sklearn",
     "rewire.ops",
     "rewire.topology",
     "rewire.random",
