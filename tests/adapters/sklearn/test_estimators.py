@@ -237,7 +237,9 @@ def test_pipelines_grids_and_frames() -> None:
     chosen = selector.set_output(transform="pandas").fit_transform(frame, y)
     assert list(chosen.columns) == list(selector.get_feature_names_out())
     assert set(chosen.columns) < {"a", "b", "c", "d"}
-    model = make_pipeline(StandardScaler(), SparseMLPClassifier(30, max_epochs=50, batch_size=20, random_state=0))
+    model = make_pipeline(
+        StandardScaler(), SparseMLPClassifier(30, max_epochs=50, batch_size=20, random_state=0)
+    )
     assert cross_val_score(model, frame, y, cv=3).mean() > 0.9
     grid = GridSearchCV(model, {"sparsemlpclassifier__density": [0.05, 0.3]}, cv=2, n_jobs=2).fit(
         frame, y
