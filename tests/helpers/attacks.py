@@ -162,9 +162,11 @@ CALLS: dict[str, Call] = {
         "gradient",
         lambda c, _: [0.3, c.choice((0.0, 0.5)), *_draws(c, 5), c.random() < 0.5],
     ),
-    "spmm": _of("by_row", "values", "x", "bias", lambda c, _: [c.random() < 0.5]),
+    "spmm": _of("by_row", "values", "x", "bias"),
     "sddmm": _of("by_row", lambda _, p: [p["values"].numel()], "g", "x"),
-    "spmm_sddmm": _of("by_col", "values", "x", "g", lambda c, _: [c.random() < 0.5]),
+    "spmm_sddmm": _of("by_col", "values", "x", "g"),
+    "feature_major": _of("x"),
+    "batch_major": _of("x"),
     "above": _of(
         "scores",
         lambda _, p: [0],

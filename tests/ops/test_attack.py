@@ -70,7 +70,9 @@ def test_damaged_arguments(name: str) -> None:
     assert refused > calls // 20
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n != "distinct"])
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if n not in ("distinct", "feature_major", "batch_major")]
+)
 def test_another_thread_writes_to_the_arguments(name: str) -> None:
     """What was checked is what is used, whatever happens to the caller's tensors meanwhile."""
     torch.manual_seed(1)

@@ -30,7 +30,7 @@ def check(implementation, p, x, g, bias):
     expected = wide[0] @ wide[2].t() + (0.0 if bias is None else bias.double())
     torch.testing.assert_close(y.double(), expected, **tolerance)
     assert y.dtype == x.dtype
-    assert y.is_contiguous()
+    assert y.t().is_contiguous()
     grad_x = implementation.spmm(*p.by_col, p.values, g, None)
     torch.testing.assert_close(grad_x.double(), wide[1] @ wide[2], **tolerance)
     grad_values = implementation.sddmm(*p.by_row, p.values.shape[0], g, x)
@@ -38,7 +38,7 @@ def check(implementation, p, x, g, bias):
     both_x, both_values = implementation.spmm_sddmm(*p.by_col, p.values, x, g)
     torch.testing.assert_close(both_x.double(), wide[1] @ wide[2], **tolerance)
     assert both_x.dtype == x.dtype
-    assert both_x.is_contiguous()
+    assert both_x.t().is_contiguous()
     for found in (grad_values, both_values):
         torch.testing.assert_close(
             found.double(),
@@ -92,8 +92,23 @@ def test_extreme_shapes(rows, cols, connections):
     check(ops, p, torch.randn(10, cols), torch.randn(10, rows), torch.randn(rows))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 50), (50, 1), (10, 300), (17, 129), (130, 67), (0, 5), (5, 0)]
+)
+def test_layout_copies_are_exact(shape, dtype, layout):
+    x = torch.randn(shape, dtype=dtype)
+    x = in_layout(x, layout) if x.numel() else x
+    for copy, ordered in ((ops.feature_major, lambda t: t.t()), (ops.batch_major, lambda t: t)):
+        y = copy(x)
+        assert torch.equal(y, x)
+        assert ordered(y).is_contiguous()
+        assert y.data_ptr() != x.data_ptr() or not x.numel()
+
+
 def test_infinities_of_the_last_vector_are_counted_once():
-    """The kernels fill the end of a batch up with zeros, to whole vectors."""
+    """The kernels read the end of a batch in a vector that overlaps the one before it."""
     p = problem(3, 4, 12)
     for batch in (5, 10, 19, 37):
         x, g = torch.ones(batch, 4), torch.ones(batch, 3)
@@ -123,22 +138,21 @@ def test_reference_takes_blocks_of_connections(monkeypatch):
 # --- threads, instruction sets --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("batch", [10, 128, 300, 2500])
-def test_threads_change_no_bit(batch, dtype):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    p = problem(400, 500, 20_000, skewed=True, dtype=wide)
-    x, g = torch.randn(batch, 500).to(dtype), torch.randn(batch, 400).to(dtype)
+@pytest.mark.parametrize("batch", [10, 128, 300])
+def test_threads_change_no_bit(batch):
+    p = problem(400, 500, 20_000, skewed=True)
+    x, g = torch.randn(batch, 500), torch.randn(batch, 400)
     results = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(
                 (
                     ops.spmm(*p.by_row, p.values, x, None),
                     ops.sddmm(*p.by_row, 20_000, g, x),
                     *ops.spmm_sddmm(*p.by_col, p.values, x, g),
+                    ops.feature_major(x),
                 )
             )
     finally:
@@ -165,6 +179,7 @@ for batch in (1, 2, 3, 5, 7, 8, 9, 10, 13, 16, 17, 31, 33, 100, 128, 130, 257):
             torch.testing.assert_close(
                 getattr(ops, name)(*p.by_row, *arguments),
                 getattr(reference, name)(*p.by_row, *arguments), rtol=tolerance, atol=tolerance)
+        assert torch.equal(ops.feature_major(x), x) and torch.equal(ops.batch_major(x.t()), x.t())
 """
 
 
@@ -408,5 +423,5 @@ def test_fake_kernels_match(layout, batch):
     check_op(torch.ops.rewire.sddmm.default, (*p.by_row, 22, g.half(), x.half()))
     for one, other in ((g, x), (g.half(), x.half())):
         check_op(torch.ops.rewire.spmm_sddmm.default, (*p.by_row, p.values, one, other))
-    check_op(torch.ops.rewire.spmm.default, (*p.by_row, p.values, x, None, True))
-    check_op(torch.ops.rewire.spmm_sddmm.default, (*p.by_row, p.values, g, x, True))
+    check_op(torch.ops.rewire.feature_major.default, (x,))
+    check_op(torch.ops.rewire.batch_major.default, (x,))

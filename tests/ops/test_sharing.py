@@ -1,4 +1,4 @@
-"""How the work of a product is cut up, long rows and tiles of features, shows in no result."""
+"""How the work of a product is cut up, long rows and tiles of columns, shows in no result."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_long_rows_are_shared_out(dtype, index_dtype, batch):
     results = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(
                 (
@@ -68,37 +68,33 @@ TILES = """
 import torch
 from problems import problem
 from rewire import ops
-from rewire.ops import reference
 torch.manual_seed(0)
-tolerances = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 3e-2}
-for dtype, tolerance in tolerances.items():
-    for batch, spare in ((35, 0), (136, 2), (600, 0)):
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for batch, spare in ((35, 0), (70, 0), (128, 2), (136, 0), (300, 0)):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         p = problem(150, 400, 30_000, dtype=wide, spare=spare)
         x, g = torch.randn(batch, 400).to(dtype), torch.randn(batch, 150).to(dtype)
-
-        def found(o):
-            return (o.spmm(*p.by_row, p.values, x, None), o.spmm(*p.by_col, p.values, g, None),
-                    o.sddmm(*p.by_row, 30_000 + spare, g, x),
-                    *o.spmm_sddmm(*p.by_col, p.values, x, g))
-
         results = []
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(found(ops))
-        expected = found(reference)
-        for other in results:
-            for a, b, c in zip(results[0], other, expected, strict=True):
-                assert torch.equal(a, b)
-                scale = max(1.0, c.abs().max().item())
-                torch.testing.assert_close(a / scale, c / scale, rtol=tolerance, atol=tolerance)
+            results.append((ops.spmm(*p.by_row, p.values, x, None),
+                            ops.spmm(*p.by_col, p.values, g, None),
+                            ops.sddmm(*p.by_row, 30_000 + spare, g, x),
+                            *ops.spmm_sddmm(*p.by_col, p.values, x, g)))
+        for a, b in zip(*results):
+            assert torch.equal(a, b)
+            print(a.double().sum().item().hex(), a.double().pow(2).sum().item().hex())
 """
 
 
 @native
 @pytest.mark.parametrize("cap", ["portable", "avx2", "avx512"])
-@pytest.mark.parametrize("size", ["20000", "1000000000"])
-def test_tiles_of_features_are_summed_right(cap, size):
+def test_tiles_of_columns_change_no_bit(cap):
     """With a cache of 20 kB x is read in many tiles, with a huge one in one go."""
-    done = run_python(TILES, REWIRE_CPU_CAPABILITY=cap, REWIRE_CACHE_BYTES=size)
-    assert done.returncode == 0, done.stderr
+    small, large = (
+        run_python(TILES, REWIRE_CPU_CAPABILITY=cap, REWIRE_CACHE_BYTES=size)
+        for size in ("20000", "1000000000")
+    )
+    assert small.returncode == large.returncode == 0, small.stderr + large.stderr
+    assert small.stdout == large.stdout
+    assert small.stdout

@@ -1,7 +1,9 @@
-"""The arithmetic of sparse layers: y = W x and its two gradients.
+"""The arithmetic of sparse layers: y = W x, its two gradients, and changes of memory layout.
 
-- `spmm`, `sddmm` and `spmm_sddmm` are plain functions, without gradients. `sparse_linear` is the
-  differentiable product made of them, `sparse_conv` the differentiable convolution.
+- `spmm`, `sddmm`, `spmm_sddmm`, `feature_major` and `batch_major` are plain functions, without
+  gradients. `sparse_linear` is the differentiable product made of them, `sparse_conv` the
+  differentiable convolution.
+- `in_runs` and `in_rows` change the layout of activations; gradients pass.
 - `frozen_linear` and `frozen_conv` are for frozen weights, which have no slots and no gradients.
 - `Pair` is a captured call of a layer: input, and gradient of the output.
 - `langevin_step_`, `regrow_` and `walk_and_regrow_` are the steps of DEEP R, `add_normal_` is for
@@ -15,8 +17,9 @@ library is there; everything else runs in plain PyTorch.
 from rewire.ops.conv import sparse_conv
 from rewire.ops.frozen import frozen_conv, frozen_linear
 from rewire.ops.geometry import Geometry
-from rewire.ops.kernels import sddmm, spmm, spmm_sddmm
+from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.langevin import add_normal_, langevin_step_
+from rewire.ops.layout import in_rows, in_runs
 from rewire.ops.linear import NARROW, sparse_linear
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.regrow import regrow_, walk_and_regrow_
@@ -31,9 +34,13 @@ __all__ = [
     "above",
     "above_drawn",
     "add_normal_",
+    "batch_major",
     "extremes",
+    "feature_major",
     "frozen_conv",
     "frozen_linear",
+    "in_rows",
+    "in_runs",
     "langevin_step_",
     "regrow_",
     "sddmm",

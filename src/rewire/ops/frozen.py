@@ -84,7 +84,7 @@ def frozen_linear(
         and cols.dtype != torch.int64
     ):
         return NATIVE_PRODUCT(ptr, cols, values, scale, x, bias)
-    return kernels.spmm(*expand(ptr, cols, values, scale), x, bias)
+    return kernels.batch_major(kernels.spmm(*expand(ptr, cols, values, scale), x, bias))
 
 
 def frozen_conv(

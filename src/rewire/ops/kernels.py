@@ -16,7 +16,7 @@ from torch import Tensor
 from rewire import _native
 from rewire.ops import flops, reference
 
-__all__ = ["fake", "sddmm", "spmm", "spmm_sddmm"]
+__all__ = ["batch_major", "fake", "feature_major", "sddmm", "spmm", "spmm_sddmm"]
 
 _NATIVE = _native.available("spmm")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,27 +30,23 @@ def _operator(name: str) -> Any:
 _SPMM: Callable[..., Tensor] | None = _operator("spmm")
 _SDDMM: Callable[..., Tensor] | None = _operator("sddmm")
 _SPMM_SDDMM: Callable[..., tuple[Tensor, Tensor]] | None = _operator("spmm_sddmm")
+_FEATURE_MAJOR: Callable[..., Tensor] | None = _operator("feature_major")
+_BATCH_MAJOR: Callable[..., Tensor] | None = _operator("batch_major")
 
 
 def spmm(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
-    values: Tensor,
-    x: Tensor,
-    bias: Tensor | None = None,
-    feature_major: bool = False,
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row
     r.
 
-    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows), row-major, or with
-    strides (1, batch) if ``feature_major``. Raises RuntimeError on a bad index. O(K batch) time.
+    ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch). Raises
+    RuntimeError on a bad index. O(K batch) time.
     """
     if _SPMM is not None and x.is_cpu and x.dtype in _DTYPES:
-        return _SPMM(ptr, idx, slots, values, x, bias, feature_major)
+        return _SPMM(ptr, idx, slots, values, x, bias)
     flops.note("spmm", ptr, idx, slots, values, x)
-    return reference.spmm(ptr, idx, slots, values, x, bias, feature_major)
+    return reference.spmm(ptr, idx, slots, values, x, bias)
 
 
 def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
@@ -67,25 +63,33 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
 
 
 def spmm_sddmm(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
-    values: Tensor,
-    g: Tensor,
-    x: Tensor,
-    feature_major: bool = False,
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``spmm(ptr, idx, slots, values, x, None, feature_major)`` and ``sddmm(ptr, idx, slots,
-    capacity, g, x)`` from one reading of x.
+    """``spmm(ptr, idx, slots, values, x)`` and ``sddmm(ptr, idx, slots, capacity, g, x)`` from one
+    reading of x.
 
     With the list by column, x the gradient of a layer's output and g its input, these are the
     gradients of the input and of the values. Raises RuntimeError on a bad index. O(K batch) time,
     about 0.7 of that of the two.
     """
     if _SPMM_SDDMM is not None and x.is_cpu and x.dtype in _DTYPES:
-        return _SPMM_SDDMM(ptr, idx, slots, values, g, x, feature_major)
+        return _SPMM_SDDMM(ptr, idx, slots, values, g, x)
     flops.note("spmm_sddmm", ptr, idx, slots, values, g)
-    return reference.spmm_sddmm(ptr, idx, slots, values, g, x, feature_major)
+    return reference.spmm_sddmm(ptr, idx, slots, values, g, x)
+
+
+def feature_major(x: Tensor) -> Tensor:
+    """A copy of ``x`` (batch, features) with strides (1, batch)."""
+    if _FEATURE_MAJOR is not None and x.is_cpu and x.dtype in _DTYPES:
+        return _FEATURE_MAJOR(x)
+    return reference.feature_major(x)
+
+
+def batch_major(x: Tensor) -> Tensor:
+    """A row-major contiguous copy of ``x`` (batch, features)."""
+    if _BATCH_MAJOR is not None and x.is_cpu and x.dtype in _DTYPES:
+        return _BATCH_MAJOR(x)
+    return reference.batch_major(x)
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -100,21 +104,16 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 if _NATIVE:
     flops.announce(["spmm", "sddmm", "spmm_sddmm"])
 
-    def _sums(ptr: Tensor, x: Tensor, feature_major: bool) -> Tensor:
-        batch, rows = x.shape[0], ptr.shape[0] - 1
-        return x.new_empty((rows, batch)).t() if feature_major else x.new_empty((batch, rows))
+    def _sums(ptr: Tensor, x: Tensor) -> Tensor:
+        return torch.empty_strided(
+            (x.shape[0], ptr.shape[0] - 1), (1, x.shape[0]), dtype=x.dtype, device=x.device
+        )
 
     @fake("spmm")
     def _(
-        ptr: Tensor,
-        idx: Tensor,
-        slots: Tensor,
-        values: Tensor,
-        x: Tensor,
-        bias: Tensor | None,
-        feature_major: bool = False,
+        ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None
     ) -> Tensor:
-        return _sums(ptr, x, feature_major)
+        return _sums(ptr, x)
 
     @fake("sddmm")
     def _(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor) -> Tensor:
@@ -122,13 +121,14 @@ if _NATIVE:
 
     @fake("spmm_sddmm")
     def _(
-        ptr: Tensor,
-        idx: Tensor,
-        slots: Tensor,
-        values: Tensor,
-        g: Tensor,
-        x: Tensor,
-        feature_major: bool = False,
+        ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        dots = x.new_empty(values.shape, dtype=reference.sum_dtype(x.dtype))
-        return _sums(ptr, x, feature_major), dots
+        return _sums(ptr, x), x.new_empty(values.shape, dtype=reference.sum_dtype(x.dtype))
+
+    @fake("feature_major")
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, (1, x.shape[0]), dtype=x.dtype, device=x.device)
+
+    @fake("batch_major")
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device)

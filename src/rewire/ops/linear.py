@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewire.ops.kernels import sddmm, spmm, spmm_sddmm
+from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.pairs import Capture, Pair, exchanged
 from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
@@ -22,7 +22,11 @@ __all__ = ["NARROW", "sparse_linear"]
 NARROW = (torch.bfloat16, torch.float16)
 
 #: The gradients of the arguments of `_Linear` behind x, values and bias: there are none.
-_NO_GRADIENTS = (None,) * 7
+_NO_GRADIENTS = (None,) * 8
+
+#: Inputs of at most so many numbers are saved as they come: the kernels then copy them, which costs
+#: less than separate calls.
+_SMALL = 4096
 
 #: From so many values on, and for runs of x of at most so many bytes, the two gradients are
 #: computed one after the other: writing the values' gradient by column, a line of memory at a time,
@@ -30,14 +34,13 @@ _NO_GRADIENTS = (None,) * 7
 _MANY, _SHORT = 1 << 24, 256
 
 
-def _feature_major(x: Tensor) -> bool:
-    """Whether the samples of each feature of ``x`` are contiguous, so that results should be, too.
+def _in_runs(x: Tensor) -> Tensor:
+    """``x`` with the batch contiguous (strides (1, batch) or alike), copied only if it is not."""
+    return x if x.stride(0) == 1 or x.shape[0] == 1 else feature_major(x)
 
-    Compiled code always gets rows: strides are not known while it is traced.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return x.stride(0) == 1 and x.stride(1) != 1 and x.shape[0] > 1
+
+def _small(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.numel() <= _SMALL
 
 
 def _together(x: Tensor, values: Tensor) -> bool:
@@ -53,13 +56,14 @@ def _apply(
     bias: Tensor | None,
     index: Iterable[Tensor],
     capture: Capture | None = None,
+    contiguous_output: bool = False,
 ) -> Tensor:
     y: Tensor
     if torch.compiler.is_compiling():
-        y = _Linear.apply(x, values, bias, capture, *index)  # type: ignore[no-untyped-call]
+        y = _Linear.apply(x, values, bias, capture, contiguous_output, *index)[0]  # type: ignore[no-untyped-call]
         return y
     try:
-        y = _Packed.apply(x, values, bias, index, capture)  # type: ignore[no-untyped-call]
+        y = _Packed.apply(x, values, bias, index, capture, contiguous_output)[0]  # type: ignore[no-untyped-call]
     except RuntimeError:
         if transformed():
             raise refuse_transforms() from None
@@ -68,14 +72,21 @@ def _apply(
 
 
 def _pair(x: Tensor, g: Tensor, values: Tensor) -> Pair:
-    return Pair(x.detach().to(values.dtype), g.detach().to(values.dtype))
+    x, g = (_in_runs(t.detach().to(values.dtype)) for t in (x, g))
+    return Pair(x, g)
+
+
+def _plus(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + bias.
 
     The transposed product is the same Function with the two index lists exchanged, and the gradient
-    of the values is `_Sample`, so derivatives of any order are made of these two.
+    of the values is `_Sample`, so derivatives of any order are made of these two. If x had to be
+    copied to make its batch contiguous, the copy is a second output: saved as such, it keeps its
+    place in the graph, which second derivatives need.
     """
 
     @staticmethod
@@ -85,40 +96,52 @@ class _Linear(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         capture: Capture | None,
+        contiguous_output: bool,
         *lists: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        runs = x if _small(x) else _in_runs(x)
+        y = spmm(lists[0], lists[1], lists[2], values, runs, bias)
         ctx.set_materialize_grads(False)
+        ctx.copied = runs is not x
         # A compiled graph cannot fill a list.
         ctx.capture = None if torch.compiler.is_compiling() else capture
         # Everything that backward reads is saved here, so autograd raises if any of it has changed.
-        ctx.save_for_backward(x, values, *lists)
+        ctx.save_for_backward(runs, values, *lists)
         remember_versions(ctx, values, lists[0])
-        return spmm(lists[0], lists[1], lists[2], values, x, bias, _feature_major(x))
+        return batch_major(y) if contiguous_output else y, None if runs is x else runs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return None, None, None, *_NO_GRADIENTS
+            return grad_runs, None, None, *_NO_GRADIENTS
         check_versions(ctx)
         x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-        if (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and (g.requires_grad or x.requires_grad or values.requires_grad)
+        if torch.compiler.is_compiling():
+            # Strides are not known while backward is traced; this copies nothing where they are
+            # right.
+            g = g.t().contiguous().t()
+        elif torch.is_grad_enabled() and (
+            g.requires_grad or x.requires_grad or values.requires_grad
         ):
-            return _differentiable_backward(ctx, g)
+            return _differentiable_backward(ctx, g, grad_runs)
+        elif not _small(g):
+            g = _in_runs(g)
         if ctx.capture is not None and need_values:
             ctx.capture.append(_pair(x, g, values))
         grad_x = grad_values = None
-        by_col = col_ptr, col_rows, col_slots
         if need_x and need_values and _together(x, values):
-            grad_x, grad_values = spmm_sddmm(*by_col, values, x, g, _feature_major(x))
+            grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g)
         else:
             if need_x:
-                grad_x = spmm(*by_col, values, g, None, _feature_major(x))
+                grad_x = spmm(col_ptr, col_rows, col_slots, values, g)
             if need_values:
                 grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x)
+        if grad_x is not None:
+            grad_x = _plus(grad_x, grad_runs)
+            if ctx.copied and not torch.compiler.is_compiling():
+                # What made a row-major x needs a row-major gradient, and would copy more slowly.
+                grad_x = batch_major(grad_x)
         if grad_values is not None and grad_values.dtype != values.dtype:
             grad_values = grad_values.to(values.dtype)
         grad_bias = g.sum(0, dtype=values.dtype) if need_bias else None
@@ -135,13 +158,13 @@ class _Packed(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         index: Iterable[Tensor],
-        capture: Capture | None,
-    ) -> Tensor:
-        return _Linear.forward(ctx, x, values, bias, capture, *index)
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return _Linear.forward(ctx, x, values, bias, *rest, *index)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _Linear.backward(ctx, g)[:5]
+    def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Linear.backward(ctx, g, grad_runs)[:6]
 
 
 class _Sample(torch.autograd.Function):
@@ -161,7 +184,9 @@ class _Sample(torch.autograd.Function):
         return grad_g, grad_x, None, *(None,) * 6
 
 
-def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any, g: Tensor, grad_runs: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Backward under ``create_graph=True``."""
     x, values, *lists = ctx.saved_tensors
     by_row, by_col = lists[:3], lists[3:]
@@ -171,6 +196,7 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_values = None
     if need_x:
         grad_x = _apply(g, values, None, by_col + by_row, exchanged(ctx.capture))
+        grad_x = _plus(grad_x, grad_runs)
     if need_values:
         grad_values = _Sample.apply(g, x, values.shape[0], *by_row, *by_col)  # type: ignore[no-untyped-call]
         grad_values = grad_values.to(values.dtype)
@@ -179,7 +205,12 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, capture: Capture | None = None
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Index,
+    capture: Capture | None = None,
+    contiguous_output: bool = False,
 ) -> Tensor:
     """``x W^T + bias`` for the sparse weight W that ``values`` (capacity,) and ``index`` describe.
 
@@ -188,13 +219,15 @@ def sparse_linear(
             then sums and the gradient of the values are float32, the result and the gradient of x
             have 16 bits.
         capture: if given, and the values need a gradient, backward appends a `Pair` of x and the
-            gradient of the output to it, both (batch, features) in the values' dtype.
+            gradient of the output to it, both (batch, features) in the values' dtype with the batch
+            contiguous.
+        contiguous_output: return row-major memory.
 
-    Returns (..., out_features), row-major. Only a 2-D x that is feature-major (strides (1, batch))
-    gets a result, and a gradient, that are feature-major, too. Differentiable to any order. Raises
+    Returns (..., out_features). For 2-D x its strides are (1, batch), in which the next sparse
+    layer needs no copy, unless ``contiguous_output``. Differentiable to any order. Raises
     RuntimeError for dtypes and shapes that do not fit.
 
-    Cost: O(K batch) time. Backward keeps x itself.
+    Cost: O(K batch) time. Backward keeps x, as a copy if its batch is not contiguous.
     """
     if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(
@@ -207,10 +240,10 @@ def sparse_linear(
             f"x has shape {tuple(x.shape)}, but the layer takes (..., {in_features})"
         )
     if x.dim() == 2:
-        return _apply(x, values, bias, index, capture)
+        return _apply(x, values, bias, index, capture, contiguous_output)
     if x.dim() == 1:
-        return _apply(x.unsqueeze(0), values, bias, index, capture).squeeze(0)
+        return _apply(x.unsqueeze(0), values, bias, index, capture, contiguous_output).squeeze(0)
     # Not reshape with a product of sizes: an exported program would take the product for a
     # constant.
-    flat = _apply(x.flatten(0, -2), values, bias, index, capture)
+    flat = _apply(x.flatten(0, -2), values, bias, index, capture, contiguous_output)
     return flat.view(*x.shape[:-1], index.row_ptr.shape[0] - 1)

@@ -1,9 +1,9 @@
 """A recurrent layer through time, with its own backward pass.
 
-States are (size, batch), a sequence of states is (size, positions) with the batch of a step
-contiguous; the input is (positions, size), row-major. Backward goes through time in the other
-direction. The states of all steps are known by then, so the gradient of each weight is one product
-over the whole sequence instead of one per step.
+Everything is feature-major: states are (size, batch), a sequence is (size, positions) with the
+batch of a step contiguous. Backward goes through time in the other direction. The states of all
+steps are known by then, so the gradient of each weight is one product over the whole sequence
+instead of one per step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rewire.ops.kernels import sddmm, spmm
+from rewire.ops.layout import in_runs
 from rewire.ops.linear import sparse_linear
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.transforms import refuse_transforms, transformed
@@ -235,11 +236,11 @@ def _unflat(tensors: Sequence[Any], captures: Sequence[Capture | None]) -> list[
 
 
 def _forward_product(w: Weight, x: Tensor) -> Tensor:
-    return spmm(*w.lists[:3], w.values, x.t(), w.bias, feature_major=True).t()
+    return spmm(*w.lists[:3], w.values, x.t(), w.bias).t()
 
 
 def _backward_product(w: Weight, g: Tensor) -> Tensor:
-    return spmm(*w.lists[3:], w.values, g.t(), None, feature_major=True).t()
+    return spmm(*w.lists[3:], w.values, g.t()).t()
 
 
 class _Recurrence(torch.autograd.Function):
@@ -301,7 +302,7 @@ class _Recurrence(torch.autograd.Function):
             (w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1))
             for w in projection
         ]
-        g_x = spmm(*w_ih.lists[3:], w_ih.values, g_input.t()) if needed[0] else None
+        g_x = _backward_product(w_ih, g_input).t() if needed[0] else None
         result: list[Tensor | None] = [g_x, *of_start]
         for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
             if w.capture is not None and needed[at]:
@@ -441,7 +442,7 @@ def recurrence(
                 f"{what} is {given.dtype} but the weight's values are {weights[0].values.dtype}: "
                 "convert one, so that both agree"
             )
-    way = _Way(cell, sizes, reverse)
+    x, way = in_runs(x), _Way(cell, sizes, reverse)
     if torch.compiler.is_compiling():
         y, *final = _plain(way, x, start, weights)
         return y, tuple(final)

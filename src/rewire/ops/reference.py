@@ -12,7 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "check_lists", "rows_of", "sddmm", "spmm", "spmm_sddmm", "sum_dtype"]
+__all__ = [
+    "batch_major",
+    "blocks",
+    "check_lists",
+    "feature_major",
+    "rows_of",
+    "sddmm",
+    "spmm",
+    "spmm_sddmm",
+    "sum_dtype",
+]
 
 #: Elements of the largest temporary: connections in a block times the batch size.
 _BLOCK_ELEMENTS = 1 << 22
@@ -23,6 +33,17 @@ _MAX_BLOCKS = 256
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums of products of ``dtype``: float32 for 16 bits, else ``dtype`` itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def feature_major(x: Tensor) -> Tensor:
+    """A copy of ``x`` (batch, features) with strides (1, batch)."""
+    out = torch.empty_strided(x.shape, (1, x.shape[0]), dtype=x.dtype, device=x.device)
+    return out.copy_(x)
+
+
+def batch_major(x: Tensor) -> Tensor:
+    """A row-major contiguous copy of ``x`` (batch, features)."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def rows_of(ptr: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -52,13 +73,7 @@ def blocks(
 
 
 def spmm(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
-    values: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    feature_major: bool = False,
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, bias: Tensor | None
 ) -> Tensor:
     """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row
     r.
@@ -72,17 +87,17 @@ def spmm(
             "spmm: values, bias and x must have one dtype, or float32 and one of 16 bits"
         )
     if sums != x.dtype:
-        wide_bias = None if bias is None else bias.to(sums)
-        wide = spmm(ptr, idx, slots, values.to(sums), x.to(sums), wide_bias, feature_major)
+        wide = spmm(
+            ptr, idx, slots, values.to(sums), x.to(sums), None if bias is None else bias.to(sums)
+        )
         return wide.to(x.dtype)
     rows = ptr.shape[0] - 1
     if bias is not None and bias.shape != (rows,):
         raise RuntimeError("spmm: bias must have one entry per row")
     start = x.new_zeros(rows) if bias is None else bias
     # The result is not a view, so that activations may work on it in place; `y` is a view of it in
-    # the order of the list.
-    strides = (1, x.shape[0]) if feature_major else (rows, 1)
-    out = torch.empty_strided((x.shape[0], rows), strides, dtype=x.dtype, device=x.device)
+    # the kernels' orientation.
+    out = torch.empty_strided((x.shape[0], rows), (1, x.shape[0]), dtype=x.dtype, device=x.device)
     y = out.copy_(start.expand(x.shape[0], rows)).t()
     length = idx.shape[0]
     if rows and length and x.shape[1]:
@@ -118,17 +133,10 @@ def sddmm(ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: 
 
 
 def spmm_sddmm(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
-    values: Tensor,
-    g: Tensor,
-    x: Tensor,
-    feature_major: bool = False,
+    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`spmm` of ``values`` and x, and `sddmm` of g and x, over one list."""
-    y = spmm(ptr, idx, slots, values, x, None, feature_major)
-    return y, sddmm(ptr, idx, slots, values.shape[0], g, x)
+    return spmm(ptr, idx, slots, values, x, None), sddmm(ptr, idx, slots, values.shape[0], g, x)
 
 
 def check_lists(ptr: Tensor, idx: Tensor, slots: Tensor) -> None:

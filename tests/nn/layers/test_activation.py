@@ -58,10 +58,8 @@ def test_starts_as_in_the_authors_code_and_keeps_the_layout() -> None:
     assert (layer.a_right == 1).all()
     assert 0 <= layer.a_left.min() < 0.01 < 0.99 < layer.a_left.max() <= 1
     assert 0 <= layer.t_right.min() < 0.05 < 4.95 < layer.t_right.max() <= 5
-    linear = SparseLinear(5, 2000, connections=4000)
-    for x, strides in ((torch.randn(8, 5), (2000, 1)), (torch.randn(5, 8).t(), (1, 8))):
-        y = linear(x)
-        assert layer(y).stride() == y.stride() == strides
+    y = SparseLinear(5, 2000, connections=4000)(torch.randn(8, 5))
+    assert layer(y).stride() == y.stride() == (1, 8)
 
 
 @pytest.mark.parametrize("shape", [0, (), (3, 0)])

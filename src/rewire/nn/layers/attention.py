@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewire import ops
 from rewire.nn.layers.allot import Connections, Density, allot
 from rewire.nn.layers.base import autocast_dtype
 from rewire.nn.layers.initial import Init, check_init, draw_values
@@ -90,7 +91,7 @@ class SparseMultiheadAttention(Twin):
             made: Any = {"generator": generator, "device": device, "dtype": dtype}
             if name == "out_proj.weight":
                 made |= {"connections": counts[name], "init": init}
-                self.out_proj = SparseLinear(*shape, bias, **made)
+                self.out_proj = SparseLinear(*shape, bias, contiguous_output=True, **made)
             else:
                 setattr(self, name, SparseWeight(shape, counts[name], **made))
         biases: tuple[tuple[str, bool, tuple[int, ...]], ...] = (
@@ -251,10 +252,15 @@ class SparseMultiheadAttention(Twin):
             raise RuntimeError(
                 f"query {tuple(query.shape)} and key {tuple(key.shape)} have different batch sizes"
             )
+        runs: list[tuple[Tensor, Tensor]] = []
         heads = []
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
-            rows = x.reshape(-1, x.shape[-1]).to(_dtype(x, weight))
-            y = self._project(rows, weight, bias)
+            # Products that share an input share one copy in the kernels' layout.
+            laid_out = next((copy for original, copy in runs if original is x), None)
+            if laid_out is None:
+                laid_out = ops.in_runs(x.reshape(-1, x.shape[-1]).to(_dtype(x, weight)))
+                runs.append((x, laid_out))
+            y = self._project(laid_out, weight, bias)
             lead = x.shape[:-1] if x.dim() == 3 else (x.shape[0], 1)
             y = y.view(*lead, self.num_heads, self.head_dim)
             heads.append(y.transpose(1, 2) if batch_first else y.permute(1, 2, 0, 3))
@@ -262,7 +268,7 @@ class SparseMultiheadAttention(Twin):
 
     def _project(self, x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
         """The product of ``x`` (positions, features) with one of the weights, row-major."""
-        return product(x, weight, bias)
+        return product(x, weight, bias, contiguous_output=True)
 
     def _extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values with the positions that ``add_bias_kv`` and ``add_zero_attn`` add."""

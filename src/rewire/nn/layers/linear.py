@@ -23,7 +23,9 @@ def input_dtype(weight: SparseWeight, narrow: torch.dtype) -> torch.dtype:
     return narrow if weight.dtype == torch.float32 and narrow in ops.NARROW else weight.dtype
 
 
-def product(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
+def product(
+    x: Tensor, weight: SparseWeight, bias: Tensor | None, contiguous_output: bool = False
+) -> Tensor:
     """``x W^T + bias``, (..., cols) -> (..., rows), as a layer computes it, with capture and
     autocast.
 
@@ -34,9 +36,9 @@ def product(x: Tensor, weight: SparseWeight, bias: Tensor | None) -> Tensor:
     if narrow is not None:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(input_dtype(weight, narrow))
-            return product(x, weight, bias).to(narrow)
+            return product(x, weight, bias, contiguous_output).to(narrow)
     values, index = weight.operand()
-    return ops.sparse_linear(x, values, bias, index, weight.capture)
+    return ops.sparse_linear(x, values, bias, index, weight.capture, contiguous_output)
 
 
 class SparseLinear(SparseLayer):
@@ -50,9 +52,11 @@ class SparseLinear(SparseLayer):
             `rewire.budget.Limits`.
         generator: draws topology, values and bias; torch's default generator otherwise.
         init: how large the first values are: "auto", "dense" or "sparse", see `reset_parameters`.
+        contiguous_output: return row-major memory. By default the result (..., out_features) is
+            feature-major in memory. Sparse layers, ReLU, dropout and residual sums keep this
+            layout, so chains of layers never transpose; instead of `.view` it may need `.reshape`.
 
-    Shapes: input (..., in_features) with any strides, output (..., out_features), row-major (for a
-    2-D input with strides (1, batch), with strides (1, batch)). The first values
+    Shapes: input (..., in_features) with any strides, output (..., out_features). The first values
     are U(-b, b) with b = 1 / sqrt(connections of the output), so an output has the variance that it
     has in `torch.nn.Linear`; see `reset_parameters`.
 
@@ -75,6 +79,7 @@ class SparseLinear(SparseLayer):
         capacity: int | None = None,
         limits: Limits | None = None,
         generator: torch.Generator | None = None,
+        contiguous_output: bool = False,
         init: Init = "auto",
     ) -> None:
         super().__init__()
@@ -88,21 +93,26 @@ class SparseLinear(SparseLayer):
             device=device,
             dtype=dtype,
         )
-        self._assemble(weight, bias)
+        self._assemble(weight, bias, contiguous_output)
         self.reset_parameters(generator, init=init)
 
     @classmethod
-    def from_weight(cls, weight: SparseWeight, bias: Tensor | None = None) -> SparseLinear:
+    def from_weight(
+        cls, weight: SparseWeight, bias: Tensor | None = None, *, contiguous_output: bool = False
+    ) -> SparseLinear:
         """A layer around an existing 2-D pool; ``bias`` (out_features,) is copied."""
         if len(weight.shape) != 2:
             raise ValueError(f"a linear layer needs a 2-D weight, not {tuple(weight.shape)}")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._assemble(weight, bias)
+        self._assemble(weight, bias, contiguous_output)
         return self
 
-    def _assemble(self, weight: SparseWeight, bias: bool | Tensor | None) -> None:
+    def _assemble(
+        self, weight: SparseWeight, bias: bool | Tensor | None, contiguous_output: bool
+    ) -> None:
         self.out_features, self.in_features = weight.shape
+        self.contiguous_output = contiguous_output
         self._hold(weight, bias)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ class SparseLinear(SparseLayer):
         parameters = self._parameters
         # A parametrized bias is not among the parameters.
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        return ops.sparse_linear(x, values, bias, index, weight.capture)
+        return ops.sparse_linear(x, values, bias, index, weight.capture, self.contiguous_output)
 
     def _input_dtype(self, narrow: torch.dtype) -> torch.dtype:
         return input_dtype(self.weight, narrow)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rewire import ops
 from rewire.nn.layers.allot import Connections, Density, allot
 from rewire.nn.layers.base import autocast_dtype
 from rewire.nn.layers.initial import Init, check_init, draw_values
@@ -258,7 +259,7 @@ class Recurrent(Twin):
                 output = nn.functional.dropout(output, self.dropout, self.training)
             sequence = output.t()
         states = tuple(torch.stack([s.t() for s in column]) for column in zip(*final, strict=True))
-        return sequence.contiguous(), states
+        return ops.in_rows(sequence), states
 
     def _weight(self, name: str, bias: Tensor | None) -> Weight:
         weight = self._modules[name]
