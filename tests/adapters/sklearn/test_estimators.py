@@ -22,7 +22,7 @@ from rewire.nn import SparseLinear, sparse_weights
 from rewire.sklearn import ConnectivitySelector, SparseMLPClassifier, SparseMLPRegressor
 
 #: Small enough for some sixty checks each, and large enough for their accuracies.
-SMALL = {"hidden_layer_sizes": 40, "max_epochs": 60}
+SMALL = {"hidden_layer_sizes": 50, "density": 0.3, "max_epochs": 200}
 
 
 @parametrize_with_checks(
