@@ -101,6 +101,28 @@ def _conv(choose: random.Random, name: str) -> list[Any]:
     return [*lists, p.values.numel(), g, x, columns, *geometry]
 
 
+def _frozen(choose: random.Random, size: int) -> list[Any]:
+    """Of a frozen layer with values of float32, int8 or one bit (two lists a row, by sign)."""
+    kind = choose.choice(("float", "int8", "ternary"))
+    rows, features = choose.randint(1, 1 + size // 4), choose.randint(1, 1 + size // 4)
+    counts = torch.randint(0, features + 1, (rows * (2 if kind == "ternary" else 1),))
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    connections = int(ptr[-1])
+    values = {
+        "float": torch.randn(connections),
+        "int8": torch.randint(-127, 128, (connections,)).to(torch.int8),
+        "ternary": None,
+    }[kind]
+    return [
+        ptr.to(choose.choice((torch.int32, torch.int64))),
+        torch.randint(0, features, (connections,)).to(choose.choice((torch.uint16, torch.int32))),
+        values,
+        None if kind == "float" else torch.rand(rows),
+        torch.randn(choose.choice((0, 1, 3, 16, 33)), features),
+        torch.randn(rows) if choose.random() < 0.5 else None,
+    ]
+
+
 def _of(*build: Any) -> Call:
     """A call whose arguments are named parts, or functions of (choose, parts) that give lists of
     them.
@@ -119,6 +141,7 @@ def _of(*build: Any) -> Call:
 
 #: By the name of a native function: valid arguments for it, drawn anew by every call.
 CALLS: dict[str, Call] = {
+    "frozen_linear": _frozen,
     "distinct": lambda c, n: [c.randint(0, n), n + c.randint(0, n), *_draws(c, 3), 0],
     "position_signs": _of("dropped", lambda c, _: _draws(c, 2)),
     "build_index_": _of("rows", "cols", "shape", "index"),
