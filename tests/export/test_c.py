@@ -210,6 +210,32 @@ def test_every_activation(tmp_path: Path) -> None:
     torch.testing.assert_close(run(made, x)[0], model(x).flatten(), rtol=1e-5, atol=1e-5)
 
 
+def hooked() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return nn.Sequential(layer)
+
+
+@compiled
+def test_a_norm_over_another_dimension_than_the_layer_changes_is_not_folded(tmp_path: Path) -> None:
+    for size in (4, 3):  # with 4 the numbers of channels and of outputs agree by chance
+        model = trained_norms(nn.Sequential(nn.Linear(5, size), nn.BatchNorm1d(4)), 4, 5)
+        x = torch.randn(1, 4, 5)
+        made = export.c(model, x, tmp_path)
+        torch.testing.assert_close(run(made, x)[0], model(x).flatten(), rtol=1e-5, atol=1e-5)
+
+
+@compiled
+def test_crossed_limits_and_arguments_by_name(tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        joined = torch.cat(tensors=[torch.add(input=x, other=x), x.clamp(0.5, -0.5)], dim=1)
+        return torch.permute(input=joined, dims=(1, 0))
+
+    model, x = Given(forward), torch.randn(2, 4)
+    made = export.c(model, x, tmp_path)
+    torch.testing.assert_close(run(made, x)[0], model(x).flatten())
+
+
 def no_branch(m: Any, x: Tensor) -> Tensor:
     return x if x.sum() > 0 else -x
 
@@ -230,6 +256,10 @@ def no_branch(m: Any, x: Tensor) -> Tensor:
             r"1 \(Conv1d\) cannot be exported to C: it pads by 'circular'",
         ),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), "depends on a batch"),
+        (Given(lambda m, x: x[:, [2, 0, 3, 1]]), "getitem cannot be .* by a list or a mask"),
+        (Given(lambda m, x: torch.div(x, 0.3, rounding_mode="floor")), "it has a rounding_mode"),
+        (Given(lambda m, x: F.dropout(x, 0.5)), "it drops at random in eval mode too"),
+        (hooked(), r"0 \(Linear\) cannot be exported to C: it has a forward hook"),
     ],
 )  # fmt: skip
 def test_refuses_by_name_before_anything_is_written(
@@ -237,6 +267,14 @@ def test_refuses_by_name_before_anything_is_written(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         export.c(model, torch.randn(2, 4), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_refuses_to_round_what_is_not_finite(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite; no int8 holds"):
+        export.c(model, torch.randn(2, 4), tmp_path / "new", values="int8")
     assert not (tmp_path / "new").exists()
 
 

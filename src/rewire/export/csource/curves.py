@@ -30,6 +30,7 @@ def _sigmoid(of: str = "v") -> str:
 
 
 def _clamp(low: float, high: float) -> str:
+    low = min(low, high)  # PyTorch gives the upper limit where they are crossed
     return f"v < {c_float(low)} ? {c_float(low)} : v > {c_float(high)} ? {c_float(high)} : v"
 
 

@@ -45,6 +45,10 @@ def _copied(call: Call) -> Buffer:
     view = call.plan_view(places)
     if not isinstance(view, Tensor):
         raise call.refuse("its result is no tensor")
+    if view.untyped_storage().data_ptr() != places.untyped_storage().data_ptr():
+        raise call.refuse(
+            "it picks floats by a list or a mask, not by numbers and slices"
+        )
     shape, stride = list(view.shape), list(view.stride())
     made = call.output(call.source.error)
     if view.is_contiguous() and view.storage_offset() == 0 and made.size == call.source.size:
@@ -59,7 +63,7 @@ def _copied(call: Call) -> Buffer:
 
 
 def _joined(call: Call) -> Buffer:
-    parts, axis = call.args[0], call.arg(1, "dim", 0)
+    parts, axis = call.arg(0, "tensors"), call.arg(1, "dim", 0)
     axis %= call.result.dim()
     if any(id(p) not in call.inputs for p in parts):
         raise call.refuse("one of its parts is no tensor that the network computes")
@@ -81,14 +85,22 @@ def _joined(call: Call) -> Buffer:
     return made
 
 
+def _dropped(call: Call) -> Buffer:
+    if call.arg(2, "training", True) and call.arg(1, "p", 0.5):
+        raise call.refuse("it drops at random in eval mode too; give it training=self.training")
+    return call.source
+
+
 # --- arithmetic of two ----------------------------------------------------------------------------
 
 
 def _binary(name: str, sign: str) -> Handler:
     def handle(call: Call) -> Buffer:
-        a, b = call.args[0], call.arg(1, "other")
+        a, b = call.arg(0, "input"), call.arg(1, "other")
         if call.kwargs.get("alpha", 1) != 1:
             raise call.refuse("it has an alpha")
+        if call.kwargs.get("rounding_mode") is not None:
+            raise call.refuse("it has a rounding_mode")
         numbers = [t for t in (a, b) if not isinstance(t, Tensor)]
         if numbers:
             return _with_number(call, a, b, sign)
@@ -281,7 +293,7 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.reshape: _same,
     torch.squeeze: _same,
     torch.unsqueeze: _same,
-    F.dropout: _same,
+    F.dropout: _dropped,
     operator.getitem: _copied,
     torch.permute: _copied,
     torch.transpose: _copied,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from rewire.export.csource import kernels
 from rewire.export.csource.call import Call, Refused
@@ -112,12 +114,13 @@ class _Walk(fx.Interpreter):
             made = self._module(n, call, module)
         else:
             table: Any = FUNCTIONS if n.op == "call_function" else METHODS
-            if isinstance(args[0], tuple | list) and title == "getitem":
+            if title == "getitem" and isinstance(args[0], tuple | list):
                 return  # of the results of a recurrent layer, whose buffers are known
             handle = table.get(n.target)
             if handle is None:
                 raise call.refuse("there is no C for it")
-            call.plan_view = lambda places: _apply(n, (places, *args[1:]), kwargs)
+            others = {name: given for name, given in kwargs.items() if name != "input"}
+            call.plan_view = lambda places: _apply(n, (places, *args[1:]), others)
             made = handle(call)
         if made is not None:
             self._buffers[id(result)] = made
@@ -125,6 +128,10 @@ class _Walk(fx.Interpreter):
                 made.largest = float(result.abs().max())
 
     def _module(self, n: fx.Node, call: Call, module: nn.Module) -> Buffer | None:
+        norms = (WeightNorm, SpectralNorm)  # their hooks only make the weight, which is there
+        pre_hooks = module._forward_pre_hooks.values()
+        if module._forward_hooks or not all(isinstance(hook, norms) for hook in pre_hooks):
+            raise call.refuse("it has a forward hook, which would be left out")
         if isinstance(module, _LINEAR):
             return self._linear(n, call, module)
         if isinstance(module, _CONV):
@@ -133,7 +140,7 @@ class _Walk(fx.Interpreter):
             self._recurrent(n, call, module)
             return None
         if isinstance(module, _BatchNorm):
-            if n.args[0] in self._folded:
+            if n.all_input_nodes[0] in self._folded:
                 return call.source
             factor, shift = _affine(call, module)
             inner = math.prod(call.x.shape[2:])
@@ -171,7 +178,11 @@ class _Walk(fx.Interpreter):
         users = list(n.users)
         if len(users) == 1 and users[0].op == "call_module":
             norm = self.fetch_attr(str(users[0].target))
-            if isinstance(norm, _BatchNorm) and len(users[0].args) == 1:
+            # Of more than two dimensions a linear layer changes the last, and a norm the second.
+            same = isinstance(call.result, Tensor) and (
+                call.result.dim() == 2 or isinstance(self.fetch_attr(str(n.target)), _CONV)
+            )
+            if isinstance(norm, _BatchNorm) and len(users[0].all_input_nodes) == 1 and same:
                 matrix.times(*_affine(call, norm))
                 self._folded[n] = matrix
         matrix.round(self._values)
@@ -195,7 +206,8 @@ class _Walk(fx.Interpreter):
     def _error(matrix: Matrix, source: Buffer) -> float | None:
         if source.error is None:
             return None
-        return matrix.bound * source.largest + matrix.norm() * source.error
+        # `largest` may be that of rounded floats, and so the exact ones may exceed it by the error
+        return matrix.bound * (source.largest + source.error) + matrix.norm() * source.error
 
     def _linear(self, n: fx.Node, call: Call, layer: Any) -> Buffer:
         matrix = self._matrix(str(n.target), layer.weight, layer.bias)
