@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -71,7 +72,7 @@ def targets_of(path: Path | str, names: Iterable[str], options: FileOptions) -> 
         raise DataError(f"{path}: give the column that is to be found with --target{last}")
     wanted = [options.target]
     if options.target not in there:
-        wanted = [part.strip() for part in options.target.split(",")]
+        wanted = list(dict.fromkeys(part.strip() for part in options.target.split(",")))
     for name in wanted:
         if name not in there:
             near = get_close_matches(name, there, n=1)
@@ -140,7 +141,9 @@ def _npz(path: Path, options: FileOptions) -> dict[str, Table]:
     try:
         with np.load(path, allow_pickle=False) as file:  # nothing of a user is unpickled
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, KeyError, EOFError) as error:
+    except MemoryError:
+        raise DataError(f"cannot read {path}: its arrays are larger than the memory") from None
+    except (ValueError, zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise DataError(f"cannot read {path}: {brief(error)}") from None
     if {"format", "indptr", "indices", "data", "shape"} <= arrays.keys():
         arrays = _sparse_arrays(path, arrays)
@@ -153,11 +156,8 @@ def _sparse_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, 
         from scipy import sparse
     except ImportError:
         raise needed("scipy", f"reading {path.name}") from None
-    kind = str(
-        arrays["format"].item().decode()
-        if arrays["format"].dtype.kind == "S"
-        else arrays["format"].item()
-    )
+    kinds = np.atleast_1d(arrays["format"]).astype(str).ravel()
+    kind = str(kinds[0]) if len(kinds) == 1 else "several formats"
     if kind not in ("csr", "csc"):
         raise DataError(f"cannot read {path}: a sparse matrix in {kind}, allowed are csr and csc")
     make = sparse.csr_array if kind == "csr" else sparse.csc_array
@@ -191,6 +191,7 @@ def _mat(path: Path, options: FileOptions) -> dict[str, Table]:
 def _of_arrays(path: Path, arrays: Mapping[str, Any], options: FileOptions) -> dict[str, Table]:
     """Tables of arrays by the usual names: x and y, or x_train, y_train, x_test, y_test."""
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
+        options.refuse(f"{path}, which has arrays for training and test,", "target", "test_share")
         return {
             part: _of_pair(path, arrays[f"x_{part}"], arrays[f"y_{part}"], f"y_{part}")
             for part in ("train", "test")
@@ -218,7 +219,7 @@ def _of_pair(path: Path, x: Any, y: NDArray[Any], target: str) -> Table:
         y = y[:, 0]
     elif y.ndim > 1 and y.shape[0] == 1:
         y = y[0]
-    if len(y) != x.shape[0] or y.ndim > 2:
+    if y.ndim not in (1, 2) or len(y) != x.shape[0]:
         raise DataError(
             f"{path}: {x.shape[0]} samples and targets of shape {y.shape}; needed is one for each"
         )

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.files import needed
@@ -44,6 +46,8 @@ def from_sklearn(name: str, options: FileOptions) -> Dataset:
     try:
         bunch: Any = found()
         x, y = bunch["data"], np.asarray(bunch["target"])
+        if not hasattr(x, "shape") or y.ndim < 1:
+            raise ValueError("it is no table of numbers with a target for each row")
     except Exception as error:  # a download, or a set that is no table
         raise DataError(
             f"--data sklearn:{name}: cannot be loaded ({type(error).__name__}: {brief(error)})"
@@ -98,7 +102,12 @@ def from_folder(folder: Path, options: FileOptions) -> Dataset:
                 continue
             try:
                 with Image.open(path) as opened:
-                    picture = opened.convert("L" if opened.mode in ("1", "L", "I;16") else "RGB")
+                    if opened.mode.startswith(("I", "F")):  # Pillow would cut off above 255
+                        raise ValueError(
+                            f"its pixels are of mode {opened.mode}, needed are 8 bits for each "
+                            "colour"
+                        )
+                    picture = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
                     if options.image_size is not None:
                         picture = picture.resize((options.image_size, options.image_size))
                     pixels = np.asarray(picture)
@@ -170,6 +179,14 @@ def _is_pair(value: Any) -> bool:
     )
 
 
+def _array(value: Any) -> Any:
+    """A DataFrame or sparse matrix as it is, anything else as an array."""
+    if isinstance(value, Tensor):  # NumPy has no bfloat16
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+    return value if hasattr(value, "iloc") or hasattr(value, "tocsr") else np.asarray(value)
+
+
 def _part(source: str, value: Any) -> Table:
     if not _is_pair(value):
         if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
@@ -188,16 +205,15 @@ def _part(source: str, value: Any) -> Table:
                 f"--data: the samples of {source!r} are no pairs (inputs, target) of one shape: "
                 f"{type(error).__name__}: {brief(error)}"
             ) from None
-    x, y = value
+    x, y = map(_array, value)
     y = np.asarray(y)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     targets = tuple(f"target {i}" for i in range(y.shape[1])) if y.ndim > 1 else ("target",)
     if hasattr(x, "iloc") or hasattr(x, "tocsr"):
         return Table(x, y, targets=targets)
-    x = np.asarray(x)
     shape: Sequence[int] = x.shape[1:] if x.ndim > 2 else ()
-    if x.ndim < 2 or len(x) != len(y):
+    if x.ndim < 2 or y.ndim < 1 or len(x) != len(y):
         raise DataError(
             f"--data: {source!r} returned inputs of shape {x.shape} and targets of shape {y.shape}"
         )

@@ -17,10 +17,12 @@ from rewire.app.data.rows import Rows, SparseRows
 from rewire.app.data.splitting import check_classes, stratified
 from rewire.app.errors import DataError
 
-__all__ = ["MOST_CLASSES", "Table", "goal_of", "make_dataset"]
+__all__ = ["MOST_CLASSES", "MOST_WORDS", "Table", "goal_of", "make_dataset"]
 
 #: Whole numbers with more different values than this are taken for quantities.
 MOST_CLASSES = 50
+#: A column with more different words than this, such as names, would be more inputs than samples.
+MOST_WORDS = 1000
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def make_dataset(
     and for a class that is missing in a part.
     """
     for part, table in parts.items():
+        _check_shapes(name, part, table)
         _check_targets(name, part, table)
         if part != "train":
             _check_same(name, part, parts["train"], table)
@@ -117,6 +120,24 @@ def make_dataset(
     )
 
 
+def _check_shapes(name: str, part: str, table: Table) -> None:
+    """Refuse what is no table of numbers with one target, or one row of targets, for each row."""
+    x, y = table.x, table.y
+    if len(getattr(x, "shape", ())) != 2 or y.ndim not in (1, 2) or x.shape[0] != len(y):
+        raise DataError(
+            f"{name}: the {part} part has inputs of shape {tuple(getattr(x, 'shape', ()))} and "
+            f"targets of shape {y.shape}; allowed are (samples, features), and (samples,) or "
+            "(samples, targets)"
+        )
+    if not x.shape[1]:
+        raise DataError(f"{name}: there is no column besides the target")
+    if not table.is_frame and x.dtype.kind not in "biuf":
+        raise DataError(f"{name}: the inputs of the {part} part are {x.dtype}, needed are numbers")
+    if table.is_frame and not x.columns.is_unique:
+        repeated = x.columns[x.columns.duplicated()][0]
+        raise DataError(f"{name}: the {part} part has two columns called {str(repeated)!r}")
+
+
 def _check_targets(name: str, part: str, table: Table) -> None:
     if not len(table):
         raise DataError(f"{name}: the {part} part has no sample")
@@ -134,7 +155,12 @@ def _check_targets(name: str, part: str, table: Table) -> None:
 
 def _check_same(name: str, part: str, train: Table, other: Table) -> None:
     """Refuse a part with other columns than the training part."""
-    if train.is_frame and other.is_frame:
+    if train.is_frame != other.is_frame:
+        raise DataError(
+            f"{name}: of the training part and the {part} part one is a DataFrame and one an "
+            "array; give both as the same"
+        )
+    if train.is_frame:
         missing = [c for c in train.x.columns if c not in other.x.columns]
         if missing:
             raise DataError(f"{name}: the {part} part has no column {missing[0]!r}")
@@ -163,8 +189,10 @@ def _encode(
     if train.y.ndim > 1:
         raise DataError(f"{name}: --target has several columns, which only a regression has")
     shown = {p: np.array([_word(v) for v in values]) for p, values in y.items()}
-    values = np.unique(np.concatenate(list(y.values())))
-    names = [_word(v) for v in values]  # numbers in the order of numbers
+    try:  # numbers in the order of numbers
+        names = [_word(v) for v in np.unique(np.concatenate(list(y.values())))]
+    except TypeError:  # numbers and words together
+        names = sorted({word for words in shown.values() for word in words.tolist()})
     if len(names) < 2:
         raise DataError(
             f"{name}: the target {train.targets[0]!r} has one class only, {names[0]!r}; needed are "
@@ -252,6 +280,12 @@ def _of_frames(name: str, frames: Mapping[str, Any]) -> tuple[tuple[str, ...], d
             )
         else:
             words = sorted({str(v) for v in first})
+            if len(words) > MOST_WORDS:
+                raise DataError(
+                    f"{name}: the column {str(column)!r} has {len(words)} different words, such as "
+                    f"{words[0]!r}; each would be an input, and allowed are {MOST_WORDS}: leave "
+                    "the column out, or turn it into numbers"
+                )
             names += [f"{column}={word}" for word in words]
             for part, s in series.items():
                 texts = s.astype(str).to_numpy().reshape(-1, 1)

@@ -46,9 +46,7 @@ def _copied(call: Call) -> Buffer:
     if not isinstance(view, Tensor):
         raise call.refuse("its result is no tensor")
     if view.untyped_storage().data_ptr() != places.untyped_storage().data_ptr():
-        raise call.refuse(
-            "it picks floats by a list or a mask, not by numbers and slices"
-        )
+        raise call.refuse("it picks floats by a list or a mask, not by numbers and slices")
     shape, stride = list(view.shape), list(view.stride())
     made = call.output(call.source.error)
     if view.is_contiguous() and view.storage_offset() == 0 and made.size == call.source.size:

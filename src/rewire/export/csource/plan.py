@@ -100,9 +100,7 @@ class Matrix:
         how = quantize.to_int8 if values == "int8" else quantize.to_ternary
         exact = self.values
         if not exact.isfinite().all():
-            raise ValueError(
-                f"{self.title} has values that are not finite; no {values} holds them"
-            )
+            raise ValueError(f"{self.title} has values that are not finite; no {values} holds them")
         codes, scale = how(self.rows, exact.float(), self.shape[0])
         off = (exact - codes.double() * scale.double()[self.rows]).abs()
         size = exact.norm()
