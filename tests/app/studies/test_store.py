@@ -238,6 +238,32 @@ def test_a_password_is_not_shown() -> None:
     assert "secret" not in module.shown_url("postgresql://me:secret@host/base")
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:secret@host:abc/base", "postgresql://me:secret", "me:secret@host/base"]
+)
+def test_a_url_that_is_none_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(StudyError, match="allowed is postgresql://USER:PASSWORD@HOST") as found:
+        Store(url, Told(), patience=1)
+    assert "@" not in url or "secret" not in str(found.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="cannot make its folder"):
+        Store(f"sqlite:///{tmp_path}/file/study.db", Told(), patience=1)
+
+
+def test_a_score_that_is_no_number_fails_and_the_study_can_be_read(store: Store) -> None:
+    ledger = store.ledger("one")
+    ledger.add(TASKS[:1])
+    trial = ledger.claim(KEYS)
+    assert trial is not None
+    ledger.finish(trial, float("nan"))
+    (found,) = store.ledger("one").standing().values()
+    assert found.state == TrialState.FAIL
+    assert found.user_attrs["error"] == "its score is not a number"
+
+
 def test_a_process_of_another_birth_is_not_the_worker() -> None:
     me = {"pid": os.getpid(), "born": module._born(os.getpid())}
     assert module._alive(me)

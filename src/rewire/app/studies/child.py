@@ -77,7 +77,7 @@ class _Reporter(Meter):
 
     def epoch_ended(self, record: EpochRecord) -> None:
         super().epoch_ended(record)
-        self._tell("epoch", [record.epoch, record.validation_accuracy, record.train_loss])
+        self._tell("epoch", [record.epoch, record.validation_score, record.train_loss])
 
     def _tell(self, kind: str, value: Any) -> None:
         try:

@@ -8,7 +8,9 @@ with the outcome. What a process leaves undone when it dies is found by its last
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import socket
 import time
 import warnings
@@ -55,8 +57,8 @@ def shown_url(url: str) -> str:
     """The URL without its password."""
     try:
         return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except exc.ArgumentError:
-        return url
+    except (exc.ArgumentError, ValueError):  # a port that is no number, for one
+        return re.sub(r":[^:/]*@", ":***@", url)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,12 @@ class Store:
         if self.url.startswith("sqlite"):
             path = sqlalchemy.engine.make_url(self.url).database
             if path:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise StudyError(
+                        f"--storage {self.url}: cannot make its folder: {error.strerror}"
+                    ) from None
             arguments["connect_args"] = {"timeout": 60}
         else:
             arguments["pool_pre_ping"] = True
@@ -111,10 +118,12 @@ class Store:
                 if self.url.startswith("sqlite"):
                     _serialise(storage.engine)
                 return storage
-            except (ImportError, exc.ArgumentError, exc.NoSuchModuleError) as error:
+            except (ImportError, exc.ArgumentError, exc.NoSuchModuleError, ValueError) as error:
+                # what is said about a bad number may be a part of the password
+                reason = "" if type(error) is ValueError else f": {reading.brief(error)}"
                 raise StudyError(
-                    f"--storage {shown_url(self.url)}: {reading.brief(error)}; allowed is "
-                    "postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:///FILE"
+                    f"--storage {shown_url(self.url)}{reason}; allowed is "
+                    "postgresql://USER:PASSWORD@HOST:PORT/DATABASE or sqlite:///FILE"
                 ) from None
             except RuntimeError as error:  # tables of another version of Optuna
                 raise StudyError(
@@ -342,7 +351,12 @@ class Ledger:
                 self.store.patiently(lambda n=name, v=value: trial.set_user_attr(n, v))  # type: ignore[misc]
 
     def finish(self, trial: Trial, value: float | None, *, pruned: bool = False) -> None:
-        """End a trial with its value."""
+        """End a trial with its value. One that is no number counts as a failure: Optuna would write
+        it, and nobody could read the study again.
+        """
+        if value is not None and math.isnan(value):
+            self.fail(trial, error="its score is not a number")
+            return
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         self._end(trial._trial_id, state, None if value is None else [value])
 
