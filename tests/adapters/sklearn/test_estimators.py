@@ -202,6 +202,47 @@ def test_warm_start_goes_on() -> None:
         found.fit(x, y + 1)
 
 
+@pytest.mark.parametrize("call", ["fit", "partial_fit"])
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_going_on_with_data_of_another_dtype(call: str, dtypes: tuple[type, type]) -> None:
+    x, y = blobs()
+    for model in (SparseMLPClassifier, SparseMLPRegressor):
+        made = model(16, max_epochs=2, warm_start=True, early_stopping=True, random_state=0)
+        made.fit(x.astype(dtypes[0]), y)
+        getattr(made, call)(x.astype(dtypes[1]), y)
+        kind = torch.float32 if dtypes[0] is np.float32 else torch.float64
+        assert next(made.network_.parameters()).dtype == kind
+        made.predict(x)
+
+
+def test_scores_of_an_earlier_fit_do_not_stay() -> None:
+    x, y = blobs()
+    made = SparseMLPClassifier(16, max_epochs=4, early_stopping=True, random_state=0).fit(x, y)
+    assert made.best_validation_score_ == max(made.validation_scores_)
+    made.set_params(early_stopping=False).fit(x, y)
+    assert made.best_validation_score_ is made.validation_scores_ is None
+
+
+def test_whole_floats_with_many_values_are_no_classes() -> None:
+    x, _ = blobs()
+    y = np.round(100 * x[:, 0])  # floats, all whole, as the diabetes set has them
+    found = ConnectivitySelector(
+        1, hidden_layer_sizes=20, max_epochs=2, early_stopping=True, random_state=0
+    ).fit(x, y)
+    assert found.network_[-1].out_features == 1
+
+
+@pytest.mark.parametrize("method", ["differentiable", "ternary"])
+def test_a_pickle_that_would_predict_something_else_is_refused(method: str) -> None:
+    x, y = blobs()
+    made = SparseMLPClassifier(16, method=method, random_state=0).partial_fit(x, y, classes=[0, 1])
+    with pytest.raises(TypeError, match="cannot be pickled between calls of partial_fit"):
+        pickle.dumps(made)
+    whole = SparseMLPClassifier(16, method=method, max_epochs=2, random_state=0).fit(x, y)
+    again = pickle.loads(pickle.dumps(whole))
+    np.testing.assert_array_equal(again.predict_proba(x), whole.predict_proba(x))
+
+
 def test_targets_of_any_scale_are_learnt() -> None:
     x, y = make_regression(300, 8, n_informative=4, random_state=0)
     for scale, shift in ((1.0, 0.0), (1e6, -1e7), (1e-6, 1e-3)):

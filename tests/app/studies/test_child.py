@@ -22,7 +22,7 @@ def test_the_search_hears_the_validation_score_of_any_task(
     reporter.told = SimpleNamespace(connection=SimpleNamespace(send=sent.append))  # type: ignore[assignment]
     scores: dict[str, Any] = {"train_accuracy": None, "validation_accuracy": None}
     scores |= {f"train_{score}": 0.5, f"validation_{score}": 0.25}
-    lists: dict[str, Any] = dict.fromkeys(("connections", "dropped", "grown", "turnover"), [1])
+    lists: dict[str, Any] = {key: [1] for key in ("connections", "dropped", "grown", "turnover")}
     record = EpochRecord(
         epoch=1, step=2, lr=0.1, train_loss=0.3, validation_loss=0.4, seconds=1.0, **scores, **lists
     )

@@ -54,6 +54,7 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
     network_: nn.Sequential
     loss_curve_: list[float]
     validation_scores_: list[float] | None
+    best_validation_score_: float | None
     _training: Any
 
     def __init__(
@@ -188,6 +189,10 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
             rate = cls.run_lr if name == cls.run_optimizer else None
         return name, RATES[name] if rate is None else float(rate)
 
+    def _former(self) -> nn.Sequential | None:
+        """The network that `fit` goes on with."""
+        return getattr(self, "network_", None) if self.warm_start else None
+
     # --- fitting ----------------------------------------------------------------------------------
 
     def _begin(
@@ -240,8 +245,7 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
         """Train for ``max_epochs``, or until the score of ``held`` rows stops rising."""
         features = x.features
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        again = self.warm_start and hasattr(self, "network_")
-        network = self.network_ if again else None
+        network = self._former()
         if network is not None:
             had = _width(network[0], "in_features"), _width(network[-1], "out_features")
             now = features, self._outputs()
@@ -298,8 +302,7 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
             self.network_ = training.network.eval()
         self._training = None
         self._finish(training.epochs, self.loss_curve_[-1])
-        if best is not None:
-            self.best_validation_score_ = best[0]
+        self.best_validation_score_ = None if best is None else best[0]
 
     def _finish(self, epochs: int, loss: float) -> None:
         self.n_iter_, self.loss_ = epochs, loss
@@ -404,6 +407,7 @@ def checked(
     return found
 
 
-def rows_of(x: Any) -> Rows:
-    """The rows of checked data."""
-    return Rows(x, floating(x.dtype))
+def rows_of(x: Any, network: nn.Module | None = None) -> Rows:
+    """The rows of checked data, in the dtype of the network that training goes on with."""
+    dtype = floating(x.dtype) if network is None else next(network.parameters()).dtype
+    return Rows(x, dtype)

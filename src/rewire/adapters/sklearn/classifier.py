@@ -62,7 +62,8 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
             scikit-learn.
         network_: the trained network, a `torch.nn.Sequential`.
         feature_counts_, feature_importances_: see the base class.
-        loss_, loss_curve_, validation_scores_, best_validation_score_: of the training.
+        loss_, loss_curve_, validation_scores_, best_validation_score_: of the training; the last
+            two are None without early stopping.
 
     X is an array, a DataFrame of pandas or polars, or a SciPy sparse matrix, of which only the rows
     of a batch are made dense. Data of float32 is computed in float32, all other in float64. Scale
@@ -181,7 +182,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
         if unknown.size:
             raise ValueError(f"y has the classes {unknown}, which are not among {self.classes_}")
         targets = torch.from_numpy(np.searchsorted(self.classes_, y))
-        rows = rows_of(x)
+        rows = rows_of(x, getattr(self, "network_", None))
         weight = weights_of(self._sample_weight(x, y, sample_weight), rows.dtype)
         self._continue(rows, targets, weight)
         return self
@@ -226,7 +227,8 @@ def fit_classes(
 
     stratify: what the held-out part is drawn by, or None.
     """
-    rows = rows_of(x)
+    network = estimator._former()
+    rows = rows_of(x, network)
     y = torch.as_tensor(targets)
     if y.dtype.is_floating_point:
         y = y.to(rows.dtype)
@@ -242,8 +244,8 @@ def fit_classes(
     part = None if weight is None else weight[kept]
     held_weight = None if weight is None else weight[held]
     estimator._train(
-        rows_of(x[kept]),
+        rows_of(x[kept], network),
         y[kept],
         weights_of(part, rows.dtype),
-        (rows_of(x[held]), y[held], held_weight),
+        (rows_of(x[held], network), y[held], held_weight),
     )

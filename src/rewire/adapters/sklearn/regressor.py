@@ -79,7 +79,7 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
         self._check_parameters()
         first = not hasattr(self, "network_")
         x, targets, weight = self._targets(X, y, sample_weight, first, first)
-        rows = rows_of(x)
+        rows = rows_of(x, getattr(self, "network_", None))
         self._continue(
             rows, torch.from_numpy(targets).to(rows.dtype), weights_of(weight, rows.dtype)
         )

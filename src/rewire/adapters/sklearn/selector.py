@@ -19,12 +19,21 @@ from rewire.adapters.sklearn.training import Loss
 __all__ = ["ConnectivitySelector"]
 
 
+#: Floats with more different values than this are no classes, even if all of them are whole.
+MOST_CLASSES = 50
+
+
+def _are_values(y: np.ndarray) -> bool:
+    return y.dtype.kind == "f" and len(np.unique(y)) > MOST_CLASSES
+
+
 class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
     """Selects the features to which a sparse network, while it trains, gives its connections.
 
     It trains a network as `SparseMLPClassifier` does (where y holds classes) or as
     `SparseMLPRegressor`, with the same parameters, and keeps the features with the strongest
-    connections, as in QuickSelection (Atashgahi et al., Machine Learning 2022).
+    connections, as in QuickSelection (Atashgahi et al., Machine Learning 2022). Classes are words,
+    whole numbers, and floats that are whole and have at most 50 different values.
 
     Args:
         n_features_to_select: how many to keep: a number, a share between 0 and 1, or None for all
@@ -133,7 +142,7 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
             weight = _check_sample_weight(
                 sample_weight, x, dtype=np.float64, ensure_non_negative=True
             )
-        self._classes = type_of_target(y) in ("binary", "multiclass")
+        self._classes = type_of_target(y) in ("binary", "multiclass") and not _are_values(y)
         if self._classes:
             classes, targets = np.unique(y, return_inverse=True)
             self._targets = len(classes)
