@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -48,65 +49,42 @@ def is_whole(value: object, least: int | None = None) -> bool:
     return isinstance(value, Integral) and (least is None or int(value) >= least)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SparseMLP(BaseEstimator):  # type: ignore[misc]
-    """A multi-layer perceptron with a connection budget; base class of the estimators."""
+    """A multi-layer perceptron with a connection budget; base class of the estimators.
 
-    network_: nn.Sequential
-    loss_curve_: list[float]
-    validation_scores_: list[float] | None
-    best_validation_score_: float | None
-    _training: Any
+    The parameters are fields, so that each is declared once; subclasses add theirs.
+    """
 
-    def __init__(
-        self,
-        hidden_layer_sizes: Any = (100,),
-        *,
-        method: str = "set",
-        method_params: Mapping[str, Any] | None = None,
-        density: float | None = None,
-        connections: int | None = None,
-        distribution: str = "erk",
-        limits: Limits | None = None,
-        activation: str = "relu",
-        solver: str = "auto",
-        learning_rate_init: float | None = None,
-        learning_rate: str = "cosine",
-        alpha: float = 0.0,
-        batch_size: int | str = "auto",
-        max_epochs: int | str = "auto",
-        shuffle: bool = True,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
-        tol: float = 1e-4,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: bool = False,
-    ) -> None:
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.method = method
-        self.method_params = method_params
-        self.density = density
-        self.connections = connections
-        self.distribution = distribution
-        self.limits = limits
-        self.activation = activation
-        self.solver = solver
-        self.learning_rate_init = learning_rate_init
-        self.learning_rate = learning_rate
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.max_epochs = max_epochs
-        self.shuffle = shuffle
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.tol = tol
-        self.warm_start = warm_start
-        self.n_jobs = n_jobs
-        self.random_state = random_state
-        self.verbose = verbose
+    hidden_layer_sizes: Any = (100,)
+    method: str = "set"
+    method_params: Mapping[str, Any] | None = None
+    density: float | None = None
+    connections: int | None = None
+    distribution: str = "erk"
+    limits: Limits | None = None
+    activation: str = "relu"
+    solver: str = "auto"
+    learning_rate_init: float | None = None
+    learning_rate: str = "cosine"
+    alpha: float = 0.0
+    batch_size: int | str = "auto"
+    max_epochs: int | str = "auto"
+    shuffle: bool = True
+    early_stopping: bool = False
+    validation_fraction: float = 0.1
+    n_iter_no_change: int = 10
+    tol: float = 1e-4
+    warm_start: bool = False
+    n_jobs: int | None = None
+    random_state: Any = None
+    verbose: bool = False
+
+    network_: nn.Sequential = field(init=False)
+    loss_curve_: list[float] = field(init=False)
+    validation_scores_: list[float] | None = field(init=False)
+    best_validation_score_: float | None = field(init=False)
+    _training: Any = field(init=False)
 
     # --- what subclasses say ----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
     """A multi-layer perceptron whose connections training finds, as a scikit-learn classifier.
 
@@ -73,60 +75,8 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
     memory. A pickle holds the network as a safetensors file.
     """
 
-    def __init__(
-        self,
-        hidden_layer_sizes: Any = (100,),
-        *,
-        method: str = "set",
-        method_params: Any = None,
-        density: float | None = None,
-        connections: int | None = None,
-        distribution: str = "erk",
-        limits: Any = None,
-        activation: str = "relu",
-        solver: str = "auto",
-        learning_rate_init: float | None = None,
-        learning_rate: str = "cosine",
-        alpha: float = 0.0,
-        batch_size: int | str = "auto",
-        max_epochs: int | str = "auto",
-        shuffle: bool = True,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
-        tol: float = 1e-4,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: bool = False,
-        class_weight: Any = None,
-    ) -> None:
-        super().__init__(
-            hidden_layer_sizes,
-            method=method,
-            method_params=method_params,
-            density=density,
-            connections=connections,
-            distribution=distribution,
-            limits=limits,
-            activation=activation,
-            solver=solver,
-            learning_rate_init=learning_rate_init,
-            learning_rate=learning_rate,
-            alpha=alpha,
-            batch_size=batch_size,
-            max_epochs=max_epochs,
-            shuffle=shuffle,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            n_iter_no_change=n_iter_no_change,
-            tol=tol,
-            warm_start=warm_start,
-            n_jobs=n_jobs,
-            random_state=random_state,
-            verbose=verbose,
-        )
-        self.class_weight = class_weight
+    hidden_layer_sizes: Any = field(default=(100,), kw_only=False)
+    class_weight: Any = None
 
     def _loss(self) -> Loss:
         return cross_entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ def scaled(y: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.nda
     return mean, np.where(spread > 1e-12 * np.abs(mean), spread, 1.0)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
     """A multi-layer perceptron whose connections training finds, as a scikit-learn regressor.
 
@@ -38,6 +40,8 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
     minimises half the mean squared error. Targets, (samples,) or (samples, outputs), are
     standardised inside, by the data of the first call.
     """
+
+    hidden_layer_sizes: Any = field(default=(100,), kw_only=False)
 
     def _loss(self) -> Loss:
         return squared_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def _are_values(y: np.ndarray) -> bool:
     return y.dtype.kind == "f" and len(np.unique(y)) > MOST_CLASSES
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
     """Selects the features to which a sparse network, while it trains, gives its connections.
 
@@ -45,62 +47,8 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
     compares features of one scale.
     """
 
-    def __init__(
-        self,
-        n_features_to_select: int | float | None = None,
-        *,
-        importance: str = "strength",
-        hidden_layer_sizes: Any = (100,),
-        method: str = "set",
-        method_params: Any = None,
-        density: float | None = None,
-        connections: int | None = None,
-        distribution: str = "erk",
-        limits: Any = None,
-        activation: str = "relu",
-        solver: str = "auto",
-        learning_rate_init: float | None = None,
-        learning_rate: str = "cosine",
-        alpha: float = 0.0,
-        batch_size: int | str = "auto",
-        max_epochs: int | str = "auto",
-        shuffle: bool = True,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
-        tol: float = 1e-4,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(
-            hidden_layer_sizes,
-            method=method,
-            method_params=method_params,
-            density=density,
-            connections=connections,
-            distribution=distribution,
-            limits=limits,
-            activation=activation,
-            solver=solver,
-            learning_rate_init=learning_rate_init,
-            learning_rate=learning_rate,
-            alpha=alpha,
-            batch_size=batch_size,
-            max_epochs=max_epochs,
-            shuffle=shuffle,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            n_iter_no_change=n_iter_no_change,
-            tol=tol,
-            warm_start=warm_start,
-            n_jobs=n_jobs,
-            random_state=random_state,
-            verbose=verbose,
-        )
-        self.n_features_to_select = n_features_to_select
-        self.importance = importance
+    n_features_to_select: int | float | None = field(default=None, kw_only=False)
+    importance: str = "strength"
 
     def _loss(self) -> Loss:
         return cross_entropy if self._classes else squared_error
