@@ -20,6 +20,7 @@ __all__ = [
     "distribute",
     "er",
     "erk",
+    "starting",
     "uniform",
 ]
 
@@ -80,6 +81,21 @@ def connections_of(density: float, size: int) -> int:
             f"at least {1 / size:.3g}, or give connections="
         )
     return connections
+
+
+def starting(
+    density: float, shapes: Shapes, budgets: Sequence[int], limits: Limits | None = None
+) -> list[int]:
+    """Connections that weights begin with which come down to ``budgets``.
+
+    Each has ``density``, or less where ``limits`` allow less; but at least its budget.
+    """
+    counts = []
+    for k, shape in zip(budgets, shapes, strict=True):
+        size = math.prod(shape)
+        most = size if limits is None else limits.maximum(shape[0], size // shape[0])
+        counts.append(max(k, min(round(density * size), most)))
+    return counts
 
 
 def allowed(size: int, connections: int | None = None, density: float | None = None) -> int:

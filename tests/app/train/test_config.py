@@ -11,7 +11,8 @@ from rewire.app.errors import TrainError
 from rewire.app.train.batches import Batches, make_generator, split
 from rewire.app.train.config import TrainConfig, difference, make_config, parse_config
 from rewire.app.train.method_options import parse_method_options
-from rewire.app.train.model import build, layer_connections, layer_shapes
+from rewire.app.train.model import layer_connections, layer_shapes
+from rewire.nn.layers.perceptron import perceptron
 
 
 @pytest.mark.parametrize(
@@ -222,9 +223,9 @@ def test_budgets_that_do_not_fit(options, message: str) -> None:
 
 def test_model_comes_from_the_seed_alone() -> None:
     torch.manual_seed(1)
-    first = build(SHAPES, [50, 40, 30], True, make_generator(3, "model"))
+    first = perceptron(SHAPES, [50, 40, 30], make_generator(3, "model"))
     torch.manual_seed(2)
-    second = build(SHAPES, [50, 40, 30], True, make_generator(3, "model"))
+    second = perceptron(SHAPES, [50, 40, 30], make_generator(3, "model"))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 

@@ -10,21 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from rewire import methods
+from rewire import budget, methods
 from rewire.adapters.sklearn.data import Batches, Rows, floating
-from rewire.adapters.sklearn.network import (
-    ACTIVATIONS,
-    budgets,
-    build,
-    input_connectivity,
-    start_budgets,
-)
+from rewire.adapters.sklearn.network import ACTIVATIONS, budgets, input_connectivity, shapes_of
 from rewire.adapters.sklearn.training import Loss, Training, from_bytes, threads, to_bytes
 from rewire.budget import DISTRIBUTIONS, Limits
+from rewire.nn.layers.perceptron import perceptron
 from rewire.schedules import Cosine
 
 __all__ = ["SparseMLP"]
@@ -182,20 +178,21 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
         with.
         """
         entry = methods.info(self.method)
-        sizes = (x.features, *self._sizes(), self._outputs())
+        shapes = shapes_of((x.features, *self._sizes(), self._outputs()))
         density = DENSITY if self.density is None and self.connections is None else self.density
         final = start = None
         if not entry.cls.starts_dense:
-            final = budgets(sizes, density, self.connections, self.distribution)
-            start = start_budgets(entry, sizes, final, self.limits)
+            start = final = budgets(shapes, density, self.connections, self.distribution)
+            if entry.start_density is not None:
+                start = budget.starting(entry.start_density, shapes, final, self.limits)
         if network is None:
-            network = build(
-                sizes,
+            network = perceptron(
+                shapes,
                 start,
-                activation=self.activation,
-                dtype=x.dtype,
+                torch.Generator().manual_seed(seed),
+                activation=ACTIVATIONS[self.activation],
                 limits=self.limits,
-                seed=seed,
+                dtype=x.dtype,
             )
         name, rate = self._solver()
         optimizer = OPTIMIZERS[name](network.parameters(), lr=rate, weight_decay=self.alpha)  # type: ignore[call-arg]
@@ -216,6 +213,36 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
             )
         method = methods.create(self.method, network, optimizer, seed=seed, **settings, **given)
         return Training(network, optimizer, method, self._loss(), seed)
+
+    def _fit(
+        self, x: Any, targets: np.ndarray, weight: np.ndarray | None, *, stratify: Any
+    ) -> None:
+        """Train on checked data, a part of which is held out for early stopping.
+
+        stratify: what the held-out part is drawn by, or None.
+        """
+        network = self._former()
+        rows = rows_of(x, network)
+        y = torch.as_tensor(targets)
+        if y.dtype.is_floating_point:
+            y = y.to(rows.dtype)
+        if not self.early_stopping:
+            self._train(rows, y, weights_of(weight, rows.dtype), None)
+            return
+        kept, held = train_test_split(
+            np.arange(len(rows)),
+            test_size=self.validation_fraction,
+            random_state=self.random_state,
+            stratify=stratify,
+        )
+        part = None if weight is None else weight[kept]
+        held_weight = None if weight is None else weight[held]
+        self._train(
+            rows_of(x[kept], network),
+            y[kept],
+            weights_of(part, rows.dtype),
+            (rows_of(x[held], network), y[held], held_weight),
+        )
 
     def _train(
         self, x: Rows, y: Tensor, weight: Tensor | None, held: tuple[Rows, Tensor, Any] | None
@@ -322,6 +349,11 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
         x = validate_data(self, x, accept_sparse="csr", dtype=kind, reset=False)
         return Rows(x, dtype)
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
     # --- the evolved connectivity -----------------------------------------------------------------
 
     @property
@@ -363,6 +395,14 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
 
 def _width(layer: nn.Module, name: str) -> int:
     return int(getattr(layer, name))
+
+
+def weight_of(x: Any, given: Any) -> np.ndarray | None:
+    """The weight of each sample, checked; None where none was given."""
+    if given is None:
+        return None
+    weight: np.ndarray = _check_sample_weight(given, x, dtype=np.float64, ensure_non_negative=True)
+    return weight
 
 
 def weights_of(weight: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:

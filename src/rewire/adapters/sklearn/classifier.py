@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
-from sklearn.model_selection import train_test_split
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked, rows_of, weights_of
+from rewire.adapters.sklearn.base import SparseMLP, checked, rows_of, weight_of, weights_of
 from rewire.adapters.sklearn.data import Rows
 from rewire.adapters.sklearn.training import Loss
 
-__all__ = ["SparseMLPClassifier", "fit_classes"]
+__all__ = ["SparseMLPClassifier", "cross_entropy"]
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
                 f"warm_start=True goes on with the classes {had}, and y has {np.unique(y)}"
             )
         weight = self._sample_weight(x, y, sample_weight)
-        fit_classes(self, x, targets, weight, stratify=targets)
+        self._fit(x, targets, weight, stratify=targets)
         return self
 
     def partial_fit(
@@ -138,14 +136,11 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
         return self
 
     def _sample_weight(self, x: Any, y: Any, given: Any) -> np.ndarray | None:
-        if given is None and self.class_weight is None:
-            return None
-        weight: np.ndarray = _check_sample_weight(
-            given, x, dtype=np.float64, ensure_non_negative=True
-        )
-        if self.class_weight is not None:
-            weight = weight * compute_sample_weight(self.class_weight, y)
-        return weight
+        weight = weight_of(x, given)
+        if self.class_weight is None:
+            return weight
+        by_class: np.ndarray = compute_sample_weight(self.class_weight, y)
+        return by_class if weight is None else weight * by_class
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, (samples, classes), in the order of ``classes_``."""
@@ -163,39 +158,3 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
         rows = self._rows(X)
         found: np.ndarray = self.classes_[self._forward(self.network_, rows).argmax(1)]
         return found
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        return tags
-
-
-def fit_classes(
-    estimator: SparseMLP, x: Any, targets: np.ndarray, weight: np.ndarray | None, stratify: Any
-) -> None:
-    """Train on checked data, a part of which is held out for early stopping.
-
-    stratify: what the held-out part is drawn by, or None.
-    """
-    network = estimator._former()
-    rows = rows_of(x, network)
-    y = torch.as_tensor(targets)
-    if y.dtype.is_floating_point:
-        y = y.to(rows.dtype)
-    if not estimator.early_stopping:
-        estimator._train(rows, y, weights_of(weight, rows.dtype), None)
-        return
-    kept, held = train_test_split(
-        np.arange(len(rows)),
-        test_size=estimator.validation_fraction,
-        random_state=estimator.random_state,
-        stratify=stratify,
-    )
-    part = None if weight is None else weight[kept]
-    held_weight = None if weight is None else weight[held]
-    estimator._train(
-        rows_of(x[kept], network),
-        y[kept],
-        weights_of(part, rows.dtype),
-        (rows_of(x[held], network), y[held], held_weight),
-    )

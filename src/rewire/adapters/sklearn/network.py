@@ -12,18 +12,9 @@ from torch import Tensor, nn
 
 from rewire import budget
 from rewire.budget import Limits
-from rewire.methods import MethodInfo
 from rewire.nn import SparseLinear
 
-__all__ = [
-    "ACTIVATIONS",
-    "budgets",
-    "build",
-    "describe",
-    "input_connectivity",
-    "rebuild",
-    "start_budgets",
-]
+__all__ = ["ACTIVATIONS", "budgets", "describe", "input_connectivity", "rebuild", "shapes_of"]
 
 #: Activation functions by the names that scikit-learn gives them.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -43,10 +34,9 @@ def shapes_of(sizes: Sequence[int]) -> list[Shape]:
 
 
 def budgets(
-    sizes: Sequence[int], density: float | None, connections: int | None, distribution: str
+    shapes: Sequence[Shape], density: float | None, connections: int | None, distribution: str
 ) -> list[int]:
     """Connections of each layer. Raises ValueError where there is not at least one a layer."""
-    shapes = shapes_of(sizes)
     size = sum(rows * cols for rows, cols in shapes)
     total = budget.allowed(size, connections, density)
     if connections is None:
@@ -54,57 +44,8 @@ def budgets(
     return budget.distribute(distribution, shapes, total)
 
 
-def start_budgets(
-    entry: MethodInfo, sizes: Sequence[int], final: Sequence[int], limits: Limits | None
-) -> list[int]:
-    """Connections that each layer begins with: more than its budget for methods that come down."""
-    if entry.start_density is None:
-        return list(final)
-    found = []
-    for k, (rows, cols) in zip(final, shapes_of(sizes), strict=True):
-        most = limits.maximum(rows, cols) if limits else rows * cols
-        found.append(max(k, min(round(entry.start_density * rows * cols), most)))
-    return found
-
-
-def build(
-    sizes: Sequence[int],
-    connections: Sequence[int] | None,
-    *,
-    activation: str,
-    dtype: torch.dtype,
-    limits: Limits | None,
-    seed: int,
-) -> nn.Sequential:
-    """Layers with ``activation`` between them; dense ones without ``connections``.
-
-    Topology and first values come from ``seed`` alone. O(connections) memory, unless dense.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    modules: list[nn.Module] = []
-    for number, (outputs, inputs) in enumerate(shapes_of(sizes)):
-        if modules:
-            modules.append(ACTIVATIONS[activation]())
-        if connections is None:
-            layer: nn.Module = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype)
-            with torch.no_grad():
-                for parameter in layer.parameters():
-                    parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-        else:
-            layer = SparseLinear(
-                inputs,
-                outputs,
-                connections=connections[number],
-                dtype=dtype,
-                limits=limits,
-                generator=generator,
-            )
-        modules.append(layer)
-    return nn.Sequential(*modules)
-
-
 def describe(network: nn.Module) -> list[list[Any]]:
-    """The layers of a network from `build`, however its method changed them, for `rebuild`.
+    """The layers of a perceptron, however its method changed them, for `rebuild`.
 
     Raises TypeError for a layer of another kind.
     """
@@ -167,8 +108,7 @@ def input_connectivity(network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         strength = torch.zeros(first.in_features, dtype=torch.float64).index_add_(
             0, cols, magnitude
         )
-        counts = torch.bincount(cols, minlength=first.in_features)
-        return counts.numpy(), strength.numpy()
+        return weight.fan_out().numpy(), strength.numpy()
     assert isinstance(first, nn.Linear)
     dense: Tensor = first.weight.detach()
     return (dense != 0).sum(0).numpy(), dense.abs().double().sum(0).numpy()

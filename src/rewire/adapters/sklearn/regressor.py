@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from sklearn.base import RegressorMixin
 from sklearn.metrics import r2_score
-from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked, rows_of, weights_of
-from rewire.adapters.sklearn.classifier import fit_classes
+from rewire.adapters.sklearn.base import SparseMLP, checked, rows_of, weight_of, weights_of
 from rewire.adapters.sklearn.data import Rows
 from rewire.adapters.sklearn.training import Loss
 
@@ -57,11 +55,7 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
         self, X: Any, y: Any, sample_weight: Any, first: bool, reset: bool
     ) -> tuple[Any, np.ndarray, np.ndarray | None]:
         x, y = checked(self, X, y, reset=reset, multi_output=True, y_numeric=True)
-        weight = None
-        if sample_weight is not None:
-            weight = _check_sample_weight(
-                sample_weight, x, dtype=np.float64, ensure_non_negative=True
-            )
+        weight = weight_of(x, sample_weight)
         column = y.reshape(len(y), -1).astype(np.float64)
         if first:
             self._flat = y.ndim == 1
@@ -75,7 +69,7 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
         self._check_parameters()
         first = not (self.warm_start and hasattr(self, "network_"))
         x, targets, weight = self._targets(X, y, sample_weight, first, True)
-        fit_classes(self, x, targets, weight, stratify=None)
+        self._fit(x, targets, weight, stratify=None)
         return self
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseMLPRegressor:
@@ -97,6 +91,5 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
         tags.target_tags.multi_output = True
         return tags

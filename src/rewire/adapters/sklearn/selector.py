@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from sklearn.feature_selection import SelectorMixin
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked, is_whole
-from rewire.adapters.sklearn.classifier import cross_entropy, fit_classes
+from rewire.adapters.sklearn.base import SparseMLP, checked, is_whole, weight_of
+from rewire.adapters.sklearn.classifier import cross_entropy
 from rewire.adapters.sklearn.data import Rows
 from rewire.adapters.sklearn.regressor import scaled, squared_error
 from rewire.adapters.sklearn.training import Loss
@@ -85,11 +85,7 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
             raise ValueError(f"importance must be 'counts' or 'strength', not {self.importance!r}")
         x, y = checked(self, X, y, reset=True, multi_output=True)
         self._wanted(x.shape[1])
-        weight = None
-        if sample_weight is not None:
-            weight = _check_sample_weight(
-                sample_weight, x, dtype=np.float64, ensure_non_negative=True
-            )
+        weight = weight_of(x, sample_weight)
         self._classes = type_of_target(y) in ("binary", "multiclass") and not _are_values(y)
         if self._classes:
             classes, targets = np.unique(y, return_inverse=True)
@@ -98,7 +94,7 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
             values = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
             mean, spread = scaled(values, weight)
             targets, self._targets = (values - mean) / spread, values.shape[1]
-        fit_classes(self, x, targets, weight, stratify=targets if self._classes else None)
+        self._fit(x, targets, weight, stratify=targets if self._classes else None)
         return self
 
     def _get_support_mask(self) -> np.ndarray:
@@ -117,5 +113,4 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
-        tags.input_tags.sparse = True
         return tags

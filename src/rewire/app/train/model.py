@@ -22,7 +22,7 @@ from rewire.budget import Limits
 from rewire.nn import sparse_weights
 from rewire.nn.convert.counts import chosen
 from rewire.nn.convert.cut import dense_weights
-from rewire.nn.layers.initial import Init
+from rewire.nn.layers.perceptron import perceptron
 
 Shape = tuple[int, ...]  # (outputs, inputs), as in the weight, and those of a kernel
 
@@ -108,13 +108,7 @@ def start_connections(
                 f"{entry.name} only comes down: begin with more, or choose a smaller --density or "
                 "--connections"
             )
-    limits = limits_of(config)
-    counts = []
-    for k, shape in zip(budgets, shapes, strict=True):
-        size = math.prod(shape)
-        most = limits.maximum(shape[0], size // shape[0]) if limits else size
-        counts.append(max(k, min(round(density * size), most)))
-    return counts
+    return budget.starting(density, shapes, budgets, limits_of(config))
 
 
 def limits_of(config: TrainConfig) -> Limits | None:
@@ -141,51 +135,6 @@ def check_limits(config: TrainConfig, shapes: Sequence[Shape], connections: Sequ
 
 def _shown(shape: Shape) -> str:
     return f"{math.prod(shape[1:])} inputs, {shape[0]} outputs"
-
-
-def build(
-    shapes: Sequence[tuple[int, int]],
-    connections: Sequence[int],
-    bias: bool,
-    generator: torch.Generator,
-    init: Init = "auto",
-    limits: Limits | None = None,
-) -> nn.Sequential:
-    """Sparse layers with ReLU between them; topology and weights come from `generator` alone.
-
-    `init` is how large the first values are, see `rewire.nn.layers.initial.draw_values`.
-    """
-    modules: list[nn.Module] = []
-    for (outputs, inputs), count in zip(shapes, connections, strict=True):
-        if modules:
-            modules.append(nn.ReLU())
-        layer = rewire.nn.SparseLinear(
-            inputs,
-            outputs,
-            bias=bias,
-            connections=count,
-            limits=limits,
-            generator=generator,
-            init=init,
-        )
-        modules.append(layer)
-    return nn.Sequential(*modules)
-
-
-def build_dense(
-    shapes: Sequence[tuple[int, int]], bias: bool, generator: torch.Generator
-) -> nn.Sequential:
-    """`nn.Linear` layers with ReLU between them, initialised as PyTorch's default does."""
-    modules: list[nn.Module] = []
-    for outputs, inputs in shapes:
-        if modules:
-            modules.append(nn.ReLU())
-        layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-        modules.append(layer)
-    return nn.Sequential(*modules)
 
 
 @dataclass(frozen=True)
@@ -220,7 +169,7 @@ class Network:
             sizes = layer_shapes(signature.features, config.hidden, signature.outputs, width)
             known = tuple(f"{2 * i}.weight" for i in range(len(sizes)))
             return cls(config, signature, width, known, tuple(sizes))
-        model = cls(config, signature, width, (), ())._dense()
+        model = cls(config, signature, width, (), ()).dense()
         sparse = [(name, tuple(weight.shape)) for name, weight in sparse_weights(model)]
         found = sparse or [
             (name, tuple(weight.shape))
@@ -245,13 +194,15 @@ class Network:
         """The network at the start, made anew by the seed; dense without ``connections``."""
         config = self.config
         if self.is_stack and not _has_patterns(config):
-            generator = make_generator(config.seed, "model")
-            shapes = [(rows, cols) for rows, cols in self.shapes]
-            if connections is None:
-                return build_dense(shapes, config.bias, generator)
-            limits = limits_of(config)
-            return build(shapes, connections, config.bias, generator, config.init, limits)
-        model = self._dense()
+            return perceptron(
+                [(rows, cols) for rows, cols in self.shapes],
+                connections,
+                make_generator(config.seed, "model"),
+                bias=config.bias,
+                limits=limits_of(config),
+                init=config.init,
+            )
+        model = self.dense()
         if connections is None or self.is_sparse:
             return model
         try:
@@ -265,14 +216,14 @@ class Network:
         except ValueError as error:
             raise TrainError(f"--model {config.model}: {error}") from None
 
-    def _dense(self) -> nn.Module:
+    def dense(self) -> nn.Module:
         """The network as it is without a budget; torch's own random numbers stay as they are."""
         config = self.config
         if config.model == "mlp":
             sizes = layer_shapes(
                 self.signature.features, config.hidden, self.signature.outputs, self.width
             )
-            return build_dense(sizes, config.bias, make_generator(config.seed, "model"))
+            return perceptron(sizes, None, make_generator(config.seed, "model"), bias=config.bias)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "model"))
             return models.build(config.model, self.signature, self.width)

@@ -246,11 +246,11 @@ def _smaller(config: TrainConfig, network: Network) -> Network:
     else:
         assert config.density is not None  # make_config filled it in
         budget = round(config.density[0] * total)
-    others = sum(p.numel() for p in network.make(None).parameters()) - total
+    others = sum(p.numel() for p in network.dense().parameters()) - total
     signature = network.signature
 
     def make(width: float) -> nn.Module:
-        return Network.of(config, signature, width).make(None)
+        return Network(config, signature, width, (), ()).dense()
 
     return Network.of(config, signature, baselines.largest_width(make, budget + others))
 
