@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one line that says what can.
@@ -48,3 +51,9 @@ class StoppedError(UserError):
 
 class NotAvailable(Exception):
     """Something cannot be measured here: an operating system without /proc, say."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint for a mistyped name, or nothing; ``cutoff`` as in `difflib.get_close_matches`."""
+    close = difflib.get_close_matches(given, list(allowed), 1, cutoff)
+    return f" (did you mean {close[0]!r}?)" if close else ""

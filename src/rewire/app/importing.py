@@ -1,4 +1,4 @@
-"""Functions of the user's own, by "module:name"."""
+"""What a user names by a path, or by "module:name"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any
 
 from rewire.app.errors import TrainError
 
-__all__ = ["call_with", "is_importable", "load_object"]
+__all__ = ["FILE_ENDINGS", "call_with", "find_object", "is_importable", "is_path", "load_object"]
+
+#: The endings of files with samples.
+FILE_ENDINGS = (".csv", ".tsv", ".parquet", ".npz", ".mat")
+
+
+def is_path(source: str) -> bool:
+    """Whether this is the path of a file with samples, or of a folder."""
+    return "/" in source or Path(source).suffix.lower() in FILE_ENDINGS
 
 
 def _find_here() -> None:
@@ -29,14 +37,22 @@ def is_importable(module: str) -> bool:
     return bool(first) and importlib.util.find_spec(first) is not None
 
 
-def load_object(option: str, source: str) -> Any:
-    """What "module:attribute" names; modules in the current folder are found. Raises TrainError."""
+def find_object(source: str) -> Any:
+    """What "module:attribute" names; modules in the current folder are found. Raises whatever the
+    module does.
+    """
     module, _, attribute = source.partition(":")
     _find_here()
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def load_object(option: str, source: str) -> Any:
+    """`find_object`, which must be something to call. Raises TrainError."""
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = find_object(source)
     except Exception as error:  # somebody else's code runs
         raise TrainError(
             f"{option}: {source!r} cannot be loaded: {type(error).__name__}: {error}"

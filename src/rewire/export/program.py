@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rewire.nn.frozen.freeze import freeze
-from rewire.nn.frozen.weight import Values
+from rewire.nn.frozen.quantize import Values
 from rewire.nn.weight.listing import sparse_weights
 from rewire.storage.files import write_atomic
 

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 from scipy import stats
 
+from outcomes import outcome
 from rewire.app.studies import table
 from rewire.app.studies.plan import Plan, make_plan
 from rewire.app.studies.stages import Outlook
@@ -20,21 +21,6 @@ SCORES = {
     "set": [0.95, 0.97, 0.93],
     "deep-r": [0.94, 0.95, 0.93],
 }
-
-
-def outcome(score: float) -> dict[str, Any]:
-    return {
-        "score": score,
-        "loss": 0.5,
-        "validation": score,
-        "connections": 222,
-        "possible": 2220,
-        "epochs": 3,
-        "seconds": 1.5,
-        "training_multiply_adds": 2_593_404,
-        "peak_memory": 1_250_000,
-        "inference": {"ms": 0.25, "samples": 256, "threads": 1},
-    }
 
 
 def ended(score: float) -> FrozenTrial:

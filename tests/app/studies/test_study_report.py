@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from optuna.trial import create_trial
 
+import outcomes
 from rewire.app.studies import figures, report
 from rewire.app.studies.figures import Look
 from rewire.app.studies.plan import Plan, make_plan
@@ -20,16 +21,7 @@ METHODS = ["static", "set", "rigl", "deep-r", {"method": "noiseout", "name": "de
 def outcome(score: float, seed: int) -> dict[str, Any]:
     epochs = list(range(1, 101))
     return {
-        "score": score,
-        "loss": 0.5,
-        "validation": score,
-        "connections": 222,
-        "possible": 2220,
-        "epochs": 3,
-        "seconds": 1.5,
-        "training_multiply_adds": 2_593_404,
-        "peak_memory": 1_250_000,
-        "inference": {"ms": 0.25, "samples": 256, "threads": 1},
+        **outcomes.outcome(score),
         "curves": {
             "epoch": epochs,
             "validation_accuracy": [score] * 100,

@@ -15,13 +15,11 @@ from rewire import methods
 from rewire.adapters.sklearn.data import Rows
 from rewire.adapters.sklearn.network import describe, rebuild
 from rewire.nn.forward.modes import evaluating
+from rewire.nn.layers.perceptron import ONE_THREAD
 from rewire.storage import tensors as tensor_file
 from rewire.storage.nested import flatten, unflatten
 
 __all__ = ["Training", "from_bytes", "threads", "to_bytes"]
-
-#: Products in a step: a millisecond of work, below which threads cost more than they bring.
-ONE_THREAD = 1_000_000
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

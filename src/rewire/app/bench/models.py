@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from torch import nn
 
 from rewire.app.bench import networks
 from rewire.app.errors import BenchError
+from rewire.app.importing import find_object
 from rewire.nn.forward.tensors import first_input
 
 __all__ = ["MODELS", "Found", "layers", "load"]
@@ -88,14 +86,8 @@ def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int
         raise BenchError(
             f"--model: given {source!r}, allowed are {allowed} or path.to.module:callable"
         )
-    here = str(Path.cwd())
-    if here not in sys.path:  # as python -m has it: a model in the current folder is found
-        sys.path.insert(0, here)
     try:
-        made: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            made = getattr(made, part)
-        model = made()
+        model = find_object(source)()
     except Exception as error:
         raise BenchError(
             f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"

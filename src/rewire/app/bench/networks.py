@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rewire.app.models import images
 
 __all__ = ["MaskedLinear", "mlp", "resnet18", "set_mlp"]
 
@@ -46,44 +47,6 @@ def set_mlp() -> nn.Module:
     )
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which is projected where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
-
-
 def resnet18(classes: int = 1000) -> nn.Module:
-    """ResNet-18 for 224 x 224 images (He et al. 2016), of torch.nn layers only."""
-    stem = [
-        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2, 1),
-    ]
-    widths = (64, 64, 128, 256, 512)
-    blocks: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        blocks += [
-            _Block(inputs, outputs, 1 if inputs == outputs else 2),
-            _Block(outputs, outputs, 1),
-        ]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
-    model = nn.Sequential(*stem, *blocks, *head)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            bound = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
-            nn.init.normal_(module.weight, std=bound)
-    return model
+    """ResNet-18 for 224 x 224 images."""
+    return images.resnet18((3, 224, 224), classes)

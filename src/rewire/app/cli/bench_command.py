@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from rewire.app.cli.options import described
+from rewire.app.cores import cores
 from rewire.app.errors import BenchError
 
 __all__ = ["bench", "parse_density", "parse_layer", "parse_shape"]
@@ -44,11 +44,6 @@ def parse_density(text: str) -> float:
     if not 0.0 < density <= 1.0:
         raise BenchError(f"--density: given {text!r}, allowed is a number above 0 and up to 1")
     return density
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(option: str, most: Callable[[], int] | None = None) -> Callable[[str], int]:
@@ -135,7 +130,7 @@ def bench(
             RUN,
             "NUMBER",
             r"CPU threads. \[default: as many as torch takes]",
-            parser=_count("--threads", _cores),
+            parser=_count("--threads", cores),
         ),
     ] = None,
     cpu_time: Annotated[

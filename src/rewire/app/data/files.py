@@ -6,7 +6,6 @@ import csv
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.options import FileOptions
 from rewire.app.data.tables import Table, make_dataset
-from rewire.app.errors import DataError
+from rewire.app.errors import DataError, did_you_mean
+from rewire.app.importing import FILE_ENDINGS
 from rewire.storage.files import sha256_file
 from rewire.storage.reading import brief
 
@@ -75,8 +75,7 @@ def targets_of(path: Path | str, names: Iterable[str], options: FileOptions) -> 
         wanted = list(dict.fromkeys(part.strip() for part in options.target.split(",")))
     for name in wanted:
         if name not in there:
-            near = get_close_matches(name, there, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, there)
             shown = brief(", ".join(there), 200)
             raise DataError(f"--target: {path} has no column {name!r}{hint}; it has {shown}")
     return wanted
@@ -236,4 +235,4 @@ def _of_pair(path: Path, x: Any, y: NDArray[Any], target: str) -> Table:
 
 
 #: What reads a file, by its ending.
-ENDINGS = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".npz": _npz, ".mat": _mat}
+ENDINGS = dict(zip(FILE_ENDINGS, (_csv, _csv, _parquet, _npz, _mat), strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rewire.app.data.dataset import Dataset
 from rewire.app.data.files import needed
 from rewire.app.data.options import FileOptions
 from rewire.app.data.tables import Table, make_dataset
-from rewire.app.errors import DataError
+from rewire.app.errors import DataError, did_you_mean
 from rewire.storage.files import sha256_bytes
 from rewire.storage.reading import brief
 
@@ -40,8 +39,7 @@ def from_sklearn(name: str, options: FileOptions) -> Dataset:
     found = next((loaders[p + name] for p in ("load_", "fetch_") if p + name in loaders), None)
     if found is None:
         names = sorted(n.partition("_")[2] for n in loaders)
-        near = get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, names)
         raise DataError(f"--data: scikit-learn has no data set {name!r}{hint}")
     try:
         bunch: Any = found()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from rewire.app.data import cifar10, digits, files, mnist, own, skfeature, speec
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress
 from rewire.app.data.options import FileOptions
-from rewire.app.errors import DataError, UserError
-from rewire.app.importing import call_with, load_object
+from rewire.app.errors import DataError, UserError, did_you_mean
+from rewire.app.importing import call_with, is_path, load_object
 from rewire.storage.reading import brief
 
 __all__ = ["REGISTERED", "Registered", "available", "check", "load"]
@@ -90,19 +89,14 @@ def available() -> list[str]:
 
 def check(source: str) -> None:
     """Raise DataError for what is neither a name, nor a path, nor a function; loads nothing."""
-    if source in REGISTERED or _is_path(source) or _function(source) is not None:
+    if source in REGISTERED or is_path(source) or _function(source) is not None:
         return
-    near = get_close_matches(source, REGISTERED, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(source, REGISTERED)
     raise DataError(
         f"--data: unknown name {source!r}{hint}; allowed are {', '.join(REGISTERED)}, a file "
         f"({', '.join(files.ENDINGS)}), a folder of images, sklearn:NAME, or "
         "path.to.module:function"
     )
-
-
-def _is_path(source: str) -> bool:
-    return "/" in source or Path(source).suffix.lower() in files.ENDINGS
 
 
 def _function(source: str) -> tuple[str, str] | None:
@@ -134,7 +128,7 @@ def load(
         options.refuse(source, "target", "task", "test_share", "test_data", "validation_data")
         options.refuse(source, "split_seed", "image_size")
         return REGISTERED[source].load(data_dir, mirror, progress)
-    if _is_path(source):
+    if is_path(source):
         path = Path(source)
         if path.is_dir():
             options.refuse(source, "target", "task")

@@ -296,8 +296,6 @@ def _of_frames(name: str, frames: Mapping[str, Any]) -> tuple[tuple[str, ...], d
             f"{name}: values are missing (NaN) in {listed}; fill them in, or leave these columns "
             "or samples out"
         )
-    if not names:
-        raise DataError(f"{name}: there is no column besides the target")
     found: dict[str, Rows] = {}
     for part, blocks in columns.items():
         values = np.concatenate(blocks, 1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from rewire.app.errors import TrainError
+from rewire.app.errors import TrainError, did_you_mean
 from rewire.app.importing import call_with, is_importable, load_object
 from rewire.app.models import images, sequences
 
@@ -37,10 +37,7 @@ class Signature:
     @property
     def features(self) -> int:
         """Numbers of one sample."""
-        size = 1
-        for n in self.shape:
-            size *= n
-        return size
+        return math.prod(self.shape)
 
 
 Maker = Callable[[tuple[int, ...], Signature, float], nn.Module]
@@ -143,8 +140,7 @@ def parse(source: str) -> tuple[_Known, tuple[int, ...]] | None:
     module, colon, attribute = source.partition(":")
     if colon and attribute and not _misspelt(module) and is_importable(module):
         return None
-    near = get_close_matches(source, NAMES, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(source, NAMES, 0.5)
     raise TrainError(
         f"--model: unknown name {source!r}{hint}; allowed are {', '.join(NAMES)}, or "
         "path.to.module:callable for one of your own"

@@ -23,16 +23,11 @@ from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Progress
 from rewire.app.train.run_dir import RunDir
 
-__all__ = ["execute", "load_data", "nothing"]
+__all__ = ["execute", "nothing"]
 
 #: Seconds that a folder may be locked by a process that is about to end.
 LOCKED = 20.0
 _LATE = 1.0  # seconds between messages on progress
-
-
-def load_data(config: TrainConfig, progress: Any = None) -> Dataset:
-    """The data set that the options name."""
-    return command.load_data(config, progress)
 
 
 def nothing() -> None:
@@ -112,7 +107,7 @@ def execute(connection: Connection, values: Mapping[str, Any], folder: str, thre
 
 def _train(values: Mapping[str, Any], folder: Path, told: _Told) -> dict[str, Any]:
     config = make_config(values)
-    dataset = load_data(config)
+    dataset = command.load_data(config)
     place = RunDir(folder)
     until = time.monotonic() + LOCKED
     while True:

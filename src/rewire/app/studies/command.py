@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from rewire.app import interrupts, run_files
+from rewire.app.cores import cores
 from rewire.app.errors import StudyError, TrainError, UserError
 from rewire.app.studies.plan import Cell, Plan, make_plan, read_yaml
 from rewire.app.studies.results import FORMATS
@@ -158,7 +159,7 @@ def compare(plan: Plan, options: Options) -> None:
     from rewire.app.studies.progress import Shower
     from rewire.app.studies.stages import Stages
     from rewire.app.studies.store import Store, is_failed
-    from rewire.app.studies.work import Crew, cores
+    from rewire.app.studies.work import Crew
 
     name, folder = _place(plan, options)
     if folder.exists() and not folder.is_dir():
@@ -211,7 +212,7 @@ def _check_data(plan: Plan, cells: Sequence[Cell], console: Console) -> None:
     """
     if not cells:
         return
-    from rewire.app.studies.child import load_data
+    from rewire.app.train.command import load_data
     from rewire.app.train.config import make_config
     from rewire.app.train.display import DownloadBar
     from rewire.app.train.parts import assemble

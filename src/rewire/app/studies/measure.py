@@ -21,7 +21,7 @@ from rewire.app.run_files import METRICS
 from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Observer
 from rewire.app.train.parts import Parts
-from rewire.nn import SparseWeight, freeze
+from rewire.nn import freeze, sparse_weights
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.inspect.cost import cost
 
@@ -172,15 +172,11 @@ class Meter(Observer):
 def _positions(model: nn.Module) -> dict[str, Tensor]:
     """The positions of the connections of every sparse weight, (connections,) int64."""
     found = {}
-    for name, weight in _weights(model):
+    for name, weight in sparse_weights(model):
         active = weight.rows >= 0
         rows, cols = weight.rows[active].long(), weight.cols[active].long()
         found[name] = rows * weight.matrix_shape[1] + cols
     return found
-
-
-def _weights(model: nn.Module) -> list[tuple[str, SparseWeight]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, SparseWeight)]
 
 
 def _curves(
@@ -209,32 +205,22 @@ def _curves(
 def _degrees(model: nn.Module) -> list[dict[str, Any]]:
     """Of each sparse weight how many outputs have which fan-in, and inputs which fan-out."""
     found = []
-    for name, weight in _weights(model):
-        active = weight.rows >= 0
+    for name, weight in sparse_weights(model):
         outputs, inputs = weight.matrix_shape
         part: dict[str, Any] = {"name": name, "outputs": outputs, "inputs": inputs}
-        for kind, index, size in (
-            ("in", weight.rows[active], outputs),
-            ("out", weight.cols[active], inputs),
-        ):
-            _, counts = torch.unique(index, return_counts=True)
-            most = int(counts.max()) if len(counts) else 0
-            width = most // VALUES + 1
-            units = torch.bincount(counts // width, minlength=1)
-            units[0] += size - len(counts)
-            part[kind] = {"width": width, "units": units.tolist()}
+        for kind, counts in (("in", weight.fan_in()), ("out", weight.fan_out())):
+            width = int(counts.max()) // VALUES + 1
+            part[kind] = {"width": width, "units": torch.bincount(counts // width).tolist()}
         found.append(part)
     return found
 
 
 def _picture(model: nn.Module, shape: list[int] | None) -> dict[str, Any] | None:
     """How many connections lead from every pixel into the first layer."""
-    weights = _weights(model)
+    weights = list(sparse_weights(model))
     if not shape or len(shape) != 2 or not weights or math.prod(shape) > PIXELS:
         return None
     weight = weights[0][1]
     if weight.shape[1] != math.prod(shape):
         return None
-    cols = weight.cols[weight.rows >= 0].long()
-    counts = torch.bincount(cols, minlength=weight.shape[1])
-    return {"shape": list(shape), "counts": counts.tolist()}
+    return {"shape": list(shape), "counts": weight.fan_out().tolist()}

@@ -186,8 +186,8 @@ class Plan(_Strict):
 
     def run(self, cell: Cell, stage: str, seed: int, **changed: Any) -> Run:
         """One run of a cell; ``changed`` goes before the plan's options. Raises `StudyError`."""
-        options = {**self.train, **cell.entry.train, **network(cell.model)}
-        options |= {"data": cell.data, "method": cell.entry.method, "seed": seed}
+        options = {**self.train, **cell.entry.train, "data": cell.data, "model": cell.model}
+        options |= {"method": cell.entry.method, "seed": seed}
         given = cell.entry.set | changed.pop("set", {})
         options |= changed
         if cell.density is not None:
@@ -262,16 +262,6 @@ def takes_density(method: str) -> bool:
     return not entry.cls.starts_dense or "density" in entry.parameters()
 
 
-def network(model: str) -> dict[str, Any]:
-    """The options of `rewire train` that make the network called ``model``."""
-    if "model" in TrainConfig.model_fields:
-        return {"model": model}
-    kind, _, sizes = model.partition(":")
-    if kind != "mlp":
-        raise StudyError(f"--model: given {model!r}, allowed is mlp:SIZES such as mlp:300,100")
-    return {"hidden": sizes or "none"}
-
-
 def typed(value: Any) -> str:
     """A hyper-parameter as ``--set`` takes it."""
     if isinstance(value, list | tuple):
@@ -307,17 +297,13 @@ def make_plan(values: Mapping[str, Any], where: str = "") -> Plan:
         plan = plan.model_copy(update={"methods": tuple(beside)})
     try:
         for entry in plan.methods:
-            check_name("--methods", entry.method, _all_methods())
+            check_name("--methods", entry.method, baselines.available())
         for cell in plan.cells():
             plan.run(cell, "run", plan.seeds[0])
         _check_expectations(plan)
     except (DataError, StudyError, TrainError) as error:
         raise StudyError(f"{prefix}{error}") from None
     return plan
-
-
-def _all_methods() -> list[str]:
-    return baselines.available()
 
 
 def _check_expectations(plan: Plan) -> None:

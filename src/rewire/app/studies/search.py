@@ -12,7 +12,7 @@ from optuna.trial import Trial
 from rewire.app.errors import StudyError
 from rewire.app.studies.plan import Cell, Search, takes_density
 from rewire.app.train import baselines
-from rewire.app.train.config import TrainConfig, did_you_mean
+from rewire.app.train.config import TrainConfig, did_you_mean, starts_dense
 from rewire.methods.core.parameters import Declaration, kinds_of
 
 __all__ = ["Choice", "Range", "Space", "space_of"]
@@ -97,10 +97,10 @@ def space_of(cell: Cell, config: Mapping[str, Any]) -> Space:
                 start[name] = value
 
     add("lr", _around(config["lr"], Declaration("", above=0), whole=False), config["lr"])
-    sparse_start = takes_density(entry.method) and not _starts_dense(entry.method)
+    sparse_start = takes_density(entry.method) and not starts_dense(entry.method)
     if sparse_start and config.get("init") in INITS:
         add("init", Choice(tuple(INITS)), config["init"])
-    declared = _parameters(entry.method)
+    declared = baselines.info(entry.method).parameters()
     for name, parameter in declared.items():
         if name in entry.set or name in LEFT:
             continue
@@ -118,16 +118,6 @@ def space_of(cell: Cell, config: Mapping[str, Any]) -> Space:
         value = config["method_options"].get(name) if field != name else config.get(name)
         add(field, _given(name, given), value)
     return Space(parts, start)
-
-
-def _parameters(method: str) -> dict[str, Any]:
-    if method not in baselines.available():
-        return {}
-    return dict(baselines.info(method).parameters())
-
-
-def _starts_dense(method: str) -> bool:
-    return method in baselines.available() and baselines.info(method).cls.starts_dense
 
 
 def _part(annotation: Any, value: Any, declared: Declaration) -> Range | Choice | None:

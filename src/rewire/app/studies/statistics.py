@@ -146,10 +146,10 @@ def _found(claim: Expectation, rows: Sequence[Row]) -> float | None:
     for row in rows:
         if row.cell.entry.label != claim.method or claim.data not in (None, row.cell.data):
             continue
-        if claim.density not in (None, row.cell.density) or len(row.scores) < row.seeds:
-            if claim.density in (None, row.cell.density):
-                return None
+        if claim.density not in (None, row.cell.density):
             continue
+        if len(row.scores) < row.seeds:
+            return None
         value = 100 * (row.mean or 0.0)
         if claim.above is not None:
             rival = _rival(claim.above, row, rows)

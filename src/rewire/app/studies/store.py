@@ -265,6 +265,8 @@ class Ledger:
         self._bury()
         found = self.standing()
         missing = [task for task in tasks if task.key not in found]
+        if not missing:
+            return found
         # a run whose worker died goes on with the values that it was given
         former = {t.user_attrs.get("key"): t.params for t in self._trials() if t.params}
         for task in missing:
@@ -275,7 +277,7 @@ class Ledger:
                     params, user_attrs=attributes
                 )
             )
-        return self.standing() if missing else found
+        return self.standing()
 
     def _bury(self) -> None:
         """End the trials whose workers died: those without a beat, and of this machine at once."""

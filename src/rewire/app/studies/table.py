@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rewire.app.studies.plan import Plan
 from rewire.app.studies.statistics import Row, Verdict
 
 __all__ = ["CSV_COLUMNS", "NOTE", "claim_lines", "show", "to_csv", "to_latex", "to_markdown"]
@@ -251,9 +250,3 @@ def claim_lines(verdicts: Sequence[Verdict]) -> list[str]:
         + ("" if verdict.found is None else f" (found {verdict.found:.2f})")
         for verdict in verdicts
     ]
-
-
-def heading(plan: Plan) -> str:
-    """The study in a line."""
-    parts = [f"{len(plan.methods)} methods", f"{len(plan.seeds)} seeds"]
-    return plan.title or ", ".join(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,21 +11,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from rewire.app.cores import cores
 from rewire.app.studies.plan import Run, folder_name
 from rewire.app.studies.stages import Outlook, Stages, Work
 from rewire.app.studies.store import BEAT
 
-__all__ = ["Crew", "Watcher", "cores"]
+__all__ = ["Crew", "Watcher"]
 
 #: Seconds between looks at what others did, while there is nothing to claim.
 LOOK = 2.0
 #: Seconds that a run is given to save and leave after it was told to.
 LEAVE = 30.0
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Watcher(Protocol):

@@ -7,7 +7,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -253,15 +252,19 @@ class Trainer:
             kind: [max(0, now - self.before[kind][name]) for name, now in counts[kind].items()]
             for kind in counts
         }
+        of_task: dict[str, Any] = {
+            "train_accuracy": None,
+            "validation_accuracy": None,
+            f"train_{task.score}": self._train_score(),
+            f"validation_{task.score}": scores[1] if scores else None,
+        }
         self.epoch, self.batch = self.epoch + 1, 0
         record = EpochRecord(
             epoch=self.epoch,
             step=self.step,
             lr=lr,
             train_loss=train_loss,
-            train_accuracy=None,
             validation_loss=scores[0] if scores else None,
-            validation_accuracy=None,
             connections=connections,
             dropped=change["dropped"],
             grown=change["grown"],
@@ -270,12 +273,8 @@ class Trainer:
             ],
             seconds=self.seconds,
             units=self.parts.units(),
+            **of_task,
         )
-        score_now: dict[str, Any] = {
-            f"train_{task.score}": self._train_score(),
-            f"validation_{task.score}": scores[1] if scores else None,
-        }
-        record = replace(record, **score_now)
         self.loss_sum.zero_()
         self.correct.zero_()
         self.count = 0

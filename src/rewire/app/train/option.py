@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from rewire.app.errors import TrainError
+from rewire.app.errors import TrainError, did_you_mean
+from rewire.app.importing import is_path
 
 __all__ = [
     "DATA",
@@ -75,12 +75,8 @@ def _parts(value: object) -> object:
 
 def _path(source: str) -> str:
     """A path in full, so that a run can be resumed from another folder; names stay as they are."""
-    looks = "/" in source or Path(source).suffix.lower() in FILE_ENDINGS
-    return str(Path(source).absolute()) if looks and "://" not in source else source
+    return str(Path(source).absolute()) if is_path(source) and "://" not in source else source
 
-
-#: The endings of files with samples.
-FILE_ENDINGS = (".csv", ".tsv", ".parquet", ".npz", ".mat")
 
 # torch cannot count the elements of a weight with more units
 Size = Annotated[int, Field(gt=0, lt=2**40)]
@@ -93,12 +89,6 @@ Sizes = Annotated[tuple[Size, ...], BeforeValidator(_parts)]
 Shares = Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_parts)]
 Block = Annotated[tuple[Size, Size, Size], BeforeValidator(_parts)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_parts)]
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """A hint for a mistyped name, or nothing."""
-    close = difflib.get_close_matches(given, list(allowed), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_name(option: str, given: str, allowed: Iterable[str]) -> None:

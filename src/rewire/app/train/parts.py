@@ -28,12 +28,11 @@ from rewire.app.train.prepared import Prepared, prepare
 from rewire.app.train.remaining import layer_counts, structure
 from rewire.app.train.task import Task
 from rewire.nn.forward.modes import evaluating
+from rewire.nn.layers.perceptron import ONE_THREAD
 from rewire.storage import reading
 
 #: Samples at a time, where a method looks at activations.
 ROWS = 1000
-#: Products in a step: a millisecond of work, below which threads cost more than they bring.
-ONE_THREAD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
         )
     provided = {
         # Methods that look at activations see the training part, never what is held out.
-        "data": x.split(ROWS) if isinstance(x, Tensor) else Pieces(x, ROWS),
+        "data": Pieces(x, ROWS),
         "connections": budgets,
         "total_steps": config.epochs * len(batches),
         "total_epochs": config.epochs,

@@ -59,7 +59,7 @@ def load_network(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return tensor_file.parse(reading.read_bytes(path), str(path))[0]
+        return tensor_file.read(path)[0]
     except OSError as error:
         raise RunFileError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

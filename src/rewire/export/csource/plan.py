@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewire.nn.frozen import quantize
-from rewire.nn.frozen.weight import Values
+from rewire.nn.frozen.quantize import Values
 
 __all__ = ["TYPES", "Buffer", "Matrix", "Plan", "Step", "c_float", "smallest"]
 
@@ -97,15 +97,12 @@ class Matrix:
         """Store the numbers as ``values`` says, unless they are rounded already."""
         if values == "float" or self.scale is not None:
             return
-        how = quantize.to_int8 if values == "int8" else quantize.to_ternary
         exact = self.values
         if not exact.isfinite().all():
             raise ValueError(f"{self.title} has values that are not finite; no {values} holds them")
-        codes, scale = how(self.rows, exact.float(), self.shape[0])
-        off = (exact - codes.double() * scale.double()[self.rows]).abs()
-        size = exact.norm()
-        self.error = float(off.norm() / size) if size > 0 else 0.0
-        self.bound = float(self._row_sums(off).max())
+        codes, scale = quantize.rounded(values, self.rows, exact.float(), self.shape[0])
+        stored = codes.double() * scale.double()[self.rows]
+        self.error, self.bound = quantize.deviation(self.rows, exact, stored, self.shape[0])
         self.values, self.scale, self.stored = codes, scale.double(), values
         if values == "ternary":
             there = codes != 0

@@ -16,7 +16,8 @@ from rewire.export.csource.call import Call, Refused
 from rewire.export.csource.curves import per_channel
 from rewire.export.csource.operators import FUNCTIONS, METHODS, MODULES
 from rewire.export.csource.plan import Buffer, Matrix, Plan, smallest
-from rewire.nn.frozen.weight import FrozenWeight, Values
+from rewire.nn.frozen.quantize import Values
+from rewire.nn.frozen.weight import FrozenWeight
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d
 from rewire.nn.layers.linear import SparseLinear
 from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN

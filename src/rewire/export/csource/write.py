@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from rewire._version import __version__
 from rewire.export.csource.plan import TYPES, Matrix, Plan, c_float, smallest
 from rewire.export.csource.trace import plan_of
+from rewire.nn.frozen import quantize
 from rewire.nn.frozen.freeze import freeze
-from rewire.nn.frozen.weight import Values
+from rewire.nn.frozen.quantize import Values
 from rewire.nn.weight.listing import sparse_weights
 from rewire.storage.files import write_atomic
 
@@ -137,8 +138,7 @@ def c(
     Raises ValueError, before anything is written, which names the layer or the operation that
     cannot be exported. Cost: O(K log K) time, and a run of the model on the example.
     """
-    if values not in get_args(Values):
-        raise ValueError(f"values must be {', '.join(map(repr, get_args(Values)))}, not {values!r}")
+    quantize.check(values)
     if (
         not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)
         or name in _WORDS

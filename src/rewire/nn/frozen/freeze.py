@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from rewire.nn.convert import attached
 from rewire.nn.convert.counts import matches
 from rewire.nn.convert.kinds import join, sparse_kind_of
 from rewire.nn.convert.replacing import layers_of, swap
+from rewire.nn.frozen import quantize
 from rewire.nn.frozen.layers import FROZEN
-from rewire.nn.frozen.weight import FrozenWeight, Values
+from rewire.nn.frozen.quantize import Values
+from rewire.nn.frozen.weight import FrozenWeight
 from rewire.nn.weight.listing import sparse_weights
 from rewire.nn.weight.pool import SparseWeight
 
@@ -41,10 +43,8 @@ def freeze(model: nn.Module, values: Values | Mapping[str, Values] = "float") ->
     weight. Cost: O(K log K) time.
     """
     given: dict[str, Values] = {"*": values} if isinstance(values, str) else dict(values)
-    allowed = get_args(Values)
     for kind in given.values():
-        if kind not in allowed:
-            raise ValueError(f"values must be {', '.join(map(repr, allowed))}, not {kind!r}")
+        quantize.check(kind)
     names = [name for name, _ in sparse_weights(model)]
     if not names:
         frozen = any(isinstance(module, FrozenWeight) for module in model.modules())

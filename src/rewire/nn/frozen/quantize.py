@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rounded", "to_int8", "to_ternary"]
+__all__ = ["Rounded", "Values", "check", "deviation", "rounded", "to_int8", "to_ternary"]
+
+#: How a frozen weight keeps its values.
+Values = Literal["float", "int8", "ternary"]
 
 #: The largest magnitude of an int8 value; -128 is not used, so that codes are symmetric.
 _LARGEST = 127
@@ -62,3 +65,26 @@ def to_ternary(rows: Tensor, values: Tensor, count: int) -> Rounded:
     codes = torch.zeros_like(values)
     codes[order] = torch.where(place <= kept[row], values[order].sign(), 0)
     return Rounded(codes.to(torch.int8), scale.to(values.dtype))
+
+
+def check(values: str) -> None:
+    """Raise ValueError for what is not one of `Values`."""
+    allowed = get_args(Values)
+    if values not in allowed:
+        raise ValueError(f"values must be {', '.join(map(repr, allowed))}, not {values!r}")
+
+
+def rounded(kind: Values, rows: Tensor, values: Tensor, count: int) -> Rounded:
+    """`to_int8` or `to_ternary`."""
+    return (to_int8 if kind == "int8" else to_ternary)(rows, values, count)
+
+
+def deviation(rows: Tensor, exact: Tensor, kept: Tensor, count: int) -> tuple[float, float]:
+    """The relative error of the values, the root of sum (w - w')^2 / sum w^2, and the largest sum
+    of abs(w - w') over one of ``count`` rows; both 0 without connections.
+    """
+    off = (exact.double() - kept.double()).abs()
+    size = exact.double().norm()
+    sums = off.new_zeros(count).index_add_(0, rows, off)
+    error = float(off.norm() / size) if size > 0 else 0.0
+    return error, float(sums.max()) if sums.numel() else 0.0

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rewire.nn.frozen import quantize
+from rewire.nn.frozen.quantize import Values
 from rewire.nn.weight.pool import SparseWeight
 from rewire.ops import NARROW, frozen_linear
 from rewire.ops.frozen import NATIVE_PRODUCT, expand
 
 __all__ = ["FrozenWeight", "Values", "frozen_weights"]
-
-#: How a frozen weight keeps its values.
-Values = Literal["float", "int8", "ternary"]
 
 #: Columns up to here are kept in 16 bits.
 _NARROW_COLUMNS = 1 << 16
@@ -48,10 +46,7 @@ class FrozenWeight(nn.Module):
     @torch.no_grad()
     def __init__(self, weight: SparseWeight, values: Values = "float") -> None:
         super().__init__()
-        if values not in get_args(Values):
-            raise ValueError(
-                f"values must be {', '.join(map(repr, get_args(Values)))}, not {values!r}"
-            )
+        quantize.check(values)
         self._shape, self.stored = weight.shape, values
         self.error = self.bound = 0.0
         rows, cols, numbers = (t.detach() for t in weight.coo())
@@ -62,9 +57,9 @@ class FrozenWeight(nn.Module):
         if values != "float":
             if not numbers.isfinite().all():
                 raise ValueError(f"values that are not finite cannot be stored as {values}")
-            how = quantize.to_int8 if values == "int8" else quantize.to_ternary
-            kept, scale = how(rows, numbers, count)
-            self._account(rows, numbers, kept.to(scale.dtype) * scale[rows])
+            kept, scale = quantize.rounded(values, rows, numbers, count)
+            stored = kept.to(scale.dtype) * scale[rows]
+            self.error, self.bound = quantize.deviation(rows, numbers, stored, count)
             parts = rows
         if values == "ternary":
             assert kept is not None
@@ -84,13 +79,6 @@ class FrozenWeight(nn.Module):
         # What `quick` compares the input with; no input has a negative number of columns.
         fits = numbers.dtype == torch.float32 and columns <= 2**31
         self._quick_columns = columns if fits else -1
-
-    def _account(self, rows: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        off = (exact.double() - rounded.double()).abs()
-        size = exact.double().norm()
-        self.error = float(off.norm() / size) if size > 0 else 0.0
-        per_row = off.new_zeros(self.matrix_shape[0]).index_add_(0, rows, off)
-        self.bound = float(per_row.max()) if per_row.numel() else 0.0
 
     @classmethod
     def __torch_function__(

@@ -11,7 +11,11 @@ from rewire.budget import Limits
 from rewire.nn.layers.initial import Init
 from rewire.nn.layers.linear import SparseLinear
 
-__all__ = ["perceptron"]
+__all__ = ["ONE_THREAD", "perceptron"]
+
+#: Products in a step of a perceptron: a millisecond of work, below which threads cost more than
+#: they bring.
+ONE_THREAD = 1_000_000
 
 
 def perceptron(
