@@ -6,50 +6,107 @@ namespace {
 
 // Rows of the weight whose results are kept, to be written as rows of y.
 constexpr int kTile = 16;
-// Connections of an int8 weight that are widened at once.
-constexpr int64_t kWidened = 1024;
+// Connections that one sum takes at once: those of an int8 weight are widened.
+constexpr int64_t kPiece = 1024;
+// Columns that are copied together.
+constexpr int64_t kAhead = 2 * kPiece;
 
-REWIRE_INLINE int64_t pointer(const FrozenWeight& w, int64_t at) {
-  return w.wide ? static_cast<const int64_t*>(w.ptr)[at] : static_cast<const int32_t*>(w.ptr)[at];
+// A number as it is now, which the compiler must not read again.
+template <class I>
+REWIRE_INLINE I now(const void* list, int64_t at) {
+  return __atomic_load_n(static_cast<const I*>(list) + at, __ATOMIC_RELAXED);
 }
 
-// Whether the pointers from `first` to `last` ascend within the connections, and their columns are
-// features.
-template <class Col>
-Status check(const FrozenWeight& w, int64_t first, int64_t last) {
-  const int64_t begin = pointer(w, first), end = pointer(w, last);
-  if (begin < 0 || end > w.connections) return kBadPointer;
-  int64_t before = begin;
-  for (int64_t at = first + 1; at <= last; ++at) {
-    const int64_t now = pointer(w, at);
-    if (now < before) return kBadPointer;
-    before = now;
-  }
-  const Col* cols = static_cast<const Col*>(w.cols);
-  // A negative column is a large number here.
-  if constexpr (sizeof(Col) == 2) {
-    uint16_t most = 0;
-    for (int64_t k = begin; k < end; ++k) most = cols[k] > most ? cols[k] : most;
-    return begin < end && most >= w.features ? kBadIndex : kFine;
-  } else {
-    uint32_t most = 0;
-    for (int64_t k = begin; k < end; ++k) {
-      const uint32_t col = static_cast<uint32_t>(cols[k]);
-      most = col > most ? col : most;
-    }
-    return begin < end && static_cast<int64_t>(most) >= w.features ? kBadIndex : kFine;
-  }
+REWIRE_INLINE int64_t pointer(const FrozenWeight& w, int64_t at) {
+  return w.wide ? now<int64_t>(w.ptr, at) : now<int32_t>(w.ptr, at);
 }
 
 REWIRE_INLINE void widen(const int8_t* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
+// Lanes of a sum over one row of x.
+constexpr int kOne = 8;
+
+// The connections of one segment of a row after the other, in pieces. Each pointer and each column
+// is read once, into memory of its own, and checked there: another thread may write to the lists.
+template <class Col, int Value>
+class Pieces {
+  using Unsigned = typename UnsignedOf<sizeof(Col)>::type;
+
+ public:
+  Pieces(const FrozenWeight& w, int64_t first, int64_t last)
+      : w_(w), next_(pointer(w, first)), stop_(pointer(w, last)) {
+    if (stop_ > w.connections) stop_ = w.connections;
+    for (int u = 0; u < kOne; ++u) columns_[u] = 0;
+    for (int u = 0; u < kOne; ++u) wide_[u] = 0.0f;
+  }
+
+  // Calls add(columns, values, n, before) for the pieces of the segment whose last pointer is at
+  // `at + 1`. Whether `before`, kOne columns and values in front of the last can be read.
+  template <class Add>
+  __attribute__((always_inline)) Status segment(int64_t at, const Add& add) {
+    const int64_t begin = next_, end = pointer(w_, at + 1);
+    if (begin < 0 || end < begin || end > w_.connections) return kBadPointer;
+    next_ = end;
+    for (int64_t k = begin; k < end; k += kPiece) {
+      const int64_t n = end - k < kPiece ? end - k : kPiece;
+      if (k + n > read_ && !read(k, n)) return kBadIndex;
+      const Col* cols = columns_ + kOne + (k - from_);
+      if constexpr (Value == kFrozenInt8) {
+        widen(static_cast<const int8_t*>(w_.values) + k, wide_ + kOne, n);
+        add(cols, static_cast<const float*>(wide_ + kOne), n, true);
+      } else if constexpr (Value == kFrozenTernary) {
+        add(cols, static_cast<const float*>(nullptr), n, true);
+      } else {
+        add(cols, static_cast<const float*>(w_.values) + k, n, k + n >= kOne);
+      }
+    }
+    return kFine;
+  }
+
+ private:
+  // Columns from k on: n of them, and more that will be wanted next. Whether x has all of them.
+  bool read(int64_t k, int64_t n) {
+    read_ = k + kAhead < stop_ ? k + kAhead : stop_;
+    if (read_ < k + n) read_ = k + n;
+    from_ = k;
+    return static_cast<int64_t>(copy(static_cast<const Col*>(w_.cols) + k, read_ - k)) <
+           w_.features;
+  }
+
+  // The largest of n columns, which come into columns_; a negative column is a large number.
+  Unsigned copy(const Col* from, int64_t n) {
+    constexpr int W = REWIRE_VECTOR_BYTES / sizeof(Col);
+    using V = Vec<Unsigned, W>;
+    V most = {};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      V cols = load<V>(from + i);
+      keep(cols);
+      store(columns_ + kOne + i, cols);
+      most = cols > most ? cols : most;
+    }
+    Unsigned found = 0;
+    for (int u = 0; u < W; ++u) found = most[u] > found ? most[u] : found;
+    for (; i < n; ++i) {
+      const Col col = now<Col>(from, i);
+      columns_[kOne + i] = col;
+      found = static_cast<Unsigned>(col) > found ? static_cast<Unsigned>(col) : found;
+    }
+    return found;
+  }
+
+  const FrozenWeight& w_;
+  int64_t next_, stop_;
+  int64_t from_ = 0, read_ = -1;  // what of the columns is here
+  Col columns_[kOne + kAhead];
+  float wide_[Value == kFrozenInt8 ? kOne + kPiece : kOne];
+};
+
 // --- one row of x
 // ---------------------------------------------------------------------------------------------------
 
-// Lanes of a sum over one row of x.
-constexpr int kOne = 8;
 using One = Vec<float, kOne>;
 using Lanes8 = MakePositions<kOne>::type;
 
@@ -61,12 +118,12 @@ REWIRE_INLINE One found(const Col* cols, const float* x, Positions<P...>) {
 }
 
 // The sum of values[k] * x[cols[k]], or of x[cols[k]] without values, spread over lanes. Rows are
-// short, and a loop over the rest would be guessed wrong for most of them: the last lanes are taken
-// again from `first` on, the first column that has been checked, and what is in the sum already or
-// belongs to the row before is cleared.
+// short, and a loop over the rest would be guessed wrong for most of them: where what is `before`
+// can be read, the last lanes are taken again, and what is in the sum already or belongs to the row
+// before is cleared.
 template <bool Weighted, class Col>
-REWIRE_INLINE One one_run(const Col* first, const Col* cols, const float* values, int64_t n,
-                          const float* x) {
+REWIRE_INLINE One one_run(const Col* cols, const float* values, int64_t n, const float* x,
+                          bool before) {
   One sum = {};
   const auto part = [&](int64_t k) {
     const One terms = found(cols + k, x, Lanes8());
@@ -78,34 +135,13 @@ REWIRE_INLINE One one_run(const Col* first, const Col* cols, const float* values
   int64_t k = 0;
   for (; k + kOne <= n; k += kOne) sum += part(k);
   if (k == n) return sum;
-  if (cols + n - first >= kOne)
+  if (before)
     return sum +
            only<float, kOne>(mask_from<float, kOne>(static_cast<int>(kOne - (n - k)), Lanes8()),
                              part(n - kOne));
   float rest[kOne] = {};
   for (int u = 0; k < n; ++k, ++u) rest[u] = Weighted ? values[k] * x[cols[k]] : x[cols[k]];
   return sum + load<One>(rest);
-}
-
-// Calls add(columns, values, n) for the connections from begin to end, int8 values widened in
-// pieces.
-template <int Value, class Col, class Add>
-REWIRE_INLINE void in_pieces(const FrozenWeight& w, int64_t begin, int64_t end, const Add& add) {
-  const Col* cols = static_cast<const Col*>(w.cols);
-  if constexpr (Value == kFrozenInt8) {
-    float room[kOne + kWidened];
-    for (int u = 0; u < kOne; ++u) room[u] = 0.0f;  // read before the first, and cleared then
-    float* const wide = room + kOne;
-    for (int64_t k = begin; k < end; k += kWidened) {
-      const int64_t n = end - k < kWidened ? end - k : kWidened;
-      widen(static_cast<const int8_t*>(w.values) + k, wide, n);
-      add(cols + k, static_cast<const float*>(wide), n);
-    }
-  } else {
-    const float* values =
-        Value == kFrozenTernary ? nullptr : static_cast<const float*>(w.values) + begin;
-    add(cols + begin, values, end - begin);
-  }
 }
 
 template <int Value>
@@ -118,23 +154,24 @@ Status one_rows(const FrozenWeight& w, const FrozenPart& p, int64_t row0, int64_
   constexpr int W = sizeof(One) / sizeof(float);
   constexpr bool kWeighted = Value != kFrozenTernary;
   const int64_t each = segments<Value>();
-  const Status status = check<Col>(w, each * row0, each * row1);
-  if (status != kFine) return status;
-  const Col* first = static_cast<const Col*>(w.cols) + pointer(w, each * row0);
-  const auto sum = [&](int64_t at) {
-    One total = {};
-    in_pieces<Value, Col>(w, pointer(w, at), pointer(w, at + 1),
-                          [&](const Col* cols, const float* values, int64_t n) {
-                            total += one_run<kWeighted>(first, cols, values, n, p.x);
-                          });
-    return total;
+  Pieces<Col, Value> pieces(w, each * row0, each * row1);
+  Status status = kFine;
+  const auto sum = [&](int64_t at, One& total) {
+    status = pieces.segment(at, [&](const Col* cols, const float* values, int64_t n, bool before) {
+      total += one_run<kWeighted>(cols, values, n, p.x, before);
+    });
+    return status == kFine;
   };
   for (int64_t r = row0; r < row1; r += W) {
     const int n = static_cast<int>(row1 - r < W ? row1 - r : W);
     One found[W] = {};
     for (int i = 0; i < n; ++i) {
-      found[i] = sum(each * (r + i));
-      if constexpr (Value == kFrozenTernary) found[i] -= sum(each * (r + i) + 1);
+      if (!sum(each * (r + i), found[i])) return status;
+      if constexpr (Value == kFrozenTernary) {
+        One less = {};
+        if (!sum(each * (r + i) + 1, less)) return status;
+        found[i] -= less;
+      }
     }
     float sums[W];
     sum_lanes<float, W, W>(found, sums);
@@ -205,23 +242,23 @@ Status panel_rows(const FrozenWeight& w, const FrozenPart& p, int64_t row0, int6
   constexpr bool kWeighted = Value != kFrozenTernary;
   constexpr int64_t kWidth = L * N;
   const int64_t each = segments<Value>();
-  const Status status = check<Col>(w, each * row0, each * row1);
-  if (status != kFine) return status;
+  Pieces<Col, Value> pieces(w, each * row0, each * row1);
+  Status status = kFine;
   const auto sum = [&](int64_t at, V* sums) {
-    in_pieces<Value, Col>(w, pointer(w, at), pointer(w, at + 1),
-                          [&](const Col* cols, const float* values, int64_t n) {
-                            panel_run<kWeighted, L, N>(cols, values, n, p.x, sums);
-                          });
+    status = pieces.segment(at, [&](const Col* cols, const float* values, int64_t n, bool) {
+      panel_run<kWeighted, L, N>(cols, values, n, p.x, sums);
+    });
+    return status == kFine;
   };
   float tile[kTile * kWidth];
   for (int64_t r = row0; r < row1; r += kTile) {
     const int rows = static_cast<int>(row1 - r < kTile ? row1 - r : kTile);
     for (int i = 0; i < rows; ++i) {
       V sums[N] = {};
-      sum(each * (r + i), sums);
+      if (!sum(each * (r + i), sums)) return status;
       if constexpr (Value == kFrozenTernary) {
         V less[N] = {};
-        sum(each * (r + i) + 1, less);
+        if (!sum(each * (r + i) + 1, less)) return status;
         for (int j = 0; j < N; ++j) sums[j] -= less[j];
       }
       for (int j = 0; j < N; ++j) {

@@ -2,15 +2,6 @@
 // per row of the list) and value gradient (a dot product per connection). Included by
 // kernels-inl.h.
 
-// Keeps a vector that is used twice in its register; GCC would rather read it twice, and the second
-// reading of a line that is still on its way costs as much as the first.
-template <class V>
-REWIRE_INLINE void keep(V& v) {
-#if defined(REWIRE_REGISTER)
-  if constexpr (sizeof(V) >= 16) asm("" : REWIRE_REGISTER(v));
-#endif
-}
-
 // Leaves a copy of a few numbers in memory, where the compiler would read their origin again.
 template <class I, int U>
 REWIRE_INLINE void keep_list(I (&list)[U]) {

@@ -34,6 +34,10 @@ struct UnsignedOf {
   using type = uint32_t;
 };
 template <>
+struct UnsignedOf<2> {
+  using type = uint16_t;
+};
+template <>
 struct UnsignedOf<8> {
   using type = uint64_t;
 };
@@ -48,6 +52,15 @@ REWIRE_INLINE V load(const T* p) {
 template <class V, class T>
 REWIRE_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// Keeps a vector that is used twice in its register; GCC would rather read it twice, and the second
+// reading of a line that is still on its way costs as much as the first.
+template <class V>
+REWIRE_INLINE void keep(V& v) {
+#if defined(REWIRE_REGISTER)
+  if constexpr (sizeof(V) >= 16) asm("" : REWIRE_REGISTER(v));
+#endif
 }
 
 // A number that is known to the compiler, as an argument.
