@@ -1,4 +1,4 @@
-// The vector kernels of products; compiled once per instruction set by product/kernels.cpp.
+// The vector kernels of products; compiled once per instruction set by product/kernels_*.cpp.
 //
 // A batch is a contiguous run that is covered by vectors of W lanes; the last vector is moved back
 // so that it ends where the run ends, and computes some elements a second time with the same

@@ -1,6 +1,7 @@
 // What the drivers (products.cpp, layout.cpp) ask of the vector kernels of products.
 #pragma once
 
+#include "simd/target.h"
 #include "simd/types.h"
 
 namespace rewire {
@@ -84,7 +85,13 @@ struct ProductKernels {
   void (*copy[4])(const CopyArgs&, int64_t row0, int64_t row1);
 };
 
+}  // namespace rewire
+
+REWIRE_EACH_TARGET(ProductKernels, kProducts)
+
+namespace rewire {
+
 // Of the instruction set in use.
-const ProductKernels& product_kernels();
+inline const ProductKernels& product_kernels() { return REWIRE_BEST(kProducts); }
 
 }  // namespace rewire

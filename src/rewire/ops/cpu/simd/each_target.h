@@ -1,5 +1,5 @@
 // Compiles a file of kernels once per instruction set: the one place that names them, beside
-// simd/target.cpp.
+// simd/target.h.
 //
 //   #define REWIRE_KERNELS "conv/kernels-inl.h"
 //   #include "simd/each_target.h"
@@ -8,20 +8,35 @@
 // There, REWIRE_VECTOR_BYTES is the length of a vector and REWIRE_HAS_AVX2 says that intrinsics may
 // be used. Afterwards REWIRE_BEST(name) is the variable of this name from the namespace that suits
 // the machine.
+//
+// Kernels that take minutes to build have a source file for each instruction set, so that they are
+// built side by side: REWIRE_ONLY, defined before, says which one a file is for, and
+// REWIRE_EACH_TARGET declares the variable where REWIRE_BEST is used.
 #include "simd/target.h"
 #include "simd/types.h"
 
+#define REWIRE_PORTABLE 1
+#define REWIRE_AVX2 2
+#define REWIRE_AVX512 4
+#if !defined(REWIRE_ONLY)
+#define REWIRE_ONLY (REWIRE_PORTABLE | REWIRE_AVX2 | REWIRE_AVX512)
+#endif
+
+#if REWIRE_ONLY & REWIRE_PORTABLE
 // What the compiler targets by default: SSE2 on x86-64, NEON on aarch64.
 #define REWIRE_VECTOR_BYTES 16
 namespace rewire::portable {
 #include REWIRE_KERNELS
 }  // namespace rewire::portable
 #undef REWIRE_VECTOR_BYTES
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define REWIRE_HAS_AVX2
+
+#if REWIRE_ONLY & REWIRE_AVX2
 #define REWIRE_VECTOR_BYTES 32
 #define REWIRE_REGISTER "+x"
 #if defined(__clang__)
@@ -40,7 +55,9 @@ namespace rewire::avx2 {
 #endif
 #undef REWIRE_REGISTER
 #undef REWIRE_VECTOR_BYTES
+#endif
 
+#if REWIRE_ONLY & REWIRE_AVX512
 #define REWIRE_VECTOR_BYTES 64
 #define REWIRE_REGISTER "+v"
 #if defined(__clang__)
@@ -61,10 +78,7 @@ namespace rewire::avx512 {
 #endif
 #undef REWIRE_REGISTER
 #undef REWIRE_VECTOR_BYTES
-#undef REWIRE_HAS_AVX2
+#endif
 
-#define REWIRE_BEST(name) \
-  ::rewire::best(::rewire::portable::name, ::rewire::avx2::name, ::rewire::avx512::name)
-#else
-#define REWIRE_BEST(name) ::rewire::portable::name
+#undef REWIRE_HAS_AVX2
 #endif

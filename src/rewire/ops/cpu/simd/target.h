@@ -18,3 +18,22 @@ const T& best(const T& portable, const T& avx2, const T& avx512) {
 }
 
 }  // namespace rewire
+
+#if defined(__x86_64__)
+#define REWIRE_BEST(name) \
+  ::rewire::best(::rewire::portable::name, ::rewire::avx2::name, ::rewire::avx512::name)
+#else
+#define REWIRE_BEST(name) ::rewire::portable::name
+#endif
+
+// Declares the variable `name` of every instruction set.
+#define REWIRE_EACH_TARGET(type, name) \
+  namespace rewire::portable {         \
+  extern const type name;              \
+  }                                    \
+  namespace rewire::avx2 {             \
+  extern const type name;              \
+  }                                    \
+  namespace rewire::avx512 {           \
+  extern const type name;              \
+  }

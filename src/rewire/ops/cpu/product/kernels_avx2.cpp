@@ -1,6 +1,5 @@
 #include "product/kernels.h"
 
 #define REWIRE_KERNELS "product/kernels-inl.h"
+#define REWIRE_ONLY REWIRE_AVX2
 #include "simd/each_target.h"
-
-const rewire::ProductKernels& rewire::product_kernels() { return REWIRE_BEST(kProducts); }

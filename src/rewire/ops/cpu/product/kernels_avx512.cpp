@@ -1,0 +1,5 @@
+#include "product/kernels.h"
+
+#define REWIRE_KERNELS "product/kernels-inl.h"
+#define REWIRE_ONLY REWIRE_AVX512
+#include "simd/each_target.h"
