@@ -23,6 +23,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from rewire import methods
+from rewire.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,11 +46,15 @@ PUBLIC = (
     "rewire.posterior",
     "rewire.distributed",
     "rewire.export",
+    "rewire.formats",
     "rewire.sklearn",
     "rewire.ops",
     "rewire.topology",
     "rewire.random",
 )
+
+#: Where a page has the table of formats.
+FORMATS_HERE = "<!-- table of formats -->"
 
 BUDGETS = {
     "every step": "exactly K connections after every step",
@@ -229,6 +234,21 @@ def methods_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_formats() -> str:
+    """The formats of files, for the page that has the comment `FORMATS_HERE`."""
+    lines = [
+        "| format | `rewire export` | what it holds | needs | read back | memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for found in FORMATS.values():
+        option = f"`--{found.name} {found.metavar}`" if found.writes else "-"
+        needs = f"`torch-rewire[{found.extra}]`" if found.extra else "-"
+        name = f"`{found.name}`{''.join(f' {ending}' for ending in found.endings)}"
+        reads = "yes" if found.reads else "no"
+        lines.append(f"| {name} | {option} | {found.holds} | {needs} | {reads} | {found.memory} |")
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------------- API
 
 
@@ -304,6 +324,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the table of formats where a page asks for it."""
+    return markdown.replace(FORMATS_HERE, table_of_formats())
 
 
 #: A tag that makes a browser fetch something from another server; a link that people follow is

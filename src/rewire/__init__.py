@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rewire._version import __version__
 
 if TYPE_CHECKING:  # all but `export`, which imports other parts of the package
-    from rewire import budget, distributed, ema, methods, nn, ops, posterior, schedules
+    from rewire import budget, distributed, ema, formats, methods, nn, ops, posterior, schedules
+    from rewire.export.read import load
     from rewire.nn.convert.cut import to_sparse
     from rewire.nn.convert.densify import densify
     from rewire.nn.convert.sparsify import sparsify
@@ -25,7 +26,9 @@ __all__ = [
     "distributed",
     "ema",
     "export",
+    "formats",
     "freeze",
+    "load",
     "methods",
     "nn",
     "ops",
@@ -47,7 +50,8 @@ def __getattr__(name: str) -> Any:
     # Importing torch takes seconds; `rewire --help` and `rewire --version` should not.
     if name not in __all__:
         raise AttributeError(f"module 'rewire' has no attribute {name!r}")
-    found = getattr(importlib.import_module("rewire.nn"), name) if name in _FROM_NN else None
+    home = "rewire.nn" if name in _FROM_NN else "rewire.export.read" if name == "load" else None
+    found = getattr(importlib.import_module(home), name) if home else None
     value = importlib.import_module(f"rewire.{name}") if found is None else found
     globals()[name] = value
     return value

@@ -11,6 +11,8 @@ import torch
 
 from rewire.app import cli, data
 from rewire.app.train.rebuild import load_network
+from rewire.export import read
+from rewire.export.lists.entries import entries_of
 from rewire.nn import sparse_weights
 
 QUICK = ["--hidden", "10", "--epochs", "2", "--batch-size", "300", "--threads", "1", "--quiet"]
@@ -90,3 +92,28 @@ def test_refuses_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     (tmp_path / "run" / "result.json").unlink()
     assert f"cannot read {folder}/result.json" in fails(capsys, "export", folder, "--c", c)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_run_in_every_format_of_lists(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["train", *QUICK, "--run-dir", "run"]) == 0
+    places = {
+        "sparse": "s.safetensors", "csr": "a.npz", "coo": "b.npz", "scipy": "folder",
+        "parquet": "e.parquet", "csv": "e.csv", "state-dict": "d.safetensors",
+        "graphml": "g.graphml",
+    }  # fmt: skip
+    told = [word for name, path in places.items() for word in (f"--{name}", path)]
+    assert cli.run(["export", "run", *told]) == 0
+    out = capsys.readouterr().out
+    for name, path in places.items():
+        file = Path(path)
+        size = sum(f.stat().st_size for f in ([file] if file.is_file() else file.iterdir()))
+        assert f"{name:<14} {path}, {size:,} bytes" in out
+    trained = dict(sparse_weights(load_network(Path("run"))[0]))
+    for path in ("s.safetensors", "a.npz", "b.npz", "folder"):
+        entries = entries_of(read(path))
+        for name, weight in trained.items():
+            assert torch.equal(entries[name].values, weight.coo()[2])
+    assert "--dense belongs to --state-dict" in fails(capsys, "export", "run", *told[:2], "--dense")

@@ -20,6 +20,7 @@ import torch
 import rewire
 from pages import run_page
 from rewire import methods
+from rewire.formats import FORMATS
 from rewire.methods.core import registry
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +97,14 @@ def test_every_method_has_a_page_with_its_hyper_parameters() -> None:
         shown = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
         assert shown == list(methods.info(name).parameters())
         assert f"[`{name}`]({name}.md)" in pages["methods/index.md"]
+
+
+def test_the_page_on_formats_has_their_table() -> None:
+    text = (ROOT / "docs" / "guides" / "exchange.md").read_text()
+    made = GENERATE.on_page_markdown(text)
+    for found in FORMATS.values():
+        assert f"| `{found.name}`" in made
+    assert made.count("\n| ") > text.count("\n| ") + len(FORMATS)
 
 
 def undocumented(path: str) -> list[str]:

@@ -1,12 +1,18 @@
-"""Models in files that are not for further training: C source, programs of torch.export, packed
-ternary weights.
+"""Models in files of other programs, for exchange or for use without training.
+
+`rewire.formats` has the table of formats; `rewire.load` reads some of them back.
 """
 
 from rewire.export.csource.write import CExport, CWeight, c
+from rewire.export.lists.arrays import to_scipy
 from rewire.export.program import save_program
+from rewire.export.read import read
+from rewire.export.save import save
+from rewire.export.states import DENSE_LIMIT
 from rewire.export.ternary import PackedWeight, PackResult, load_ternary, pack_ternary, save_ternary
 
 __all__ = [
+    "DENSE_LIMIT",
     "CExport",
     "CWeight",
     "PackResult",
@@ -14,6 +20,9 @@ __all__ = [
     "c",
     "load_ternary",
     "pack_ternary",
+    "read",
+    "save",
     "save_program",
     "save_ternary",
+    "to_scipy",
 ]

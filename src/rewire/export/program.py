@@ -15,7 +15,7 @@ from rewire.nn.frozen.quantize import Values
 from rewire.nn.weight.listing import sparse_weights
 from rewire.storage.files import write_atomic
 
-__all__ = ["save_program"]
+__all__ = ["save_program", "write"]
 
 
 def save_program(
@@ -58,3 +58,8 @@ def save_program(
     content = file.getvalue()
     write_atomic(Path(path), content)
     return len(content)
+
+
+def write(model: nn.Module, path: Path, *, example: torch.Tensor, values: Values = "float") -> int:
+    """`save_program` with an example of one tensor."""
+    return save_program(model, (example,), path, values=values)

@@ -1,29 +1,58 @@
-"""The command `rewire export`."""
+"""The command `rewire export`: an option for each format of `rewire.formats`."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rewire.app.cli.failures import CommandError
 from rewire.app.cli.options import described
+from rewire.formats import FORMATS, Format
+
+if TYPE_CHECKING:
+    import torch
 
 _FORMS, _HOW = "What to write", "How"
 _VALUES = ("float", "int8", "ternary")
+_WRITTEN = {f.name.replace("-", "_"): f for f in FORMATS.values() if f.writes}
 
 
+def _with_formats(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command an option for each format, before its own."""
+    signature = inspect.signature(command, eval_str=True)
+    first, *own = (p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD)
+    made = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, described(_FORMS, f.metavar, _help(f), _option(f))],
+        )
+        for name, f in _WRITTEN.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[first, *made, *own])  # type: ignore[attr-defined]
+    return command
+
+
+def _option(found: Format) -> str:
+    return f"--{found.name}"
+
+
+def _help(found: Format) -> str:
+    ending = f" ({', '.join(found.endings)})" if found.endings else ""
+    extra = rf" Needs the extra \[{found.extra}]." if found.extra else ""
+    return f"{found.holds[:-1]}{ending}.{extra}"
+
+
+@_with_formats
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
-    c: Annotated[
-        Path | None, described(_FORMS, "FOLDER", "C99 source there: NAME.h and NAME.c.", "--c")
-    ] = None,
-    program: Annotated[
-        Path | None,
-        described(_FORMS, "FILE", "A program of torch.export, such as model.pt2.", "--program"),
-    ] = None,
+    *,
     values: Annotated[
         str | None,
         described(_HOW, "KIND", r"float, int8 or ternary weights. \[default: float]", "--values"),
@@ -32,49 +61,56 @@ def export(
         str | None,
         described(_HOW, "NAME", r"Of the C files and function. \[default: network]", "--name"),
     ] = None,
+    dense: Annotated[
+        bool,
+        described(_HOW, "", "Allow dense arrays of any size, where a format has them.", "--dense"),
+    ] = False,
+    **given: Path | None,
 ) -> None:
-    """Write the network of a finished run for use without training, with frozen weights."""
-    if c is None and program is None:
-        raise CommandError("say what to write: --c FOLDER, --program FILE, or both")
-    if name is not None and c is None:
-        raise CommandError("--name belongs to --c")
-    kind = values or "float"
-    if kind not in _VALUES:
-        raise CommandError(f"--values: given {kind!r}, allowed are {', '.join(_VALUES)}")
-    import torch
+    """Write the network of a finished run in formats of other programs, or for use without
+    training.
+    """
+    chosen = [(_WRITTEN[key], path) for key, path in given.items() if path is not None]
+    if not chosen:
+        several = ", ".join(f"{_option(f)} {f.metavar}" for f in _WRITTEN.values())
+        raise CommandError(f"say what to write, one or more of {several}")
+    settings = {"values": values, "name": name, "dense": dense or None}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    for key in settings:
+        if not any(key in f.settings for f, _ in chosen):
+            takers = [_option(f) for f in _WRITTEN.values() if key in f.settings]
+            raise CommandError(f"--{key} belongs to {' and '.join(takers)}")
+    if values is not None and values not in _VALUES:
+        raise CommandError(f"--values: given {values!r}, allowed are {', '.join(_VALUES)}")
+    try:
+        writers = [f.writer() for f, _ in chosen]  # before a run is read
+    except ImportError as error:
+        raise CommandError(str(error)) from None
 
     from rewire.app.run_files import INPUTS
     from rewire.app.train.rebuild import load_network
-    from rewire.app.train.run_dir import RunDir
-    from rewire.export import c as write_c
-    from rewire.export import save_program
 
     model, scaling = load_network(run_dir)
+    if scaling:
+        print(f"scaling        the network reads scaled inputs, by {run_dir / INPUTS}")
+    known = settings | {"example": _example(run_dir)}
+    for (found, path), write in zip(chosen, writers, strict=True):
+        try:
+            told = write(model, path, **{k: v for k, v in known.items() if k in found.settings})
+        except ValueError as error:
+            raise CommandError(f"{_option(found)}: {error}") from None
+        print(f"{found.name:<14} {path}, {told:,} bytes" if isinstance(told, int) else told)
+
+
+def _example(run_dir: Path) -> torch.Tensor:
+    """A sample of zeros as the network of the run reads it."""
+    import torch
+
+    from rewire.app.train.run_dir import RunDir
+
     place = RunDir(run_dir)
     sample = place.read_result()["info"]["signature"]
     shape = sample["shape"]
     if place.read_config().model == "mlp":  # which reads the numbers of a sample in a row
         shape = [math.prod(shape)]
-    example = torch.zeros(1, *shape, dtype=torch.int64 if sample["tokens"] else torch.float32)
-    if scaling:
-        print(f"scaling        the network reads scaled inputs, by {run_dir / INPUTS}")
-    try:
-        if c is not None:
-            made = write_c(model, example, c, name=name or "network", values=kind)  # type: ignore[arg-type]
-            for weight in made.weights:
-                off = f", relative error {weight.error:.2g}" if weight.error else ""
-                print(
-                    f"{weight.name:<14} {weight.connections:,} {weight.stored} weights in "
-                    f"{weight.bytes:,} bytes{off}"
-                )
-            print(
-                f"constants      {made.constant_bytes:,} bytes\n"
-                f"workspace      {4 * made.workspace:,} bytes\n"
-                f"multiply-adds  {made.multiply_adds:,}\n"
-                f"C source       {made.header}, {made.source}"
-            )
-        if program is not None:
-            size = save_program(model, (example,), program, values=kind)  # type: ignore[arg-type]
-            print(f"program        {program}, {size:,} bytes")
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    return torch.zeros(1, *shape, dtype=torch.int64 if sample["tokens"] else torch.float32)

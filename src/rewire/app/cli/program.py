@@ -20,6 +20,7 @@ from rewire.app.cli.compare_command import compare, recipes
 from rewire.app.cli.data_command import data
 from rewire.app.cli.export_command import export
 from rewire.app.cli.failures import CommandError, explained
+from rewire.app.cli.import_command import import_weights
 from rewire.app.cli.methods_command import methods
 from rewire.app.cli.train_command import train
 from rewire.app.memory import is_exhausted
@@ -57,6 +58,7 @@ def report(
 
 
 app.command()(export)
+app.command(name="import")(import_weights)
 app.command()(bench)
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-import rewire
 from rewire.app import run_files
 from rewire.app.errors import RunFileError
 from rewire.app.models import Signature
 from rewire.app.run_files import CONFIG, INPUTS, MODEL
 from rewire.app.train.config import parse_config
 from rewire.app.train.model import Network
-from rewire.nn import SparseWeight, sparse_weights
-from rewire.nn.convert.cut import dense_weights
+from rewire.nn.convert.restore import load_state
 from rewire.nn.surgery import load_resized
 from rewire.storage import reading
 from rewire.storage import tensors as tensor_file
@@ -68,33 +65,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a state of the network, whose layers may have become sparse or smaller."""
-    own = {name for name, _ in sparse_weights(model)}
-    sparse = {
-        name: len(state[f"{name}.values"])
-        for name, *_ in dense_weights(model)
-        if f"{name}.rows" in state
-    }
-    if sparse:
-        rewire.sparsify(
-            model, connections=dict.fromkeys(sparse, 1), generator=torch.Generator().manual_seed(0)
-        )
-    if own or sparse:
-        for name, pool in sparse_weights(model):
-            shape = tuple(state[f"{name}.shape"].tolist())
-            if shape != tuple(pool.shape):
-                _resize(model, name, state, shape)
-        model.load_state_dict(state)
+    if any(key.endswith(".rows") for key in state):
+        load_state(model, state, resize=True)
     else:
         load_resized(model, state)
-
-
-def _resize(model: nn.Module, name: str, state: dict[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Put a pool of another shape in the place of one: its layer lost units before it was cut."""
-    parent, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(parent)
-    rows, cols = state[f"{name}.rows"], state[f"{name}.cols"]
-    active = rows >= 0
-    made = SparseWeight.from_coo(
-        torch.Size(shape), rows[active].long(), cols[active].long(), state[f"{name}.values"][active]
-    )
-    setattr(layer, leaf, made)

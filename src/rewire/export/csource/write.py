@@ -111,6 +111,22 @@ class CExport:
     bound: float | None
     weights: tuple[CWeight, ...]
 
+    def __str__(self) -> str:
+        lines = [
+            f"{w.name:<14} {w.connections:,} {w.stored} weights in {w.bytes:,} bytes"
+            + (f", relative error {w.error:.2g}" if w.error else "")
+            for w in self.weights
+        ]
+        return "\n".join(
+            [
+                *lines,
+                f"constants      {self.constant_bytes:,} bytes",
+                f"workspace      {4 * self.workspace:,} bytes",
+                f"multiply-adds  {self.multiply_adds:,}",
+                f"C source       {self.header}, {self.source}",
+            ]
+        )
+
 
 def c(
     model: nn.Module,
@@ -168,6 +184,18 @@ def c(
         plan.result.error,
         tuple(written.weights),
     )
+
+
+def write(
+    model: nn.Module,
+    folder: Path,
+    *,
+    example: Tensor,
+    values: Values = "float",
+    name: str = "network",
+) -> CExport:
+    """`c`, called as the writers of other formats are."""
+    return c(model, example, folder, name=name, values=values)
 
 
 class _Writer:

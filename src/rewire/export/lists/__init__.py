@@ -1,0 +1,1 @@
+"""Sparse weights as lists of connections, in files that other programs read."""

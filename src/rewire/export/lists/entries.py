@@ -1,0 +1,116 @@
+"""The connections of a weight as lists, taken out of a state and put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rewire import topology
+from rewire.nn.weight.listing import sparse_weights
+
+__all__ = ["Entries", "State", "array_of", "entries_of", "others_of", "put", "state_of"]
+
+#: A state_dict; the sparse weight NAME has the entries NAME.values, NAME.rows, NAME.cols and
+#: NAME.shape.
+State = dict[str, Tensor]
+
+_PARTS = ("values", "rows", "cols", "shape", "limits")
+
+
+class Entries(NamedTuple):
+    """The connections of a weight, sorted by (row, col).
+
+    ``shape`` is that of the dense weight, output dimension first. ``rows`` and ``cols`` are int64
+    positions in the weight as a matrix, of which all dimensions but the first are the columns.
+    """
+
+    shape: tuple[int, ...]
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    def row_ptr(self) -> Tensor:
+        """Where each row begins in the lists; int64, length rows + 1."""
+        counts = torch.bincount(self.rows, minlength=self.shape[0])
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def state_of(model: nn.Module) -> State:
+    """The ``state_dict`` of a model with sparse weights. Raises ValueError if it has none."""
+    if not any(sparse_weights(model)):
+        raise ValueError(
+            "the model has no sparse weights: make it sparse with rewire.sparsify, and export it "
+            "before rewire.freeze"
+        )
+    return dict(model.state_dict())
+
+
+def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entries]:
+    """The sparse weights of a state by name, checked.
+
+    Raises `TopologyError` (a ValueError) for a position that is outside or occurs twice, and for
+    lists of different lengths.
+    """
+    found: dict[str, Entries] = {}
+    for key in state:
+        name = key.removesuffix(".rows")
+        if name == key or f"{name}.values" not in state:
+            continue
+        try:
+            rows, cols, values = (state[f"{name}.{part}"] for part in ("rows", "cols", "values"))
+            shape = tuple(int(n) for n in state[f"{name}.shape"].flatten().tolist())
+        except KeyError as error:
+            raise topology.TopologyError(f"{name} is incomplete: there is no {error}") from None
+        if not rows.shape == cols.shape == values.shape or rows.dim() != 1:
+            raise topology.TopologyError(
+                f"{name}: rows, cols and values must be 1-D and equally long, not "
+                f"{tuple(rows.shape)}, {tuple(cols.shape)} and {tuple(values.shape)}"
+            )
+        rows, cols, values = rows.cpu().long(), cols.cpu().long(), values.detach().cpu()
+        try:
+            index = topology.build_index(rows, cols, *topology.matrix_size(shape))
+        except ValueError as error:
+            raise topology.TopologyError(f"{name}: {error}") from None
+        slots = index.row_slots[: int(index.row_ptr[-1])].long()
+        found[name] = Entries(shape, rows[slots], cols[slots], values[slots])
+    return found
+
+
+def others_of(state: Mapping[str, Tensor]) -> State:
+    """What is in a state besides its sparse weights."""
+    names = [key.removesuffix(".rows") for key in state if key.endswith(".rows")]
+    own = {f"{name}.{part}" for name in names for part in _PARTS}
+    return {key: tensor.detach() for key, tensor in state.items() if key not in own}
+
+
+def put(state: State, name: str, entries: Entries) -> None:
+    """Add a sparse weight to a state; one without connections gets an empty slot.
+
+    Raises `TopologyError` for a shape that no weight has; `entries_of` checks the rest.
+    """
+    rows, cols = topology.matrix_size(entries.shape)
+    kind = topology.index_dtype(rows, cols, max(entries.rows.numel(), 1))
+    none = entries.rows.numel() == 0
+    state[f"{name}.values"] = entries.values.new_zeros(1) if none else entries.values
+    for part, tensor in (("rows", entries.rows), ("cols", entries.cols)):
+        if not none and tensor.numel() and int(tensor.max()) > torch.iinfo(kind).max:
+            kind = torch.int64  # `entries_of` says what is wrong with it
+        state[f"{name}.{part}"] = torch.full((1,), -1, dtype=kind) if none else tensor.to(kind)
+    state[f"{name}.shape"] = torch.tensor(entries.shape, dtype=torch.int64)
+
+
+def array_of(tensor: Tensor) -> NDArray[Any]:
+    """A tensor as an array; bfloat16, which NumPy does not have, becomes float32, exactly."""
+    tensor = tensor.detach().cpu()
+    return np.asarray(tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy())
