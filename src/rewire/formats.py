@@ -131,6 +131,15 @@ FORMATS: dict[str, Format] = {
             "rewire.export.graphml:write",
         ),
         Format(
+            "onnx",
+            (".onnx",),
+            "The network for onnxruntime, sparse weights as sparse initialisers.",
+            "rewire.export.onnx_graph:write",
+            settings=("example", "dense"),
+            packages=("onnx", "onnxscript"),
+            extra="onnx",
+        ),
+        Format(
             "program",
             (".pt2",),
             "A program of torch.export.",

@@ -5,6 +5,7 @@
 
 from rewire.export.csource.write import CExport, CWeight, c
 from rewire.export.lists.arrays import to_scipy
+from rewire.export.onnx_graph import OPSET, OnnxExport, OnnxWeight, save_onnx
 from rewire.export.program import save_program
 from rewire.export.read import read
 from rewire.export.save import save
@@ -13,8 +14,11 @@ from rewire.export.ternary import PackedWeight, PackResult, load_ternary, pack_t
 
 __all__ = [
     "DENSE_LIMIT",
+    "OPSET",
     "CExport",
     "CWeight",
+    "OnnxExport",
+    "OnnxWeight",
     "PackResult",
     "PackedWeight",
     "c",
@@ -22,6 +26,7 @@ __all__ = [
     "pack_ternary",
     "read",
     "save",
+    "save_onnx",
     "save_program",
     "save_ternary",
     "to_scipy",
