@@ -140,6 +140,16 @@ FORMATS: dict[str, Format] = {
             extra="onnx",
         ),
         Format(
+            "nir",
+            (".nir",),
+            "A graph for neuromorphic programs, with the connections as metadata.",
+            "rewire.export.nir_graph:write",
+            settings=("example", "neurons", "dense"),
+            packages=("nir",),
+            extra="nir",
+            memory="O(M)",
+        ),
+        Format(
             "program",
             (".pt2",),
             "A program of torch.export.",

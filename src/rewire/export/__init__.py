@@ -5,6 +5,7 @@
 
 from rewire.export.csource.write import CExport, CWeight, c
 from rewire.export.lists.arrays import to_scipy
+from rewire.export.nir_graph import nir_graph, save_nir
 from rewire.export.onnx_graph import OPSET, OnnxExport, OnnxWeight, save_onnx
 from rewire.export.program import save_program
 from rewire.export.read import read
@@ -23,9 +24,11 @@ __all__ = [
     "PackedWeight",
     "c",
     "load_ternary",
+    "nir_graph",
     "pack_ternary",
     "read",
     "save",
+    "save_nir",
     "save_onnx",
     "save_program",
     "save_ternary",

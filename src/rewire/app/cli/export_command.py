@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 _FORMS, _HOW = "What to write", "How"
-_VALUES = ("float", "int8", "ternary")
+#: What settings that are words may be.
+_WORDS = {"values": ("float", "int8", "ternary"), "neurons": ("if", "lif", "none")}
 _WRITTEN = {f.name.replace("-", "_"): f for f in FORMATS.values() if f.writes}
 
 
@@ -61,6 +62,15 @@ def export(
         str | None,
         described(_HOW, "NAME", r"Of the C files and function. \[default: network]", "--name"),
     ] = None,
+    neurons: Annotated[
+        str | None,
+        described(
+            _HOW,
+            "KIND",
+            r"What NIR has in the place of ReLU: if, lif or none. \[default: if]",
+            "--neurons",
+        ),
+    ] = None,
     dense: Annotated[
         bool,
         described(_HOW, "", "Allow dense arrays of any size, where a format has them.", "--dense"),
@@ -74,14 +84,18 @@ def export(
     if not chosen:
         several = ", ".join(f"{_option(f)} {f.metavar}" for f in _WRITTEN.values())
         raise CommandError(f"say what to write, one or more of {several}")
-    settings = {"values": values, "name": name, "dense": dense or None}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    every: dict[str, str | bool | None]
+    every = {"values": values, "name": name, "neurons": neurons, "dense": dense or None}
+    settings = {key: value for key, value in every.items() if value is not None}
     for key in settings:
         if not any(key in f.settings for f, _ in chosen):
             takers = [_option(f) for f in _WRITTEN.values() if key in f.settings]
             raise CommandError(f"--{key} belongs to {' and '.join(takers)}")
-    if values is not None and values not in _VALUES:
-        raise CommandError(f"--values: given {values!r}, allowed are {', '.join(_VALUES)}")
+    for key, allowed in _WORDS.items():
+        if key in settings and settings[key] not in allowed:
+            raise CommandError(
+                f"--{key}: given {settings[key]!r}, allowed are {', '.join(allowed)}"
+            )
     try:
         writers = [f.writer() for f, _ in chosen]  # before a run is read
     except ImportError as error:
