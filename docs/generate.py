@@ -177,6 +177,7 @@ def method_page(name: str) -> str:
         f"{': in proportion to the connections' if entry.memory == 'O(K)' else ': dense state'} |",
         f"| needs | {cell(entry.needs or 'nothing but the optimizer')} |",
         f"| keeps limits on | {', '.join(entry.limits) or '-'} |",
+        f"| keeps allowed positions and frozen connections | {'yes' if entry.prior else 'no'} |",
         "",
         "## How it works",
         "",

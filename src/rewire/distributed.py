@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -205,15 +206,25 @@ def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
 def _same_sizes(
     pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    mine = [(name, tuple(w.shape), w.capacity) for name, w in pools]
+    mine = [(name, tuple(w.shape), w.capacity, str(w.limits), _hash(w)) for name, w in pools]
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise ValueError(
-                f"rank {rank} has sparse weights {theirs}, rank 0 has {everyone[0]}: build the "
-                "same model on all ranks"
+                f"rank {rank} has sparse weights {theirs}, rank 0 has {everyone[0]} (name, shape, "
+                "slots, limits, and a hash of allowed and frozen positions): build the same model "
+                "on all ranks"
             )
+
+
+def _hash(weight: SparseWeight) -> str:
+    """A hash of the positions that the weight's prior names; "" without a prior."""
+    parts = [weight._buffers.get(name) for name in ("allowed", "frozen")]
+    found = [b"" if part is None else part.cpu().numpy().tobytes() for part in parts]
+    return (
+        sha256(len(found[0]).to_bytes(8, "big") + b"".join(found)).hexdigest() if any(found) else ""
+    )
 
 
 def _broadcast(weight: SparseWeight, source: int, group: dist.ProcessGroup | None) -> None:

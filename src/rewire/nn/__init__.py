@@ -10,7 +10,7 @@ from rewire.nn.inspect.summary import Summary, WeightSummary, summary
 from rewire.nn.layers.absent import Absent
 from rewire.nn.layers.attention import SparseMultiheadAttention
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d, SparseConv3d
-from rewire.nn.layers.linear import SparseLinear
+from rewire.nn.layers.linear import SparseLinear, from_edges
 from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.layers.srelu import SReLU
 from rewire.nn.optimizers.ages import Moments
@@ -51,6 +51,7 @@ __all__ = [
     "densify",
     "follow_optimizer",
     "freeze",
+    "from_edges",
     "frozen_weights",
     "param_groups",
     "register_initial_state",

@@ -17,6 +17,7 @@ from rewire.topology.index import (
     raise_problem,
     replace_,
 )
+from rewire.topology.prior import Positions, Prior, active_keys, contains, dormant_keys
 from rewire.topology.sampling import (
     candidates,
     sample,
@@ -27,11 +28,16 @@ from rewire.topology.sampling import (
 
 __all__ = [
     "Index",
+    "Positions",
+    "Prior",
     "TopologyError",
+    "active_keys",
     "build_index",
     "candidates",
     "check_integers",
     "check_slots",
+    "contains",
+    "dormant_keys",
     "empty_index",
     "fingerprint",
     "index_dtype",

@@ -15,6 +15,7 @@ from rewire import random
 from rewire.budget import Limits
 from rewire.topology.dealing import Grid, dealt, mixed
 from rewire.topology.index import Index, TopologyError
+from rewire.topology.prior import Positions, active_keys, dormant_keys
 from rewire.topology.sampling import INITIAL
 
 __all__ = ["first_fitting", "grow", "sample", "violation"]
@@ -27,7 +28,8 @@ def violation(index: Index, n_rows: int, n_cols: int, limits: Limits) -> str | N
     """The limit that the connections in ``index`` exceed most, in words; None if they exceed
     none.
     """
-    rows, cols = _positions(index)
+    keys = active_keys(index, n_cols)
+    rows, cols = keys // n_cols, keys % n_cols
     grid = Grid.of(n_rows, n_cols, limits)
     for name, room in zip(("row", "column", "block"), grid.room(rows, cols), strict=True):
         worst = int(room.argmin()) if room.numel() else 0
@@ -37,13 +39,6 @@ def violation(index: Index, n_rows: int, n_cols: int, limits: Limits) -> str | N
                 f"are {limits}"
             )
     return None
-
-
-def _positions(index: Index) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the connections in (row, col) order; int64."""
-    fan_in = torch.diff(index.row_ptr).long()
-    rows = torch.repeat_interleave(torch.arange(fan_in.numel(), device=fan_in.device), fan_in)
-    return rows, index.row_cols[: rows.numel()].long()
 
 
 def first_fitting(groups: list[Tensor], room: list[Tensor], count: int) -> Tensor:
@@ -101,6 +96,7 @@ def grow(
     step: int,
     stream: int,
     preferred: tuple[Tensor, Tensor] | None = None,
+    allowed: Positions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``count`` distinct positions, dormant or dropped, that fit ``limits`` once ``dropped`` are
     gone; int64 rows and cols.
@@ -111,12 +107,12 @@ def grow(
     half of the chosen ones is given up, again and again. So this always finds ``count`` positions
     if no more grow than were dropped; otherwise it may raise `TopologyError`.
 
-    O(K + rows + cols + blocks) time and memory, with a logarithm, in a few rounds.
+    O(K + rows + cols + blocks) time and memory, with a logarithm, in a few rounds; within
+    ``allowed`` positions, O(their number) as well.
     """
     grid = Grid.of(n_rows, n_cols, limits)
     device = index.row_ptr.device
-    rows, cols = _positions(index)
-    keys = rows * n_cols + cols
+    keys = active_keys(index, n_cols)
     gone = dropped_rows.long() * n_cols + dropped_cols.long()
     stays = torch.ones(keys.numel(), dtype=torch.bool, device=device)
     stays[torch.searchsorted(keys, gone)] = False
@@ -132,7 +128,12 @@ def grow(
         need = count - chosen.numel()
         if not need:
             return chosen // n_cols, chosen % n_cols
-        found, everything = _draw(grid, room, need << wasted, seed, step, stream, attempt, device)
+        if allowed is None:
+            wanted = need << wasted
+            found, everything = _draw(grid, room, wanted, seed, step, stream, attempt, device)
+        else:
+            found = _shuffled_keys(dormant_keys(allowed, index, n_cols, gone), seed, step, stream)
+            everything = True
         more = _take(grid, found, kept, chosen, room, count)
         wasted = 0 if more.numel() > chosen.numel() else wasted + 1
         chosen = more
@@ -170,6 +171,14 @@ def _take(
     for group, free in zip(groups, room, strict=True):
         free -= torch.bincount(group[taken], minlength=free.numel())
     return torch.cat([chosen, keys[taken]])
+
+
+def _shuffled_keys(keys: Tensor, seed: int, step: int, stream: int) -> Tensor:
+    """``keys`` in random order."""
+    numbers = random.bits(
+        seed, step, stream, _ORDER + torch.arange(keys.numel(), device=keys.device)
+    )
+    return keys[torch.sort(numbers, stable=True).indices]
 
 
 def _draw(
@@ -217,7 +226,14 @@ def _draw(
 
 
 def sample(
-    n_rows: int, n_cols: int, connections: int, limits: Limits, seed: int
+    n_rows: int,
+    n_cols: int,
+    connections: int,
+    limits: Limits,
+    seed: int,
+    *,
+    allowed: Positions | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A random topology with exactly ``connections`` connections within ``limits``, sorted by (row,
     col); int64.
@@ -226,8 +242,15 @@ def sample(
     stuck, close to the maximum, connections are dealt out evenly over blocks, rows and columns,
     which works up to the maximum itself, with rows and columns permuted at random, and mixed by
     exchanges that keep every count. Raises ValueError above the maximum.
+
+    ``start`` has the keys of connections that it has in any case. With these, or within ``allowed``
+    positions, the maximum is not known: what gets stuck is tried a few times, and then raises
+    `TopologyError` with the most that were found.
     """
     limits.check(n_rows, n_cols, connections)
+    if allowed is not None or start is not None:
+        keys = _within(Grid.of(n_rows, n_cols, limits), connections, seed, allowed, start)
+        return keys // n_cols, keys % n_cols
     keys = _greedy(n_rows, n_cols, connections, limits, seed)
     if keys.numel() < connections:
         keys = mixed(n_cols, *dealt(n_rows, n_cols, connections, limits, seed), limits, seed)
@@ -251,3 +274,39 @@ def _greedy(n_rows: int, n_cols: int, connections: int, limits: Limits, seed: in
         if everything:
             break
     return chosen
+
+
+#: How often a topology within allowed positions is begun anew where it gets stuck.
+_TRIES = 8
+
+
+def _within(
+    grid: Grid, connections: int, seed: int, allowed: Positions | None, start: Tensor | None
+) -> Tensor:
+    """The keys of a topology that has ``start`` and others of ``allowed``; ascending."""
+    device = allowed.keys.device if allowed is not None else None
+    known = torch.empty(0, dtype=torch.int64, device=device) if start is None else start
+    room = grid.room(known // grid.cols, known % grid.cols)
+    if any(bool((free < 0).any()) for free in room):
+        raise TopologyError(f"the connections given exceed the limits: {grid.limits}")
+    most = 0
+    for attempt in range(_TRIES):
+        chosen, free = known[:0], [r.clone() for r in room]
+        need = connections - known.numel()
+        if allowed is not None:
+            found = _shuffled_keys(allowed.keys, seed, attempt, INITIAL)
+            chosen = _take(grid, found, known, chosen, free, need)
+        else:
+            for turn in range(12):
+                if chosen.numel() < need:
+                    place = attempt, INITIAL, turn, known.device
+                    found, _ = _draw(grid, free, need - chosen.numel(), seed, *place)
+                    chosen = _take(grid, found, known, chosen, free, need)
+        if chosen.numel() == need:
+            return torch.sort(torch.cat([known, chosen])).values
+        most = max(most, known.numel() + chosen.numel())
+    raise TopologyError(
+        f"no topology of {connections} connections was found within {grid.limits} that has the "
+        f"given connections and keeps to the allowed positions: {most} were placed; allow fewer "
+        "connections or more positions, or raise the limits"
+    )

@@ -50,6 +50,7 @@ def _described(name: str) -> dict[str, Any]:
         "starts_dense": entry.cls.starts_dense,
         "start_density": entry.start_density,
         "limits": list(entry.limits),
+        "prior": entry.prior,
         "train": {"optimizer": suits.optimizer, "lr": suits.lr, "set": suits.method_options},
         "parameters": {
             parameter.name: {"default": _plain(parameter.default), "help": parameter.help}
@@ -75,6 +76,8 @@ def _page(method: dict[str, Any]) -> str:
         lines.append("starts: from an ordinary dense model")
     if method["limits"]:
         lines.append(f"keeps limits on: {', '.join(method['limits'])}")
+    if method["prior"]:
+        lines.append("keeps: allowed positions and frozen connections")
     train = method["train"]
     chosen = "".join(f" --set {name}={value}" for name, value in train["set"].items())
     lines += [

@@ -20,7 +20,7 @@ __all__ = ["Entries", "State", "array_of", "entries_of", "others_of", "put", "st
 #: NAME.shape.
 State = dict[str, Tensor]
 
-_PARTS = ("values", "rows", "cols", "shape", "limits")
+_PARTS = ("values", "rows", "cols", "shape", "limits", "allowed", "frozen")
 
 
 class Entries(NamedTuple):

@@ -22,6 +22,7 @@ from rewire.methods.core.refusals import (
     agreed_seed,
     refuse_full,
     refuse_limits,
+    refuse_prior,
     refuse_weight_decay,
 )
 from rewire.methods.core.state import copied, restore, saved
@@ -84,6 +85,9 @@ class Method(Changes, Declared, ABC):
     acts_in_ranks: ClassVar[bool] = True
     #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
+    #: Whether the method grows at allowed positions only and never drops frozen connections
+    #: (`rewire.topology.Prior`); weights that have such are refused otherwise.
+    keeps_prior: ClassVar[bool] = False
     #: Set by methods that move connections at a fixed budget: refused where no weight has a
     #: dormant position.
     needs_room: ClassVar[bool] = False
@@ -136,6 +140,7 @@ class Method(Changes, Declared, ABC):
         self._sorted = dict(self._grown)  # how many had grown when the slots were last sorted
         self._records = False  # whether a step was ever asked for
         refuse_limits(self.pools, self._limits_kept(), type(self).__name__)
+        refuse_prior(self.pools, self._prior_kept(), type(self).__name__)
         if self.needs_room:
             refuse_full(self.pools, type(self).__name__)
         if self.forbids_weight_decay:
@@ -430,6 +435,10 @@ class Method(Changes, Declared, ABC):
     def _limits_kept(self) -> tuple[str, ...]:
         """The kinds of limits kept under this method's settings."""
         return self.keeps_limits
+
+    def _prior_kept(self) -> tuple[str, ...]:
+        """What of a prior is kept under this method's settings: "allowed", "frozen"."""
+        return ("allowed", "frozen") if self.keeps_prior else ()
 
     def _now(self, name: str, step: int) -> float:
         """The number that hyper-parameter ``name`` has at ``step``, checked against its bounds."""

@@ -35,9 +35,9 @@ class EverActive:
         return {"explored": self.share(pools)} if self.known else {}
 
     def share(self, pools: Sequence[Pool]) -> float:
-        """Positions that have ever been active, over all positions."""
+        """Positions that have ever been active, over all (allowed) positions."""
         known = [
             self.ever[p.name].numel() if p.name in self.ever else p.weight.connections
             for p in pools
         ]
-        return sum(known) / sum(pool.weight.size for pool in pools)
+        return sum(known) / sum(pool.weight.positions for pool in pools)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from rewire.methods.core.recording import Recorder
 from rewire.nn import SparseWeight
+from rewire.topology import Positions
 
 __all__ = ["Pool", "Purpose", "gradient_scale"]
 
@@ -72,6 +73,21 @@ class Pool:
         new ones.
         """
         return self.optimizer.param_groups[self._group_number]
+
+    @property
+    def allowed(self) -> Positions | None:
+        """The positions that connections may have; None for all."""
+        prior = self.weight.prior
+        return None if prior is None else prior.allowed
+
+    def may_go(self) -> Tensor:
+        """The active slots in (row, col) order whose connections are not frozen; in the index's
+        dtype, read-only.
+        """
+        slots = self.weight.listed()
+        if self.weight.prior is None or self.weight.prior.frozen is None:
+            return slots
+        return slots[~self.weight.is_frozen(slots.long())]
 
     def keys(self, slots: Tensor) -> Tensor:
         """The flat positions (int64, ``row * cols + col``) of the connections in ``slots``."""

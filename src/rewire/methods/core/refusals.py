@@ -8,7 +8,14 @@ from rewire import random
 from rewire.methods.core.pool import Pool
 from rewire.nn import SparseWeight
 
-__all__ = ["agreed_seed", "needs_data", "refuse_full", "refuse_limits", "refuse_weight_decay"]
+__all__ = [
+    "agreed_seed",
+    "needs_data",
+    "refuse_full",
+    "refuse_limits",
+    "refuse_prior",
+    "refuse_weight_decay",
+]
 
 #: Weights that an error names; the others it counts.
 _NAMED = 5
@@ -47,18 +54,43 @@ def refuse_limits(pools: Sequence[Pool], kept: Sequence[str], method: str) -> No
             )
 
 
+def refuse_prior(pools: Sequence[Pool], kept: Sequence[str], method: str) -> None:
+    """ValueError if a pool has a prior that ``method`` does not keep."""
+    words = {"allowed": "allowed positions", "frozen": "frozen connections"}
+    for pool in pools:
+        kinds = pool.weight.prior.kinds if pool.weight.prior is not None else ()
+        broken = [words[kind] for kind in kinds if kind not in kept]
+        if broken:
+            raise ValueError(
+                f"{pool.name} has {pool.weight.prior}, and {method} with these settings does not "
+                f"keep {' and '.join(broken)}: `rewire methods NAME` says what a method keeps"
+            )
+
+
 def refuse_full(pools: Sequence[Pool], method: str) -> None:
-    """ValueError if no pool has a dormant position."""
-    if any(pool.weight.connections < pool.weight.size for pool in pools):
+    """ValueError if no pool has a dormant position, or no connection that may go."""
+    room = [pool for pool in pools if pool.weight.dormant]
+    if any(pool.may_go().numel() for pool in room):
         return
-    shown = [f"{p.name} (K = {p.weight.connections} of M = {p.weight.size})" for p in pools]
+    if room:
+        raise ValueError(
+            f"{method} has nothing to rewire, because all connections of "
+            f"{', '.join(pool.name for pool in room)} are frozen: let some of them go, or use "
+            "Static"
+        )
+    shown = [f"{p.name} (K = {p.weight.connections} of {_potential(p.weight)})" for p in pools]
     if len(shown) > _NAMED:
         shown[_NAMED:] = [f"{len(shown) - _NAMED} others"]
     raise ValueError(
         f"{method} has nothing to rewire, because every weight has all of its connections: "
-        f"{', '.join(shown)}; give one of them fewer than M at least (density= or connections=), "
+        f"{', '.join(shown)}; give one of them fewer at least (density= or connections=), "
         "or use Static"
     )
+
+
+def _potential(weight: SparseWeight) -> str:
+    own = weight.positions
+    return f"M = {own}" if own == weight.size else f"{own} allowed positions"
 
 
 def refuse_weight_decay(pools: Sequence[Pool], method: str) -> None:

@@ -83,6 +83,13 @@ class MethodInfo:
         return self.cls.keeps_limits
 
     @property
+    def prior(self) -> bool:
+        """Whether the method keeps allowed positions and frozen connections
+        (`rewire.topology.Prior`).
+        """
+        return self.cls.keeps_prior
+
+    @property
     def takes_budget(self) -> bool:
         """Whether the constructor takes the final budget (``connections=``; see
         `rewire.methods.pruning.shrink`).

@@ -28,7 +28,9 @@ __all__ = [
 class Drop(Criterion):
     """Chooses the connections to drop; a subclass defines ``__call__``.
 
-    It reads a pool in (row, col) order, so that ties never depend on a slot's history.
+    It reads a pool in (row, col) order, so that ties never depend on a slot's history, and chooses
+    among the connections that are not frozen (`rewire.methods.core.pool.Pool.may_go`); K counts
+    these here. Frozen ones that a criterion chooses all the same stay.
     """
 
     @abstractmethod
@@ -52,7 +54,7 @@ class ByMagnitude(Drop):
     """The ``floor(fraction * K)`` connections of smallest magnitude."""
 
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
-        return weakest(pool.weight.values.detach(), pool.weight.listed(), fraction)
+        return weakest(pool.weight.values.detach(), pool.may_go(), fraction)
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,7 @@ class ByMagnitudeAndSign(Drop):
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
         similarity = self.source.active(pool) if self.source is not None else None
         return weakest(
-            pool.weight.values.detach(),
-            pool.weight.listed(),
-            fraction,
-            by_sign=True,
-            factors=similarity,
+            pool.weight.values.detach(), pool.may_go(), fraction, by_sign=True, factors=similarity
         )
 
 
@@ -97,7 +95,7 @@ class ByMagnitudeAndGradient(Drop):
     def __call__(self, pool: Pool, fraction: float) -> Tensor:
         if not self.weight:
             return ByMagnitude()(pool, fraction)
-        values, slots, gradient = pool.weight.values.detach(), pool.weight.active(), pool.gradient
+        values, slots, gradient = pool.weight.values.detach(), pool.may_go().long(), pool.gradient
         if gradient is None:
             raise RuntimeError(
                 f"{pool.name} took no part in a step since the last update, so the gradient that "
@@ -127,7 +125,7 @@ class BelowOneMagnitude(Drop):
         """Slots of each pool that are below the magnitude."""
         found, total = [], 0
         for pool in pools:
-            slots = pool.weight.active()
+            slots = pool.may_go().long()
             size = pool.weight.values[slots].abs()
             below = size < self.magnitude
             if slots.numel() and bool(below.all()):

@@ -76,18 +76,18 @@ def check_candidates(candidates: CandidateCount) -> None:
 def sampled(pool: Pool, candidates: CandidateCount) -> int | None:
     """How many candidates to draw; None for exact gradients of all positions.
 
-    "auto" is exact where the weight has at most 2**20 positions or 128 for each connection, and no
-    compiled graph has used it; else as many candidates as there are connections.
+    "auto" is exact where the weight has at most 2**20 (allowed) positions or 128 for each
+    connection, and no compiled graph has used it; else as many candidates as there are connections.
     """
     weight = pool.weight
     if candidates is None:
         return None
     if candidates == "auto":
-        affordable = weight.size <= max(SMALL, POSITIONS_PER_CONNECTION * weight.connections)
+        affordable = weight.positions <= max(SMALL, POSITIONS_PER_CONNECTION * weight.connections)
         if affordable and not weight.traced:
             return None
         candidates = weight.connections
-    return min(int(candidates), weight.size - weight.connections)
+    return min(int(candidates), weight.dormant)
 
 
 def request(pool: Pool, candidates: CandidateCount, seed: int, step: int) -> None:
@@ -148,7 +148,7 @@ def best(pool: Pool, dropped: Tensor, count: int, seed: int, step: int) -> tuple
     """
     weight = pool.weight
     if weight.candidates is None:
-        scores, room = Gradients(pool), weight.size - weight.connections + dropped.numel()
+        scores, room = Gradients(pool), weight.dormant + dropped.numel()
         many = count if weight.limits is None else min(RANKED * count, room)
         rows, cols, found = top(scores.block, pool, dropped, many, at=scores.at, absolute=True)
         if weight.limits is None:

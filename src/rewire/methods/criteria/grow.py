@@ -54,6 +54,8 @@ class Grow(Criterion):
 
     #: Kinds of limits (`rewire.budget.Limits`) that what grows keeps.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
+    #: Whether what grows is at the pool's allowed positions (`Pool.allowed`).
+    keeps_allowed: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
@@ -73,6 +75,7 @@ class Random(Grow):
     """
 
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    keeps_allowed: ClassVar[bool] = True
 
     def __call__(
         self, pool: Pool, dropped: Tensor, count: int, seed: int, step: int
@@ -107,6 +110,7 @@ class BySimilarity(Grow):
     draw: Literal["top", "proportional"] = "top"
     candidates: int | None = None
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    keeps_allowed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.candidates is not None and (
@@ -123,8 +127,8 @@ class BySimilarity(Grow):
         cosine, weight = self.source.of(pool), pool.weight
         if cosine is None:
             return random_dormant(pool, dropped, count, seed, step)
-        each = self.candidates or (4 if weight.size > EXACT_POSITIONS else None)
-        cols, room = weight.matrix_shape[1], weight.size - weight.connections + dropped.numel()
+        each = self.candidates or (4 if weight.positions > EXACT_POSITIONS else None)
+        cols, room = weight.matrix_shape[1], weight.dormant + dropped.numel()
         # Of those ranked best not all may fit.
         many = count if weight.limits is None else _RANKED * count
         draw = (
@@ -174,6 +178,7 @@ class ByGradient(Grow):
     """
 
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    keeps_allowed: ClassVar[bool] = True
 
     candidates: gradients.CandidateCount = "auto"
     needs: ClassVar[str] = "gradients"
@@ -208,6 +213,7 @@ def random_in_rows(
         seed,
         step,
         pool.stream(Purpose.GROW),
+        pool.allowed,
     )
     return slots, rows, cols
 
@@ -228,10 +234,7 @@ def allot(
     among the others.
     """
     total = sum(d.numel() for d in dropped)
-    room = [
-        p.weight.size - p.weight.connections + d.numel()
-        for p, d in zip(pools, dropped, strict=True)
-    ]
+    room = [p.weight.dormant + d.numel() for p, d in zip(pools, dropped, strict=True)]
     stream = pools[0].stream(Purpose.ALLOT)
     if shares is None:
         ranks = random.distinct(total, sum(room), seed, step, stream)

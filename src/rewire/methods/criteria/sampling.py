@@ -14,14 +14,13 @@ __all__ = ["fitting", "random_dormant", "uniform"]
 def uniform(
     pool: Pool, dropped: Tensor, count: int, seed: int, step: int, purpose: int = Purpose.GROW
 ) -> tuple[Tensor, Tensor]:
-    """``count`` connections, uniform over those dormant once ``dropped`` are gone, whatever the
-    limits.
+    """``count`` connections, uniform over the allowed ones dormant once ``dropped`` are gone,
+    whatever the limits.
     """
     weight = pool.weight
     gone = weight.rows[dropped].long(), weight.cols[dropped].long()
-    return topology.sample_dormant(
-        weight.index, *weight.matrix_shape, count, *gone, seed, step, pool.stream(purpose)
-    )
+    size, stream = (*weight.matrix_shape, count), pool.stream(purpose)
+    return topology.sample_dormant(weight.index, *size, *gone, seed, step, stream, pool.allowed)
 
 
 def random_dormant(
@@ -63,4 +62,5 @@ def fitting(
         step,
         pool.stream(Purpose.GROW),
         ranked,
+        pool.allowed,
     )

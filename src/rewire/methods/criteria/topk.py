@@ -117,9 +117,11 @@ def top(
     """
     weight = pool.weight
     n_rows, n_cols = weight.matrix_shape
-    free = weight.size - weight.connections + dropped.numel()
+    free = weight.dormant + dropped.numel()
     if not 0 <= count <= free:
         raise ValueError(f"{pool.name} cannot grow {count} connections: {free} are dormant")
+    if pool.allowed is not None:
+        return _of_allowed(at or _from_blocks(score_block), pool, dropped, count, absolute, draw)
     kept = torch.ones(weight.capacity, dtype=torch.bool, device=weight.device)
     kept[dropped] = False
     most = max(1, (tile or TILE_ELEMENTS) // n_cols)
@@ -155,6 +157,41 @@ def top(
     return rows, keys - rows * n_cols, found.to(weight.device)
 
 
+def _of_allowed(
+    at: ScoreAt, pool: Pool, dropped: Tensor, count: int, absolute: bool, draw: ops.Draw | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `top`, where only some positions are allowed: all of them are scored. O(allowed) memory,
+    and time beside ``at``'s.
+    """
+    weight, n_cols = pool.weight, pool.weight.matrix_shape[1]
+    assert pool.allowed is not None
+    keys = topology.dormant_keys(pool.allowed, weight.index, n_cols, pool.keys(dropped))
+    scores = _counted(at(keys // n_cols, keys % n_cols), keys, absolute, draw)
+    scores = torch.nan_to_num(scores, nan=-math.inf)
+    best = torch.sort(scores, descending=True, stable=True).indices[:count].to(keys.device)
+    best = torch.sort(best).values
+    return keys[best] // n_cols, keys[best] % n_cols, scores[best]
+
+
+def _from_blocks(score_block: ScoreBlock) -> ScoreAt:
+    """Scores of single positions from those of whole rows, a row at a time."""
+
+    def at(rows: Tensor, cols: Tensor) -> Tensor:
+        found = torch.unique_consecutive(rows).tolist()
+        parts = [score_block(row, row + 1)[0, cols[rows == row]] for row in found]
+        return torch.cat(parts) if parts else torch.empty(0, device=rows.device)
+
+    return at
+
+
+def _counted(scores: Tensor, keys: Tensor, absolute: bool, draw: ops.Draw | None) -> Tensor:
+    """What counts of the ``scores`` at ``keys``, see `top`."""
+    if draw is None:
+        return scores.abs() if absolute else scores
+    scores = torch.nan_to_num(scores.abs(), nan=0.0).clamp_(min=draw.least)
+    return scores.div_(exponential(ops.uniforms(draw, keys)))
+
+
 def _guess(at: ScoreAt, pool: Pool, share: float, absolute: bool, draw: ops.Draw | None) -> float:
     """A number that nearly always somewhat more than ``share`` of the dormant positions score
     above, by a sample.
@@ -174,12 +211,7 @@ def _guess(at: ScoreAt, pool: Pool, share: float, absolute: bool, draw: ops.Draw
     rows, cols = topology.candidates(
         weight.index, *weight.matrix_shape, ranks, ranks[:0], ranks[:0]
     )
-    scores = at(rows, cols)
-    if draw is not None:
-        scores = torch.nan_to_num(scores.abs(), nan=0.0).clamp_(min=draw.least)
-        scores = scores.div_(exponential(ops.uniforms(draw, rows * n_cols + cols)))
-    elif absolute:
-        scores = scores.abs()
+    scores = _counted(at(rows, cols), rows * n_cols + cols, absolute, draw)
     bar = scores[ops.extremes(scores, hits, largest=True)].min()
     # Whatever equals it is still above what is returned.
     return (

@@ -71,6 +71,9 @@ class DeepR(Method):
     keeps its function; but not with "neuron", where the first step gives each value the sign of its
     neuron.
 
+    A frozen connection (`rewire.topology.Prior`) that crosses zero stays there, with its sign,
+    until its gradient brings it back.
+
     ``moments="dense"`` lets momentum or Adam start on a grown connection from what they would be
     had the optimizer seen the position's gradient all along, as in LSNN's code. That takes O(M)
     memory and the dense gradient of every step (unscaled and unclipped), for SGD, Adam and AdamW.
@@ -127,6 +130,7 @@ class DeepR(Method):
 
     forbids_weight_decay = True
     needs_room = True
+    keeps_prior = True
     keeps_limits = ("fan-in", "fan-out", "block")
     saves = ("_shares", "_waiting", "_begun")
 
@@ -171,7 +175,7 @@ class DeepR(Method):
             weight = pool.weight
             if (
                 weight.shared_seed is not None
-                and weight.connections == weight.capacity < weight.size
+                and weight.connections == weight.capacity < weight.positions
             ):
                 raise ValueError(
                     f"{pool.name} has no empty slots, and under DDP it cannot get any: "
@@ -192,7 +196,7 @@ class DeepR(Method):
             if not self._begun[pool.number]:
                 self._obey(pool)
             shrink, std = self._scale(pool)
-            if at_once and pool.weight.limits is None:
+            if at_once and not pool.weight.bound:
                 self._walk(pool, shrink, std)
             else:
                 left += 1
@@ -262,6 +266,11 @@ class DeepR(Method):
             pool.stream(Purpose.NOISE),
         )
         weight.touched()
+        kept = crossed[weight.is_frozen(crossed)]
+        if kept.numel():
+            # It stays, at zero, until its gradient brings it back with the sign that it has.
+            crossed = crossed[~weight.is_frozen(crossed)]
+            values[kept] = signed(values.new_zeros(()), self._signs[pool.number][kept])
         if self.every > 1:
             waiting = self._waiting[pool.number]
             values.index_fill_(0, waiting, 0.0)
@@ -292,7 +301,7 @@ class DeepR(Method):
                 self._replace(pool, slots, count)
 
     def _replace(self, pool: Pool, slots: Tensor, count: int) -> None:
-        if self.scope == "layer" and self.signs != "neuron" and pool.weight.limits is None:
+        if self.scope == "layer" and self.signs != "neuron" and not pool.weight.bound:
             self._regrow(pool, slots)
             return
         if self.scope == "neuron":

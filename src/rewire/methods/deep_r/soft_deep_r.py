@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rewire import random
+from rewire import random, topology
 from rewire.methods.core.base import Method, Moments, Pool, Purpose
 from rewire.methods.core.parameters import (
     NonNegative,
@@ -72,6 +72,9 @@ class SoftDeepR(Method):
     first step, so that making the method changes nothing. All other dormant ones start at
     U(theta_min, 0).
 
+    Positions that are not allowed stay dormant, and a frozen connection (`rewire.topology.Prior`)
+    that crosses zero stays there, with its sign.
+
     Cost: O(M) per step. State: one number per potential connection, one byte per slot.
     """
 
@@ -108,6 +111,7 @@ class SoftDeepR(Method):
     moments: Moments = moments_field()
 
     forbids_weight_decay = True
+    keeps_prior = True
     saves = ("_begun",)
 
     def _check(self) -> None:
@@ -164,20 +168,27 @@ class SoftDeepR(Method):
         low = min(self._lowest(pool, self.steps), -_TINY)
         l1 = within("l1", at(self.each_l1[number], self.steps), 0.0)
         std = self.heat.std(pool.lr, l1, self.steps)
+        frozen = weight.is_frozen(torch.arange(weight.capacity, device=weight.device))
         if not self._begun[number]:
-            self._signs[number] = position_signs(pool, weight.rows, weight.cols, self.seed)
+            own = position_signs(pool, weight.rows, weight.cols, self.seed)
+            self._signs[number] = torch.where(frozen, self._signs[number], own)
             self._begun[number] = True
         active, sign = weight.rows >= 0, self._signs[number].to(dormant.dtype)
         theta = sign * weight.values.detach().to(dormant.dtype) - pool.lr * l1
         if std:
             add_normal_(theta, std, self.seed, self.steps, pool.stream(Purpose.NOISE))
             add_normal_(dormant, std, self.seed, self.steps, pool.stream(Purpose.GROW))
+        theta[frozen] = theta[frozen].clamp(min=0)
         self._bound(dormant, low)
         position = weight.rows.long() * weight.matrix_shape[1] + weight.cols.long()
         # Entries of active connections mean nothing; theta_min is where one starts that is dropped
         # from outside.
         dormant[position[active]] = low
         grown = (dormant >= 0).nonzero().flatten()
+        if pool.allowed is not None:
+            inside = topology.contains(pool.allowed.keys, grown)
+            dormant[grown[~inside]] = low
+            grown = grown[inside]
         value = dormant[grown]
         dormant[grown] = low
         stays = active & (theta >= 0)

@@ -34,7 +34,7 @@ class _SimilarElsewhere(BySimilarity):
         rows, cols = super().__call__(pool, dropped, count, seed, step)
         new = ~torch.isin(_keys(pool, rows, cols), pool.keys(dropped))
         rows, cols, lacking = rows[new], cols[new], count - int(new.sum())
-        room = pool.weight.size - pool.weight.connections + dropped.numel()
+        room = pool.weight.dormant + dropped.numel()
         # A random set that has enough others even if it has all of the picks; of the others, a
         # random subset.
         more = random_dormant(pool, dropped, min(room, count), seed, step)

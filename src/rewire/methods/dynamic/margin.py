@@ -66,9 +66,10 @@ class SoftlyBounded(Rewiring):
     def _to_budget(self, pool: Pool, fraction: float) -> None:
         """Drop to K, and grow the margin at random."""
         budget, now = self._budgets[pool.name], pool.weight.connections
-        extra = min(int(fraction * budget), pool.weight.size - budget)
+        extra = min(int(fraction * budget), pool.weight.positions - budget)
         gone = max(now - budget, 0)
-        slots = self.drop(pool, (gone + 0.5) / now) if gone else pool.weight.active()[:0]
+        free = pool.may_go().numel()
+        slots = self.drop(pool, (gone + 0.5) / free) if gone else pool.weight.active()[:0]
         rows, cols = self.grow(pool, slots, extra, self.seed, self.epochs)
         self._exchange(pool, slots, rows, cols)
 
@@ -77,9 +78,10 @@ class SoftlyBounded(Rewiring):
         if self.soft and self._attachment.attached:
             with torch.no_grad():
                 for pool in self._trained():
-                    slots = pool.weight.active()
+                    slots = pool.may_go().long()
                     order = torch.sort(pool.weight.values[slots].abs(), stable=True).indices
-                    over = slots[order[: max(slots.numel() - self._budgets[pool.name], 0)]]
+                    above = pool.weight.connections - self._budgets[pool.name]
+                    over = slots[order[: max(above, 0)]]
                     if over.numel():
                         self._exchange(pool, over, over[:0], over[:0])
         return super().finalize()

@@ -90,6 +90,7 @@ class Rewiring(Method):
     total_epochs: Epochs | None = service(default=None, help="epochs of the whole training")
 
     needs_room = True
+    keeps_prior = True
     #: As published, and updates that a training of known length has room for at least.
     published: ClassVar[Timing] = Timing(every_epochs=1)
     least: ClassVar[int] = LEAST
@@ -154,6 +155,10 @@ class Rewiring(Method):
             return ()
         claimed = self.keeps_limits
         return tuple(kind for kind in self.grow.keeps_limits if kind in claimed)
+
+    def _prior_kept(self) -> tuple[str, ...]:
+        kept = super()._prior_kept()
+        return kept if self.grow.keeps_allowed else tuple(k for k in kept if k != "allowed")
 
     def _state(self) -> dict[str, Any]:
         own = super()._state()
@@ -304,13 +309,14 @@ class Rewiring(Method):
 
     def _exchange_all(self, pools: list[Pool], fraction: float, time: int) -> None:
         if self.share is None:  # a full pool could only grow what it dropped
-            pools = [pool for pool in pools if pool.weight.connections < pool.weight.size]
-        dropped = self.drop.over(pools, fraction)
+            pools = [pool for pool in pools if pool.weight.dormant]
+        chosen = self.drop.over(pools, fraction)
+        dropped = [
+            slots[~pool.weight.is_frozen(slots)] for pool, slots in zip(pools, chosen, strict=True)
+        ]
         counts = [slots.numel() for slots in dropped]
         if self.share is not None:
-            room = [
-                p.weight.size - p.weight.connections + n for p, n in zip(pools, counts, strict=True)
-            ]
+            room = [p.weight.dormant + n for p, n in zip(pools, counts, strict=True)]
             shares = [self.share(pool, slots) for pool, slots in zip(pools, dropped, strict=True)]
             counts = spread(sum(counts), shares, room)
         for pool, slots, count in zip(pools, dropped, counts, strict=True):
@@ -333,7 +339,8 @@ class Rewirer(Rewiring):
     """A `Rewiring` put together by its constructor, for trials: no class is needed.
 
     Limits (`rewire.budget.Limits`) are accepted if the grow criterion's ``keeps_limits`` has their
-    kinds.
+    kinds, allowed positions if its ``keeps_allowed`` says so. Frozen connections that ``drop``
+    chooses stay.
     """
 
     drop: Drop = parameter(default=None, help="criterion, see `rewire.methods.criteria.drop`")

@@ -33,6 +33,7 @@ class Momentum(Grow):
     """
 
     needs = "gradients"
+    keeps_allowed = True
 
     def __init__(self, beta: float, exact: bool, candidates: CandidateCount) -> None:
         self.beta, self.exact, self.candidates = beta, exact, candidates

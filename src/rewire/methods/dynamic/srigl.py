@@ -58,6 +58,8 @@ class SRigL(ByGradients):
         "nothing salient)",
     )
 
+    # Within allowed positions a neuron may have too few, and an ablated one drops all it has.
+    keeps_prior = False
     saves = ("_budgets",)
 
     def _setup(self) -> None:

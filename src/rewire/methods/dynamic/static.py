@@ -24,4 +24,5 @@ class Static(Method):
 
     moments: Moments = moments_field()
 
+    keeps_prior = True
     keeps_limits = ("fan-in", "fan-out", "block")

@@ -87,6 +87,7 @@ class TopKAST(Method):
     total_steps: Steps | None = service(default=None, help="optimizer steps of the whole training")
 
     needs_room = True
+    keeps_prior = True
 
     def _check(self) -> None:
         given = Timing(every=self.every, until=self.until)
@@ -140,12 +141,24 @@ class TopKAST(Method):
         mine = pool.keys(slots)
         theta[mine] = weight.values.detach()[slots]
         theta[exploring.at] = exploring.values.detach()
-        order = torch.sort(theta.abs(), descending=True, stable=True).indices
+        order = torch.sort(self._sizes(pool, theta), descending=True, stable=True).indices
         chosen = order[:k]
         leaving = ~torch.isin(mine, chosen)
         entering = torch.sort(chosen[~torch.isin(chosen, mine)]).values
         self._exchange(pool, slots[leaving], entering // cols, entering % cols, theta[entering])
-        exploring.begin(torch.sort(order[k : k + round(self.explore * k)]).values, theta)
+        end = min(k + round(self.explore * k), weight.positions)
+        exploring.begin(torch.sort(order[k:end]).values, theta)
+
+    def _sizes(self, pool: Pool, theta: Tensor) -> Tensor:
+        """|theta|; what is not allowed comes last, what is frozen first."""
+        sizes, prior = theta.abs(), pool.weight.prior
+        if pool.allowed is not None:
+            inside = sizes[pool.allowed.keys]
+            sizes = torch.full_like(sizes, -1.0)
+            sizes[pool.allowed.keys] = inside
+        if prior is not None and prior.frozen is not None:
+            sizes[prior.frozen] = torch.inf
+        return sizes
 
     # --- state ------------------------------------------------------------------------------------
 

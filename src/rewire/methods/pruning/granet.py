@@ -15,7 +15,7 @@ from rewire.methods.criteria.drop import smallest
 from rewire.methods.criteria.gradients import CandidateCount, candidates_field
 from rewire.methods.criteria.grow import ByGradient
 from rewire.methods.pruning.gradual import Gradual
-from rewire.methods.pruning.shrink import lowest, scope_field
+from rewire.methods.pruning.shrink import scope_field
 from rewire.nn import Event
 from rewire.schedules import Schedule, at
 
@@ -93,14 +93,12 @@ class GraNet(Gradual):
         targets = self.targets(self.steps)
         groups = [pools] if self.scope == "network" else [[pool] for pool in pools]
         for group in groups:
-            places = lowest(
-                [self._scores(pool) for pool in group], sum(targets[pool.number] for pool in group)
-            )
+            places = self._ranked(group, sum(targets[pool.number] for pool in group))
             for pool, gone in zip(group, places, strict=True):
                 weight, slots = pool.weight, pool.weight.active()
                 left = torch.ones_like(slots, dtype=torch.bool)
                 left[gone] = False
-                rest = slots[left]
+                rest = slots[left & ~weight.is_frozen(slots)]
                 again = smallest(rest, weight.values[rest].abs(), int(fraction * rest.numel()))
                 if again.numel() and gradients.waits(pool):
                     again = again[:0]

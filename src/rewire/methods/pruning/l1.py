@@ -90,23 +90,29 @@ class L1(Shrinking):
 
     def _drop_zeros(self) -> None:
         for pool in self._trained():
-            slots = pool.weight.active()
+            slots = pool.may_go().long()
             zero = pool.weight.values.detach()[slots].abs() <= self.zero
-            if zero.all():  # a layer without connections cannot be saved or trained
+            kept = slots.numel() < pool.weight.connections  # what is frozen
+            if zero.all() and not kept:  # a layer without connections cannot be saved or trained
                 zero[torch.argmax(pool.weight.values.detach()[slots].abs())] = False
             self._shrink(pool, slots[zero])
         self.updates += 1
 
     def count_connections(self) -> dict[str, int]:
-        """Connections above ``zero``, by weight: what finalize would leave (before a budget)."""
+        """Connections above ``zero`` or frozen, by weight: what finalize would leave (before a
+        budget).
+        """
         return {name: int(mask.sum()) for name, mask in self.active_masks().items()}
 
     def active_masks(self) -> dict[str, Tensor]:
-        """Slots with a connection above ``zero``."""
-        return {
-            pool.name: (pool.weight.rows >= 0) & (pool.weight.values.detach().abs() > self.zero)
-            for pool in self.pools
-        }
+        """Slots with a connection above ``zero``, or with a frozen one."""
+        masks = {}
+        for pool in self.pools:
+            weight = pool.weight
+            masks[pool.name] = (weight.rows >= 0) & (weight.values.detach().abs() > self.zero)
+            slots = weight.active()
+            masks[pool.name][slots[weight.is_frozen(slots)]] = True
+        return masks
 
     def finalize(self) -> nn.Module:
         """Drop what is at most ``zero``, then what is above the budget, and return the model."""

@@ -66,15 +66,16 @@ def final_budgets(
     return budget.distribute(distribution, [tuple(pool.weight.shape) for pool in pools], total)
 
 
-def lowest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tensor]:
+def lowest(scores: Sequence[Tensor], keep: int, at_least: int | Sequence[int] = 1) -> list[Tensor]:
     """What to drop so that ``keep`` of all scores are left, the highest, and ``at_least`` of each
-    tensor.
+    tensor (a number for all, or one for each).
 
     Returns places in each tensor (int64, ascending). Among equals the first is kept. Where ``keep``
     is below what ``at_least`` asks for, ``at_least`` wins. O(n log n) for n scores.
     """
     order = [torch.sort(s, descending=True, stable=True).indices for s in scores]
-    floor = [min(at_least, s.numel()) for s in scores]
+    least = [at_least] * len(scores) if isinstance(at_least, int) else at_least
+    floor = [min(n, s.numel()) for n, s in zip(least, scores, strict=True)]
     rest = torch.cat([s[o[f:]] for s, o, f in zip(scores, order, floor, strict=True)])
     kept = torch.zeros(rest.numel(), dtype=torch.bool, device=rest.device)
     kept[torch.sort(rest, descending=True, stable=True).indices[: max(keep - sum(floor), 0)]] = True
@@ -83,6 +84,12 @@ def lowest(scores: Sequence[Tensor], keep: int, at_least: int = 1) -> list[Tenso
     for o, f, mine in zip(order, floor, shares, strict=True):
         dropped.append(torch.sort(o[f:][~mine]).values)
     return dropped
+
+
+def frozen_connections(pool: Pool) -> int:
+    """How many connections of the pool are frozen."""
+    prior = pool.weight.prior
+    return 0 if prior is None or prior.frozen is None else prior.frozen.numel()
 
 
 class Shrinking(Method):
@@ -107,6 +114,7 @@ class Shrinking(Method):
     start_density: ClassVar[float | None] = 1.0
     #: What only drops stays within any limits.
     keeps_limits: ClassVar[tuple[str, ...]] = ("fan-in", "fan-out", "block")
+    keeps_prior: ClassVar[bool] = True
     #: Whether a final budget must be given.
     budget_required: bool = field(init=False, default=True)
     #: Whether the budget is each layer's or the network's.
@@ -121,6 +129,7 @@ class Shrinking(Method):
                 self.pools, self.connections, self.density, self.distribution
             )
             self._check_start(self.final)
+            self._check_frozen(self.final)
 
     def _check_start(self, final: Sequence[int]) -> None:
         has = [pool.weight.connections for pool in self.pools]
@@ -139,6 +148,28 @@ class Shrinking(Method):
                     "choose a smaller budget, another distribution or one number per layer"
                 )
 
+    def _check_frozen(self, final: Sequence[int]) -> None:
+        frozen = [frozen_connections(pool) for pool in self.pools]
+        names = [pool.name for pool in self.pools]
+        pairs = list(zip(names, frozen, final, strict=True))
+        if self.scope == "network":
+            pairs = [("the network", sum(frozen), sum(final))]
+        for name, kept, most in pairs:
+            if kept > most:
+                raise ValueError(
+                    f"{name} has {kept} frozen connections and is to end with {most}: choose a "
+                    "larger budget, or freeze fewer"
+                )
+
+    def _ranked(self, pools: Sequence[Pool], keep: int, at_least: int = 1) -> list[Tensor]:
+        """`lowest` of the pools' `_scores`; what is frozen stays."""
+        scores = []
+        for pool in pools:
+            score = self._scores(pool)
+            frozen = pool.weight.is_frozen(pool.weight.active())
+            scores.append(torch.where(frozen, torch.inf, score) if frozen.any() else score)
+        return lowest(scores, keep, [max(at_least, frozen_connections(p)) for p in pools])
+
     def _scores(self, pool: Pool) -> Tensor:
         """Which connections are worth keeping, in the order of ``pool.weight.active()``: magnitude,
         here.
@@ -154,7 +185,7 @@ class Shrinking(Method):
         groups = [pools] if self.scope == "network" and pools else [[pool] for pool in pools]
         for group in groups:
             keep = sum(counts[pool.number] for pool in group)
-            places = lowest([self._scores(pool) for pool in group], keep, at_least)
+            places = self._ranked(group, keep, at_least)
             for pool, gone in zip(group, places, strict=True):
                 self._shrink(pool, pool.weight.active()[gone])
         self.updates += 1

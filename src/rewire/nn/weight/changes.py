@@ -17,7 +17,7 @@ from rewire.nn.optimizers.followers import carry_optimizer_state, gathered
 from rewire.nn.weight import seal
 from rewire.nn.weight.events import Event, Follower
 from rewire.nn.weight.storage import Storage, index_of
-from rewire.topology import TopologyError
+from rewire.topology import Prior, TopologyError
 from rewire.topology import limits as limited
 
 __all__ = ["Changes"]
@@ -121,9 +121,9 @@ class Changes(Storage):
             rows, cols: integers, as many as slots; (-1, -1) empties a slot.
             values: of the new connections, a number or a tensor with one for each slot.
 
-        Raises `TopologyError`, with nothing changed, for a bad slot or position, a duplicate, or
-        more connections than `limits` allow. Cost: one pass over the index; see
-        `rewire.topology.replace_`.
+        Raises `TopologyError`, with nothing changed, for a bad slot or position, a duplicate, more
+        connections than `limits` allow, a position that is not allowed, or a frozen connection that
+        would be gone. Cost: one pass over the index; see `rewire.topology.replace_`.
         """
         new = self._values_for(slots, values)
         if not slots.numel() and not rows.numel() and not cols.numel():
@@ -132,19 +132,42 @@ class Changes(Storage):
         self._ask()
         self.check_positions()
         slots = slots.long()
-        before = None if self.limits is None else (self.rows.clone(), self.cols.clone())
+        gone = None
+        if self.bound:
+            topology.check_slots(slots, self.capacity)
+            gone = self.rows[slots], self.cols[slots]
         pool = self.rows, self.cols, self.index, *self.matrix_shape
         connections = topology.replace_(*pool, slots, rows, cols)
-        if before is not None and self.limits is not None:
-            broken = limited.violation(self.index, *self.matrix_shape, self.limits)
+        if gone is not None:
+            broken = None
+            if self.limits is not None:
+                broken = limited.violation(self.index, *self.matrix_shape, self.limits)
+            if broken is None and self.prior is not None:
+                broken = self._unexpected(self.prior, rows, cols, *gone)
             if broken:
-                topology.replace_(*pool, slots, before[0][slots], before[1][slots])
+                topology.replace_(*pool, slots, *gone)
                 raise TopologyError(broken)
         if new is None:
             self.values.index_fill_(0, slots, 0.0)
         else:
             self.values[slots] = torch.where(rows.to(new.device) >= 0, new, torch.zeros_like(new))
         self.changed(slots, connections=connections)
+
+    def _unexpected(
+        self, prior: Prior, rows: Tensor, cols: Tensor, old_rows: Tensor, old_cols: Tensor
+    ) -> str | None:
+        """What connections at (rows, cols) in the place of the old ones break of ``prior``, in
+        words. O(n log n) for n of them.
+        """
+        n_cols = self.matrix_shape[1]
+        new, old = (
+            torch.sort(r[r >= 0].long() * n_cols + c[r >= 0].long()).values
+            for r, c in ((rows.to(self.device), cols.to(self.device)), (old_rows, old_cols))
+        )
+        lost = None
+        if prior.frozen is not None:
+            lost = prior.missing(new, n_cols, old[topology.contains(prior.frozen, old)])
+        return lost or prior.outside(new, n_cols)
 
     def _values_for(self, slots: Tensor, values: object) -> Tensor | None:
         """``values`` as a tensor like `values`, one for each slot; None if all are 0.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rewire import topology
 from rewire.budget import Limits
-from rewire.topology import Index, TopologyError
+from rewire.topology import Index, Prior, TopologyError
 from rewire.topology import limits as limited
 
 __all__ = ["Keys", "Saved", "keys", "note", "read"]
 
 _POOL = ("values", "rows", "cols")
-_FACTS = ("shape", "limits")
+_FACTS = ("shape", "limits", "allowed", "frozen")
 #: The most frequent reason for an invalid topology.
 _AVERAGE = (
     " (an average of state_dicts would be like that: it mixes connections; average with rewire.ema)"
@@ -39,15 +39,24 @@ class Saved(NamedTuple):
     cols: Tensor
     lists: Index
     limits: Limits | None
+    prior: Prior | None
 
 
 def note(
-    destination: MutableMapping[str, Tensor], prefix: str, shape: torch.Size, limits: Limits | None
+    destination: MutableMapping[str, Tensor],
+    prefix: str,
+    shape: torch.Size,
+    limits: Limits | None,
+    prior: Prior | None,
 ) -> None:
-    """Add shape and limits, so that the entries cannot be loaded into another weight."""
+    """Add shape, limits and prior, so that the entries cannot be loaded into another weight."""
     destination[prefix + "shape"] = torch.tensor(shape, dtype=torch.int64)
     if limits is not None:
         destination[prefix + "limits"] = torch.tensor(limits.as_numbers(), dtype=torch.int64)
+    if prior is not None and prior.allowed is not None:
+        destination[prefix + "allowed"] = prior.allowed.keys
+    if prior is not None and prior.frozen is not None:
+        destination[prefix + "frozen"] = prior.frozen
 
 
 def keys(state_dict: Mapping[str, Tensor], prefix: str, strict: bool) -> Keys:
@@ -69,12 +78,14 @@ def read(
     prefix: str,
     shape: torch.Size,
     limits: Limits | None,
+    prior: Prior | None,
     device: torch.device,
 ) -> Saved:
     """What is saved below ``prefix``, for a weight of ``shape``.
 
-    ``limits`` of the weight, if it has any, count instead of those saved. Raises `TopologyError` if
-    the entries are incomplete, of another shape, not a valid topology, or exceed the limits.
+    ``limits`` and ``prior`` of the weight, if it has any, count instead of those saved. Raises
+    `TopologyError` if the entries are incomplete, of another shape, not a valid topology, or do not
+    keep limits or prior.
     """
     lacking = [prefix + name for name in _POOL if prefix + name not in state_dict]
     if lacking:
@@ -83,7 +94,7 @@ def read(
             "belong together"
         )
     values, rows, cols = (state_dict[prefix + name] for name in _POOL)
-    saved_shape, saved_limits = (state_dict.get(prefix + name) for name in _FACTS)
+    saved_shape, saved_limits, *saved_prior = (state_dict.get(prefix + name) for name in _FACTS)
     # Flattened, because a damaged file may have a 0-dim tensor there.
     if limits is None and saved_limits is not None:
         limits = Limits.from_numbers(saved_limits.flatten().tolist())
@@ -105,11 +116,16 @@ def read(
         raise TopologyError(f"rows and cols must be integers and values floating-point{_AVERAGE}")
     rows, cols = rows.to(device, torch.int64), cols.to(device, torch.int64)
     size = topology.matrix_size(shape)
+    if prior is None:
+        prior = Prior.saved(*size, *saved_prior)
+        prior = None if prior is None else prior.to(device)
     try:
         index = topology.build_index(rows, cols, *size)
     except TopologyError as error:
         raise TopologyError(f"{error}{_AVERAGE}") from None
     broken = limited.violation(index, *size, limits) if limits is not None else None
+    if broken is None and prior is not None:
+        broken = prior.violation(index, size[1])
     if broken:
         raise TopologyError(broken)
-    return Saved(values, rows, cols, index, limits)
+    return Saved(values, rows, cols, index, limits, prior)

@@ -13,7 +13,7 @@ from rewire.budget import Limits
 from rewire.nn.weight import loading
 from rewire.nn.weight.changes import Changes
 from rewire.ops import Pair
-from rewire.topology import TopologyError
+from rewire.topology import Prior, TopologyError
 from rewire.topology import limits as limited
 
 __all__ = ["SparseWeight"]
@@ -43,6 +43,8 @@ class SparseWeight(Changes):
             refuse it by raising.
         limits: None, or limits on fan-in, fan-out and blocks, which every topology of this weight
             keeps.
+        prior: None, or allowed positions and frozen connections (`rewire.topology.Prior`), which
+            every topology of this weight keeps; set it by `expect`.
 
     Args:
         shape: of the dense weight this stands for, at least two dimensions.
@@ -50,10 +52,13 @@ class SparseWeight(Changes):
         capacity: slots, at least K (the default). Methods that move budget between layers need
             more.
         limits: see `rewire.budget.Limits`; they apply to the weight as a matrix.
+        prior: see `rewire.topology.Prior`; the first topology has what is frozen.
+        start: keys (``row * cols + col``; int64) of connections that the first topology has in any
+            case.
         generator: draws the topology; torch's default generator otherwise.
 
-    Raises ValueError for a budget or capacity out of range, or limits within which K connections do
-    not fit.
+    Raises ValueError for a budget or capacity out of range, or limits and positions within which K
+    connections do not fit.
 
     Cost: construction takes O(K log K) time and O(K + rows + cols) memory. Only `to_dense`
     allocates rows x cols numbers.
@@ -67,6 +72,8 @@ class SparseWeight(Changes):
         density: float | None = None,
         capacity: int | None = None,
         limits: Limits | None = None,
+        prior: Prior | None = None,
+        start: Tensor | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -76,9 +83,14 @@ class SparseWeight(Changes):
         connections = budget.allowed(size[0] * size[1], connections, density)
         if limits is not None:
             limits.check(*size, connections)
-        self._allocate(torch.Size(shape), capacity, connections, device, dtype, limits)
+        if start is not None and torch.device(device or "cpu").type == "meta":
+            raise ValueError(
+                "a weight on the meta device has no topology, so it cannot keep given edges: make "
+                "it on another device"
+            )
+        self._allocate(torch.Size(shape), capacity, connections, device, dtype, limits, prior)
         if self.values.device.type != "meta":
-            self._fill(*self._drawn_topology(generator))
+            self._fill(*self._drawn_topology(generator, start))
 
     @classmethod
     def from_coo(
@@ -184,7 +196,7 @@ class SparseWeight(Changes):
         return topology.fingerprint(self.rows, self.cols)
 
     def extra_repr(self) -> str:
-        limits = f", {self.limits}" if self.limits is not None else ""
+        limits = "".join(f", {kept}" for kept in (self.limits, self.prior) if kept is not None)
         spare = f", capacity={self.capacity}" if self.capacity != self._connections else ""
         return (
             f"{tuple(self._shape)}, connections={self._connections}, "
@@ -195,7 +207,8 @@ class SparseWeight(Changes):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator | None = None) -> None:
-        """Draw a new random topology of K connections, in the first K slots, with values 0.
+        """Draw a new random topology of K connections, in the first K slots, with values 0. Frozen
+        connections are among them, whatever was there before.
 
         A layer made on the meta device needs this after ``to_empty``; its ``reset_parameters``
         calls it then.
@@ -207,11 +220,18 @@ class SparseWeight(Changes):
         self.changed(torch.arange(self.capacity, device=self.device))
         self._set_seal(marked=True)
 
-    def _drawn_topology(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        size, seed = self.matrix_shape, random.seed_from(generator)
+    def _drawn_topology(
+        self, generator: torch.Generator | None, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        prior, seed = self.prior, random.seed_from(generator)
+        size = *self.matrix_shape, self._connections
+        frozen = None if prior is None else prior.frozen
+        parts = [part.to(self.device) for part in (start, frozen) if part is not None]
+        known = torch.unique(torch.cat(parts)) if parts else None
+        allowed = None if prior is None else prior.allowed
         if self.limits is not None:
-            return limited.sample(*size, self._connections, self.limits, seed)
-        return topology.sample(*size, self._connections, seed)
+            return limited.sample(*size, self.limits, seed, allowed=allowed, start=known)
+        return topology.sample(*size, seed, allowed=allowed, start=known)
 
     @torch.no_grad()
     def restrict(self, limits: Limits | None, generator: torch.Generator | None = None) -> None:
@@ -224,21 +244,30 @@ class SparseWeight(Changes):
         if limits is not None:
             limits.check(*self.matrix_shape, self._connections)
         self._limit(limits)
-        if (
-            limits is None
-            or not self._drawn
-            or not limited.violation(self.index, *self.matrix_shape, limits)
-        ):
+        if limits is None or not self._drawn or not self._broken(self.index):
             return
         values = self.values.detach()[self.active()]
         self.draw(generator)
         self.values[: values.numel()] = values
 
+    def expect(self, prior: Prior | None) -> None:
+        """Keep to ``prior`` from now on: its allowed positions and its frozen connections (None:
+        nothing is known any more).
+
+        Raises `TopologyError`, with nothing changed, if the present topology does not.
+        """
+        if prior is not None and self._drawn:
+            prior = prior.to(self.device)
+            broken = prior.violation(self.index, self.matrix_shape[1])
+            if broken:
+                raise TopologyError(f"the weight does not keep to {prior}: {broken}")
+        self._expect(prior)
+
     # --- saving and loading -----------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        loading.note(destination, prefix, self._shape, self.limits)
+        loading.note(destination, prefix, self._shape, self.limits, self.prior)
 
     def _load_from_state_dict(
         self,
@@ -265,14 +294,15 @@ class SparseWeight(Changes):
                     "load_state_dict(assign=True) would replace the tensors that the optimizer and "
                     "the index belong to: load without assign"
                 )
-            self._take(loading.read(state_dict, prefix, self._shape, self.limits, self.device))
+            own = self._shape, self.limits, self.prior, self.device
+            self._take(loading.read(state_dict, prefix, *own))
         except (ValueError, RuntimeError) as error:  # TopologyError is a ValueError
             error_msgs.append(f"{prefix[:-1]}: {error}")
 
     @torch.no_grad()
     def _take(self, saved: loading.Saved) -> None:
         """Become what was saved."""
-        values, rows, cols, lists, limits = saved
+        values, rows, cols, lists, limits, prior = saved
         capacity = values.numel()
         if capacity != self.capacity:
             if self.shared_seed is not None:
@@ -291,6 +321,7 @@ class SparseWeight(Changes):
         self.rows.copy_(rows)
         self.cols.copy_(cols)
         self._limit(limits)
+        self._expect(prior)
         self._drawn = True
         for mine, new in zip(self.index, lists, strict=True):
             mine.copy_(new)

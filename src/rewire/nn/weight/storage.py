@@ -20,7 +20,8 @@ from rewire.nn.weight.candidates import Candidates
 from rewire.nn.weight.events import Follower
 from rewire.nn.weight.twin import refuse_data_parallel, refuse_torchscript
 from rewire.ops import Capture
-from rewire.topology import Index, TopologyError
+from rewire.topology import Index, Prior, TopologyError
+from rewire.topology import limits as limited
 
 __all__ = ["SHARDED", "Storage", "index_of"]
 
@@ -52,6 +53,7 @@ class Storage(nn.Module):
     rows: Tensor
     cols: Tensor
     limits: Limits | None
+    prior: Prior | None
     candidates: Candidates | None
     _owner: weakref.ref[object] | None
     _drawn: bool
@@ -77,6 +79,29 @@ class Storage(nn.Module):
     def size(self) -> int:
         """M, the number of potential connections."""
         return math.prod(self._shape)
+
+    @property
+    def positions(self) -> int:
+        """How many positions connections may have: M, or the number of those that are allowed."""
+        prior = self.prior
+        return self.size if prior is None or prior.allowed is None else prior.allowed.keys.numel()
+
+    @property
+    def dormant(self) -> int:
+        """How many positions a connection could grow at."""
+        return self.positions - self._connections
+
+    @property
+    def bound(self) -> bool:
+        """Whether there are limits, allowed positions or frozen connections to be kept."""
+        return self.limits is not None or self.prior is not None
+
+    def is_frozen(self, slots: Tensor) -> Tensor:
+        """Which of ``slots`` (int64) hold frozen connections; bool."""
+        if self.prior is None or self.prior.frozen is None:
+            return torch.zeros_like(slots, dtype=torch.bool)
+        keys = self.rows[slots].long() * self.matrix_shape[1] + self.cols[slots].long()
+        return topology.contains(self.prior.frozen, keys)
 
     @property
     def connections(self) -> int:
@@ -232,6 +257,7 @@ class Storage(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         limits: Limits | None = None,
+        prior: Prior | None = None,
     ) -> None:
         """Make all attributes and tensors, with empty slots."""
         self._shape = shape
@@ -269,6 +295,7 @@ class Storage(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._note("shape", shape)
         self._limit(limits)
+        self._expect(prior)
         self._set_seal()
 
     def _note(self, name: str, numbers: Sequence[int] | None) -> None:
@@ -284,6 +311,31 @@ class Storage(nn.Module):
     def _limit(self, limits: Limits | None) -> None:
         self.__dict__["limits"] = limits
         self._note("limits", None if limits is None else limits.as_numbers())
+
+    def _expect(self, prior: Prior | None) -> None:
+        """Keep ``prior`` from now on."""
+        if prior is not None and self.values.device.type != "meta":
+            prior = prior.to(self.values.device)
+        self.__dict__["prior"] = prior
+        # As in `_note`: nothing reads these buffers.
+        keys = {
+            "allowed": None if prior is None or prior.allowed is None else prior.allowed.keys,
+            "frozen": None if prior is None else prior.frozen,
+        }
+        for name, tensor in keys.items():
+            self._buffers.pop(name, None)
+            if tensor is not None:
+                self._buffers[name] = tensor
+
+    def _broken(self, index: Index) -> str | None:
+        """What the connections in ``index`` break of limits and prior, in words; None if they keep
+        them.
+        """
+        size = self.matrix_shape
+        broken = None if self.limits is None else limited.violation(index, *size, self.limits)
+        if broken is None and self.prior is not None:
+            broken = self.prior.violation(index, size[1])
+        return broken
 
     def _fill(self, rows: Tensor, cols: Tensor) -> None:
         """Put connections into the first slots and build the index."""
@@ -350,5 +402,6 @@ class Storage(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.check_positions()  # on another device the buffers are other tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._expect(self.prior)
         self._set_seal()
         return self

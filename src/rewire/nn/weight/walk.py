@@ -55,8 +55,8 @@ def walk(weight: SparseWeight, signs: Tensor, shrink: float, noise: float, **dra
 def _check(weight: SparseWeight, what: str) -> None:
     if weight.before_change is not None:
         weight.before_change()
-    if weight.limits is not None:
+    if weight.bound:
+        kept = " and ".join(str(k) for k in (weight.limits, weight.prior) if k is not None)
         raise ValueError(
-            f"{what} draws from all dormant connections, and this weight is limited to "
-            f"{weight.limits}"
+            f"{what} draws from all dormant connections, and this weight is limited to {kept}"
         )
