@@ -16,6 +16,16 @@
 
 #include "simd/types.h"
 
+// Makes the function `name` the operator rewire::name, with the arguments and results that
+// `signature` declares, for tensors on the CPU.
+#define REWIRE_OPERATOR(name, signature) REWIRE_OPERATOR_ON(CPU, name, signature)
+// The same for a function that takes no tensors.
+#define REWIRE_OPERATOR_ANYWHERE(name, signature) \
+  REWIRE_OPERATOR_ON(CompositeExplicitAutograd, name, signature)
+#define REWIRE_OPERATOR_ON(key, name, signature)                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) { m.def(#name signature); } \
+  STABLE_TORCH_LIBRARY_IMPL(rewire, key, m) { m.impl(#name, TORCH_BOX(&name)); }
+
 namespace rewire {
 
 using torch::headeronly::ScalarType;

@@ -281,26 +281,17 @@ Tensor conv_value_gradient(const Tensor& ptr, const Tensor& idx, const Tensor& s
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "conv(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor x, Tensor? bias, int "
-      "columns, int[] kernel, "
-      "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor");
-  m.def(
-      "conv_input_gradient(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor gradient, "
-      "int[] input, "
-      "int inputs, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool "
-      "channels_last) -> Tensor");
-  m.def(
-      "conv_value_gradient(Tensor ptr, Tensor idx, Tensor slots, int capacity, Tensor gradient, "
-      "Tensor x, int columns, "
-      "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("conv", TORCH_BOX(&conv));
-  m.impl("conv_input_gradient", TORCH_BOX(&conv_input_gradient));
-  m.impl("conv_value_gradient", TORCH_BOX(&conv_value_gradient));
-}
+REWIRE_OPERATOR(conv,
+                "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor x, Tensor? bias, int "
+                "columns, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+                "bool channels_last) -> Tensor")
+REWIRE_OPERATOR(conv_input_gradient,
+                "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor gradient, int[] "
+                "input, int inputs, int[] kernel, int[] stride, int[] padding, int[] dilation, int "
+                "groups, bool channels_last) -> Tensor")
+REWIRE_OPERATOR(
+    conv_value_gradient,
+    "(Tensor ptr, Tensor idx, Tensor slots, int capacity, Tensor gradient, Tensor x, int columns, "
+    "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor")
 
 }  // namespace rewire

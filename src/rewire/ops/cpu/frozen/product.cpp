@@ -214,12 +214,8 @@ Tensor frozen_linear(const Tensor& ptr, const Tensor& cols, const std::optional<
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "frozen_linear(Tensor ptr, Tensor cols, Tensor? values, Tensor? scale, Tensor x, Tensor? "
-      "bias) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) { m.impl("frozen_linear", TORCH_BOX(&frozen_linear)); }
+REWIRE_OPERATOR(
+    frozen_linear,
+    "(Tensor ptr, Tensor cols, Tensor? values, Tensor? scale, Tensor x, Tensor? bias) -> Tensor")
 
 }  // namespace rewire

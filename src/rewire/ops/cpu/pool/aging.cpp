@@ -137,15 +137,10 @@ int64_t age_step_(const Tensor& ages, const Tensor& values, const Tensor& first,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "age_step_(Tensor(a!) ages, Tensor(b!) values, Tensor first, Tensor second, Tensor? "
-      "gradient, Tensor by_m, "
-      "Tensor by_g, Tensor by_root, Tensor by_eps, float m, float g, float root, float eps, float "
-      "lr, float decay, "
-      "bool maximize, bool squared, int horizon) -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) { m.impl("age_step_", TORCH_BOX(&age_step_)); }
+REWIRE_OPERATOR(
+    age_step_,
+    "(Tensor(a!) ages, Tensor(b!) values, Tensor first, Tensor second, Tensor? gradient, Tensor "
+    "by_m, Tensor by_g, Tensor by_root, Tensor by_eps, float m, float g, float root, float eps, "
+    "float lr, float decay, bool maximize, bool squared, int horizon) -> int")
 
 }  // namespace rewire

@@ -280,23 +280,14 @@ Problem replace_(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "build_index_(Tensor rows, Tensor cols, int n_rows, int n_cols, Tensor(a!) row_ptr, "
-      "Tensor(b!) row_cols, "
-      "Tensor(c!) row_slots, Tensor(d!) col_ptr, Tensor(e!) col_rows, Tensor(f!) col_slots) -> "
-      "(int, int, int)");
-  m.def(
-      "replace_(Tensor(a!) rows, Tensor(b!) cols, Tensor(c!) row_ptr, Tensor(d!) row_cols, "
-      "Tensor(e!) row_slots, "
-      "Tensor(f!) col_ptr, Tensor(g!) col_rows, Tensor(h!) col_slots, int n_rows, int n_cols, "
-      "Tensor slots, "
-      "Tensor new_rows, Tensor new_cols) -> (int, int, int)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("build_index_", TORCH_BOX(&build_index_));
-  m.impl("replace_", TORCH_BOX(&replace_));
-}
+REWIRE_OPERATOR(build_index_,
+                "(Tensor rows, Tensor cols, int n_rows, int n_cols, Tensor(a!) row_ptr, Tensor(b!) "
+                "row_cols, Tensor(c!) row_slots, Tensor(d!) col_ptr, Tensor(e!) col_rows, "
+                "Tensor(f!) col_slots) -> (int, int, int)")
+REWIRE_OPERATOR(
+    replace_,
+    "(Tensor(a!) rows, Tensor(b!) cols, Tensor(c!) row_ptr, Tensor(d!) row_cols, Tensor(e!) "
+    "row_slots, Tensor(f!) col_ptr, Tensor(g!) col_rows, Tensor(h!) col_slots, int n_rows, int "
+    "n_cols, Tensor slots, Tensor new_rows, Tensor new_cols) -> (int, int, int)")
 
 }  // namespace rewire

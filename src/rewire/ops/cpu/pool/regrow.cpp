@@ -299,27 +299,16 @@ std::tuple<Tensor, int64_t, int64_t, int64_t> walk_and_regrow_(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "regrow_(Tensor(a!) values, Tensor(b!) signs, Tensor(c!) rows, Tensor(d!) cols, Tensor(e!) "
-      "row_ptr, "
-      "Tensor(f!) row_cols, Tensor(g!) row_slots, Tensor(h!) col_ptr, Tensor(i!) col_rows, "
-      "Tensor(j!) col_slots, "
-      "Tensor slots, int seed, int step, int grow_stream, int sign_stream, bool fixed) -> (int, "
-      "int, int)");
-  m.def(
-      "walk_and_regrow_(Tensor(a!) values, Tensor(b!) signs, Tensor(c!) rows, Tensor(d!) cols, "
-      "Tensor(e!) row_ptr, "
-      "Tensor(f!) row_cols, Tensor(g!) row_slots, Tensor(h!) col_ptr, Tensor(i!) col_rows, "
-      "Tensor(j!) col_slots, "
-      "Tensor(k!)? gradient, float shrink, float noise, int seed, int step, int noise_stream, int "
-      "grow_stream, "
-      "int sign_stream, bool fixed) -> (Tensor, int, int, int)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("regrow_", TORCH_BOX(&regrow_));
-  m.impl("walk_and_regrow_", TORCH_BOX(&walk_and_regrow_));
-}
+REWIRE_OPERATOR(regrow_,
+                "(Tensor(a!) values, Tensor(b!) signs, Tensor(c!) rows, Tensor(d!) cols, "
+                "Tensor(e!) row_ptr, Tensor(f!) row_cols, Tensor(g!) row_slots, Tensor(h!) "
+                "col_ptr, Tensor(i!) col_rows, Tensor(j!) col_slots, Tensor slots, int seed, int "
+                "step, int grow_stream, int sign_stream, bool fixed) -> (int, int, int)")
+REWIRE_OPERATOR(
+    walk_and_regrow_,
+    "(Tensor(a!) values, Tensor(b!) signs, Tensor(c!) rows, Tensor(d!) cols, Tensor(e!) row_ptr, "
+    "Tensor(f!) row_cols, Tensor(g!) row_slots, Tensor(h!) col_ptr, Tensor(i!) col_rows, "
+    "Tensor(j!) col_slots, Tensor(k!)? gradient, float shrink, float noise, int seed, int step, "
+    "int noise_stream, int grow_stream, int sign_stream, bool fixed) -> (Tensor, int, int, int)")
 
 }  // namespace rewire

@@ -53,14 +53,7 @@ Runs as_runs(const Tensor& x, const char* op, const char* name) {
   return {copy, copy.const_data_ptr(), batch, features, batch};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def("feature_major(Tensor x) -> Tensor");
-  m.def("batch_major(Tensor x) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("feature_major", TORCH_BOX(&feature_major));
-  m.impl("batch_major", TORCH_BOX(&batch_major));
-}
+REWIRE_OPERATOR(feature_major, "(Tensor x) -> Tensor")
+REWIRE_OPERATOR(batch_major, "(Tensor x) -> Tensor")
 
 }  // namespace rewire

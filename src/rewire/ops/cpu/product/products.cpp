@@ -159,25 +159,13 @@ std::string instruction_set() { return target_name(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "spmm(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor x, Tensor? bias) -> "
-      "Tensor");
-  m.def("sddmm(Tensor ptr, Tensor idx, Tensor slots, int capacity, Tensor g, Tensor x) -> Tensor");
-  m.def(
-      "spmm_sddmm(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor g, Tensor x) -> "
-      "(Tensor, Tensor)");
-  m.def("instruction_set() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("spmm", TORCH_BOX(&spmm));
-  m.impl("sddmm", TORCH_BOX(&sddmm));
-  m.impl("spmm_sddmm", TORCH_BOX(&spmm_sddmm));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&instruction_set));
-}
+REWIRE_OPERATOR(
+    spmm, "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor x, Tensor? bias) -> Tensor")
+REWIRE_OPERATOR(
+    sddmm, "(Tensor ptr, Tensor idx, Tensor slots, int capacity, Tensor g, Tensor x) -> Tensor")
+REWIRE_OPERATOR(
+    spmm_sddmm,
+    "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor g, Tensor x) -> (Tensor, Tensor)")
+REWIRE_OPERATOR_ANYWHERE(instruction_set, "() -> str")
 
 }  // namespace rewire

@@ -66,17 +66,10 @@ void add_normal_(const Tensor& values, double scale, int64_t seed, int64_t step,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def("add_normal_(Tensor(a!) values, float scale, int seed, int step, int stream) -> ()");
-  m.def(
-      "langevin_step_(Tensor(a!) values, Tensor rows, Tensor signs, float shrink, float noise, int "
-      "seed, int step, "
-      "int stream) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("add_normal_", TORCH_BOX(&add_normal_));
-  m.impl("langevin_step_", TORCH_BOX(&langevin_step_));
-}
+REWIRE_OPERATOR(add_normal_,
+                "(Tensor(a!) values, float scale, int seed, int step, int stream) -> ()")
+REWIRE_OPERATOR(langevin_step_,
+                "(Tensor(a!) values, Tensor rows, Tensor signs, float shrink, float noise, int "
+                "seed, int step, int stream) -> Tensor")
 
 }  // namespace rewire

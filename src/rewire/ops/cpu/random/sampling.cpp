@@ -263,30 +263,17 @@ Tensor position_signs(const Tensor& rows_, const Tensor& cols_, int64_t seed, in
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def("distinct(int n, int bound, int seed, int step, int stream, int offset) -> Tensor");
-  m.def(
-      "candidates(Tensor row_ptr, Tensor row_cols, int n_cols, Tensor ranks, Tensor dropped_rows, "
-      "Tensor dropped_cols) -> (Tensor, Tensor)");
-  m.def(
-      "sample_dormant(Tensor row_ptr, Tensor row_cols, int n_cols, int n, Tensor dropped_rows, "
-      "Tensor dropped_cols, "
-      "int seed, int step, int stream) -> (Tensor, Tensor)");
-  m.def(
-      "sample_dormant_in_rows(Tensor row_ptr, Tensor row_cols, int n_cols, Tensor dropped_rows, "
-      "Tensor dropped_cols, int seed, int step, int stream) -> Tensor");
-  m.def("position_signs(Tensor rows, Tensor cols, int seed, int stream) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CompositeExplicitAutograd, m) {
-  m.impl("distinct", TORCH_BOX(&distinct));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("candidates", TORCH_BOX(&candidates));
-  m.impl("sample_dormant", TORCH_BOX(&sample_dormant));
-  m.impl("sample_dormant_in_rows", TORCH_BOX(&sample_dormant_in_rows));
-  m.impl("position_signs", TORCH_BOX(&position_signs));
-}
+REWIRE_OPERATOR_ANYWHERE(distinct,
+                         "(int n, int bound, int seed, int step, int stream, int offset) -> Tensor")
+REWIRE_OPERATOR(candidates,
+                "(Tensor row_ptr, Tensor row_cols, int n_cols, Tensor ranks, Tensor dropped_rows, "
+                "Tensor dropped_cols) -> (Tensor, Tensor)")
+REWIRE_OPERATOR(sample_dormant,
+                "(Tensor row_ptr, Tensor row_cols, int n_cols, int n, Tensor dropped_rows, Tensor "
+                "dropped_cols, int seed, int step, int stream) -> (Tensor, Tensor)")
+REWIRE_OPERATOR(sample_dormant_in_rows,
+                "(Tensor row_ptr, Tensor row_cols, int n_cols, Tensor dropped_rows, Tensor "
+                "dropped_cols, int seed, int step, int stream) -> Tensor")
+REWIRE_OPERATOR(position_signs, "(Tensor rows, Tensor cols, int seed, int stream) -> Tensor")
 
 }  // namespace rewire

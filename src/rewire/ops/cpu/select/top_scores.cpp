@@ -332,28 +332,17 @@ Tensor weakest(const Tensor& values, std::optional<Tensor> factors, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rewire, m) {
-  m.def(
-      "above(Tensor scores, int first_row, Tensor row_ptr, Tensor row_cols, Tensor row_slots, "
-      "Tensor kept, float bar, "
-      "bool absolute) -> (Tensor, Tensor)");
-  m.def(
-      "above_drawn(Tensor scores, int first_row, Tensor row_ptr, Tensor row_cols, Tensor "
-      "row_slots, Tensor kept, "
-      "float bar, float least, int seed, int step, int stream) -> (Tensor, Tensor, Tensor)");
-  m.def("uniforms(Tensor positions, int seed, int step, int stream) -> Tensor");
-  m.def("extremes(Tensor scores, int count, bool largest) -> Tensor");
-  m.def(
-      "weakest(Tensor values, Tensor? factors, Tensor slots, float fraction, bool by_sign) -> "
-      "Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rewire, CPU, m) {
-  m.impl("above", TORCH_BOX(&above));
-  m.impl("above_drawn", TORCH_BOX(&above_drawn));
-  m.impl("uniforms", TORCH_BOX(&uniforms));
-  m.impl("extremes", TORCH_BOX(&extremes));
-  m.impl("weakest", TORCH_BOX(&weakest));
-}
+REWIRE_OPERATOR(above,
+                "(Tensor scores, int first_row, Tensor row_ptr, Tensor row_cols, Tensor row_slots, "
+                "Tensor kept, float bar, bool absolute) -> (Tensor, Tensor)")
+REWIRE_OPERATOR(
+    above_drawn,
+    "(Tensor scores, int first_row, Tensor row_ptr, Tensor row_cols, Tensor row_slots, Tensor "
+    "kept, float bar, float least, int seed, int step, int stream) -> (Tensor, Tensor, Tensor)")
+REWIRE_OPERATOR(uniforms, "(Tensor positions, int seed, int step, int stream) -> Tensor")
+REWIRE_OPERATOR(extremes, "(Tensor scores, int count, bool largest) -> Tensor")
+REWIRE_OPERATOR(
+    weakest,
+    "(Tensor values, Tensor? factors, Tensor slots, float fraction, bool by_sign) -> Tensor")
 
 }  // namespace rewire
