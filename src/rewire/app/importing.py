@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rewire.app.errors import TrainError
+from torch import nn
+
+from rewire.app.errors import TrainError, UserError
 
 __all__ = ["FILE_ENDINGS", "call_with", "find_object", "is_importable", "is_path", "load_object"]
 
@@ -62,6 +64,23 @@ def load_object(option: str, source: str) -> Any:
             f"{option}: {source!r} is a {type(found).__name__}, allowed is something to call"
         )
     return found
+
+
+def made_network(source: str, make: Callable[[], Any]) -> nn.Module:
+    """What ``make`` returns, somebody else's network. Raises TrainError if that fails."""
+    try:
+        model = make()
+    except UserError:
+        raise
+    except Exception as error:  # somebody else's code
+        raise TrainError(
+            f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise TrainError(
+            f"--model: {source!r} returned a {type(model).__name__}, allowed is a torch.nn.Module"
+        )
+    return model
 
 
 def call_with(function: Callable[..., Any], offered: dict[str, Any]) -> Any:

@@ -32,22 +32,15 @@ def _connections(ptr: Tensor, idx: Tensor) -> int:
     return int(ptr[-1].item())
 
 
-def _spmm(
-    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, x: Tensor, *rest: Any, **named: Any
-) -> int:
-    return 2 * _connections(ptr, idx) * x.shape[0]
+def _products(each: int) -> Callable[..., int]:
+    """``each`` operations for a connection and a row of the fifth argument."""
 
+    def count(
+        ptr: Tensor, idx: Tensor, slots: Tensor, pool: Any, x: Tensor, *rest: Any, **named: Any
+    ) -> int:
+        return each * _connections(ptr, idx) * x.shape[0]
 
-def _sddmm(
-    ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, *rest: Any, **named: Any
-) -> int:
-    return 2 * _connections(ptr, idx) * g.shape[0]
-
-
-def _spmm_sddmm(
-    ptr: Tensor, idx: Tensor, slots: Tensor, values: Tensor, g: Tensor, *rest: Any, **named: Any
-) -> int:
-    return 4 * _connections(ptr, idx) * g.shape[0]
+    return count
 
 
 def _frozen(
@@ -71,9 +64,9 @@ def _conv_gradient(
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "spmm": _spmm,
-    "sddmm": _sddmm,
-    "spmm_sddmm": _spmm_sddmm,
+    "spmm": _products(2),
+    "sddmm": _products(2),
+    "spmm_sddmm": _products(4),
     "frozen_linear": _frozen,
     "conv": _conv,
     "conv_input_gradient": _conv_gradient,

@@ -19,7 +19,7 @@ from rewire.app.bench import child, curves, large, models, sections, targets
 from rewire.app.bench.contenders import LAYERS, Layer, Linear, make
 from rewire.app.bench.curves import Setting, installed
 from rewire.app.bench.targets import big, conv, inference, layers, training
-from rewire.app.errors import BenchError, NotAvailable
+from rewire.app.errors import BenchError, NotAvailable, UserError
 
 SETTING = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
 PROC = pytest.mark.skipif(
@@ -243,12 +243,12 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert result["layers"][1]["verdict"] == "not measured"
     for wrong, line in (
         ("own_model_for_bench:conv", "give --input"),
-        ("own_model_for_bench:three", "returned int"),
+        ("own_model_for_bench:three", "returned a int"),
         ("own_model_for_bench:nothing", "cannot be made"),
         ("no_such_module_here:make", "cannot be made"),
         ("vgg", "allowed are mlp, resnet18"),
     ):
-        with pytest.raises(BenchError, match=line):
+        with pytest.raises(UserError, match=line):
             models.load(wrong, None)
     model, _ = models.load("own_model_for_bench:make", None)
     with pytest.raises(BenchError, match="does not pass"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from rewire.app.bench import networks
 from rewire.app.errors import BenchError
-from rewire.app.importing import find_object
+from rewire.app.importing import find_object, made_network
 from rewire.nn.forward.tensors import first_input
 
 __all__ = ["MODELS", "Found", "layers", "load"]
@@ -86,16 +86,7 @@ def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int
         raise BenchError(
             f"--model: given {source!r}, allowed are {allowed} or path.to.module:callable"
         )
-    try:
-        model = find_object(source)()
-    except Exception as error:
-        raise BenchError(
-            f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise BenchError(
-            f"--model: {source!r} returned {type(model).__name__}, allowed is a torch.nn.Module"
-        )
+    model = made_network(source, lambda: find_object(source)())
     if shape is None:
         first = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
         if not isinstance(first, nn.Linear):

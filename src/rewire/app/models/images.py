@@ -27,6 +27,11 @@ def _refuse_small(name: str, shape: Shape, least: int) -> None:
         )
 
 
+def _classifier(features: int, hidden: tuple[int, int], outputs: int) -> tuple[nn.Module, ...]:
+    first, last = nn.Linear(features, hidden[0]), nn.Linear(*hidden)
+    return first, nn.ReLU(), last, nn.ReLU(), nn.Linear(hidden[1], outputs)
+
+
 def lenet5(shape: Shape, outputs: int, width: float = 1.0) -> nn.Module:
     """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling; 28 x 28 images get a border of 2."""
     channels, height, width_pixels = shape
@@ -43,11 +48,7 @@ def lenet5(shape: Shape, outputs: int, width: float = 1.0) -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(second * rows * cols, hidden[0]),
-        nn.ReLU(),
-        nn.Linear(*hidden),
-        nn.ReLU(),
-        nn.Linear(hidden[1], outputs),
+        *_classifier(second * rows * cols, hidden, outputs),
     )
 
 
@@ -70,11 +71,7 @@ def cifar_cnn(shape: Shape, outputs: int, width: float = 1.0) -> nn.Module:
         nn.LocalResponseNorm(9, alpha=9e-3 / 9, beta=0.75),
         nn.MaxPool2d(3, 2, padding=1),
         nn.Flatten(),
-        nn.Linear(maps * rows * cols, hidden[0]),
-        nn.ReLU(),
-        nn.Linear(*hidden),
-        nn.ReLU(),
-        nn.Linear(hidden[1], outputs),
+        *_classifier(maps * rows * cols, hidden, outputs),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from rewire.app.errors import TrainError, did_you_mean
-from rewire.app.importing import call_with, is_importable, load_object
+from rewire.app.importing import call_with, is_importable, load_object, made_network
 from rewire.app.models import images, sequences
 
 __all__ = ["NAMES", "Signature", "build", "parse"]
@@ -183,16 +183,4 @@ def _own(source: str, signature: Signature, width: float) -> nn.Module:
                 "the callable a parameter width, a factor on the units of its hidden layers"
             )
         offered["width"] = width
-    try:
-        model = call_with(function, offered)
-    except TrainError:
-        raise
-    except Exception as error:  # somebody else's code
-        raise TrainError(
-            f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise TrainError(
-            f"--model: {source!r} returned a {type(model).__name__}, allowed is a torch.nn.Module"
-        )
-    return model
+    return made_network(source, lambda: call_with(function, offered))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from rewire.nn.frozen import quantize
 from rewire.nn.frozen.quantize import Values
 from rewire.nn.weight.pool import SparseWeight
+from rewire.nn.weight.shape import Shaped
 from rewire.ops import NARROW, frozen_linear
 from rewire.ops.frozen import NATIVE_PRODUCT, expand
 
@@ -21,7 +21,7 @@ __all__ = ["FrozenWeight", "Values", "frozen_weights"]
 _NARROW_COLUMNS = 1 << 16
 
 
-class FrozenWeight(nn.Module):
+class FrozenWeight(Shaped):
     """The connections of a sparse weight in (row, column) order, as buffers; `rewire.freeze` makes
     them.
 
@@ -80,36 +80,12 @@ class FrozenWeight(nn.Module):
         fits = numbers.dtype == torch.float32 and columns <= 2**31
         self._quick_columns = columns if fits else -1
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # As in SparseWeight: PyTorch's Transformer layers then leave out their fused kernels.
-        raise TypeError(
-            f"{cls.__name__} is not a tensor: use its layer, or to_dense(), for {function.__name__}"
-        )
-
     # --- what it is -------------------------------------------------------------------------------
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the dense weight this stands for."""
-        return self._shape
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the weight as a matrix."""
-        return self._shape[0], math.prod(self._shape[1:])
 
     @property
     def connections(self) -> int:
         """K, the number of connections."""
         return self.cols.numel()
-
-    @property
-    def density(self) -> float:
-        """K / M."""
-        return self.connections / math.prod(self._shape)
 
     @property
     def dtype(self) -> torch.dtype:

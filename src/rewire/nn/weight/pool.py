@@ -142,16 +142,6 @@ class SparseWeight(Changes):
             keep = torch.sort(torch.sort(-flat.abs(), stable=True).indices[:connections]).values
         return cls.from_coo(dense.shape, keep // cols, keep % cols, flat[keep], capacity=capacity)
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # PyTorch's Transformer layers look for this method, and then do not give the weight to
-        # fused kernels for dense tensors.
-        raise TypeError(
-            f"{cls.__name__} is not a tensor: use its layer, or to_dense(), for {function.__name__}"
-        )
-
     # --- reading it -------------------------------------------------------------------------------
 
     def active(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from rewire.budget import Limits
 from rewire.nn.weight import seal
 from rewire.nn.weight.candidates import Candidates
 from rewire.nn.weight.events import Follower
+from rewire.nn.weight.shape import Shaped
 from rewire.nn.weight.twin import refuse_data_parallel, refuse_torchscript
 from rewire.ops import Capture
 from rewire.topology import Index, Prior, TopologyError
@@ -42,7 +42,7 @@ def index_of(buffers: dict[str, Any]) -> Index:
     return index
 
 
-class Storage(nn.Module):
+class Storage(Shaped):
     """Values, positions and index of a sparse weight; `rewire.nn.SparseWeight` describes them.
 
     This class makes and replaces the tensors, hands them to layers (`operand`), and notices when
@@ -64,21 +64,6 @@ class Storage(nn.Module):
     _first: bool
 
     # --- what it is -------------------------------------------------------------------------------
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the dense weight this stands for."""
-        return self._shape
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(rows, cols) of the weight as a matrix."""
-        return self._shape[0], math.prod(self._shape[1:])
-
-    @property
-    def size(self) -> int:
-        """M, the number of potential connections."""
-        return math.prod(self._shape)
 
     @property
     def positions(self) -> int:
@@ -112,11 +97,6 @@ class Storage(nn.Module):
     def capacity(self) -> int:
         """C, the number of slots."""
         return self.values.numel()
-
-    @property
-    def density(self) -> float:
-        """K / M."""
-        return self._connections / self.size
 
     @property
     def dtype(self) -> torch.dtype:
