@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from rewire.app.errors import DataError
@@ -30,6 +30,11 @@ class FileOptions:
     validation_data: str | None = None
     split_seed: int = 0
     image_size: int | None = None
+
+    @classmethod
+    def of(cls, config: object) -> FileOptions:
+        """Those that a training was given, which has them under the same names."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     def refuse(self, source: str, *names: str) -> None:
         """Raise DataError if one of the options was given, which ``source`` has no use for."""

@@ -77,15 +77,7 @@ def load_data(config: TrainConfig, progress: data.Progress | None = None) -> Dat
         data_dir=config.data_dir,
         mirror=config.mirror,
         progress=progress,
-        options=data.FileOptions(
-            target=config.target,
-            task=config.task,
-            test_share=config.test_share,
-            test_data=config.test_data,
-            validation_data=config.validation_data,
-            split_seed=config.split_seed,
-            image_size=config.image_size,
-        ),
+        options=data.FileOptions.of(config),
     )
 
 

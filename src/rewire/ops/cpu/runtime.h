@@ -92,17 +92,6 @@ void try_each_item(int64_t items, bool serial, const Job& job) {
   if (failed.load()) std::rethrow_exception(error);
 }
 
-inline int element_type(const Tensor& t, const char* op) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::Double:
-      return kFloat64;
-    default:
-      fail(op, "the kernels take float32 or float64 tensors");
-  }
-}
-
 // Of the products and copies, which take 16-bit elements too.
 inline int any_element_type(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
@@ -117,6 +106,12 @@ inline int any_element_type(const Tensor& t, const char* op) {
     default:
       fail(op, "the kernels take float32, float64, bfloat16 or float16 tensors");
   }
+}
+inline int element_type(const Tensor& t, const char* op) {
+  const ScalarType type = t.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::Double, op,
+          "the kernels take float32 or float64 tensors");
+  return any_element_type(t, op);
 }
 inline bool is_narrow(int type) { return type >= kBFloat16; }
 

@@ -96,6 +96,13 @@ void require_weight(const char* op, const Geometry& g, int64_t outputs, int64_t 
           "the weight does not fit the number of input channels");
 }
 
+Tensor packed_values(const Tensor& values, int type, const char* op, const std::string& as) {
+  require_cpu(values, op);
+  if (values.dim() != 1 || element_type(values, op) != type)
+    fail(op, "values must have one dimension and the dtype of " + as);
+  return packed(values);
+}
+
 Tensor conv(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Tensor& values_,
             const Tensor& x, const std::optional<Tensor>& bias_, int64_t columns, Numbers kernel,
             Numbers stride, Numbers padding, Numbers dilation, int64_t groups, bool channels_last) {
@@ -103,10 +110,7 @@ Tensor conv(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Ten
   const Geometry g(op, kernel, stride, padding, dilation, groups);
   check_lists(op, ptr, idx, slots);
   const int type = element_type(x, op);
-  require_cpu(values_, op);
-  require(values_.dim() == 1 && element_type(values_, op) == type, op,
-          "values must have one dimension and the dtype of x");
-  const Tensor values = packed(values_);
+  const Tensor values = packed_values(values_, type, op, "x");
   const View source(x, g.rank, type, op, "x");
   const int64_t outputs = ptr.numel() - 1;
   require_weight(op, g, outputs, columns, source.channels);
@@ -142,10 +146,7 @@ Tensor conv_input_gradient(const Tensor& ptr, const Tensor& idx, const Tensor& s
   const Geometry g(op, kernel, stride, padding, dilation, groups);
   check_lists(op, ptr, idx, slots);
   const int type = element_type(gradient, op);
-  require_cpu(values_, op);
-  require(values_.dim() == 1 && element_type(values_, op) == type, op,
-          "values must have one dimension and the dtype of the gradient");
-  const Tensor values = packed(values_);
+  const Tensor values = packed_values(values_, type, op, "the gradient");
   const View source(gradient, g.rank, type, op, "the gradient");
   require_weight(op, g, source.channels, ptr.numel() - 1, inputs);
   require(static_cast<int64_t>(input.size()) == g.rank, op,

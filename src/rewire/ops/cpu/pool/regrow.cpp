@@ -237,25 +237,40 @@ int64_t connections(const Tensor& ptr, int type) {
   return type == kInt32 ? data_of<int32_t>(ptr)[last] : data_of<int64_t>(ptr)[last];
 }
 
+PoolTensors pool_of(const Tensor& rows, const Tensor& cols, const Tensor& row_ptr,
+                    const Tensor& row_cols, const Tensor& row_slots, const Tensor& col_ptr,
+                    const Tensor& col_rows, const Tensor& col_slots) {
+  return {rows,
+          cols,
+          row_ptr,
+          row_cols,
+          row_slots,
+          col_ptr,
+          col_rows,
+          col_slots,
+          row_ptr.numel() - 1,
+          col_ptr.numel() - 1};
+}
+
+// The index type of a pool whose tensors fit each other and share no memory.
+int check_apart(const PoolTensors& t, const char* op) {
+  const int type = t.check(op);
+  require_apart(op,
+                {&t.rows, &t.cols, &t.row_ptr, &t.row_cols, &t.row_slots, &t.col_ptr, &t.col_rows,
+                 &t.col_slots},
+                {});
+  return type;
+}
+
 Problem regrow_(const Tensor& values, const Tensor& signs, const Tensor& rows, const Tensor& cols,
                 const Tensor& row_ptr, const Tensor& row_cols, const Tensor& row_slots,
                 const Tensor& col_ptr, const Tensor& col_rows, const Tensor& col_slots,
                 const Tensor& slots_, int64_t seed, int64_t step, int64_t grow_stream,
                 int64_t sign_stream, bool fixed) {
   const char* op = "regrow_";
-  const PoolTensors t{rows,
-                      cols,
-                      row_ptr,
-                      row_cols,
-                      row_slots,
-                      col_ptr,
-                      col_rows,
-                      col_slots,
-                      row_ptr.numel() - 1,
-                      col_ptr.numel() - 1};
-  const int type = t.check(op);
-  require_apart(
-      op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
+  const PoolTensors t =
+      pool_of(rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots);
+  const int type = check_apart(t, op);
   const Kept kept(values, signs, nullptr, rows.numel(), op);
   const Integers slots = own_integers(slots_, op);
   const Problem problem =
@@ -273,19 +288,9 @@ std::tuple<Tensor, int64_t, int64_t, int64_t> walk_and_regrow_(
     double shrink, double noise, int64_t seed, int64_t step, int64_t noise_stream,
     int64_t grow_stream, int64_t sign_stream, bool fixed) {
   const char* op = "walk_and_regrow_";
-  const PoolTensors t{rows,
-                      cols,
-                      row_ptr,
-                      row_cols,
-                      row_slots,
-                      col_ptr,
-                      col_rows,
-                      col_slots,
-                      row_ptr.numel() - 1,
-                      col_ptr.numel() - 1};
-  const int type = t.check(op);
-  require_apart(
-      op, {&rows, &cols, &row_ptr, &row_cols, &row_slots, &col_ptr, &col_rows, &col_slots}, {});
+  const PoolTensors t =
+      pool_of(rows, cols, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots);
+  const int type = check_apart(t, op);
   const Kept kept(values, signs, gradient.has_value() ? &*gradient : nullptr, rows.numel(), op);
   const bool full = connections(row_ptr, type) == rows.numel();
   const Diffusion by{shrink, noise, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),

@@ -19,27 +19,22 @@ struct IntegerOf;
 template <>
 struct IntegerOf<2> {
   using type = int16_t;
+  using without_sign = uint16_t;
 };
 template <>
 struct IntegerOf<4> {
   using type = int32_t;
+  using without_sign = uint32_t;
 };
 template <>
 struct IntegerOf<8> {
   using type = int64_t;
+  using without_sign = uint64_t;
 };
 
 template <int Bytes>
 struct UnsignedOf {
-  using type = uint32_t;
-};
-template <>
-struct UnsignedOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct UnsignedOf<8> {
-  using type = uint64_t;
+  using type = typename IntegerOf<Bytes>::without_sign;
 };
 
 template <class V, class T>
