@@ -12,6 +12,7 @@ from rewire.app.errors import StudyError
 from rewire.app.studies.command import plan_from
 from rewire.app.studies.plan import Plan, folder_name, make_plan, read_yaml
 from rewire.app.studies.search import Choice, Range, options_of, space_of
+from rewire.app.train.config import method_options, read_options
 
 
 def plan(**values: Any) -> Plan:
@@ -157,7 +158,9 @@ def test_the_space_of_a_search_follows_from_declarations() -> None:
         begun = made.run(cell, "tune", 9, **options_of(spaces[cell.entry.label].start)).values
         defaults = methods.info(cell.entry.method).parameters()
         own = {n: v for n, v in begun["method_options"].items() if v != defaults[n].default}
-        assert {**begun, "method_options": own} == run.values
+        suited = method_options(read_options(run.values))
+        assert {**suited, **own} == suited
+        assert {**begun, "method_options": {}} == {**run.values, "method_options": {}}
     assert spaces["rigl"].parts["set.fraction"] == Range(0.05, 0.5, log=True)
     assert spaces["rigl"].parts["init"] == Choice(("auto", "sparse"))
     assert "set.fraction" not in spaces["set"].parts

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 import toy
 from rewire.app.errors import TrainError
 from rewire.app.train.batches import Batches, make_generator, split
-from rewire.app.train.config import TrainConfig, difference, make_config, parse_config
+from rewire.app.train.config import (
+    TrainConfig,
+    difference,
+    make_config,
+    method_options,
+    parse_config,
+)
 from rewire.app.train.method_options import parse_method_options
 from rewire.app.train.model import layer_connections, layer_shapes
 from rewire.nn.layers.perceptron import perceptron
@@ -77,7 +83,7 @@ def test_defaults_that_suit_the_method(
     method: str, optimizer: str, lr: float, options: dict[str, int]
 ) -> None:
     config = make_config({"method": method})
-    assert (config.optimizer, config.lr, config.method_options) == (optimizer, lr, options)
+    assert (config.optimizer, config.lr, method_options(config)) == (optimizer, lr, options)
     assert config.init == "auto"
     assert config.lr_decay is None
     assert parse_config(config.to_json(), "x") == config, "resuming adds nothing"
@@ -85,16 +91,26 @@ def test_defaults_that_suit_the_method(
     assert make_config({"method": method, "momentum": 0.9}).optimizer == "sgd"
 
 
+@pytest.mark.parametrize("method", ["deep-r", "l1"])
+def test_l1_takes_as_much_in_long_runs(method: str) -> None:
+    config = make_config({"method": method})
+    for steps, l1 in ((10, 0.1), (1500, 0.1), (15_000, 0.01), (150_000, 0.001)):
+        assert method_options(config, steps) == {"l1": pytest.approx(l1)}
+    assert method_options(make_config({"method": method, "optimizer": "sgd"}), 15_000) == {}
+    given = make_config({"method": method, "method_options": {"l1": 1e-5}})
+    assert method_options(given, 15_000) == {"l1": 1e-5}
+
+
 def test_what_is_given_goes_before_what_suits() -> None:
     given = {"method": "noiseout", "method_options": {"required_score": 0.9}}
-    assert make_config(given).method_options == {"required_score": 0.9}
-    assert make_config({"method": "noiseout", "method_options": {"warmup": 0}}).method_options == {
+    assert method_options(make_config(given)) == {"required_score": 0.9}
+    assert method_options(make_config({"method": "noiseout", "method_options": {"warmup": 0}})) == {
         "warmup": 0
     }
-    assert make_config(
-        {"method": "halo", "method_options": {"after_epochs": None}}
-    ).method_options == {"after_epochs": None}
-    assert make_config({"method": "halo", "epochs": 1}).method_options == {}, (
+    assert method_options(
+        make_config({"method": "halo", "method_options": {"after_epochs": None}})
+    ) == {"after_epochs": None}
+    assert method_options(make_config({"method": "halo", "epochs": 1})) == {}, (
         "no epoch to train what is left"
     )
     for epochs, given, expected in (
@@ -103,9 +119,9 @@ def test_what_is_given_goes_before_what_suits() -> None:
         (41, {}, {"after_epochs": 20}),
     ):
         options = {"method": "ternary", "epochs": epochs, "method_options": given}
-        assert make_config(options).method_options == {"threshold_lr": 0.5} | expected
+        assert method_options(make_config(options)) == {"threshold_lr": 0.5} | expected
     given = {"after_epochs": "auto", "threshold_lr": 2.0}
-    assert make_config({"method": "ternary", "method_options": given}).method_options == given
+    assert method_options(make_config({"method": "ternary", "method_options": given})) == given
     for epochs, given, expected in (
         (3, {}, {"cycles": 2, "every_epochs": 1}),
         (1, {}, {"cycles": 1, "every_epochs": 1}),
@@ -116,12 +132,12 @@ def test_what_is_given_goes_before_what_suits() -> None:
         (40, {"cycles": 4, "every_epochs": 3}, {"cycles": 4, "every_epochs": 3}),
     ):
         options = {"method": "magnitude", "epochs": epochs, "method_options": given}
-        assert make_config(options).method_options == expected
-    assert make_config({"method": "one-shot", "epochs": 1}).method_options == {"after_epochs": 1}
+        assert method_options(make_config(options)) == expected
+    assert method_options(make_config({"method": "one-shot", "epochs": 1})) == {"after_epochs": 1}
     options = {"method": "one-shot", "epochs": 12, "method_options": {"scope": "network"}}
-    assert make_config(options).method_options == {"scope": "network", "after_epochs": 6}
+    assert method_options(make_config(options)) == {"scope": "network", "after_epochs": 6}
     one = {"method": "one-shot", "method_options": {"after": 7}}
-    assert make_config(one).method_options == {"after": 7}
+    assert method_options(make_config(one)) == {"after": 7}
 
 
 def test_defaults_and_json() -> None:
@@ -135,7 +151,7 @@ def test_defaults_and_json() -> None:
     assert make_config({"optimizer": "sgd"}).lr == 0.5
     assert make_config({"method": "noiseout", "optimizer": "sgd"}).lr == 0.5
     assert make_config({"method": "noiseout", "optimizer": "adam", "lr": 0.3}).lr == 0.3
-    assert make_config({"method_options": {"l1": 1e-5}}).method_options == {"l1": 1e-5}
+    assert method_options(make_config({"method_options": {"l1": 1e-5}})) == {"l1": 1e-5}
     assert parse_config(config.to_json(), "x") == config
     assert make_config({"density": [0.1, 0.2, 0.3]}).distribution is None
     assert len(config.sha256()) == 64

@@ -20,6 +20,7 @@ from rewire.adapters.sklearn.data import Batches, Rows, floating
 from rewire.adapters.sklearn.network import ACTIVATIONS, budgets, input_connectivity, shapes_of
 from rewire.adapters.sklearn.training import Loss, Training, from_bytes, threads, to_bytes
 from rewire.budget import DISTRIBUTIONS, Limits
+from rewire.methods.core.runs import Run
 from rewire.nn.layers.perceptron import perceptron
 from rewire.schedules import Cosine
 
@@ -202,7 +203,7 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
             batch, _, together = self._plan(len(x))
             steps, epochs = passes * -(-len(x) // batch), -(-passes // together)
             provided |= {"total_steps": steps, "total_epochs": epochs}
-            given = entry.cls.run_options(epochs, given, name) | given
+            given = entry.cls.run_options(Run(epochs, name, steps), given) | given
         settings = {key: value for key, value in provided.items() if key in entry.services}
         if entry.cls.starts_dense and "density" in entry.parameters() and density is not None:
             settings["density"] = density

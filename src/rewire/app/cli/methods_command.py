@@ -37,7 +37,7 @@ def methods(
 def _described(name: str) -> dict[str, Any]:
     """All that is known of a method, as JSON has it."""
     from rewire.app.train import baselines as registry
-    from rewire.app.train.config import make_config
+    from rewire.app.train.config import make_config, method_options
 
     entry, suits = registry.info(name), make_config({"method": name})
     return {
@@ -51,7 +51,7 @@ def _described(name: str) -> dict[str, Any]:
         "start_density": entry.start_density,
         "limits": list(entry.limits),
         "prior": entry.prior,
-        "train": {"optimizer": suits.optimizer, "lr": suits.lr, "set": suits.method_options},
+        "train": {"optimizer": suits.optimizer, "lr": suits.lr, "set": method_options(suits)},
         "parameters": {
             parameter.name: {"default": _plain(parameter.default), "help": parameter.help}
             for parameter in entry.parameters().values()

@@ -12,7 +12,13 @@ from optuna.trial import Trial
 from rewire.app.errors import StudyError
 from rewire.app.studies.plan import Cell, Search, takes_density
 from rewire.app.train import baselines
-from rewire.app.train.config import TrainConfig, did_you_mean, starts_dense
+from rewire.app.train.config import (
+    TrainConfig,
+    did_you_mean,
+    method_options,
+    read_options,
+    starts_dense,
+)
 from rewire.methods.core.parameters import Declaration, kinds_of
 
 __all__ = ["Choice", "Range", "Space", "space_of"]
@@ -101,10 +107,11 @@ def space_of(cell: Cell, config: Mapping[str, Any]) -> Space:
     if sparse_start and config.get("init") in INITS:
         add("init", Choice(tuple(INITS)), config["init"])
     declared = baselines.info(entry.method).parameters()
+    suited = method_options(read_options(config))
     for name, parameter in declared.items():
         if name in entry.set or name in LEFT:
             continue
-        value = config["method_options"].get(name, parameter.default)
+        value = suited.get(name, parameter.default)
         add(f"set.{name}", _part(parameter.annotation, value, parameter.declared), value)
     for name, given in entry.search.items():
         field = name if name in ("lr", "init") or name not in declared else f"set.{name}"
@@ -115,7 +122,7 @@ def space_of(cell: Cell, config: Mapping[str, Any]) -> Space:
             )
         parts.pop(field, None)
         start.pop(field, None)
-        value = config["method_options"].get(name) if field != name else config.get(name)
+        value = suited.get(name) if field != name else config.get(name)
         add(field, _given(name, given), value)
     return Space(parts, start)
 

@@ -27,6 +27,7 @@ __all__ = [
     "did_you_mean",
     "difference",
     "make_config",
+    "method_options",
     "option_name",
     "options",
     "parse_config",
@@ -176,8 +177,8 @@ def _scheduled(config: TrainConfig) -> TrainConfig:
 
 
 def suited(config: TrainConfig) -> TrainConfig:
-    """The options, with the optimizer, learning rate and hyper-parameters that suit the method
-    where they were not given.
+    """The options, with the optimizer and learning rate that suit the method where they were not
+    given.
 
     Momentum without an optimizer means sgd.
     """
@@ -189,15 +190,20 @@ def suited(config: TrainConfig) -> TrainConfig:
         optimizer = config.optimizer
     else:
         optimizer = "sgd" if config.momentum else cls.run_optimizer
-    given = config.method_options
     lr = cls.run_lr if config.lr is None and optimizer == cls.run_optimizer else config.lr
-    return config.model_copy(
-        update={
-            "method_options": cls.run_options(config.epochs, given, optimizer) | given,
-            "optimizer": optimizer,
-            "lr": lr,
-        }
-    )
+    return config.model_copy(update={"optimizer": optimizer, "lr": lr})
+
+
+def method_options(config: TrainConfig, steps: int | None = None) -> dict[str, Any]:
+    """Hyper-parameters of the method: those given, and those that suit a run of ``steps``."""
+    entry = _method(config.method)
+    given = config.method_options
+    if entry is None:
+        return given
+    from rewire.methods.core.runs import Run  # loads torch
+
+    run = Run(config.epochs, config.optimizer, steps)
+    return entry.cls.run_options(run, given) | given
 
 
 def starts_dense(method: str) -> bool:

@@ -15,7 +15,7 @@ from rewire.app.errors import TrainError
 from rewire.app.models import Signature
 from rewire.app.train import baselines
 from rewire.app.train.batches import Batches, Inputs, Pieces, derive_seed
-from rewire.app.train.config import TrainConfig, check_name
+from rewire.app.train.config import TrainConfig, check_name, method_options
 from rewire.app.train.metrics import evaluate
 from rewire.app.train.model import (
     Network,
@@ -125,9 +125,11 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
     few = sum(connections) * config.batch_size < ONE_THREAD and network.is_stack
     threads = config.threads or (1 if few else torch.get_num_threads())
     torch.set_num_threads(threads)
-    config = config.model_copy(update={"threads": threads})
     x, y = data.train
     batches = Batches(x, y, config.batch_size, config.seed, data.augment, dataset.image_shape)
+    steps = config.epochs * len(batches)
+    options = method_options(config, steps)
+    config = config.model_copy(update={"threads": threads, "method_options": options})
     model = network.make(None if dense else connections)
     if dense and network.is_sparse:
         raise TrainError(
@@ -146,7 +148,7 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
         # Methods that look at activations see the training part, never what is held out.
         "data": Pieces(x, ROWS),
         "connections": budgets,
-        "total_steps": config.epochs * len(batches),
+        "total_steps": steps,
         "total_epochs": config.epochs,
         "evaluate": lambda model: evaluate(model, *held_out, data.task)[1],
     }

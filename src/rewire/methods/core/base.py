@@ -25,6 +25,7 @@ from rewire.methods.core.refusals import (
     refuse_prior,
     refuse_weight_decay,
 )
+from rewire.methods.core.runs import Run
 from rewire.methods.core.state import copied, restore, saved
 from rewire.nn import Event, Moments
 from rewire.nn.weight.sharded import refuse_sharded
@@ -104,12 +105,11 @@ class Method(Changes, Declared, ABC):
     moments: str = field(init=False, default="auto")
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """Hyper-parameters that `rewire train` sets in a run of ``epochs`` where the user, who gave
-        ``given``, did not.
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyper-parameters that `rewire train` sets where the user, who gave ``given``, did not.
 
-        For what has no good value that is independent of the length of a run and of the
-        ``optimizer``.
+        For what has no good value that is independent of the length of the ``run`` and of its
+        optimizer.
         """
         return {}
 

@@ -19,6 +19,7 @@ from rewire.methods.core.parameters import (
     setting,
 )
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run, suited_l1
 from rewire.methods.core.slots import PerSlot
 from rewire.methods.core.state import copied
 from rewire.methods.criteria.grow import Scope, allot, random_dormant, random_in_rows
@@ -84,15 +85,9 @@ class DeepR(Method):
     """
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """A stronger prior where steps have one length, whatever the gradient.
-
-        Adam moves a connection by about the rate in each step while its gradients agree, and by
-        little while they do not. L1 takes off its share of the rate: connections whose gradients
-        agree less than that die.
-        """
-        steps_of_one_length = optimizer in ("adam", "adamw", "rmsprop")
-        return {"l1": 0.1} if steps_of_one_length and "l1" not in given else {}
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A stronger prior where steps have one length, whatever the gradient."""
+        return suited_l1(run, given)
 
     l1: PerLayer = parameter(
         default=1e-5, low=0, help="the prior's coefficient alpha; schedules are over steps"

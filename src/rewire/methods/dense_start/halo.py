@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.core.state import copied
 from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.nn.convert.cut import to_sparse
@@ -119,10 +120,10 @@ class Halo(DenseStart):
     run_optimizer = "sgd"
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is left after the cut trains for the last quarter of the run."""
-        cuts = "after_epochs" in given or epochs < 2
-        return {} if cuts else {"after_epochs": max(1, 3 * epochs // 4)}
+        cuts = "after_epochs" in given or run.epochs < 2
+        return {} if cuts else {"after_epochs": max(1, 3 * run.epochs // 4)}
 
     def _setup(self) -> None:
         self._lambda = self._start()

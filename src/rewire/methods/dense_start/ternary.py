@@ -17,6 +17,7 @@ from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.pool import gradient_scale
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.core.state import copied
 from rewire.methods.dense_start.dense import DenseStart, largest
 from rewire.methods.dense_start.quantize import (
@@ -111,12 +112,12 @@ class Ternary(DenseStart):
     run_optimizer = "sgd"
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """Masks freeze in the middle of the run, so that what is left is trained, and thresholds
         move at half the weights' rate, at which none ran away (docs/defaults.md).
         """
         options: dict[str, Any] = {"threshold_lr": 0.5}
-        return options if epochs < 2 else options | {"after_epochs": max(1, epochs // 2)}
+        return options if run.epochs < 2 else options | {"after_epochs": max(1, run.epochs // 2)}
 
     def _check(self) -> None:
         if self.after_epochs == "auto" and not self.trainable:

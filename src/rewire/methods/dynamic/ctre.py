@@ -13,6 +13,7 @@ from rewire import random
 from rewire.methods.core.base import Evaluate, Pool, Purpose
 from rewire.methods.core.parameters import Epochs, fraction_field, parameter, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.criteria.activations import Which
 from rewire.methods.criteria.drop import ByMagnitude
 from rewire.methods.criteria.grow import BySimilarity, Random, random_dormant
@@ -103,7 +104,7 @@ class CTRE(BySimilarActivations):
     saves = ("_best", "_since")
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """New connections start at 0: random values would disturb a short run to its end."""
         return {"new_values": "zero"}
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.core.updates import LAST
 from rewire.methods.criteria.drop import ByMagnitudeAndSign
 from rewire.methods.criteria.grow import Random
@@ -56,10 +57,10 @@ class SET(Rewiring):
     least = 90
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """Half the share where updates come more often than epochs."""
         timed = {"fraction", "every", "every_epochs", "until", "until_epochs"}
-        often = int(LAST * epochs) < cls.least and not given.keys() & timed
+        often = int(LAST * run.epochs) < cls.least and not given.keys() & timed
         return {"fraction": 0.15} if often else {}
 
     def _check(self) -> None:

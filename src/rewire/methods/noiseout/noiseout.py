@@ -22,6 +22,7 @@ from rewire.methods.core.parameters import (
 )
 from rewire.methods.core.refusals import needs_data
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.noiseout.choice import Inputs, choose, first_inputs, next_merge
 from rewire.methods.noiseout.correlation import Merge, UnitMoments, measure
 from rewire.methods.noiseout.noise_outputs import NoiseOutputs, Targets
@@ -162,11 +163,10 @@ class NoiseOut(Method):
     saves = ("_merged", "_checks", "_score", "_beside")
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """Half of the run trains only: what it then reaches is the score to keep."""
-        return (
-            {} if {"required_score", "every", "warmup"} & given.keys() else {"warmup": epochs // 2}
-        )
+        timed = {"required_score", "every", "warmup"} & given.keys()
+        return {} if timed else {"warmup": run.epochs // 2}
 
     def _check(self) -> None:
         if self.targets == "binomial":

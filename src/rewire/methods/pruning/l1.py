@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import Epochs, NonNegative, parameter, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run, suited_l1
 from rewire.methods.pruning.shrink import Shrinking
 from rewire.schedules import Schedule
 
@@ -62,13 +63,9 @@ class L1(Shrinking):
     budget_required = False
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
-        """A share of the rate where steps have about its length, whatever the gradient (as for DEEP
-        R).
-        """
-        return (
-            {"l1": 0.1} if optimizer in ("adam", "adamw", "rmsprop") and "l1" not in given else {}
-        )
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A share of the rate where steps have about its length, whatever the gradient."""
+        return suited_l1(run, given)
 
     def _check_start(self, final: Any) -> None:
         """Nothing: the budget is a bound, and shrinking may have gone below it before this was

@@ -10,6 +10,7 @@ import torch
 from rewire.methods.core.base import Evaluate
 from rewire.methods.core.parameters import Count, Epochs, NonNegative, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.pruning.shrink import Shrinking, scope_field
 
 __all__ = ["Magnitude"]
@@ -59,9 +60,9 @@ class Magnitude(Shrinking):
     saves = ("_first", "cuts")
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """All cuts in the first three quarters of the run, so that what is left trains on."""
-        first = max(1, 3 * epochs // 4)
+        first = max(1, 3 * run.epochs // 4)
         each, many = given.get("every_epochs", 1), given.get("cycles", 5)
         if not all(isinstance(n, int) and n > 0 for n in (each, many)):
             return {}  # to be refused with what is allowed

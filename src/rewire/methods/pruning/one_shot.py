@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rewire.methods.core.base import Evaluate, Pool
 from rewire.methods.core.parameters import Epochs, Steps, setting
 from rewire.methods.core.registry import register
+from rewire.methods.core.runs import Run
 from rewire.methods.pruning.shrink import Shrinking, scope_field
 
 __all__ = ["OneShot"]
@@ -48,10 +49,10 @@ class OneShot(Shrinking):
     saves = ("done",)
 
     @classmethod
-    def run_options(cls, epochs: int, given: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    def run_options(cls, run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         """The cut in the middle of the run, so that what is left trains on."""
         timed = {"after", "after_epochs"} & given.keys()
-        return {} if timed else {"after_epochs": max(1, epochs // 2)}
+        return {} if timed else {"after_epochs": max(1, run.epochs // 2)}
 
     def _check(self) -> None:
         if self.after is not None and self.after_epochs is not None:
