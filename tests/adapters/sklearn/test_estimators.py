@@ -232,15 +232,54 @@ def test_whole_floats_with_many_values_are_no_classes() -> None:
     assert found.network_[-1].out_features == 1
 
 
-@pytest.mark.parametrize("method", ["differentiable", "ternary"])
-def test_a_pickle_that_would_predict_something_else_is_refused(method: str) -> None:
+@pytest.mark.parametrize("method", TRAINED)
+def test_partial_fit_takes_what_needs_no_end_and_pickles_it(method: str) -> None:
     x, y = blobs()
-    made = SparseMLPClassifier(16, method=method, random_state=0).partial_fit(x, y, classes=[0, 1])
-    with pytest.raises(TypeError, match="cannot be pickled between calls of partial_fit"):
-        pickle.dumps(made)
-    whole = SparseMLPClassifier(16, method=method, max_epochs=2, random_state=0).fit(x, y)
-    again = pickle.loads(pickle.dumps(whole))
-    np.testing.assert_array_equal(again.predict_proba(x), whole.predict_proba(x))
+    made = SparseMLPClassifier(16, method=method, random_state=0)
+    entry = methods.info(method)
+    if entry.cls.starts_dense or entry.start_density is not None:
+        with pytest.raises(ValueError, match="and partial_fit has no end: use fit"):
+            made.partial_fit(x, y, classes=[0, 1])
+        return
+    for _ in range(3):
+        made.partial_fit(x, y, classes=[0, 1])
+    again = pickle.loads(pickle.dumps(made))
+    np.testing.assert_array_equal(again.predict_proba(x), made.predict_proba(x))
+
+
+@pytest.mark.parametrize("method", ["halo", "ternary"])
+def test_budgets_of_methods_that_start_dense(method: str) -> None:
+    x, y = blobs()
+    size = 20 * 50 + 50 * 2
+    for given, most in (({"connections": 110}, 110), ({"density": 0.2}, 0.2 * size)):
+        settings = {"method": method, "max_epochs": 4, "random_state": 0, **given}
+        found = SparseMLPClassifier(50, **settings).fit(x, y)
+        assert 0.9 * most <= sum(w.connections for _, w in sparse_weights(found.network_)) <= most
+    with pytest.raises(ValueError, match="begins with a dense network, and warm_start=True goes"):
+        found.set_params(warm_start=True).fit(x, y)
+    with pytest.raises(ValueError, match="finds out how many connections to keep"):
+        SparseMLPClassifier(method="differentiable", density=0.1).fit(x, y)
+
+
+def test_targets_are_scaled_by_what_is_trained_on() -> None:
+    x, _ = blobs()
+    held = train_test_split(np.arange(300), test_size=0.1, random_state=0)[1]
+    y = x[:, 0].copy()
+    y[held] = 1e9  # must have no influence on the network
+    settings = {"max_epochs": 3, "early_stopping": True, "random_state": 0}
+    found = SparseMLPRegressor(20, **settings).fit(x, y)
+    assert np.abs(found.predict(x)).max() < 100
+    with pytest.raises(ValueError, match=r"holds out one, which has no R\^2"):
+        SparseMLPRegressor(20, **settings, validation_fraction=0.1).fit(x[:10], y[:10])
+
+
+@pytest.mark.parametrize("method", ["one-shot", "set"])
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_short_trainings_are_scored(method: str, epochs: int) -> None:
+    x, y = blobs()
+    settings = {"method": method, "max_epochs": epochs, "early_stopping": True}
+    found = SparseMLPClassifier(20, random_state=0, **settings).fit(x, y)
+    assert found.best_validation_score_ in found.validation_scores_
 
 
 def test_targets_of_any_scale_are_learnt() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from rewire import budget, methods
-from rewire.adapters.sklearn.data import Batches, Rows, floating
+from rewire.adapters.sklearn.data import Batches, Rows, rows_of, weights_of
 from rewire.adapters.sklearn.network import ACTIVATIONS, budgets, input_connectivity, shapes_of
 from rewire.adapters.sklearn.training import Loss, Training, from_bytes, threads, to_bytes
 from rewire.budget import DISTRIBUTIONS, Limits
+from rewire.methods import MethodInfo
 from rewire.methods.core.runs import Run
+from rewire.nn.layers.linear import SparseLinear
 from rewire.nn.layers.perceptron import perceptron
 from rewire.schedules import Cosine
 
@@ -35,6 +37,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 #: Learning rates that suit sparse networks, by optimizer.
 RATES = {"adam": 0.01, "adamw": 0.01, "rmsprop": 0.003, "sgd": 0.5}
 DENSITY = 0.1
+#: Targets and their weights -> mean and spread of each column.
+Scale = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarray]]
 #: With ``max_epochs="auto"``: passes over the data and optimizer steps, at least.
 PASSES, STEPS = 20, 1000
 #: Steps in an epoch of a method, at least.
@@ -168,6 +172,33 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
         """The network that `fit` goes on with."""
         return getattr(self, "network_", None) if self.warm_start else None
 
+    def _check_budget(self, entry: MethodInfo, *, sparse: bool, ends: bool) -> None:
+        """Raise ValueError for what the method cannot do.
+
+        sparse: whether it goes on with a sparse network. ends: whether the end of the training is
+        known.
+        """
+        method = f"method={self.method!r}"
+        if not ends and (entry.cls.starts_dense or entry.start_density is not None):
+            raise ValueError(
+                f"{method} begins above its budget and comes down to it in a training of known "
+                "length, and partial_fit has no end: use fit, or a method that keeps its budget, "
+                "such as 'set'"
+            )
+        if not entry.cls.starts_dense:
+            return
+        if sparse:
+            raise ValueError(
+                f"{method} begins with a dense network, and warm_start=True goes on with a sparse "
+                "one: use a method that begins sparse, such as 'set'"
+            )
+        given = self.density is not None or self.connections is not None
+        if given and "density" not in entry.parameters():
+            raise ValueError(
+                f"{method} finds out how many connections to keep: leave density and connections "
+                "out, or use a method with a budget, such as 'gmp'"
+            )
+
     # --- fitting ----------------------------------------------------------------------------------
 
     def _begin(
@@ -181,6 +212,8 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
         entry = methods.info(self.method)
         shapes = shapes_of((x.features, *self._sizes(), self._outputs()))
         density = DENSITY if self.density is None and self.connections is None else self.density
+        sparse = network is not None and any(isinstance(m, SparseLinear) for m in network)
+        self._check_budget(entry, sparse=sparse, ends=passes is not None)
         final = start = None
         if not entry.cls.starts_dense:
             start = final = budgets(shapes, density, self.connections, self.distribution)
@@ -205,8 +238,9 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
             provided |= {"total_steps": steps, "total_epochs": epochs}
             given = entry.cls.run_options(Run(epochs, name, steps), given) | given
         settings = {key: value for key, value in provided.items() if key in entry.services}
-        if entry.cls.starts_dense and "density" in entry.parameters() and density is not None:
-            settings["density"] = density
+        if entry.cls.starts_dense and "density" in entry.parameters():
+            size = sum(rows * cols for rows, cols in shapes)
+            settings["density"] = budget.allowed(size, self.connections, density) / size
         if "evaluate" in entry.services:
             raise ValueError(
                 f"method={self.method!r} decides by a validation score while it trains, which an "
@@ -216,33 +250,46 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
         return Training(network, optimizer, method, self._loss(), seed)
 
     def _fit(
-        self, x: Any, targets: np.ndarray, weight: np.ndarray | None, *, stratify: Any
+        self,
+        x: Any,
+        y: np.ndarray,
+        weight: np.ndarray | None,
+        *,
+        stratify: Any = None,
+        scale: Scale | None = None,
     ) -> None:
         """Train on checked data, a part of which is held out for early stopping.
 
-        stratify: what the held-out part is drawn by, or None.
+        stratify: what the held-out part is drawn by, or None. scale: finds the mean and the spread
+        of the targets, from those that are trained on.
         """
+        kept, held = np.arange(x.shape[0]), None
+        if self.early_stopping:
+            kept, held = train_test_split(
+                kept,
+                test_size=self.validation_fraction,
+                random_state=self.random_state,
+                stratify=stratify,
+            )
+            if scale is not None and len(held) < 2:
+                raise ValueError(
+                    f"validation_fraction={self.validation_fraction} of {len(y)} samples holds out "
+                    "one, which has no R^2: hold out two or more"
+                )
         network = self._former()
-        rows = rows_of(x, network)
-        y = torch.as_tensor(targets)
-        if y.dtype.is_floating_point:
-            y = y.to(rows.dtype)
-        if not self.early_stopping:
-            self._train(rows, y, weights_of(weight, rows.dtype), None)
-            return
-        kept, held = train_test_split(
-            np.arange(len(rows)),
-            test_size=self.validation_fraction,
-            random_state=self.random_state,
-            stratify=stratify,
-        )
-        part = None if weight is None else weight[kept]
-        held_weight = None if weight is None else weight[held]
+
+        def part(places: np.ndarray) -> tuple[Rows, Tensor, np.ndarray | None]:
+            rows, targets = rows_of(x[places], network), torch.as_tensor(y[places])
+            if targets.dtype.is_floating_point:
+                targets = targets.to(rows.dtype)
+            return rows, targets, None if weight is None else weight[places]
+
+        if scale is not None:
+            mean, spread = scale(y[kept], None if weight is None else weight[kept])
+            y = (y - mean) / spread
+        rows, targets, among = part(kept)
         self._train(
-            rows_of(x[kept], network),
-            y[kept],
-            weights_of(part, rows.dtype),
-            (rows_of(x[held], network), y[held], held_weight),
+            rows, targets, weights_of(among, rows.dtype), None if held is None else part(held)
         )
 
     def _train(
@@ -293,7 +340,7 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
                 assert self.validation_scores_ is not None
                 self.validation_scores_.append(score)
                 # A method that comes down to its budget must get there before anything is compared.
-                budget_met = budget_met or epoch >= 0.75 * passes
+                budget_met = budget_met or epoch + 1 > 0.75 * passes
                 waited += budget_met
                 if budget_met and (best is None or score > best[0] + self.tol):
                     kept = {
@@ -396,37 +443,3 @@ class SparseMLP(BaseEstimator):  # type: ignore[misc]
 
 def _width(layer: nn.Module, name: str) -> int:
     return int(getattr(layer, name))
-
-
-def weight_of(x: Any, given: Any) -> np.ndarray | None:
-    """The weight of each sample, checked; None where none was given."""
-    if given is None:
-        return None
-    weight: np.ndarray = _check_sample_weight(given, x, dtype=np.float64, ensure_non_negative=True)
-    return weight
-
-
-def weights_of(weight: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:
-    """Sample weights as the loop takes them: with a mean of 1."""
-    if weight is None:
-        return None
-    total = weight.sum()
-    if not total > 0:
-        raise ValueError("sample_weight must have a positive sum")
-    return torch.from_numpy(weight * (len(weight) / total)).to(dtype)
-
-
-def checked(
-    estimator: SparseMLP, x: Any, y: Any, *, reset: bool, **options: Any
-) -> tuple[Any, Any]:
-    """X (an array or CSR matrix of float32 or float64) and y, as scikit-learn checks them."""
-    found: tuple[Any, Any] = validate_data(
-        estimator, x, y, accept_sparse="csr", dtype=(np.float64, np.float32), reset=reset, **options
-    )
-    return found
-
-
-def rows_of(x: Any, network: nn.Module | None = None) -> Rows:
-    """The rows of checked data, in the dtype of the network that training goes on with."""
-    dtype = floating(x.dtype) if network is None else next(network.parameters()).dtype
-    return Rows(x, dtype)

@@ -12,8 +12,8 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked, rows_of, weight_of, weights_of
-from rewire.adapters.sklearn.data import Rows
+from rewire.adapters.sklearn.base import SparseMLP
+from rewire.adapters.sklearn.data import Rows, checked, rows_of, weight_of, weights_of
 from rewire.adapters.sklearn.training import Loss
 
 __all__ = ["SparseMLPClassifier", "cross_entropy"]

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import _check_sample_weight, validate_data
+from torch import Tensor, nn
 
-__all__ = ["Batches", "Rows", "floating"]
+__all__ = ["Batches", "Rows", "checked", "rows_of", "weight_of", "weights_of"]
 
 #: Numbers of a dense piece of rows at most, where a whole data set passes through a network.
 PIECE_NUMBERS = 1 << 22
@@ -60,3 +62,37 @@ class Batches:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.rows.pieces(self.rows.features)
+
+
+def weight_of(x: Any, given: Any) -> np.ndarray | None:
+    """The weight of each sample, checked; None where none was given."""
+    if given is None:
+        return None
+    weight: np.ndarray = _check_sample_weight(given, x, dtype=np.float64, ensure_non_negative=True)
+    return weight
+
+
+def weights_of(weight: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:
+    """Sample weights as the loop takes them: with a mean of 1."""
+    if weight is None:
+        return None
+    total = weight.sum()
+    if not total > 0:
+        raise ValueError("sample_weight must have a positive sum")
+    return torch.from_numpy(weight * (len(weight) / total)).to(dtype)
+
+
+def checked(
+    estimator: BaseEstimator, x: Any, y: Any, *, reset: bool, **options: Any
+) -> tuple[Any, Any]:
+    """X (an array or CSR matrix of float32 or float64) and y, as scikit-learn checks them."""
+    found: tuple[Any, Any] = validate_data(
+        estimator, x, y, accept_sparse="csr", dtype=(np.float64, np.float32), reset=reset, **options
+    )
+    return found
+
+
+def rows_of(x: Any, network: nn.Module | None = None) -> Rows:
+    """The rows of checked data, in the dtype of the network that training goes on with."""
+    dtype = floating(x.dtype) if network is None else next(network.parameters()).dtype
+    return Rows(x, dtype)

@@ -11,8 +11,8 @@ from sklearn.base import RegressorMixin
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked, rows_of, weight_of, weights_of
-from rewire.adapters.sklearn.data import Rows
+from rewire.adapters.sklearn.base import SparseMLP
+from rewire.adapters.sklearn.data import Rows, checked, rows_of, weight_of, weights_of
 from rewire.adapters.sklearn.training import Loss
 
 __all__ = ["SparseMLPRegressor", "scaled"]
@@ -36,10 +36,13 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
 
     Parameters, attributes, data and cost are those of `SparseMLPClassifier`, but for classes. It
     minimises half the mean squared error. Targets, (samples,) or (samples, outputs), are
-    standardised inside, by the data of the first call.
+    standardised inside, by what the first call trains on.
     """
 
     hidden_layer_sizes: Any = field(default=(100,), kw_only=False)
+
+    _mean: Any = field(init=False)
+    _spread: np.ndarray = field(init=False)
 
     def _loss(self) -> Loss:
         return squared_error
@@ -51,35 +54,41 @@ class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
         found = self._forward(network, x)
         return float(r2_score(y.numpy(), found, sample_weight=weight))
 
-    def _targets(
+    def _checked(
         self, X: Any, y: Any, sample_weight: Any, first: bool, reset: bool
     ) -> tuple[Any, np.ndarray, np.ndarray | None]:
         x, y = checked(self, X, y, reset=reset, multi_output=True, y_numeric=True)
-        weight = weight_of(x, sample_weight)
-        column = y.reshape(len(y), -1).astype(np.float64)
+        columns = y.reshape(len(y), -1).astype(np.float64)
         if first:
-            self._flat = y.ndim == 1
-            self._mean, self._spread = scaled(column, weight)
-        elif column.shape[1] != len(self._mean):
-            raise ValueError(f"y has {column.shape[1]} columns, and had {len(self._mean)} before")
-        return x, (column - self._mean) / self._spread, weight
+            self._flat, self._mean = y.ndim == 1, None
+        elif columns.shape[1] != len(self._mean):
+            raise ValueError(f"y has {columns.shape[1]} columns, and had {len(self._mean)} before")
+        return x, columns, weight_of(x, sample_weight)
+
+    def _scale(self, y: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        if self._mean is None:
+            self._mean, self._spread = scaled(y, weight)
+        return self._mean, self._spread
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseMLPRegressor:
         """Train on X (samples, features) and y (samples,) or (samples, outputs)."""
         self._check_parameters()
         first = not (self.warm_start and hasattr(self, "network_"))
-        x, targets, weight = self._targets(X, y, sample_weight, first, True)
-        self._fit(x, targets, weight, stratify=None)
+        x, columns, weight = self._checked(X, y, sample_weight, first, True)
+        self._fit(x, columns, weight, scale=self._scale)
         return self
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseMLPRegressor:
         """Train for one more epoch, on X and y, at the learning rate ``learning_rate_init``."""
         self._check_parameters()
         first = not hasattr(self, "network_")
-        x, targets, weight = self._targets(X, y, sample_weight, first, first)
+        x, columns, weight = self._checked(X, y, sample_weight, first, first)
+        mean, spread = self._scale(columns, weight)
         rows = rows_of(x, getattr(self, "network_", None))
         self._continue(
-            rows, torch.from_numpy(targets).to(rows.dtype), weights_of(weight, rows.dtype)
+            rows,
+            torch.from_numpy((columns - mean) / spread).to(rows.dtype),
+            weights_of(weight, rows.dtype),
         )
         return self
 

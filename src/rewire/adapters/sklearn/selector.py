@@ -11,9 +11,9 @@ from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, checked, is_whole, weight_of
+from rewire.adapters.sklearn.base import SparseMLP, is_whole
 from rewire.adapters.sklearn.classifier import cross_entropy
-from rewire.adapters.sklearn.data import Rows
+from rewire.adapters.sklearn.data import Rows, checked, weight_of
 from rewire.adapters.sklearn.regressor import scaled, squared_error
 from rewire.adapters.sklearn.training import Loss
 
@@ -88,13 +88,14 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
         weight = weight_of(x, sample_weight)
         self._classes = type_of_target(y) in ("binary", "multiclass") and not _are_values(y)
         if self._classes:
+            targets: np.ndarray
             classes, targets = np.unique(y, return_inverse=True)
             self._targets = len(classes)
         else:
-            values = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
-            mean, spread = scaled(values, weight)
-            targets, self._targets = (values - mean) / spread, values.shape[1]
-        self._fit(x, targets, weight, stratify=targets if self._classes else None)
+            targets = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+            self._targets = targets.shape[1]
+        by: dict[str, Any] = {"stratify": targets} if self._classes else {"scale": scaled}
+        self._fit(x, targets, weight, **by)
         return self
 
     def _get_support_mask(self) -> np.ndarray:
