@@ -1,10 +1,11 @@
-"""Training with DistributedDataParallel: keeps topologies identical on all ranks, and checks it."""
+"""Training on several ranks: with DistributedDataParallel, where topologies stay identical on all
+of them, and layers that are divided among them.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -15,10 +16,23 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rewire import random
-from rewire.nn import Event, SparseWeight, sparse_weights
+from rewire.nn import Event, SparseLinear, SparseWeight, sparse_weights
+from rewire.nn.layers import row_sharded
+from rewire.nn.layers.initial import Init
+from rewire.nn.layers.row_sharded import RowSharded, clip_grad_norm_
 from rewire.nn.weight.sharded import refuse_sharded
 
-__all__ = ["TopologyMismatch", "agree", "alone", "prepare", "refuse_unprepared", "sum_over_ranks"]
+__all__ = [
+    "RowSharded",
+    "TopologyMismatch",
+    "agree",
+    "alone",
+    "clip_grad_norm_",
+    "prepare",
+    "refuse_unprepared",
+    "shard_rows",
+    "sum_over_ranks",
+]
 
 #: Of prepared weights, the process group, if it is not the default one, and the guard.
 _GROUPS: weakref.WeakKeyDictionary[SparseWeight, dist.ProcessGroup] = weakref.WeakKeyDictionary()
@@ -77,10 +91,7 @@ def prepare(
     (in DDP, FSDP or the like) or prepared, ValueError if ranks have sparse weights of different
     sizes.
     """
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "torch.distributed is not initialised: call torch.distributed.init_process_group first"
-        )
+    _refuse_uninitialised()
     if check_every < 1:
         raise ValueError(f"check_every must be a number of steps of at least 1, not {check_every}")
     if isinstance(model, DistributedDataParallel):
@@ -89,6 +100,11 @@ def prepare(
             "rewire.distributed.prepare(model) before wrapping it"
         )
     refuse_sharded(model)
+    if any(isinstance(module, RowSharded) for module in model.modules()):
+        raise RuntimeError(
+            "a layer of the model is divided by shard_rows, so all ranks must read the same batch, "
+            "and under DistributedDataParallel each reads its own: leave one of the two out"
+        )
     pools = list(sparse_weights(model))
     if any(weight.shared_seed is not None for _, weight in pools):
         raise RuntimeError(
@@ -143,6 +159,50 @@ def alone(model: nn.Module) -> nn.Module:
     for module in (model, *pools):
         _ALONE.add(module)
     return model
+
+
+def shard_rows(
+    layer: SparseLinear,
+    group: dist.ProcessGroup | None = None,
+    *,
+    seed: int | None = None,
+    init: Init = "auto",
+) -> RowSharded:
+    """Divide the rows (outputs) of ``layer`` among the ranks: each holds, trains and rewires about
+    1 / ranks of its connections. Call this on every rank, before making the optimizer::
+
+        with torch.device("meta"):      # so that no rank ever has the whole of it
+            layer = rewire.nn.SparseLinear(1_000_000, 400_000, connections=10_000_000)
+        model.first = rewire.distributed.shard_rows(layer)
+
+    All ranks then read the same batch and make the same steps; each gets all outputs. What is not
+    divided must be equal on all ranks, as after ``torch.manual_seed`` with one number, and stays
+    so. Every rank keeps its share of the budget, so K is exact at every moment; methods act on a
+    rank's part as on a weight of its own, with random numbers of its own. Clip gradients by
+    `clip_grad_norm_` of this module, which knows all parts. Not for models under DDP, whose ranks
+    read different batches.
+
+    Args:
+        layer: equal on all ranks, or on the meta device: then each rank draws its own rows, on the
+            CPU.
+        group: the process group; the default one if None.
+        seed, init: for what is drawn; by default rank 0 draws the seed.
+
+    Raises RuntimeError without an initialised process group, ValueError for limits on fan-out or
+    blocks, which no rank sees, for layers that differ between ranks, and where a rank would have no
+    connection.
+    """
+    _refuse_uninitialised()
+    shard, ranks = row_sharded.cut(layer, group, seed, init)
+    alone(shard)
+    return RowSharded(shard, ranks)
+
+
+def _refuse_uninitialised() -> None:
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group first"
+        )
 
 
 def several_ranks() -> bool:
@@ -206,7 +266,7 @@ def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
 def _same_sizes(
     pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    mine = [(name, tuple(w.shape), w.capacity, str(w.limits), _hash(w)) for name, w in pools]
+    mine = [(name, tuple(w.shape), w.capacity, str(w.limits), _digest(w)) for name, w in pools]
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     for rank, theirs in enumerate(everyone):
@@ -218,13 +278,8 @@ def _same_sizes(
             )
 
 
-def _hash(weight: SparseWeight) -> str:
-    """A hash of the positions that the weight's prior names; "" without a prior."""
-    parts = [weight._buffers.get(name) for name in ("allowed", "frozen")]
-    found = [b"" if part is None else part.cpu().numpy().tobytes() for part in parts]
-    return (
-        sha256(len(found[0]).to_bytes(8, "big") + b"".join(found)).hexdigest() if any(found) else ""
-    )
+def _digest(weight: SparseWeight) -> str:
+    return "" if weight.prior is None else weight.prior.digest()
 
 
 def _broadcast(weight: SparseWeight, source: int, group: dist.ProcessGroup | None) -> None:

@@ -8,6 +8,7 @@ takes O(entries) memory, never rows x cols.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 import torch
@@ -125,6 +126,11 @@ class Prior:
         row, col = divmod(int(wanted[lost[0]]), n_cols)
         return f"connection ({row}, {col}) is frozen, and cannot be dropped"
 
+    def digest(self) -> str:
+        """A hash of the positions, which is the same for equal priors only."""
+        found = [b"" if keys is None else keys.cpu().numpy().tobytes() for keys in self.keys()]
+        return sha256(len(found[0]).to_bytes(8, "big") + b"".join(found)).hexdigest()
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """What it says: of "allowed" and "frozen"."""
@@ -134,12 +140,13 @@ class Prior:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Prior) and all(
             (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in zip(self._keys(), other._keys(), strict=True)
+            for a, b in zip(self.keys(), other.keys(), strict=True)
         )
 
     __hash__ = None  # type: ignore[assignment]  # tensors may change
 
-    def _keys(self) -> tuple[Tensor | None, Tensor | None]:
+    def keys(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the allowed positions, and of the frozen connections."""
         return (None if self.allowed is None else self.allowed.keys), self.frozen
 
     def __str__(self) -> str:

@@ -14,6 +14,10 @@ from rewire.topology import Positions
 __all__ = ["Pool", "Purpose", "gradient_scale"]
 
 
+#: Weights of a model, at most, whose streams are those of one part.
+_PARTS = 1 << 16
+
+
 class Purpose:
     """What random numbers are for. Each (pool, purpose) has a stream of its own, so none are ever
     used twice.
@@ -112,7 +116,7 @@ class Pool:
 
     def stream(self, purpose: int) -> int:
         """The random stream of this pool for ``purpose``."""
-        return (self._place + 1) * Purpose.COUNT + purpose
+        return (self._place + 1 + self.weight.part * _PARTS) * Purpose.COUNT + purpose
 
 
 def gradient_scale(optimizer: Optimizer) -> float:

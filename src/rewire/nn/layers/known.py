@@ -58,6 +58,8 @@ def known(
                 f"the layer may have {wanted} connections, and {start.numel()} edges are given: "
                 "allow at least as many, or leave connections= and density= out"
             )
+    # A prior says itself what is frozen.
+    start = None if edges is None else start
     return Known(connections, density, start, Prior.of(n_outputs, n_inputs, around, held))
 
 

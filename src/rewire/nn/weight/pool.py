@@ -39,6 +39,8 @@ class SparseWeight(Changes):
             the next backward passes find; None again after any change of the topology.
         traced: whether a compiled graph has used the weight; compiled layers cannot be captured.
         shared_seed: None, or the seed that all ranks agreed on (`rewire.distributed.prepare`).
+        part: of a weight that is divided among ranks, the number of this part: random numbers of
+            parts are independent.
         before_change: None, or a function that is called before each change of topology and may
             refuse it by raising.
         limits: None, or limits on fan-in, fan-out and blocks, which every topology of this weight

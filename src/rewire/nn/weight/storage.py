@@ -248,6 +248,7 @@ class Storage(Shaped):
         self.candidates = None
         self.traced = False
         self.shared_seed: int | None = None
+        self.part = 0
         self.before_change: Callable[[], None] | None = None
         self._owner = None
         self._drawn = False
