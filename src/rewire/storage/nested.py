@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["flatten", "unflatten"]
+from rewire.storage import tensors as tensor_file
+from rewire.storage.reading import FileError
+
+__all__ = ["flatten", "pack", "unflatten", "unpack"]
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -45,3 +49,19 @@ def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tuple(unflatten(item, tensors) for item in value["$tuple"])
         return {key: unflatten(item, tensors) for key, item in value.items()}
     return value
+
+
+def pack(value: Any) -> bytes:
+    """A nested state as the content of a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(flatten(value, tensors))  # which fills tensors
+    return tensor_file.pack(tensors, {"state": skeleton})
+
+
+def unpack(content: bytes, where: str) -> Any:
+    """The state that `pack` was given. Raises FileError; ``where``: for messages."""
+    tensors, metadata = tensor_file.parse(content, where)
+    try:
+        return unflatten(json.loads(metadata["state"]), tensors)
+    except (KeyError, ValueError) as error:
+        raise FileError(f"{where} is damaged: {error!r}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +14,7 @@ from rewire import methods
 from rewire.adapters.sklearn.data import Rows
 from rewire.adapters.sklearn.network import describe, rebuild
 from rewire.nn.layers.perceptron import ONE_THREAD
-from rewire.storage import tensors as tensor_file
-from rewire.storage.nested import flatten, unflatten
+from rewire.storage.nested import pack, unpack
 
 __all__ = ["Training", "from_bytes", "threads", "to_bytes"]
 
@@ -108,21 +106,18 @@ def to_bytes(network: nn.Module, training: Mapping[str, Any] | None) -> bytes:
     """The network, and the `Training.state` of its training, as the content of a safetensors
     file.
     """
-    tensors: dict[str, Tensor] = {}
     state = {
         "layers": describe(network),
         "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
         "network": dict(network.state_dict()),
         "training": training,
     }
-    skeleton = json.dumps(flatten(state, tensors))  # which fills tensors
-    return tensor_file.pack(tensors, {"state": skeleton})
+    return pack(state)
 
 
 def from_bytes(content: bytes) -> tuple[nn.Sequential, Mapping[str, Any] | None]:
     """The network that `to_bytes` was given, and the state of its training."""
-    tensors, metadata = tensor_file.parse(content, "the pickled estimator")
-    state = unflatten(json.loads(metadata["state"]), tensors)
+    state = unpack(content, "the pickled estimator")
     network = rebuild(state["layers"], getattr(torch, state["dtype"]))
     network.load_state_dict(state["network"])
     return network.eval(), state["training"]

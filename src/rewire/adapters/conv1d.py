@@ -1,0 +1,31 @@
+"""GPT-2's layers as layers of torch."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["conv1d_to_linear"]
+
+
+def conv1d_to_linear(model: nn.Module) -> nn.Module:
+    """Replace each ``Conv1D`` of transformers, of which GPT-2 is made, by `torch.nn.Linear`, in
+    place; returns the model.
+
+    A Conv1D is a linear layer that keeps its weight transposed, so that `rewire.sparsify` does not
+    know it. The model computes the same. Weights are copied transposed, biases stay the objects
+    they are. Do this before the optimizer is made.
+    """
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is Conv1D:
+                inputs, outputs = layer.weight.shape
+                made = nn.utils.skip_init(
+                    nn.Linear, inputs, outputs, device=layer.weight.device, dtype=layer.weight.dtype
+                )
+                made.weight = nn.Parameter(
+                    layer.weight.detach().t().contiguous(), layer.weight.requires_grad
+                )
+                made.bias = layer.bias
+                setattr(parent, name, made.train(layer.training))
+    return model
