@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,13 +21,14 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is Conv1D:
-                inputs, outputs = layer.weight.shape
-                made = nn.utils.skip_init(
-                    nn.Linear, inputs, outputs, device=layer.weight.device, dtype=layer.weight.dtype
-                )
-                made.weight = nn.Parameter(
-                    layer.weight.detach().t().contiguous(), layer.weight.requires_grad
-                )
-                made.bias = layer.bias
-                setattr(parent, name, made.train(layer.training))
+                setattr(parent, name, _linear(layer))
     return model
+
+
+def _linear(layer: Any) -> nn.Linear:
+    weight = layer.weight
+    inputs, outputs = weight.shape
+    made = nn.utils.skip_init(nn.Linear, inputs, outputs, device=weight.device, dtype=weight.dtype)
+    made.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    made.bias = layer.bias
+    return made.train(layer.training)

@@ -14,7 +14,7 @@ from rewire.adapters.loops import LoopCallback
 __all__ = ["RewireCallback"]
 
 
-class RewireCallback(LoopCallback, Callback):
+class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
     __doc__ = LoopCallback.__doc__
 
     _saved: dict[str, Any] | None = None  # in the checkpoint that this training goes on from

@@ -17,7 +17,7 @@ from rewire.storage.nested import pack, unpack
 __all__ = ["RewireCallback"]
 
 
-class RewireCallback(LoopCallback, TrainerCallback, ExportableState):
+class RewireCallback(LoopCallback, TrainerCallback, ExportableState):  # type: ignore[misc]
     __doc__ = LoopCallback.__doc__
 
     saved = ""  # the method's state in the checkpoint that this training goes on from
