@@ -28,7 +28,10 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
 def _linear(layer: Any) -> nn.Linear:
     weight = layer.weight
     inputs, outputs = weight.shape
-    made = nn.utils.skip_init(nn.Linear, inputs, outputs, device=weight.device, dtype=weight.dtype)
+    made: nn.Linear = nn.utils.skip_init(
+        nn.Linear, inputs, outputs, device=weight.device, dtype=weight.dtype
+    )
     made.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
     made.bias = layer.bias
-    return made.train(layer.training)
+    made.train(layer.training)
+    return made
