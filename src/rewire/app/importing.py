@@ -55,7 +55,7 @@ def load_object(option: str, source: str) -> Any:
     """`find_object`, which must be something to call. Raises TrainError."""
     try:
         found = find_object(source)
-    except Exception as error:  # somebody else's code runs
+    except (Exception, SystemExit) as error:  # somebody else's code runs
         raise TrainError(
             f"{option}: {source!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
@@ -72,7 +72,7 @@ def made_network(source: str, make: Callable[[], Any]) -> nn.Module:
         model = make()
     except UserError:
         raise
-    except Exception as error:  # somebody else's code
+    except (Exception, SystemExit) as error:  # somebody else's code
         raise TrainError(
             f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"
         ) from None

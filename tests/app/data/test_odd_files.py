@@ -93,6 +93,26 @@ def test_a_column_of_names_is_no_input(tmp_path: Path) -> None:
         load(tmp_path / "names.csv", test_data=str(tmp_path / "names.csv"))
 
 
+def test_rows_with_more_fields_than_names(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,target\n" + "".join(f"{i},{i},{i % 2},7\n" for i in range(40)))
+    with pytest.raises(DataError, match="its rows have more fields than its first line has names"):
+        load(path)
+    path.write_text("a,b,target\n" + "".join(f"{i},{i},{i % 2},\n" for i in range(40)))
+    found = load(path)  # a separator at the end of each line hides nothing
+    assert (found.shape, found.classes) == ((2,), ("0", "1"))
+
+
+@pytest.mark.parametrize("names", ["a;b;target\n", ""])
+def test_decimal_commas(names: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = "".join(f"{i},5;{i * 2},25;{i % 2}\n" for i in range(40))
+    path.write_text(names + rows)
+    found = load(path, target="target" if names else "2")
+    assert found.shape == (2,)
+    assert found.classes == ("0", "1")
+
+
 def test_pictures_of_16_bits_are_not_cut_off_at_255(tmp_path: Path) -> None:
     for word in ("cat", "dog"):
         (tmp_path / "photos" / word).mkdir(parents=True)

@@ -50,6 +50,7 @@ def test_sizes(name: str, signature: Signature, parameters: int) -> None:
         ("nosuch.module:thing", "unknown name 'nosuch.module:thing'"),
         ("math.no.such:thing", "cannot be loaded: ModuleNotFoundError"),
         ("math:pi", "is a float, allowed is something to call"),
+        ("sys:exit", "cannot be made: SystemExit"),
         ("builtins:dict", "returned a dict, allowed is a torch.nn.Module"),
     ],
 )

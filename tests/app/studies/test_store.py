@@ -236,6 +236,24 @@ def test_patience_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_password_is_not_shown() -> None:
     assert "secret" not in module.shown_url("postgresql://me:secret@host/base")
+    assert (
+        module.shown_url("postgresql://me:p@ss@host:port/base")
+        == "postgresql://me:***@host:port/base"
+    )
+
+
+def test_an_error_that_stays_is_not_waited_for_all_day(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "_SHORT", 0.5)
+    store = Store(f"sqlite:///{tmp_path / 'study.db'}", Told())
+
+    def wrong() -> None:
+        raise module.exc.ProgrammingError("select", {}, Exception("syntax error"))
+
+    with pytest.raises(StudyError, match="syntax error"):
+        store.patiently(wrong)
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -92,6 +94,10 @@ def _table(path: Path, frame: Any, options: FileOptions) -> dict[str, Table]:
     return {"train": Table(frame.drop(columns=targets), kept, targets=tuple(targets))}
 
 
+#: A number with a decimal comma as a field, where semicolons part fields.
+_DECIMAL_COMMA = re.compile(r"(^|;)\s*-?\d+,\d+\s*(;|$)")
+
+
 def _csv(path: Path, options: FileOptions) -> dict[str, Table]:
     try:
         import pandas
@@ -99,15 +105,31 @@ def _csv(path: Path, options: FileOptions) -> dict[str, Table]:
         raise needed("pandas", f"reading {path.name}") from None
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            head = file.readline(1 << 20)
-        marks = {mark: head.count(mark) for mark in ",;\t"}
+            head, first = (file.readline(1 << 20) for _ in range(2))
+        # commas between digits part no fields where there are semicolons
+        parting = re.sub(r"(?<=\d),(?=\d)", "", head) if ";" in head else head
+        marks = {mark: parting.count(mark) for mark in ",;\t"}
         mark = "\t" if path.suffix.lower() == ".tsv" else max(marks, key=lambda m: marks[m])
         names = next(csv.reader([head], delimiter=mark), [])
         # a first line of numbers is a sample: the columns are called 0, 1, 2, ...
-        header = None if names and all(_is_number(name) for name in names) else 0
-        frame = pandas.read_csv(
-            path, sep=mark, header=header, skipinitialspace=True, encoding="utf-8-sig"
-        )
+        decimal = "," if mark == ";" and _DECIMAL_COMMA.search(first) else "."
+        header = None if names and all(_is_number(n.replace(decimal, ".")) for n in names) else 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            frame = pandas.read_csv(
+                path,
+                sep=mark,
+                header=header,
+                index_col=False,  # None: fields without a name would be taken for those of rows
+                skipinitialspace=True,
+                encoding="utf-8-sig",
+                decimal=decimal,
+            )
+    except pandas.errors.ParserWarning:
+        raise DataError(
+            f"cannot read {path}: its rows have more fields than its first line has names; name "
+            "every column"
+        ) from None
     except (ValueError, UnicodeError, csv.Error) as error:  # what pandas raises is a ValueError
         raise DataError(f"cannot read {path}: {brief(error)}") from None
     return _table(path, frame, options)

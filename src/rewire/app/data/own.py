@@ -198,7 +198,7 @@ def _part(source: str, value: Any) -> Table:
                 np.stack([np.asarray(x) for x, *_ in pairs]),
                 np.stack([np.asarray(y) for _, y, *_ in pairs]),
             )
-        except Exception as error:  # somebody else's code
+        except (Exception, SystemExit) as error:  # somebody else's code
             raise DataError(
                 f"--data: the samples of {source!r} are no pairs (inputs, target) of one shape: "
                 f"{type(error).__name__}: {brief(error)}"

@@ -145,7 +145,7 @@ def load(
         result = call_with(function, {"data_dir": data_dir})
     except UserError:
         raise
-    except Exception as error:  # somebody else's code
+    except (Exception, SystemExit) as error:  # somebody else's code
         raise DataError(
             f"--data: {source!r} failed: {type(error).__name__}: {brief(error)}"
         ) from None

@@ -53,12 +53,17 @@ _FATAL = (  # no waiting helps
 )
 
 
+#: Errors of a database that is there, and how long they are waited for, in seconds.
+_LASTING = (exc.ProgrammingError, exc.IntegrityError, exc.DataError, exc.NotSupportedError)
+_SHORT = 30.0
+
+
 def shown_url(url: str) -> str:
     """The URL without its password."""
     try:
         return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except (exc.ArgumentError, ValueError):  # a port that is no number, for one
-        return re.sub(r":[^:/]*@", ":***@", url)
+        return re.sub(r":(?!//).*@", ":***@", url)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,10 @@ class Store:
             except (exc.SQLAlchemyError, StorageInternalError) as error:
                 reason = _reason(error)
                 if any(words in reason.lower() for words in _FATAL):
+                    raise StudyError(f"{shown_url(self.url)}: {reason}") from None
+                # which two processes may see that make the tables at the same time, but no longer
+                lasting = isinstance(_cause(error), _LASTING)
+                if lasting and time.monotonic() - begun > _SHORT:
                     raise StudyError(f"{shown_url(self.url)}: {reason}") from None
                 if time.monotonic() - begun > self.patience:
                     raise StudyError(
@@ -223,10 +232,16 @@ def _serialise(engine: sqlalchemy.Engine) -> None:
     engine.dispose()  # the connection of before knows nothing of this
 
 
-def _reason(error: BaseException) -> str:
-    """What the database says, in one line."""
+def _cause(error: BaseException) -> BaseException:
+    """What SQLAlchemy raised, if Optuna wrapped it."""
     while isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """What the database says, in one line."""
+    error = _cause(error)
     original = getattr(error, "orig", None)
     return reading.brief(" ".join(str(original or error).split()), 200)
 

@@ -263,7 +263,7 @@ def _try_out(config: TrainConfig, model: nn.Module, x: Tensor | Inputs, sample: 
         few = x[:2]
         try:
             output = model(few)
-        except Exception as error:  # somebody else's code
+        except (Exception, SystemExit) as error:  # somebody else's code
             raise TrainError(
                 f"--model: {config.model} does not read samples of {tuple(few.shape[1:])}: "
                 f"{type(error).__name__}: {reading.brief(error)}"
