@@ -240,12 +240,12 @@ def methods_page() -> str:
 def table_of_formats() -> str:
     """The formats of files, for the page that has the comment `FORMATS_HERE`."""
     lines = [
-        "| format | `rewire export` | what it holds | needs | read back | memory |",
+        "| format | `rewire export` | what it holds | extra | read back | memory |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for found in FORMATS.values():
         option = f"`--{found.name} {found.metavar}`" if found.writes else "-"
-        needs = f"`torch-rewire[{found.extra}]`" if found.extra else "-"
+        needs = f"`{found.extra}`" if found.extra else "-"
         name = f"`{found.name}`{''.join(f' {ending}' for ending in found.endings)}"
         reads = "yes" if found.reads else "no"
         lines.append(f"| {name} | {option} | {found.holds} | {needs} | {reads} | {found.memory} |")

@@ -114,7 +114,13 @@ FORMATS: dict[str, Format] = {
             packages=("pyarrow",),
             extra="data",
         ),
-        Format("csv", (".csv",), "The same as text.", f"{_EDGES}:write_csv", f"{_EDGES}:read_csv"),
+        Format(
+            "csv",
+            (".csv",),
+            "The connections alone as text, with the columns of parquet.",
+            f"{_EDGES}:write_csv",
+            f"{_EDGES}:read_csv",
+        ),
         Format(
             "state-dict",
             (".safetensors",),
