@@ -107,6 +107,15 @@ def test_the_page_on_formats_has_their_table() -> None:
     assert made.count("\n| ") > text.count("\n| ") + len(FORMATS)
 
 
+def test_the_page_on_installation_has_all_extras() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    part = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", part, re.MULTILINE))
+    rows = re.findall(r"^\| (`\w.*?) \|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(extras - {"dev"})
+
+
 def undocumented(path: str) -> list[str]:
     """Public names of a module, and public members of its classes, without a docstring."""
     module = importlib.import_module(path)
