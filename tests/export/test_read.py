@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,33 @@ def test_damaged_lists_are_refused(changed: dict[str, Any], said: str, tmp_path:
     np.savez(tmp_path / "a.npz", **_arrays(**changed))
     with pytest.raises(FileError, match=said):
         rewire.export.read(tmp_path / "a.npz")
+
+
+def test_a_shape_beyond_memory_costs_nothing(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz",
+        **{"w.data": np.ones(2), "w.row": [7, 10**17], "w.col": [3, 1], "w.shape": [10**17 + 1, 9]},
+    )
+    state = rewire.export.read(tmp_path / "a.npz")
+    assert state["w.rows"].tolist() == [7, 10**17]
+    np.savez(
+        tmp_path / "b.npz",
+        **{"w.data": np.ones(1), "w.row": [7], "w.col": [3], "w.shape": [2**40, 2**40]},
+    )
+    with pytest.raises(FileError, match="no weight has the shape"):
+        rewire.export.read(tmp_path / "b.npz")
+
+
+def test_members_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **_arrays())
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("note.npy", b"no array")
+    with pytest.raises(FileError, match=r"note|no npz file"):
+        rewire.export.read(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("w.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (" + b" " * 90)
+    with pytest.raises(FileError, match="no npz file"):
+        rewire.export.read(tmp_path / "b.npz")
 
 
 def test_files_cut_short_or_changed_raise_one_error(tmp_path: Path) -> None:

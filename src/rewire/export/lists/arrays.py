@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,13 +161,17 @@ def _arrays(path: Path) -> Arrays:
             if sum(entry.file_size for entry in archive.infolist()) > 1032 * len(content) + 1024:
                 raise FileError(f"{path} is damaged: it is no npz file")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            found = {name: file[name] for name in file.files}
     except FileError:
         raise
-    except (ValueError, zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as error:
+    except MemoryError:
+        raise FileError(f"{path} cannot be read: its arrays are larger than the memory") from None
+    except Exception as error:  # NumPy raises whatever a damaged file makes it do
         raise FileError(f"{path} is damaged: it is no npz file ({reading.brief(error)})") from None
-    except (NotImplementedError, RuntimeError) as error:  # encrypted, or packed in another way
-        raise FileError(f"{path} cannot be read: {reading.brief(error)}") from None
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # NumPy gives bytes for what has another header
+            raise FileError(f"{path} is damaged: {name} is no array")
+    return found
 
 
 def _state(path: Path, arrays: Arrays) -> State:

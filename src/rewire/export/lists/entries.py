@@ -60,7 +60,7 @@ def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entries]:
     """The sparse weights of a state by name, checked.
 
     Raises `TopologyError` (a ValueError) for a position that is outside or occurs twice, and for
-    lists of different lengths.
+    lists of different lengths. O(K) memory, whatever the shape.
     """
     found: dict[str, Entries] = {}
     for key in state:
@@ -77,19 +77,44 @@ def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entries]:
                 f"{name}: rows, cols and values must be 1-D and equally long, not "
                 f"{tuple(rows.shape)}, {tuple(cols.shape)} and {tuple(values.shape)}"
             )
+        if not values.is_floating_point() or any(
+            t.is_floating_point() or t.is_complex() for t in (rows, cols)
+        ):
+            raise topology.TopologyError(f"{name}: rows and cols must be integers, values floats")
         rows, cols, values = rows.cpu().long(), cols.cpu().long(), values.detach().cpu()
-        try:
-            index = topology.build_index(rows, cols, *topology.matrix_size(shape))
-        except ValueError as error:
-            raise topology.TopologyError(f"{name}: {error}") from None
-        slots = index.row_slots[: int(index.row_ptr[-1])].long()
+        slots = _order(name, rows, cols, shape)
         found[name] = Entries(shape, rows[slots], cols[slots], values[slots])
     return found
+
+
+def _order(name: str, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The slots with a connection, sorted by (row, col); refuses invalid ones."""
+    try:
+        size = topology.matrix_size(shape)
+    except ValueError as error:
+        raise topology.TopologyError(f"{name}: {error}") from None
+    if math.prod(size) >= 2**63:
+        raise topology.TopologyError(f"{name}: no weight has the shape {shape}")
+    outside = (rows < 0) | (rows >= size[0]) | (cols < 0) | (cols >= size[1])
+    outside &= (rows != -1) | (cols != -1)  # an empty slot
+    slots = (rows >= 0).nonzero().flatten()
+    slots = slots[cols[slots].argsort(stable=True)]
+    slots = slots[rows[slots].argsort(stable=True)]
+    same = (rows[slots].diff() == 0) & (cols[slots].diff() == 0)
+    for wrong, what in (
+        (outside.nonzero().flatten(), f"is outside the {size} matrix"),
+        (slots[1:][same], "occurs more than once"),
+    ):
+        if wrong.numel():
+            place = int(rows[wrong[0]]), int(cols[wrong[0]])
+            raise topology.TopologyError(f"{name}: connection {place} {what}")
+    return slots
 
 
 def others_of(state: Mapping[str, Tensor]) -> State:
     """What is in a state besides its sparse weights."""
     names = [key.removesuffix(".rows") for key in state if key.endswith(".rows")]
+    names = [name for name in names if f"{name}.values" in state]
     own = {f"{name}.{part}" for name in names for part in _PARTS}
     return {key: tensor.detach() for key, tensor in state.items() if key not in own}
 
