@@ -123,8 +123,7 @@ def headline(results: dict[str, Any]) -> str:
         "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside "
         "`nn.Linear` on the same two\n"
         f"cores: {shown} of the connections; both take equally long\n"
-        f"at {breaks:.0f} %. Every target, layer and way to compute it as measured, with misses: "
-        "[docs/speed.md](docs/speed.md)."
+        f"at {breaks:.0f} %. All targets, with misses: [docs/speed.md](docs/speed.md)."
     )
 
 
