@@ -32,6 +32,15 @@ def train(
     overwrite: Annotated[
         bool, described(RUN, "", "Replace the run in --run-dir.", "--overwrite")
     ] = False,
+    log: Annotated[
+        str | None,
+        described(
+            RUN,
+            "NAMES",
+            "Also log to tensorboard, mlflow or wandb; several with commas. Give it again with "
+            "--resume.",
+        ),
+    ] = None,
     quiet: Annotated[bool, described(RUN, "", "Print errors only.", "--quiet", "-q")] = False,
     **given: Any,
 ) -> None:
@@ -44,9 +53,10 @@ def train(
         raise CommandError("--resume: give the run with --run-dir FOLDER")
     folder = run_dir
     with Signals() as signals, resumable(lambda: folder, signals):
-        from rewire.app.train import command
+        from rewire.app.train import command, tracking
         from rewire.app.train.run_dir import RunDir
 
+        trackers = tracking.parse(log)
         if resume:
             assert folder is not None  # refused above
             place = RunDir(folder)
@@ -61,7 +71,15 @@ def train(
             folder = folder or command.fresh_folder(config)
             place = RunDir(folder)
         with place.lock():  # until the report is written
-            command.execute(config, place, signals, resume=resume, overwrite=overwrite, quiet=quiet)
+            command.execute(
+                config,
+                place,
+                signals,
+                resume=resume,
+                overwrite=overwrite,
+                quiet=quiet,
+                log=trackers,
+            )
             signals.training = False
             _show_result(place, quiet)
 

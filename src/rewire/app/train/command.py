@@ -30,6 +30,7 @@ from rewire.app.train.method_options import parse_method_options
 from rewire.app.train.observer import Observer
 from rewire.app.train.run_dir import RunDir
 from rewire.app.train.signals import Signals
+from rewire.app.train.tracking import Tracking
 
 
 def config_to_start(given: Mapping[str, Any], pairs: Sequence[str]) -> TrainConfig:
@@ -89,8 +90,11 @@ def execute(
     resume: bool,
     overwrite: bool,
     quiet: bool,
+    log: Sequence[str] = (),
 ) -> None:
-    """Load the data and train, watched by whatever the terminal can show."""
+    """Load the data and train, watched by whatever the terminal can show and by the trackers that
+    ``log`` names.
+    """
     if not resume:
         place.check_free(overwrite=overwrite)  # before anything is downloaded
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
@@ -103,6 +107,9 @@ def execute(
         if not quiet:
             watcher = LiveBar(console) if console.is_terminal else Lines(console)
             until.callback(watcher.close)
+        if log:
+            watcher = tracking = Tracking(watcher, log, place.path, config.model_dump(mode="json"))
+            until.callback(tracking.close)
         loop.run(
             config,
             dataset,
