@@ -46,9 +46,8 @@ class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
             torch.set_rng_state(saved["random"][0].cpu())
             if cuda := [state.cpu() for state in saved["random"][1:]]:
                 torch.cuda.set_rng_state_all(cuda)
-            # The order of the samples, if configure_optimizers had it drawn, is drawn again.
-            if (fetcher := getattr(trainer.fit_loop, "_data_fetcher", None)) is not None:
-                iter(fetcher)
+            # the order of the samples, if configure_optimizers had it drawn, is drawn again
+            iter(getattr(trainer.fit_loop, "_data_fetcher", None) or ())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.method is not None:
@@ -65,9 +64,9 @@ class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the method."""
-        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-        last = trainer.current_epoch + 1 == epochs or trainer.global_step == steps
-        self.end_epochs(trainer.current_epoch + 1, last=last)
+        epoch = trainer.current_epoch + 1
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        self.end_epochs(epoch, last=last)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the method off the model."""
@@ -77,5 +76,5 @@ class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
 
 def _length(trainer: Trainer) -> dict[str, int]:
     steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or -1
-    known = {"total_epochs": epochs, "total_steps": steps}
-    return {name: int(n) for name, n in known.items() if 0 < n < math.inf}
+    known = (("total_epochs", epochs), ("total_steps", steps))
+    return {name: int(n) for name, n in known if 0 < n < math.inf}
