@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,14 +55,26 @@ def train(
     folder = run_dir
     with Signals() as signals, resumable(lambda: folder, signals):
         from rewire.app.train import command, tracking
+        from rewire.app.train.ranks import connect
         from rewire.app.train.run_dir import RunDir
 
         trackers = tracking.parse(log)
+        ranks = connect()
+        quiet = quiet or not ranks.first
+        if (ranks.several or ranks.restarts) and folder is None:
+            raise CommandError(
+                "--run-dir: torchrun starts several processes, and starts them again, so all of "
+                "them must be told where the run is: give --run-dir FOLDER"
+            )
+        if ranks.restarts and folder is not None:  # the run that a process was lost from goes on
+            resume = ranks.of_first(resume or RunDir(folder).has_run())
         if resume:
             assert folder is not None  # refused above
             place = RunDir(folder)
             config = command.config_to_resume(place, options, pairs)
             if place.is_finished():
+                if not ranks.first:
+                    return
                 if not quiet:
                     print(f"the run in {folder} is finished")
                 _show_result(place, quiet)
@@ -70,18 +83,22 @@ def train(
             config = command.config_to_start(options, pairs)
             folder = folder or command.fresh_folder(config)
             place = RunDir(folder)
-        with place.lock():  # until the report is written
+        # until the report is written
+        with place.lock() if ranks.first else contextlib.nullcontext():
             command.execute(
                 config,
                 place,
                 signals,
                 resume=resume,
-                overwrite=overwrite,
+                overwrite=overwrite and not resume,
                 quiet=quiet,
-                log=trackers,
+                log=trackers if ranks.first else (),
+                ranks=ranks,
             )
             signals.training = False
-            _show_result(place, quiet)
+            if ranks.first:
+                _show_result(place, quiet)
+        ranks.leave()
 
 
 def _show_result(place: RunDir, quiet: bool) -> None:

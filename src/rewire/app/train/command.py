@@ -28,6 +28,7 @@ from rewire.app.train.config import (
 from rewire.app.train.display import DownloadBar, Lines, LiveBar
 from rewire.app.train.method_options import parse_method_options
 from rewire.app.train.observer import Observer
+from rewire.app.train.ranks import Ranks
 from rewire.app.train.run_dir import RunDir
 from rewire.app.train.signals import Signals
 from rewire.app.train.tracking import Tracking
@@ -91,15 +92,21 @@ def execute(
     overwrite: bool,
     quiet: bool,
     log: Sequence[str] = (),
+    ranks: Ranks | None = None,
 ) -> None:
     """Load the data and train, watched by whatever the terminal can show and by the trackers that
     ``log`` names.
     """
-    if not resume:
+    ranks = ranks or Ranks()
+    if not resume and ranks.first:
         place.check_free(overwrite=overwrite)  # before anything is downloaded
+    if not ranks.first:
+        ranks.wait()  # for the first rank's download
     console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     with contextlib.closing(DownloadBar(console)) as download:
         dataset = load_data(config, download)
+    if ranks.first:
+        ranks.wait()
     signals.training = True
     with warnings.catch_warnings(), contextlib.ExitStack() as until:
         warnings.showwarning = _in_one_line
@@ -118,6 +125,7 @@ def execute(
             overwrite=overwrite,
             observer=watcher,
             stop=signals,
+            ranks=ranks,
         )
 
 

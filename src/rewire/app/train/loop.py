@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewire import methods
 from rewire.app import memory
@@ -23,6 +24,7 @@ from rewire.app.train.config import TrainConfig
 from rewire.app.train.metrics import EpochRecord, evaluate, versions
 from rewire.app.train.observer import Observer, Progress
 from rewire.app.train.parts import assemble
+from rewire.app.train.ranks import Ranks
 from rewire.app.train.run_dir import INPUTS, METRICS, MODEL, RunDir
 from rewire.nn.surgery import load_resized
 from rewire.storage import files, reading
@@ -34,9 +36,21 @@ PROGRESS_SECONDS = 0.2
 class Trainer:
     """One run: everything it is made of, its state, and the way to save and restore it."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, run_dir: RunDir) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        run_dir: RunDir,
+        ranks: Ranks | None = None,
+        *,
+        resume: bool = False,
+    ) -> None:
         self.dataset, self.run_dir = dataset, run_dir
-        self.parts = parts = assemble(config, dataset)
+        self.ranks = ranks = ranks or Ranks()
+        state = None
+        if resume and ranks.several and checkpoint.exists(run_dir.path):
+            state = run_dir.read_checkpoint(config).state["model"]
+        self.parts = parts = assemble(config, dataset, ranks, state)
         self.config, self.info = parts.config, parts.info
         self.batches, self.held_out = parts.batches, parts.held_out
         self.model, self.optimizer, self.method = parts.model, parts.optimizer, parts.method
@@ -63,14 +77,18 @@ class Trainer:
 
     def save(self) -> None:
         """Commit a checkpoint of this moment."""
+        sums = [self.loss_sum.clone(), self.correct.clone(), torch.tensor(self.count)]
+        self.ranks.sum(*sums)
+        if not self.ranks.first:
+            return
         state = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
             "batch": self.batch,
-            "loss_sum": self.loss_sum,
-            "correct": self.correct,
-            "count": self.count,
+            "loss_sum": sums[0],
+            "correct": sums[1],
+            "count": int(sums[2]),
             "scaler": self.scaler.state_dict(),
             "before": self.before,
             "torch_random": torch.get_rng_state(),
@@ -90,7 +108,8 @@ class Trainer:
 
     def begin(self) -> None:
         """Commit the state of a new run before its first step."""
-        self.run_dir.cut_metrics(EMPTY)
+        if self.ranks.first:
+            self.run_dir.cut_metrics(EMPTY)
         self.save()
 
     def restore(self) -> None:
@@ -103,8 +122,9 @@ class Trainer:
                     "begun; restore it, "
                     "or start the run again with --overwrite"
                 )
-            files.remove_unfinished(folder)
-            checkpoint.remove_orphans(folder, keep=None)
+            if self.ranks.first:
+                files.remove_unfinished(folder)
+                checkpoint.remove_orphans(folder, keep=None)
             self.begin()
             return
         saved = self.run_dir.read_checkpoint(self.config)
@@ -134,12 +154,15 @@ class Trainer:
             raise TrainError(
                 f"the checkpoint in {folder} does not fit its options: {reason}"
             ) from None
-        # Everything fits: only now may anything be removed.
-        files.remove_unfinished(folder)
-        checkpoint.remove_orphans(folder, keep=checkpoint.committed_file(folder))
         self.epoch, self.step = saved.epoch, saved.step
         self.metrics = saved.metrics
-        self.run_dir.cut_metrics(self.metrics)
+        if self.ranks.first:  # Everything fits: only now may anything be removed.
+            files.remove_unfinished(folder)
+            checkpoint.remove_orphans(folder, keep=checkpoint.committed_file(folder))
+            self.run_dir.cut_metrics(self.metrics)
+        else:  # the sums so far count once
+            self.loss_sum, self.correct = self.loss_sum * 0, self.correct * 0
+            self.count = 0
         self.seconds_before, self.clock = saved.seconds, time.perf_counter()
 
     # --- training ---------------------------------------------------------------------------------
@@ -150,29 +173,34 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self._train_epoch(observer, stop)
             self._end_epoch(observer)
-            if signal := stop():
+            if signal := self.ranks.largest(stop()):
                 raise StoppedError(signal, self.step)
 
     def _train_epoch(self, observer: Observer, stop: Callable[[], int]) -> None:
         config, model, optimizer, method = self.config, self.model, self.optimizer, self.method
+        forward = self.parts.forward
         batches = len(self.batches)
         task, scaler = self.task, self.scaler
         self._set_lr()
         each = rates.interval(config, batches)
         due = time.perf_counter() + PROGRESS_SECONDS
         model.train()
-        for x, y in self.batches.epoch(self.epoch, self.batch):
+        for batch in self.batches.epoch(self.epoch, self.batch):
             if self.step % each == 0:
                 self._set_lr()
+            x, y, count, share = self._own(*batch)
             if config.precision == "float32":
-                output = model(x)
+                output = forward(x)
             else:
                 with torch.autocast("cpu", getattr(torch, config.precision)):
-                    output = model(x)
+                    output = forward(x)
                 output = output.float()
-            loss = task.loss(output, y)
+            loss = task.loss(output, y) if count else 0.0 * output.sum()
             optimizer.zero_grad()
-            whole = loss + method.penalty() if self.has_penalty else loss
+            # DDP takes the mean over ranks, and their shares of a batch may differ.
+            whole = loss if share == 1 else share * loss
+            if self.has_penalty:
+                whole = whole + method.penalty()
             scaler.scale(whole).backward()
             if config.clip is not None:
                 scaler.unscale_(optimizer)
@@ -180,15 +208,15 @@ class Trainer:
             scaler.step(optimizer)
             scaler.update()
             method.step()
-            count = task.count(y)
             # Sums stay tensors: reading a number each step would cost more than keeping it.
             self.loss_sum.add_(loss.detach(), alpha=count)
-            self.correct.add_(task.correct(output.detach(), y))
+            if count:
+                self.correct.add_(task.correct(output.detach(), y))
             self.count += count
             self.batch += 1
             self.step += 1
             if self.batch < batches:  # after the last batch, the end of the epoch does this
-                if signal := stop():
+                if signal := self.ranks.largest(stop()):
                     self.save()
                     raise StoppedError(signal, self.step)
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
@@ -196,6 +224,17 @@ class Trainer:
             if time.perf_counter() >= due:
                 observer.progress(self._progress())
                 due = time.perf_counter() + PROGRESS_SECONDS
+
+    def _own(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int, float]:
+        """This rank's part of a batch, the labels in it, and what its mean loss counts by."""
+        own_x, own_y = self.ranks.part(x, y)
+        count = self.task.count(own_y)
+        if not self.ranks.several:
+            return own_x, own_y, count, 1.0
+        share = count * self.ranks.count / max(self.task.count(y), 1)
+        if not len(own_y):  # DDP needs a pass all the same
+            return x[:1], y[:1], 0, 0.0
+        return own_x, own_y, count, share
 
     def _set_lr(self) -> None:
         """Set this step's rate."""
@@ -224,14 +263,22 @@ class Trainer:
     def _end_epoch(self, observer: Observer) -> None:
         """Score, let the method act, write the line, commit the checkpoint."""
         config, task = self.config, self.task
+        total = torch.tensor(self.count)
+        self.ranks.sum(self.loss_sum, self.correct, total)
+        self.count = int(total)
         train_loss = float(self.loss_sum) / max(self.count, 1)
         if not math.isfinite(train_loss):
             raise TrainError(self._diverged(f"the loss is {train_loss}"))
         held_x, held_y = self.held_out
-        scores = evaluate(self.model, held_x, held_y, task) if len(held_y) else None
+
+        def scored(model: nn.Module) -> tuple[float, float]:
+            found: tuple[float, float] = self.ranks.of_first(evaluate(model, held_x, held_y, task))
+            return found
 
         def score(model: nn.Module) -> float:
-            return evaluate(model, held_x, held_y, task)[1]
+            return scored(model)[1]
+
+        scores = scored(self.model) if len(held_y) else None
 
         lr = float(self.optimizer.param_groups[0]["lr"])
         last = self.epoch + 1 == config.epochs
@@ -243,7 +290,7 @@ class Trainer:
         counts = self.parts.counts()
         connections = list(self.parts.connections().values())
         if scores and sum(connections) != found:  # the method removed some: score what is left
-            scores = evaluate(self.model, held_x, held_y, task)
+            scores = scored(self.model)
         if scores and not math.isfinite(scores[0]):
             raise TrainError(self._diverged(f"the loss on the validation samples is {scores[0]}"))
         # A method that starts dense may go back to an earlier, larger network: nothing was dropped
@@ -279,7 +326,8 @@ class Trainer:
         self.correct.zero_()
         self.count = 0
         self.before = counts
-        self.metrics = self.run_dir.append_metrics(record.to_line())
+        if self.ranks.first:
+            self.metrics = self.run_dir.append_metrics(record.to_line())
         self.save()
         observer.epoch_ended(record)
 
@@ -298,6 +346,8 @@ class Trainer:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             model = self.method.finalize()
+        if not self.ranks.first:
+            return {}
         for warning in noticed:  # as a line of their own, for whoever looks at the run
             print(f"warning: {' '.join(str(warning.message).split())}", file=sys.stderr)
         loss, score = evaluate(model, *self.parts.data.test, self.task)
@@ -347,6 +397,13 @@ class Trainer:
         return part
 
 
+def _locked(
+    run_dir: RunDir, ranks: Ranks, *, create: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """The folder's lock, which the rank that writes has."""
+    return run_dir.lock(create=create) if ranks.first else contextlib.nullcontext()
+
+
 def run(
     config: TrainConfig,
     dataset: Dataset,
@@ -356,23 +413,34 @@ def run(
     overwrite: bool = False,
     observer: Observer | None = None,
     stop: Callable[[], int] = lambda: 0,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train from the start or from the last checkpoint; returns the result.
 
     A folder that exists is locked from the first moment; a new one is made only after everything
     that can be refused has been built. Nothing in it is written or removed without its lock.
     """
-    with run_dir.lock():
-        if not resume:
+    ranks = ranks or Ranks()
+    with _locked(run_dir, ranks):
+        if not resume and ranks.first:
             run_dir.check_free(overwrite=overwrite)
-        trainer = Trainer(config, dataset, run_dir)
+        trainer = Trainer(config, dataset, run_dir, ranks, resume=resume)
         watcher = observer or Observer()
         watcher.made(trainer.parts, resume=resume)
-        with run_dir.lock(create=not resume):
+        with _locked(run_dir, ranks, create=not resume):
             if resume:
                 trainer.restore()
             else:
-                run_dir.start(trainer.config, overwrite=overwrite)
+                if ranks.first:
+                    run_dir.start(trainer.config, overwrite=overwrite)
                 trainer.begin()
-            trainer.train(watcher, stop)
+            ranks.wait()  # nobody may read what the first rank is still putting in order
+            try:
+                trainer.train(watcher, stop)
+            except RuntimeError as error:
+                if ranks.lost(error):
+                    raise TrainError(
+                        "another process of the run has ended; the last checkpoint is whole"
+                    ) from None
+                raise
             return trainer.finish(watcher)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rewire import methods
 from rewire.app.data import Dataset
@@ -25,8 +27,10 @@ from rewire.app.train.model import (
     start_connections,
 )
 from rewire.app.train.prepared import Prepared, prepare
+from rewire.app.train.ranks import Ranks
 from rewire.app.train.remaining import layer_counts, structure
 from rewire.app.train.task import Task
+from rewire.distributed import prepare as prepare_for_ranks
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.layers.perceptron import ONE_THREAD
 from rewire.storage import reading
@@ -62,6 +66,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     method: methods.Method
     info: dict[str, Any]
+    #: What reads batches in training: the model, or DistributedDataParallel around it.
+    forward: nn.Module
 
     @property
     def held_out(self) -> tuple[Tensor | Inputs, Tensor]:
@@ -106,8 +112,17 @@ class Parts:
         return self.network.make(None if dense else self.starts_with)
 
 
-def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
-    """Make all parts from the options and the data. Raises `TrainError` and `DataError`."""
+def assemble(
+    config: TrainConfig,
+    dataset: Dataset,
+    ranks: Ranks | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Parts:
+    """Make all parts from the options and the data. Raises `TrainError` and `DataError`.
+
+    ``state`` of the model is loaded before several ``ranks`` are tied together: a weight that has
+    shrunk cannot be loaded afterwards.
+    """
     torch.manual_seed(
         derive_seed(config.seed, "torch")
     )  # for code that draws from torch's global generator
@@ -138,6 +153,12 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
         )
     if not network.is_stack:
         _try_out(config, model, x, signature)
+    forward = model
+    if ranks is not None and ranks.several:
+        if state is not None:
+            model.load_state_dict(state)
+        prepare_for_ranks(model, seed=derive_seed(config.seed, "method"))
+        forward = DistributedDataParallel(model)
     optimizer = make_optimizer(config, model)
     held_out = data.validation
     if "evaluate" in entry.services and not len(held_out[1]):
@@ -158,8 +179,8 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
         method = baselines.create(
             config.method, model, optimizer, seed=derive_seed(config.seed, "method"), **settings
         )
-    # ImportError: removing units needs a package of its own
-    except (ValueError, TypeError, ImportError) as error:
+    # ImportError: removing units needs a package of its own; RuntimeError: not for several ranks
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         decays = config.weight_decay and "weight decay" in str(error)
         hint = "; leave out --weight-decay" if decays else ""
         raise TrainError(f"--method {config.method}: {error}{hint}") from None
@@ -194,6 +215,7 @@ def assemble(config: TrainConfig, dataset: Dataset) -> Parts:
         optimizer=optimizer,
         method=method,
         info=info,
+        forward=forward,
     )
     info["layers"] = [
         {

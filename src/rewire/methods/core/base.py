@@ -86,8 +86,7 @@ class Method(Changes, Declared, ABC):
     acts_in_ranks: ClassVar[bool] = True
     #: The kinds of limits (`rewire.budget.Limits`) that the method keeps; others are refused.
     keeps_limits: ClassVar[tuple[str, ...]] = ()
-    #: Whether the method grows at allowed positions only and never drops frozen connections
-    #: (`rewire.topology.Prior`); weights that have such are refused otherwise.
+    #: Whether it keeps allowed positions and frozen connections (`rewire.topology.Prior`).
     keeps_prior: ClassVar[bool] = False
     #: Set by methods that move connections at a fixed budget: refused where no weight has a
     #: dormant position.
@@ -437,7 +436,6 @@ class Method(Changes, Declared, ABC):
         return self.keeps_limits
 
     def _prior_kept(self) -> tuple[str, ...]:
-        """What of a prior is kept under this method's settings: "allowed", "frozen"."""
         return ("allowed", "frozen") if self.keeps_prior else ()
 
     def _now(self, name: str, step: int) -> float:
