@@ -57,7 +57,14 @@ class RunDir:
             )
         if not self.has_run() and self.path.is_dir():
             # A run that was killed while it was being replaced may have left files of its own.
-            ours = (MODEL, INPUTS, REPORT, CHECKSUMS, COMMIT.partition(".")[0], ".")
+            ours: tuple[str, ...] = (
+                MODEL,
+                INPUTS,
+                REPORT,
+                CHECKSUMS,
+                COMMIT.partition(".")[0],
+                ".",
+            )
             ours += ("tensorboard", "tracking.json", "wandb")
             strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(ours))
             if strangers:
