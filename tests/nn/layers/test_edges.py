@@ -166,7 +166,7 @@ def test_names_of_units() -> None:
         ([(0, 1, 2)], "entry 0 of edges is no pair"),
         ([0, 1], "entry 0 of edges is no pair"),
         (torch.tensor(PAIRS), r"\(4, 2\), and an edge_index is \(2, n\).*edges\.t\(\)"),
-        (torch.rand(2, 3), "must be whole numbers"),
+        (torch.full((2, 3), 0.5), "must be whole numbers"),
         (np.zeros((2, 3), dtype=int), r"array of shape \(2, 3\)"),
         (3, "edges is int"),
         ({"source": [1]}, "edges is dict"),
