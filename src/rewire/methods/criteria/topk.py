@@ -174,11 +174,14 @@ def _of_allowed(
 
 
 def _from_blocks(score_block: ScoreBlock) -> ScoreAt:
-    """Scores of single positions from those of whole rows, a row at a time."""
+    """Scores of single positions, in (row, col) order, from those of whole rows, a row at a
+    time.
+    """
 
     def at(rows: Tensor, cols: Tensor) -> Tensor:
-        found = torch.unique_consecutive(rows).tolist()
-        parts = [score_block(row, row + 1)[0, cols[rows == row]] for row in found]
+        found, counts = (t.tolist() for t in torch.unique_consecutive(rows, return_counts=True))
+        within = zip(found, cols.split(counts), strict=True)
+        parts = [score_block(row, row + 1)[0, own] for row, own in within]
         return torch.cat(parts) if parts else torch.empty(0, device=rows.device)
 
     return at
