@@ -152,8 +152,14 @@ class _Packed(torch.autograd.Function):
     """`_Linear` with the index as one argument: autograd spends time on every tensor argument."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor | None]:
-        x, values, bias, index, *rest = given
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        index: Iterable[Tensor],
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         return _Linear.forward(ctx, x, values, bias, *rest, *index)
 
     @staticmethod
