@@ -55,7 +55,8 @@ class Format:
         """The function that reads it. Raises ImportError if a package is missing."""
         return self._function(self.reads)
 
-    def _function(self, name: str) -> Callable[..., Any]:
+    def require(self) -> None:
+        """Raise ImportError, with the line to type, if a package is missing."""
         missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
         if missing:
             raise ImportError(
@@ -63,6 +64,9 @@ class Format:
                 f"{'is' if len(missing) == 1 else 'are'} not installed: "
                 f"pip install 'torch-rewire[{self.extra}]'"
             )
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        self.require()
         module, _, attribute = name.partition(":")
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return found

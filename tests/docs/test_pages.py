@@ -114,6 +114,10 @@ def test_the_page_on_installation_has_all_extras() -> None:
     rows = re.findall(r"^\| (`\w.*?) \|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(listed) == sorted(extras - {"dev"})
+    script = (ROOT / ".ci" / "try_distributions").read_text()
+    alone = script.partition("done <<'END'\n")[2].partition("\nEND")[0]
+    tried = [line.partition(" ")[0] for line in alone.splitlines()]
+    assert sorted(tried) == sorted(extras - {"app", "dev"}), "CI installs each extra alone"
 
 
 def undocumented(path: str) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rewire.app.errors import TrainError, UserError
+from rewire.storage.reading import brief
 
 __all__ = ["FILE_ENDINGS", "call_with", "find_object", "is_importable", "is_path", "load_object"]
 
@@ -39,6 +41,19 @@ def is_importable(module: str) -> bool:
     return bool(first) and importlib.util.find_spec(first) is not None
 
 
+@contextlib.contextmanager
+def foreign(say: Callable[[str], UserError]) -> Iterator[None]:
+    """Somebody else's code runs inside the ``with``: what it raises becomes what ``say`` makes of
+    it, given in one line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise say(f"{type(error).__name__}: {brief(error)}") from None
+
+
 def find_object(source: str) -> Any:
     """What "module:attribute" names; modules in the current folder are found. Raises whatever the
     module does.
@@ -53,12 +68,8 @@ def find_object(source: str) -> Any:
 
 def load_object(option: str, source: str) -> Any:
     """`find_object`, which must be something to call. Raises TrainError."""
-    try:
+    with foreign(lambda said: TrainError(f"{option}: {source!r} cannot be loaded: {said}")):
         found = find_object(source)
-    except (Exception, SystemExit) as error:  # somebody else's code runs
-        raise TrainError(
-            f"{option}: {source!r} cannot be loaded: {type(error).__name__}: {error}"
-        ) from None
     if not callable(found):
         raise TrainError(
             f"{option}: {source!r} is a {type(found).__name__}, allowed is something to call"
@@ -68,14 +79,8 @@ def load_object(option: str, source: str) -> Any:
 
 def made_network(source: str, make: Callable[[], Any]) -> nn.Module:
     """What ``make`` returns, somebody else's network. Raises TrainError if that fails."""
-    try:
+    with foreign(lambda said: TrainError(f"--model: {source!r} cannot be made: {said}")):
         model = make()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # somebody else's code
-        raise TrainError(
-            f"--model: {source!r} cannot be made: {type(error).__name__}: {error}"
-        ) from None
     if not isinstance(model, nn.Module):
         raise TrainError(
             f"--model: {source!r} returned a {type(model).__name__}, allowed is a torch.nn.Module"

@@ -10,6 +10,8 @@
     checksums.json              before the result: sums of all other files
     result.json                 the scores; the last to be written, so a run that has it is finished
     report.html                 made of all this, and never read
+    tracking.json               what trackers know of the run (rewire train --log), and beside it
+                                the folders that they write
 
 Every reader checks these sums and refuses a folder whose files were changed or are of several runs,
 in one line that names the file. Free to be changed are `report.html`, files of other names, and in
@@ -40,6 +42,7 @@ CONFIG, METRICS, RESULT, MODEL, INPUTS, REPORT, CHECKSUMS, COMMIT = (
     "checksums.json",
     "checkpoint.json",
 )
+TRACKING, TENSORBOARD, WANDB = "tracking.json", "tensorboard", "wandb"
 
 #: Options that decide no number of a run, so that `config.json` may be changed there.
 FREE = ("data_dir", "mirror", "checkpoint_every", "threads")

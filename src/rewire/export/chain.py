@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from rewire.nn.convert.kinds import join
 from rewire.nn.layers.linear import SparseLinear
 
-__all__ = ["ELEMENTWISE", "Stage", "linked", "stages"]
+__all__ = ["ELEMENTWISE", "Stage", "linear_weights", "linked", "stages"]
 
 #: Layers that change each number by itself, so that unit i of the input is unit i of the output.
 ELEMENTWISE = (
@@ -34,7 +35,7 @@ def stages(model: nn.Module, prefix: str = "") -> Iterator[Stage]:
         yield Stage(prefix, model)
         return
     for name, child in model.named_children():
-        yield from stages(child, f"{prefix}.{name}" if prefix else name)
+        yield from stages(child, join(prefix, name))
 
 
 def linked(model: nn.Module) -> dict[str, str]:
@@ -45,7 +46,7 @@ def linked(model: nn.Module) -> dict[str, str]:
     before: str | None = None
     for name, layer in stages(model):
         if isinstance(layer, SparseLinear | nn.Linear):
-            weight = f"{name}.weight" if name else "weight"
+            weight = join(name, "weight")
             if before is not None:
                 found[weight] = before
             before = weight
@@ -58,4 +59,4 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The dense linear weights among the stages, by name."""
     for name, layer in stages(model):
         if type(layer) is nn.Linear:
-            yield (f"{name}.weight" if name else "weight"), layer.weight.detach()
+            yield join(name, "weight"), layer.weight.detach()

@@ -36,17 +36,8 @@ def write(model: nn.Module, path: Path) -> int:
 
     The file is written in pieces; about 80 bytes a connection.
     """
-    size = 0
-
-    def pieces() -> Iterator[bytes]:
-        nonlocal size
-        for text in _pieces(model):
-            piece = text.encode()
-            size += len(piece)
-            yield piece
-
-    files.write_pieces(path, pieces())
-    return size
+    files.write_pieces(path, (text.encode() for text in _pieces(model)))
+    return path.stat().st_size
 
 
 def _pieces(model: nn.Module) -> Iterator[str]:

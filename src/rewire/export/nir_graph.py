@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewire.export.chain import Stage, stages
+from rewire.export.folding import affine
 from rewire.export.lists.entries import Entries, array_of, entries_of, state_of
 from rewire.export.states import check_dense
 from rewire.formats import FORMATS
+from rewire.nn.convert.kinds import join
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d
 from rewire.nn.layers.linear import SparseLinear
@@ -86,7 +88,7 @@ def nir_graph(
     Raises ValueError, which names the layer, for what NIR cannot hold, and for a weight above the
     limit; ImportError if the package is missing. Memory O(M).
     """
-    FORMATS["nir"].writer()  # raises if the package is missing
+    FORMATS["nir"].require()
     import nir
 
     if not callable(neurons) and neurons not in ("if", "lif", "none"):
@@ -175,7 +177,7 @@ def _weighted(
     metadata: dict[str, Any] = {}
     kind = layer.weight.dtype
     if isinstance(layer.weight, SparseWeight):
-        found = entries[f"{stage.name}.weight" if stage.name else "weight"]
+        found = entries[join(stage.name, "weight")]
         if factor is not None:
             found = found._replace(values=(found.values * factor[found.rows]).to(kind))
         rows, columns = found.matrix_shape
@@ -218,14 +220,10 @@ def _weighted(
 
 
 def _affine(stage: Stage, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in eval mode as a factor and a shift for each channel."""
-    if norm.running_mean is None or norm.running_var is None:
+    found = affine(norm)
+    if found is None:
         raise _refused(stage, "the BatchNorm after it has no running statistics")
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.double()
+    return found
 
 
 def _neurons(neurons: Neurons, shape: tuple[int, ...]) -> Iterator[Any]:

@@ -96,7 +96,7 @@ def save_onnx(
     for a model that torch.onnx cannot export, and for a file above 2 GiB, ImportError if a package
     is missing. The file is complete or absent at every moment.
     """
-    FORMATS["onnx"].writer()  # raises if a package is missing
+    FORMATS["onnx"].require()
     args = example if isinstance(example, tuple) else (example,)
     parts: dict[str, list[tuple[int, Entries]]] = {}
     weights = dict(sparse_weights(model))

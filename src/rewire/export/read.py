@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire import budget
-from rewire.export.lists.entries import Entries, State, entries_of, others_of, put
+from rewire.export.lists.entries import Entries, State, entries_of, others_of, put, sparse_names
 from rewire.formats import format_of
 from rewire.nn.convert.counts import Patterns, chosen, connection_counts
 from rewire.nn.convert.cut import dense_weights
@@ -88,7 +88,7 @@ def read(
         _by_magnitude(state, density, connections, threshold, distribution, only, exclude)
     elif only is not None or exclude is not None:
         raise ValueError("only= and exclude= are for density=, connections= and threshold=")
-    if not entries_of(state):
+    if not sparse_names(state):
         raise ValueError(
             f"{path} has no sparse weight and no mask: say what to keep with density=, "
             "connections= or threshold="

@@ -16,6 +16,7 @@ from rewire.app.data.files import needed
 from rewire.app.data.options import FileOptions
 from rewire.app.data.tables import Table, make_dataset
 from rewire.app.errors import DataError, did_you_mean
+from rewire.app.importing import foreign
 from rewire.storage.files import sha256_bytes
 from rewire.storage.reading import brief
 
@@ -192,17 +193,13 @@ def _part(source: str, value: Any) -> Table:
                 f"--data: {source!r} returned a {type(value).__name__}; allowed are pairs of "
                 "arrays (inputs, targets) and data sets of torch that have a length"
             )
-        try:
+        what = f"--data: the samples of {source!r} are no pairs (inputs, target) of one shape"
+        with foreign(lambda said: DataError(f"{what}: {said}")):
             pairs = [value[i] for i in range(len(value))]
             value = (
                 np.stack([np.asarray(x) for x, *_ in pairs]),
                 np.stack([np.asarray(y) for _, y, *_ in pairs]),
             )
-        except (Exception, SystemExit) as error:  # somebody else's code
-            raise DataError(
-                f"--data: the samples of {source!r} are no pairs (inputs, target) of one shape: "
-                f"{type(error).__name__}: {brief(error)}"
-            ) from None
     x, y = map(_array, value)
     y = np.asarray(y)
     if y.ndim == 2 and y.shape[1] == 1:

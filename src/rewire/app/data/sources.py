@@ -11,9 +11,8 @@ from rewire.app.data import cifar10, digits, files, mnist, own, skfeature, speec
 from rewire.app.data.dataset import Dataset
 from rewire.app.data.download import Progress
 from rewire.app.data.options import FileOptions
-from rewire.app.errors import DataError, UserError, did_you_mean
-from rewire.app.importing import call_with, is_path, load_object
-from rewire.storage.reading import brief
+from rewire.app.errors import DataError, did_you_mean
+from rewire.app.importing import call_with, foreign, is_path, load_object
 
 __all__ = ["REGISTERED", "Registered", "available", "check", "load"]
 
@@ -141,12 +140,6 @@ def load(
     if found[0] == "sklearn":
         return own.from_sklearn(found[1], options)
     function = load_object("--data", source)
-    try:
+    with foreign(lambda said: DataError(f"--data: {source!r} failed: {said}")):
         result = call_with(function, {"data_dir": data_dir})
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # somebody else's code
-        raise DataError(
-            f"--data: {source!r} failed: {type(error).__name__}: {brief(error)}"
-        ) from None
     return own.from_function(source, result, options)

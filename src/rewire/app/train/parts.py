@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rewire import methods
 from rewire.app.data import Dataset
 from rewire.app.errors import TrainError
+from rewire.app.importing import foreign
 from rewire.app.models import Signature
 from rewire.app.train import baselines
 from rewire.app.train.batches import Batches, Inputs, Pieces, derive_seed
@@ -33,7 +34,6 @@ from rewire.app.train.task import Task
 from rewire.distributed import prepare as prepare_for_ranks
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.layers.perceptron import ONE_THREAD
-from rewire.storage import reading
 
 #: Samples at a time, where a method looks at activations.
 ROWS = 1000
@@ -283,13 +283,9 @@ def _try_out(config: TrainConfig, model: nn.Module, x: Tensor | Inputs, sample: 
     wanted = (*sample.shape[: int(sample.each_step)], sample.outputs)
     with evaluating(model):
         few = x[:2]
-        try:
+        what = f"--model: {config.model} does not read samples of {tuple(few.shape[1:])}"
+        with foreign(lambda said: TrainError(f"{what}: {said}")):
             output = model(few)
-        except (Exception, SystemExit) as error:  # somebody else's code
-            raise TrainError(
-                f"--model: {config.model} does not read samples of {tuple(few.shape[1:])}: "
-                f"{type(error).__name__}: {reading.brief(error)}"
-            ) from None
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if found != (len(few), *wanted):
         raise TrainError(

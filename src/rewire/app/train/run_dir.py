@@ -20,6 +20,9 @@ from rewire.app.run_files import (
     MODEL,
     REPORT,
     RESULT,
+    TENSORBOARD,
+    TRACKING,
+    WANDB,
     Prefix,
 )
 from rewire.app.train import checkpoint
@@ -57,15 +60,8 @@ class RunDir:
             )
         if not self.has_run() and self.path.is_dir():
             # A run that was killed while it was being replaced may have left files of its own.
-            ours: tuple[str, ...] = (
-                MODEL,
-                INPUTS,
-                REPORT,
-                CHECKSUMS,
-                COMMIT.partition(".")[0],
-                ".",
-            )
-            ours += ("tensorboard", "tracking.json", "wandb")
+            written = MODEL, INPUTS, REPORT, CHECKSUMS, TRACKING, TENSORBOARD, WANDB
+            ours = *written, COMMIT.partition(".")[0], "."
             strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(ours))
             if strangers:
                 raise TrainError(

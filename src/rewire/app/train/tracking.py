@@ -22,15 +22,13 @@ from torch import nn
 
 from rewire.app import run_files
 from rewire.app.errors import RunFileError, TrainError
-from rewire.app.run_files import METRICS
+from rewire.app.run_files import METRICS, TENSORBOARD, TRACKING
 from rewire.app.train.config import check_name
 from rewire.app.train.metrics import EpochRecord
 from rewire.app.train.observer import Observer
 from rewire.storage import files
 
 __all__ = ["LOGGERS", "TRACKING", "Logger", "Tracking", "figures", "parse"]
-
-TRACKING = "tracking.json"
 
 
 class Logger(Protocol):
@@ -50,7 +48,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # what a killed run had logged after this step is hidden
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
         self._writer.add_text("options", f"```\n{json.dumps(options, indent=2)}\n```", step)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

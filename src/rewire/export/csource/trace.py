@@ -16,6 +16,7 @@ from rewire.export.csource.call import Call, Refused
 from rewire.export.csource.curves import per_channel
 from rewire.export.csource.operators import FUNCTIONS, METHODS, MODULES
 from rewire.export.csource.plan import Buffer, Matrix, Plan, smallest
+from rewire.export.folding import affine
 from rewire.nn.frozen.quantize import Values
 from rewire.nn.frozen.weight import FrozenWeight
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d
@@ -323,16 +324,10 @@ class _Walk(fx.Interpreter):
 
 
 def _affine(call: Call, norm: Any) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in eval mode as a factor and a shift of each channel."""
-    if norm.running_mean is None:
+    found = affine(norm)
+    if found is None:
         raise call.refuse(f"a {type(norm).__name__} without running statistics depends on a batch")
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return factor, shift
+    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from rewire import topology
 from rewire.nn.weight.listing import sparse_weights
 
-__all__ = ["Entries", "State", "array_of", "entries_of", "others_of", "put", "state_of"]
+__all__ = [
+    "Entries",
+    "State",
+    "array_of",
+    "entries_of",
+    "others_of",
+    "put",
+    "sparse_names",
+    "state_of",
+]
 
 #: A state_dict; the sparse weight NAME has the entries NAME.values, NAME.rows, NAME.cols and
 #: NAME.shape.
@@ -56,6 +65,12 @@ def state_of(model: nn.Module) -> State:
     return dict(model.state_dict())
 
 
+def sparse_names(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the sparse weights of a state, which nobody has checked."""
+    names = (key.removesuffix(".rows") for key in state if key.endswith(".rows"))
+    return [name for name in names if f"{name}.values" in state]
+
+
 def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entries]:
     """The sparse weights of a state by name, checked.
 
@@ -63,10 +78,7 @@ def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entries]:
     lists of different lengths. O(K) memory, whatever the shape.
     """
     found: dict[str, Entries] = {}
-    for key in state:
-        name = key.removesuffix(".rows")
-        if name == key or f"{name}.values" not in state:
-            continue
+    for name in sparse_names(state):
         try:
             rows, cols, values = (state[f"{name}.{part}"] for part in ("rows", "cols", "values"))
             shape = tuple(int(n) for n in state[f"{name}.shape"].flatten().tolist())
@@ -113,9 +125,7 @@ def _order(name: str, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Ten
 
 def others_of(state: Mapping[str, Tensor]) -> State:
     """What is in a state besides its sparse weights."""
-    names = [key.removesuffix(".rows") for key in state if key.endswith(".rows")]
-    names = [name for name in names if f"{name}.values" in state]
-    own = {f"{name}.{part}" for name in names for part in _PARTS}
+    own = {f"{name}.{part}" for name in sparse_names(state) for part in _PARTS}
     return {key: tensor.detach() for key, tensor in state.items() if key not in own}
 
 

@@ -95,8 +95,7 @@ class Pool:
 
     def keys(self, slots: Tensor) -> Tensor:
         """The flat positions (int64, ``row * cols + col``) of the connections in ``slots``."""
-        weight = self.weight
-        return weight.rows[slots].long() * weight.matrix_shape[1] + weight.cols[slots].long()
+        return self.weight.keys_of(slots)
 
     def at_home(self) -> bool:
         """Whether the values are still where they were in the optimizer's groups, or else a new

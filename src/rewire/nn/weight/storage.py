@@ -85,8 +85,11 @@ class Storage(Shaped):
         """Which of ``slots`` (int64) hold frozen connections; bool."""
         if self.prior is None or self.prior.frozen is None:
             return torch.zeros_like(slots, dtype=torch.bool)
-        keys = self.rows[slots].long() * self.matrix_shape[1] + self.cols[slots].long()
-        return topology.contains(self.prior.frozen, keys)
+        return topology.contains(self.prior.frozen, self.keys_of(slots))
+
+    def keys_of(self, slots: Tensor) -> Tensor:
+        """The flat positions (int64, ``row * cols + col``) of the connections in ``slots``."""
+        return self.rows[slots].long() * self.matrix_shape[1] + self.cols[slots].long()
 
     @property
     def connections(self) -> int:
