@@ -106,7 +106,7 @@ class WandB:
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rewire"),
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            mode=os.environ.get("WANDB_MODE", "offline"),
             dir=str(folder),
             id=key,
             name=folder.name,
