@@ -143,6 +143,7 @@ def _of(*build: Any) -> Call:
 CALLS: dict[str, Call] = {
     "frozen_linear": _frozen,
     "distinct": lambda c, n: [c.randint(0, n), n + c.randint(0, n), *_draws(c, 3), 0],
+    "multiply_adds": lambda c, n: [torch.randn(c.randint(1, 3), 192 * n), c.randint(0, 9), True],
     "position_signs": _of("dropped", lambda c, _: _draws(c, 2)),
     "build_index_": _of("rows", "cols", "shape", "index"),
     "replace_": _of("rows", "cols", "index", "shape", "slots", "dropped"),

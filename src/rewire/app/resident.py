@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+from collections.abc import Callable
 from pathlib import Path
 
 from rewire.app.errors import NotAvailable
 
-__all__ = ["Memory", "can_measure"]
+__all__ = ["Memory", "can_measure", "trim"]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -40,6 +44,20 @@ class Memory:
     def reset(self) -> None:
         """Start the high-water mark at what is resident now."""
         _CLEAR.write_text("5")
+
+    def peak_of(self, call: Callable[[], object], base: int) -> int:
+        """Highest memory over ``base`` during a call, after freed memory was given back."""
+        trim()
+        self.reset()
+        call()
+        return self.peak() - base
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library can be told to."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def can_measure() -> bool:

@@ -50,6 +50,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--targets", "p1", "--cpu-time", "--threads", "2"], "--cpu-time counts one thread"),
         (["--memory"], "--memory belongs to --layer"),
         (["--input", "3"], "--input belongs to --model"),
+        (["--compare", "none.json"], "--compare: cannot read none.json"),
         (["--model", "mlp", "--input", "3x-4"], "--input: given '3x-4'"),
         (["--layer", "1000000x1000000", "--density", "1"], "choose a lower --density"),
         (["--nonsense"], "No such option"),
@@ -131,6 +132,8 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(saved) == {
         "format",
         "machine",
+        "ceilings",
+        "earlier",
         "setting",
         "targets",
         "grid",
@@ -189,6 +192,7 @@ def test_a_model_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
             "low": 1.9,
             "high": 2.1,
             "density": 0.1,
+            "break_even": 0.5,
             "note": "",
         },
         {

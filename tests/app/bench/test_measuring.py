@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from rewire.app import resident
-from rewire.app.bench import child, curves, large, models, sections, targets
+from rewire.app.bench import child, curves, large, models, sections, step_memory, targets
 from rewire.app.bench.contenders import LAYERS, Layer, Linear, make
 from rewire.app.bench.curves import Setting, installed
-from rewire.app.bench.targets import big, conv, inference, layers, training
+from rewire.app.bench.targets import big, conv, inference, layers, training, transformer
 from rewire.app.errors import BenchError, NotAvailable, UserError
 
 SETTING = Setting(threads=1, seconds=0.0, rounds=2, quick=True)
@@ -45,27 +45,29 @@ def test_contenders_agree(kind: str) -> None:
         torch.testing.assert_close(grad_weight[problem.weight.active()], at_connections)
     elif kind == "csr":
         torch.testing.assert_close(grad_weight.values(), at_connections)
-    elif kind != "sparseprop":
+    elif kind not in ("sparseprop", "sparselab"):  # their order is their own
         torch.testing.assert_close(grad_weight[rows, cols], at_connections)
 
 
 def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "has_sparseprop", lambda: False)
-    monkeypatch.setattr(layers, "has_sparseprop", lambda: False)
-    monkeypatch.setattr(curves, "has_onednn", lambda: False)
-    assert installed() == [kind for kind in LAYERS if kind not in ("sparseprop", "onednn")]
+    lacking = ("sparseprop", "sparselab", "onednn")
+    for module in (curves, layers):
+        monkeypatch.setattr(module, "can_make", lambda kind: kind not in lacking)
+    assert installed() == [kind for kind in LAYERS if kind not in lacking]
     curve = curves.measure(8, 12, 4, [0.2, 0.5], SETTING).to_json()
     assert "onednn / dense" not in curve["break_even"]
     assert set(curve["seconds"]) == {"dense", "masked", "csr", "rewire", "rewire feature-major"}
     assert all(len(times) == 2 for times in curve["seconds"].values())
-    figures, _ = layers.against_sparse(SETTING, (16,), {0.5: 1.0}, 4)
-    assert [f.name for f in figures if "SparseProp" in f.name] == ["over SparseProp"]
+    figures, _ = layers.against_sparse(SETTING, [(16, 8, 4)], {0.5: 1.0})
+    assert [f.name for f in figures if f.value is None] == ["over SparseProp", "over SparseLab"]
 
 
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda: layers.against_dense(SETTING, {(16, 0.2): (1.0, 1.0)}, 4),
+        lambda: layers.against_ceiling(SETTING, {(16, 0.2): 1.0}, {16: (4, 9)}, {(16, 0.2): 1.0}),
+        lambda: layers.against_sparse(SETTING, [(16, 8, 4)], {0.5: 1.0}),
+        lambda: layers.row_major(SETTING, 16, (4, 5), {0.2: 1.0}),
         lambda: layers.breaks_even(SETTING, 16, 4, (0.1, 1.0)),
         lambda: layers.second_thread(SETTING, 16, 4, (0.2,)),
         lambda: training.deep_r_share(SETTING, 32, 400, 4),
@@ -73,8 +75,9 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
         lambda: training.lenet(SETTING, 4),
         lambda: training.small(SETTING, 2),
         lambda: inference.forward(SETTING, {(8, 12): {0.5: 1.0, 0.2: 1.0}}, (1, 3)),
+        lambda: transformer.step(SETTING, transformer.Size(1, 64, 10, 6, 2)),
     ],
-    ids=["p1", "p3", "p4", "p5", "p6", "p7", "p12", "p14"],
+    ids=["p1", "p2", "p13", "p3", "p4", "p5", "p6", "p7", "p12", "p14", "p15"],
 )
 def test_bars_give_figures(measure: Callable[[], targets.Measured]) -> None:
     figures, _ = measure()
@@ -204,6 +207,23 @@ def test_the_line_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(f.met for f in figures if f.met is not None)
 
 
+def test_steps_need_their_activations() -> None:
+    """Measured in this process: what a dense step needs is at least its largest activation."""
+    for kind in ("dense", "sparse"):
+        got = step_memory.step_memory(
+            _Meter(), time.perf_counter, kind=kind, width=8, layers=2, rows=5, density=0.5
+        )
+        assert got == {"peak": 1 << 30}
+
+
+@PROC
+def test_memory_of_a_step_beside_dense() -> None:
+    (figure,), data = big.step_memory(SETTING, width=256, layers=2, rows=16_384)
+    activation = 4 * 256 * 16_384 // 4
+    assert all(2 * activation < got["peak"] < 16 * activation for got in data.values())
+    assert figure.value == data["sparse"]["peak"] / data["dense"]["peak"]
+
+
 def test_models() -> None:
     model, shape = models.load("resnet18", None)
     layers, others = models.layers(model, shape, 32)
@@ -214,6 +234,16 @@ def test_models() -> None:
     assert [(f.inputs, f.outputs, f.rows) for f in linear] == [(512, 1000, 32)]
     assert len(found) == 21
     assert next(iter(found.values())).shown == "conv 7 x 7, 3 to 64 channels, 224 x 224"
+
+
+def test_layers_of_the_mini_gpt_and_their_rows() -> None:
+    model, shape = models.load("gpt-40m", None)
+    layers, others = models.layers(model, shape, 8)
+    assert others == []
+    assert len(layers) == 8 * 4 + 1
+    assert {found.rows for _, found in layers} == {8 * 128}
+    weights = sum(f.inputs * f.outputs for _, f in layers)
+    assert 39e6 < weights < 41e6
 
 
 def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +265,7 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["name"] for row in result["layers"]] == ["0", "2", "3"]
     assert len(said) == 2  # two of the layers are alike
     assert {row["verdict"] for row in result["layers"]} <= {"sparse", "dense"}
+    assert all(row["break_even"] is None or row["break_even"] <= 1 for row in result["layers"])
     result = sections.model(SETTING, "own_model_for_bench:Ends", None, 0.5, 3, said.append)
     assert [(row["name"], row["layer"]) for row in result["layers"]] == [
         ("a", "linear 5 x 4"),
@@ -246,7 +277,7 @@ def test_a_model_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("own_model_for_bench:three", "returned a int"),
         ("own_model_for_bench:nothing", "cannot be made"),
         ("no_such_module_here:make", "cannot be made"),
-        ("vgg", "allowed are mlp, resnet18"),
+        ("vgg", "allowed are mlp, resnet18, gpt-40m"),
     ):
         with pytest.raises(UserError, match=line):
             models.load(wrong, None)

@@ -65,7 +65,7 @@ def measure(
 
 
 def _tasks() -> dict[str, Callable[..., dict[str, Any]]]:
-    from rewire.app.bench import large
+    from rewire.app.bench import large, step_memory
 
     return {
         "training": large.training_memory,
@@ -74,6 +74,7 @@ def _tasks() -> dict[str, Callable[..., dict[str, Any]]]:
         "million": large.million,
         "wide": large.wide_epoch,
         "update": large.one_update,
+        "step": step_memory.step_memory,
     }
 
 

@@ -22,22 +22,22 @@ from rewire.app.bench.timing import Contender
 from rewire.app.errors import NotAvailable
 from rewire.nn import SparseLinear, SparseWeight
 
-__all__ = ["DENSE", "LAYERS", "Layer", "Linear", "has_onednn", "has_sparseprop", "make"]
+__all__ = ["DENSE", "LAYERS", "OTHERS", "Layer", "Linear", "can_make", "make", "sparselab_layer"]
 
 Result = tuple[Tensor, ...]
-LAYERS = ("dense", "onednn", "masked", "csr", "sparseprop", "rewire", "rewire feature-major")
 #: Those whose time does not depend on the density.
 DENSE = ("dense", "onednn", "masked")
+#: Other sparse ways, and how they are printed.
+OTHERS = {"csr": "torch.sparse.mm", "sparseprop": "SparseProp", "sparselab": "SparseLab"}
+LAYERS = (*DENSE, *OTHERS, "rewire", "rewire feature-major")
 
 
-def has_sparseprop() -> bool:
-    """Whether SparseProp is installed."""
-    return importlib.util.find_spec("sparseprop") is not None
-
-
-def has_onednn() -> bool:
-    """Whether torch has oneDNN's linear product."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def can_make(kind: str) -> bool:
+    """Whether the contender ``kind`` can be measured here."""
+    if kind == "onednn":
+        product = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        return torch.backends.mkldnn.is_available() and product
+    return kind not in ("sparseprop", "sparselab") or importlib.util.find_spec(kind) is not None
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,6 @@ def _onednn(p: Linear) -> Callable[[], Result]:
     nothing for that one. The transposed operands are handed over as they are: oneDNN reads them in
     place.
     """
-    if not has_onednn():
-        raise NotAvailable("torch has no oneDNN here")
     product = torch.ops.mkldnn._linear_pointwise
     weight, bias, x, g = p.dense, p.sparse.bias.detach(), p.x, p.g
 
@@ -148,12 +146,28 @@ def _csr(p: Linear) -> Callable[[], Result]:
 
 
 def _sparseprop(p: Linear) -> Callable[[], Result]:
-    if not has_sparseprop():
-        raise NotAvailable("SparseProp is not installed")
     from sparseprop.modules import SparseLinear as Theirs
 
     theirs: Any = Theirs(p.dense, nn.Parameter(p.sparse.bias.detach().clone()))
     return _gradients(theirs, p.x, [theirs.W_val, theirs.bias], p.g)  # type: ignore[no-any-return]
+
+
+def sparselab_layer(weight: Tensor, bias: Tensor | None) -> Any:
+    """SparseLab's layer with the connections and values of a dense (outputs, inputs) weight."""
+    import numpy
+    from sparselab import PaddedCSR, SparseLinear
+
+    layer: Any = SparseLinear(weight.shape[1], weight.shape[0], bias is not None)
+    layer._csr = PaddedCSR.from_dense(weight)
+    layer._values = nn.Parameter(torch.from_numpy(numpy.asarray(layer._csr.values)))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def _sparselab(p: Linear) -> Callable[[], Result]:
+    theirs = sparselab_layer(p.dense, p.sparse.bias)
+    return _gradients(theirs, p.x, [theirs._values, theirs.bias], p.g)  # type: ignore[no-any-return]
 
 
 def _rewire(p: Linear) -> Callable[[], Result]:
@@ -166,12 +180,18 @@ def _feature_major(p: Linear) -> Callable[[], Result]:
 
 
 _MAKE: dict[str, Callable[[Linear], Callable[[], Result]]] = dict(
-    zip(LAYERS, (_dense, _onednn, _masked, _csr, _sparseprop, _rewire, _feature_major), strict=True)
+    zip(
+        LAYERS,
+        (_dense, _onednn, _masked, _csr, _sparseprop, _sparselab, _rewire, _feature_major),
+        strict=True,
+    )
 )
 
 
 def make(
     kind: str, problem: Linear, *, label: str | None = None, threads: int | None = None
 ) -> Contender:
-    """The contender ``kind`` (of `LAYERS`). Raises `NotAvailable` if it is not installed."""
+    """The contender ``kind`` (of `LAYERS`). Raises `NotAvailable` if it cannot be measured here."""
+    if not can_make(kind):
+        raise NotAvailable(f"{OTHERS.get(kind, kind)} is not installed")
     return Contender(label or kind, _MAKE[kind](problem), threads)

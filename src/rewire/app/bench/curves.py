@@ -10,15 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from rewire.app.bench import child
-from rewire.app.bench.contenders import (
-    DENSE,
-    LAYERS,
-    Layer,
-    Linear,
-    has_onednn,
-    has_sparseprop,
-    make,
-)
+from rewire.app.bench.contenders import DENSE, LAYERS, Layer, Linear, can_make, make
 from rewire.app.bench.timing import Clock, Contender, Timings, side_by_side
 
 __all__ = ["Curve", "Setting", "break_even", "installed", "measure"]
@@ -57,8 +49,7 @@ class Setting:
 
 def installed(kinds: Sequence[str] = LAYERS) -> list[str]:
     """Those of ``kinds`` that can be measured here."""
-    lacking = {"sparseprop": not has_sparseprop(), "onednn": not has_onednn()}
-    return [kind for kind in kinds if not lacking.get(kind, False)]
+    return [kind for kind in kinds if can_make(kind)]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,7 +13,7 @@ from torch.nn import functional as F
 from rewire import methods, topology
 from rewire.app.bench.contenders import Layer, Linear, make
 from rewire.app.bench.timing import Clock, quartiles
-from rewire.app.resident import Memory
+from rewire.app.resident import Memory, trim
 from rewire.nn import SparseLinear, SparseWeight
 
 __all__ = ["contender_memory", "million", "point", "training_memory", "wide_epoch"]
@@ -71,21 +68,6 @@ def _warm(kind: str = "rewire") -> None:
         layer.weight.reorder()
 
 
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can be told to."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _peak_of(memory: Memory, call: Callable[[], object], base: int) -> int:
-    """Highest memory over ``base`` during a call, after freed memory was given back."""
-    _trim()
-    memory.reset()
-    call()
-    return memory.peak() - base
-
-
 def training_memory(
     memory: Memory, clock: Clock, *, optimizer: str, size: int, connections: int, batch: int
 ) -> dict[str, Any]:
@@ -96,7 +78,7 @@ def training_memory(
     in ``training``.
     """
     _warm()
-    _trim()
+    trim()
     x, g = _pair(size, batch)
     base = memory.now()
     memory.reset()
@@ -106,24 +88,23 @@ def training_memory(
     step = _step_of(layer, trainer, x, g)
     step()
     step()
-    training = _peak_of(memory, step, base)
+    training = memory.peak_of(step, base)
     activations = 4 * batch * size * 2  # output and gradient of x
     weight = layer.weight
-    _trim()
+    trim()
     resting = memory.now()
-    rebuild = _peak_of(
-        memory,
+    rebuild = memory.peak_of(
         lambda: topology.build_index(
             weight.rows, weight.cols, *weight.matrix_shape, out=weight.index
         ),
         resting,
     )
-    reorder = _peak_of(memory, weight.reorder, resting)
+    reorder = memory.peak_of(weight.reorder, resting)
     evolution = methods.SET(layer, trainer, seed=0)
     step()
-    _trim()
+    trim()
     resting = memory.now()
-    update = _peak_of(memory, evolution.end_epoch, resting)
+    update = memory.peak_of(evolution.end_epoch, resting)
     evolution.finalize()
     result = {
         "built": built,
@@ -135,8 +116,8 @@ def training_memory(
     if optimizer == "sgd":
         walk = methods.DeepR(layer, trainer, seed=0)
         step()
-        _trim()
-        result["deep_r"] = _peak_of(memory, walk.step, memory.now())
+        trim()
+        result["deep_r"] = memory.peak_of(walk.step, memory.now())
     return {"connections": connections, "activations": activations} | result
 
 
@@ -156,13 +137,13 @@ def contender_memory(
     Weight, gradient, everything kept and all temporaries count, x and the output's gradient do not.
     """
     _warm(kind)
-    _trim()
+    trim()
     base = memory.now()
     # keeps what it needs of the problem
     contender = make(kind, Linear(Layer(inputs, outputs, connections, batch)))
-    _trim()
+    trim()
     contender.run()
-    peak = _peak_of(memory, contender.run, base)
+    peak = memory.peak_of(contender.run, base)
     return {"kind": kind, "bytes": max(0, peak - 4 * batch * (inputs + outputs))}
 
 
@@ -178,7 +159,7 @@ def point(
 ) -> dict[str, Any]:
     """Build a size x size layer, train it with SGD, and measure time and memory of a step."""
     _warm()
-    _trim()
+    trim()
     base = memory.now()
     memory.reset()
     start = clock()
@@ -188,7 +169,7 @@ def point(
     x, g = _pair(size, batch)
     step = _step_of(layer, torch.optim.SGD(layer.parameters(), lr=1e-4, fused=True), x, g)
     step()
-    _trim()
+    trim()
     memory.reset()
     took: list[float] = []
     start = clock()

@@ -20,6 +20,8 @@ __all__ = ["Load", "available_memory", "describe", "pin"]
 #: machine; on a busy one a thread then spins while the one it waits for does not get a core, and
 #: everything takes ten times as long.
 OPENMP = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME")
+#: Packages that are measured beside ours.
+OTHERS = ("sparseprop", "sparselab", "onnxruntime")
 
 
 def pin(threads: int) -> list[int] | None:
@@ -56,12 +58,16 @@ def available_memory() -> int | None:
     return _memory("MemAvailable")
 
 
+def _version(name: str) -> str | None:
+    """Of a distribution; None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def describe(cores: list[int] | None) -> dict[str, Any]:
     """Processor, memory, versions, threads, load; nothing that names the machine or its user."""
-    try:
-        sparseprop: str | None = metadata.version("sparseprop")
-    except metadata.PackageNotFoundError:
-        sparseprop = None
     memory = _memory("MemTotal")
     return {
         "cpu": _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -73,7 +79,7 @@ def describe(cores: list[int] | None) -> dict[str, Any]:
         "kernels": _native.describe(),
         "rewire": __version__,
         "torch": torch.__version__,
-        "sparseprop": sparseprop,
+        "others": {name: _version(name) for name in OTHERS},
         "python": platform.python_version(),
         "system": platform.system(),
         "load_average": [round(x, 2) for x in os.getloadavg()]

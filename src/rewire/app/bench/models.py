@@ -10,16 +10,28 @@ import torch
 from torch import nn
 
 from rewire.app.bench import networks
+from rewire.app.bench.targets import transformer
+from rewire.app.bench.targets.transformer import GPT_40M
 from rewire.app.errors import BenchError
 from rewire.app.importing import find_object, made_network
 from rewire.nn.forward.tensors import first_input
 
-__all__ = ["MODELS", "Found", "layers", "load"]
+__all__ = ["MODELS", "Found", "Known", "layers", "load"]
 
-#: Models known by name: what makes them, and the shape of one sample.
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (networks.set_mlp, (3072,)),
-    "resnet18": (networks.resnet18, (3, 224, 224)),
+
+@dataclass(frozen=True)
+class Known:
+    """A model known by name: what makes it, the shape of a sample, and samples in a batch."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int = 128
+
+
+MODELS = {
+    "mlp": Known(networks.set_mlp, (3072,)),
+    "resnet18": Known(networks.resnet18, (3, 224, 224), 32),
+    "gpt-40m": Known(transformer.gpt_40m, (GPT_40M.steps,), GPT_40M.batch),
 }
 
 
@@ -72,14 +84,13 @@ class Found:
 
 
 def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int, ...]]:
-    """The model called ``source`` ("mlp", "resnet18") or made by "module:callable", and the shape
-    of a sample.
+    """The model called ``source`` (one of `MODELS`) or made by "module:callable", and the shape of
+    a sample.
 
     Without ``shape``, a model of your own takes what its first linear layer takes.
     """
     if source in MODELS:
-        make, known = MODELS[source]
-        return make(), tuple(shape or known)
+        return MODELS[source].make(), tuple(shape or MODELS[source].shape)
     module_name, colon, attribute = source.partition(":")
     if not colon or not module_name or not attribute:
         allowed = ", ".join(MODELS)
@@ -98,6 +109,14 @@ def load(source: str, shape: Sequence[int] | None) -> tuple[nn.Module, tuple[int
     return model, tuple(shape)
 
 
+def _sample(model: nn.Module, size: tuple[int, ...]) -> torch.Tensor:
+    leaves = (m for m in model.modules() if next(m.children(), None) is None)
+    first = next(leaves, None)
+    if isinstance(first, nn.Embedding):
+        return torch.randint(first.num_embeddings, size)
+    return torch.randn(size)
+
+
 @torch.no_grad()
 def layers(
     model: nn.Module, shape: Sequence[int], batch: int
@@ -105,7 +124,8 @@ def layers(
     """The linear layers and 2-D convolutions of ``model`` that a sample passes, in order, with
     their inputs' shapes.
 
-    Also the name and type of layers of other kinds that have a sparse twin and that it passes.
+    Samples are random numbers, or tokens where the first layer is an `nn.Embedding`. Also the name
+    and type of layers of other kinds that have a sparse twin and that a sample passes.
     """
     seen: dict[str, Found] = {}
     others: dict[str, str] = {}
@@ -129,7 +149,7 @@ def layers(
     ]
     training = model.training
     try:
-        model.eval()(torch.randn(1, *shape))
+        model.eval()(_sample(model, (1, *shape)))
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         shown = "x".join(map(str, shape))

@@ -21,11 +21,14 @@ def render(results: dict[str, Any]) -> str:
     parts = [
         "<h1>rewire bench</h1>",
         f'<p class="soft">{escape(tables.machine(m))}; {escape(str(m["started"]))}</p>',
+        f'<p class="soft">{escape(tables.ceilings(results["ceilings"]))}</p>',
     ]
     warnings = [tables.CPU_TIME] if results["setting"]["cpu_time"] else []
     if others is not None and others > tables.BUSY:
         warnings.append(tables.disturbance(others))
     parts += [f'<p class="state">{escape(w[0].upper() + w[1:])}.</p>' for w in warnings]
+    if results["earlier"]:
+        parts.append("<h2>What changed</h2>" + _section(Sheet(**results["earlier"])))
     if targets:
         parts.append("<h2>Performance targets</h2>" + grid([_margins(targets)], drawn))
         parts += [_section(tables.target(result)) for result in targets]

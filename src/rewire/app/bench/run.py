@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rewire.app.bench import machine, sections, tables, targets
+from rewire.app.bench import ceilings, compare, machine, sections, tables, targets
 from rewire.app.bench import results_page as page
 from rewire.app.bench.curves import Setting
 from rewire.app.errors import BenchError, NotAvailable
@@ -20,7 +20,7 @@ from rewire.storage.files import write_atomic
 __all__ = ["EXTRA", "FORMAT", "Run"]
 
 #: Version of the results file.
-FORMAT = 2
+FORMAT = 3
 #: Sections that --targets takes besides the performance targets.
 EXTRA = ("grid", "wide")
 
@@ -35,6 +35,7 @@ class Run:
         out: folder for bench.json and bench.html.
         names: targets and `EXTRA` sections to run; None for all. Raises `BenchError` for an unknown
             one.
+        earlier: bench.json of a run to compare with. Raises `BenchError` if it is not one.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Run:
         cpu_time: bool = False,
         out: Path,
         names: Sequence[str] | None = None,
+        earlier: Path | None = None,
         setting: Setting | None = None,
         console: Console | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class Run:
             )
         except BenchError as error:
             raise BenchError(f"{error}, {', '.join(EXTRA)}") from None
+        self.earlier = None if earlier is None else compare.read(earlier, FORMAT)
         out.mkdir(parents=True, exist_ok=True)
         number = 1 if cpu_time else threads or torch.get_num_threads()
         self.out = out
@@ -67,9 +70,11 @@ class Run:
         )
         self.setting = setting or usual
         cores = machine.pin(self.setting.threads)
+        top = ceilings.of(self.setting)
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "machine": machine.describe(cores),
+            "ceilings": None if top is None else top.to_json(),
             "setting": {
                 "quick": self.setting.quick,
                 "seconds": self.setting.seconds,
@@ -81,11 +86,13 @@ class Run:
             "layer": None,
             "model": None,
             "wide": None,
+            "earlier": None,
             "others": None,
             "seconds": 0.0,
         }
         self._start, self._load = time.perf_counter(), machine.Load()
         self._say(tables.machine(self.results["machine"]))
+        self._say(tables.ceilings(self.results["ceilings"]))
         if self.setting.cpu_time:
             self._say(tables.CPU_TIME)
 
@@ -96,12 +103,7 @@ class Run:
                 self.results["grid"].append(curve.to_json())
                 self._show(tables.curve(self.results["grid"][-1]))
                 self._save()
-        for target in self.targets:
-            self._progress(f"{target.name}: {target.title}")
-            result = targets.run(target, self.setting).to_json()
-            self.results["targets"].append(result)
-            self._show(tables.target(result))
-            self._save()
+        self._run(self.targets)
         if "wide" in self.extra:
             self.results["wide"] = sections.wide(self.setting, self._progress)
             self._say(tables.wide(self.results["wide"]))
@@ -124,13 +126,25 @@ class Run:
         self._show(tables.layer(self.results["layer"]))
         self._finish()
 
-    def model(self, source: str, shape: Sequence[int] | None, density: float, batch: int) -> None:
-        """Every layer of a model."""
+    def model(
+        self, source: str, shape: Sequence[int] | None, density: float, batch: int | None
+    ) -> None:
+        """Every layer of a model; of the mini-GPT also a whole training step."""
         self.results["model"] = sections.model(
             self.setting, source, shape, density, batch, self._progress
         )
         self._show(tables.model(self.results["model"]))
+        if source == "gpt-40m":
+            self._run(targets.choose(["p15"]))
         self._finish()
+
+    def _run(self, chosen: Sequence[targets.Target]) -> None:
+        for target in chosen:
+            self._progress(f"{target.name}: {target.title}")
+            result = targets.run(target, self.setting).to_json()
+            self.results["targets"].append(result)
+            self._show(tables.target(result))
+            self._save()
 
     def _show(self, sheet: tables.Sheet) -> None:
         self.console.print(sheet.printed())
@@ -149,6 +163,10 @@ class Run:
         write_atomic(self.out / "bench.json", (text + "\n").encode())
 
     def _finish(self) -> None:
+        if self.earlier is not None:
+            sheet = compare.sheet(self.earlier, self.results)
+            self.results["earlier"] = vars(sheet)
+            self._show(sheet)
         self._save()
         write_atomic(self.out / "bench.html", page.render(self.results).encode())
         if self.results["targets"]:

@@ -14,13 +14,15 @@ from rewire.app.bench.contenders import LAYERS, Layer
 from rewire.app.bench.curves import Curve, Setting
 from rewire.app.bench.targets.conv import channels_last
 from rewire.app.bench.targets.conv import step as conv_step
-from rewire.app.bench.timing import Contender
+from rewire.app.bench.timing import Contender, Ratio
 from rewire.app.errors import BenchError, NotAvailable
 from rewire.nn import SparseConv2d
 
 __all__ = ["WIDE", "grid", "layer", "model", "wide"]
 
 DENSITIES = (0.01, 0.05, 0.10, 0.20, 0.50)
+#: Where a model's layers are measured besides the density asked for, to find where they break even.
+BREAK_EVEN = (0.02, 0.1, 0.3, 0.6, 1.0)
 #: Outputs x inputs, batch.
 GRID = (
     (256, 256, 128),
@@ -106,11 +108,15 @@ def model(
     source: str,
     shape: Sequence[int] | None,
     density: float,
-    batch: int,
+    batch: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Is sparse or dense faster, for each layer of a model? Equal layers are measured once."""
+    """Is sparse or dense faster, for each layer of a model at the rows that it sees, and up to
+    which density? Equal layers are measured once.
+    """
     made, shape = models.load(source, shape)
+    if batch is None:
+        batch = models.MODELS[source].batch if source in models.MODELS else 128
     measured: dict[Any, dict[str, Any]] = {}
     rows = []
     layers, others = models.layers(made, shape, batch)
@@ -134,7 +140,7 @@ def model(
     }
 
 
-def _verdict(dense: float, sparse: float, ratio: Any, density: float) -> dict[str, Any]:
+def _verdict(dense: float, sparse: float, ratio: Ratio, density: float) -> dict[str, Any]:
     return {
         "verdict": "sparse" if ratio.median > 1 else "dense",
         "dense_seconds": dense,
@@ -148,8 +154,9 @@ def _verdict(dense: float, sparse: float, ratio: Any, density: float) -> dict[st
 
 
 def _linear(setting: Setting, found: models.Found, density: float) -> dict[str, Any]:
+    densities = sorted({density, *BREAK_EVEN})
     kinds = ("dense", "onednn", "rewire")
-    curve = curves.measure(found.inputs, found.outputs, found.rows, [density], setting, kinds)
+    curve = curves.measure(found.inputs, found.outputs, found.rows, densities, setting, kinds)
     result = _verdict(
         curve.seconds("dense", density),
         curve.seconds("rewire", density),
@@ -158,38 +165,42 @@ def _linear(setting: Setting, found: models.Found, density: float) -> dict[str, 
     )
     if "onednn" in curve.kinds:
         result["onednn_seconds"] = curve.seconds("onednn", density)
-    return result
+    return result | {"break_even": curve.break_even("dense")}
 
 
 def _conv(setting: Setting, found: models.Found, density: float) -> dict[str, Any]:
     dense = found.module
     assert isinstance(dense, nn.Conv2d)
-    try:
-        sparse = SparseConv2d(
-            dense.in_channels,
-            dense.out_channels,
-            dense.kernel_size,
-            dense.stride,
-            dense.padding,
-            dense.dilation,
-            dense.groups,
-            dense.bias is not None,
-            dense.padding_mode,
-            density=density,
-        )
-    except (ValueError, NotImplementedError) as error:
-        raise NotAvailable(str(error)) from None
     x = torch.randn(found.rows, *found.shape[1:]).contiguous(memory_format=torch.channels_last)
     contenders = [
         Contender("dense", conv_step(dense, x.contiguous())),
         Contender("dense channels-last", conv_step(channels_last(dense), x)),
-        Contender("sparse", conv_step(sparse, x)),
     ]
+    densities = sorted({density, *BREAK_EVEN})
+    for share in densities:
+        try:
+            sparse = SparseConv2d(
+                dense.in_channels,
+                dense.out_channels,
+                dense.kernel_size,
+                dense.stride,
+                dense.padding,
+                dense.dilation,
+                dense.groups,
+                dense.bias is not None,
+                dense.padding_mode,
+                density=share,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise NotAvailable(str(error)) from None
+        contenders.append(Contender(f"sparse @ {share:g}", conv_step(sparse, x)))
     timings = setting.contest(contenders)
     best = min(("dense", "dense channels-last"), key=timings.median)
+    ratios = [timings.ratio(best, f"sparse @ {share:g}") for share in densities]
+    mine = f"sparse @ {density:g}"
     return _verdict(
-        timings.median(best), timings.median("sparse"), timings.ratio(best, "sparse"), density
-    )
+        timings.median(best), timings.median(mine), timings.ratio(best, mine), density
+    ) | {"break_even": curves.break_even(densities, [ratio.median for ratio in ratios])}
 
 
 def wide(

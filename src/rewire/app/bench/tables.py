@@ -13,7 +13,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-_COLOURS = {"met": "green", "missed": "red", "in part": "yellow", "sparse": "green"}
+_COLOURS = {
+    "met": "green",
+    "missed": "red",
+    "in part": "yellow",
+    "sparse": "green",
+    "better": "green",
+    "worse": "red",
+}
 #: Columns of words; the others hold numbers.
 WORDS = ("note", "verdict", "layer", "what", "nearest to its target", "faster here")
 #: Above this share of the machine in other hands, figures are not to be trusted.
@@ -97,9 +104,20 @@ def machine(m: dict[str, Any]) -> str:
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory_gib']} GiB; "
         f"torch {m['torch']}, rewire {m['rewire']}, {m['kernels']}, "
-        f"SparseProp {m['sparseprop'] or 'not installed'}"
+        + ", ".join(f"{name} {v or 'not installed'}" for name, v in m["others"].items())
         + (f"; load average {load[0]}" if load else "")
         + "".join(f"; {name}={value}" for name, value in m["openmp"].items())
+    )
+
+
+def ceilings(found: dict[str, Any] | None) -> str:
+    """What the machine can do at most, in one line."""
+    if found is None:
+        return "ceilings not measured: the native kernels are not in use"
+    levels = ", ".join(f"{x['name']} {x['flops'] / 1e9:.3g}" for x in found["levels"])
+    return (
+        f"ceilings in GFLOP/s: {found['peak'] / 1e9:.4g} with numbers in registers; with one "
+        f"factor of each multiply-add read from {levels}"
     )
 
 
@@ -181,6 +199,13 @@ def _density(d: float | None) -> str:
     return f"{d:.1%}" if d else "no density tried (always slower)"
 
 
+def _up_to(break_even: float | None) -> str:
+    """A break-even density in a cell."""
+    if break_even is None:
+        return "any density"
+    return f"{break_even:.0%}" if break_even else "none tried"
+
+
 def layer(found: dict[str, Any]) -> Sheet:
     """The user's layer: every way to compute it."""
     c = found["curve"]
@@ -202,16 +227,26 @@ def model(found: dict[str, Any]) -> Sheet:
     """A model's layers."""
     rows = []
     for row in found["layers"]:
-        times = ["", "", ""]
+        times = ["", "", "", ""]
         if "speedup" in row:
             dense, sparse = duration(row["dense_seconds"]), duration(row["sparse_seconds"])
-            times = [dense, sparse, f"{row['speedup']:.3g} x"]
+            times = [dense, sparse, f"{row['speedup']:.3g} x", _up_to(row["break_even"])]
         note = f" ({row['note']})" if row["note"] else ""
         rows.append([row["name"], row["layer"], str(row["rows"]), *times, row["verdict"] + note])
     return Sheet(
         f"{found['model']}, density {found['density']:g}, batch {found['batch']}",
-        ("layer", "what", "rows", "dense", "sparse", "dense / sparse", "faster here"),
+        (
+            "layer",
+            "what",
+            "rows",
+            "dense",
+            "sparse",
+            "dense / sparse",
+            "sparse up to",
+            "faster here",
+        ),
         rows,
+        "sparse up to: the density below which the sparse layer is the faster one, at these rows",
     )
 
 

@@ -89,7 +89,7 @@ def bench(
         described(
             WHAT,
             "NAME",
-            "Only the layers of mlp, resnet18 or path.to.module:callable: sparse or dense?",
+            "Only the layers of mlp, resnet18, gpt-40m or path.to.module:callable.",
         ),
     ] = None,
     density: Annotated[
@@ -106,7 +106,7 @@ def bench(
         described(
             CASE,
             "NUMBER",
-            r"Samples in a batch. \[default: 128; for resnet18 32]",
+            r"Samples in a batch. \[default: 128; for resnet18 32, for gpt-40m 8]",
             parser=_count("--batch"),
         ),
     ] = None,
@@ -145,6 +145,10 @@ def bench(
     quick: Annotated[
         bool, described(RUN, "", "Fewer rounds, smaller problems; for a first look.", "--quick")
     ] = False,
+    compare: Annotated[
+        Path | None,
+        described(RUN, "FILE", "bench.json of an earlier run, to show what changed.", "--compare"),
+    ] = None,
     out: Annotated[
         Path | None,
         described(RUN, "FOLDER", r"Where bench.json and bench.html go. \[default: runs/bench]"),
@@ -180,11 +184,12 @@ def bench(
         cpu_time=cpu_time,
         out=out or Path("runs") / "bench",
         names=None if targets is None else targets.split(","),
+        earlier=compare,
     )
     share = density or 0.1
     if layer is not None:
         run.layer(layer, share, batch or 128, memory)
     elif model is not None:
-        run.model(model, input_shape, share, batch or (32 if model == "resnet18" else 128))
+        run.model(model, input_shape, share, batch)
     else:
         run.everything()

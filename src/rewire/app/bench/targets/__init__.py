@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.machine import Load
-from rewire.app.bench.targets import big, conv, inference, layers, training
+from rewire.app.bench.targets import big, conv, inference, layers, training, transformer
 from rewire.app.bench.verdict import Measured, TargetResult, judge
 from rewire.app.errors import BenchError, NotAvailable
 
@@ -27,8 +27,10 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("p1", "SparseLinear against nn.Linear, batch 128", layers.against_dense),
-        Target("p2", "SparseLinear against SparseProp and torch.sparse.mm", layers.against_sparse),
+        Target("p1", "SparseLinear: share of the ceiling, and nn.Linear", layers.against_ceiling),
+        Target(
+            "p2", "SparseLinear against SparseProp, SparseLab, torch.sparse", layers.against_sparse
+        ),
         Target("p3", "density at which SparseLinear breaks even, 1024 x 1024", layers.breaks_even),
         Target("p4", "the second thread, 4096 x 4096", layers.second_thread),
         Target(
@@ -47,7 +49,10 @@ TARGETS: dict[str, Target] = {
         Target("p10", "30,000 x 30,000, K = 10^4 to 10^8: time and memory are lines", big.line),
         Target("p11", "10^6 x 10^6, K = 10^7", big.million),
         Target("p12", "small networks: whole step, and an 8 x 8 layer", training.small),
+        Target("p13", "fed row-major, over the same fed feature-major", layers.row_major),
         Target("p14", "a frozen layer's forward pass, batch 1, 8 and 64", inference.forward),
+        Target("p15", "a training step of a mini-GPT with RigL", transformer.step),
+        Target("p16", "memory of a training step at 8,192 rows", big.step_memory),
     )
 }
 

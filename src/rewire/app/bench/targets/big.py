@@ -1,4 +1,4 @@
-"""P9 to P11: memory in training, and layers far larger than their dense form could be."""
+"""P9 to P11 and P16: memory in training, and layers far larger than their dense form could be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from rewire.app.bench.curves import Setting
 from rewire.app.bench.verdict import Figure, Measured, at_least, at_most, info, missing
 from rewire.app.errors import NotAvailable
 
-__all__ = ["fit", "line", "million", "per_connection", "updates", "with_sparse_memory"]
+__all__ = [
+    "fit",
+    "line",
+    "million",
+    "per_connection",
+    "step_memory",
+    "updates",
+    "with_sparse_memory",
+]
 
 LADDER = (10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8)
 
@@ -191,6 +199,30 @@ def million(
             f"{got['rewired']:,} rewired in 10 steps",
         ),
     ], {"million": got}
+
+
+def step_memory(
+    setting: Setting,
+    width: int = 1024,
+    layers: int = 4,
+    rows: int = 8192,
+    density: float = 0.1,
+    target: float = 1.0,
+) -> Measured:
+    """P16: what a training step of a sparse perceptron needs at its highest, besides its parameters
+    and their optimizer's state, over what the dense one needs besides its own: activations and
+    their gradients. (Each in a process of its own, with SGD and momentum.)
+    """
+    if setting.quick:
+        rows //= 4
+    case = {"width": width, "layers": layers, "rows": rows, "density": density}
+    found = {kind: setting.apart("step", kind=kind, **case) for kind in ("dense", "sparse")}
+    mebibytes = {kind: got["peak"] / 2**20 for kind, got in found.items()}
+    note = f"{mebibytes['sparse']:.1f} / {mebibytes['dense']:.1f} MiB; an activation of a layer is "
+    note += f"{4 * rows * width / 2**20:.1f} MiB"
+    name = f"{layers} layers of width {width}, {density:.0%}, {rows} rows: over dense"
+    ratio = found["sparse"]["peak"] / found["dense"]["peak"]
+    return [at_most(name, ratio, target, "x", note)], found
 
 
 def with_sparse_memory() -> list[str]:
