@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import griffe
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -26,6 +28,9 @@ from rewire import methods
 from rewire.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
+
+#: The plans of published claims.
+RECIPES = ROOT / "src" / "rewire" / "app" / "studies" / "recipes"
 
 #: The public modules, in the order of the API reference: all that `__all__` of these names is.
 PUBLIC = (
@@ -252,6 +257,62 @@ def table_of_formats() -> str:
     return "\n".join(lines)
 
 
+# -------------------------------------------------------------------------------------- claims
+
+
+def claims_page() -> str:
+    """Every recipe of `rewire compare`: what its paper claims, and what was found here."""
+    lines = [
+        "# Claims of the papers, measured",
+        "",
+        "Each published claim that this library measures is a recipe: a plan that "
+        "`rewire compare --recipe NAME` runs. Scores are means over seeds on data that no choice "
+        "was made on, with the standard deviation. *p* is that of a paired t-test over the seeds "
+        "against the best row, adjusted by Holm's rule. `benchmarks/claims.py` made this page.",
+        "",
+    ]
+    known = {path.stem: _claim(path) for path in sorted(RECIPES.glob("*.yaml"))}
+    lines += ["| recipe | claims that hold | runs |", "| --- | --- | --- |"]
+    for name, (_, found) in known.items():
+        held = runs = "not run yet"
+        if found is not None:
+            told = [claim["holds"] for claim in found["claims"]]
+            held = f"{told.count(True)} of {len(told)}"
+            held += f", {told.count(None)} not known yet" if None in told else ""
+            runs = "{ended} of {planned}".format(**found["runs"])
+        lines.append(f"| [{name}](#{name}) | {held} | {runs} |")
+    for name, (recipe, found) in known.items():
+        lines += ["", f"## {recipe['title']} {{#{name}}}", "", f"*{cell(recipe['claim'])}*", ""]
+        lines.append(f"Source: {cell(recipe['source'])}.")
+        if "scaled" in recipe:
+            lines.append(f"Scaled here: {cell(recipe['scaled'])}.")
+        lines += ["", f"`rewire compare --recipe {name}`", ""]
+        if found is None:
+            lines.append("Nobody has run this recipe for this page yet.")
+            continue
+        for claim in found["claims"]:
+            verdict = {True: "holds", False: "**missed**", None: "not known yet"}[claim["holds"]]
+            value = "" if claim["found"] is None else f" (found {claim['found']:.2f})"
+            lines.append(f"- {verdict}: {cell(claim['claim'])}{value}")
+        m = found["machine"]
+        lines += [
+            "",
+            f"{found['runs']['ended']} of {found['runs']['planned']} runs, {found['date']}: "
+            f"{m['cpu']}, {m['cores']} cores, torch {found['torch']}, rewire {m['rewire']}, "
+            f"{m['kernels']}.",
+            "",
+            found["table"],
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _claim(recipe: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A recipe, and its results if there are any."""
+    results = ROOT / "docs" / "results" / "claims" / f"{recipe.stem}.json"
+    found = json.loads(results.read_text()) if results.exists() else None
+    return yaml.safe_load(recipe.read_text()), found
+
+
 # --------------------------------------------------------------------------------------- API
 
 
@@ -302,6 +363,7 @@ def pages() -> dict[str, str]:
     return {
         "changelog.md": changelog,
         "contributing.md": contributing.replace("](docs/", "]("),
+        "claims.md": claims_page(),
         "methods/index.md": methods_page(),
         **{f"methods/{name}.md": method_page(name) for name in methods.available()},
         "api/index.md": api_index(),

@@ -87,9 +87,7 @@ def bench(
     model: Annotated[
         str | None,
         described(
-            WHAT,
-            "NAME",
-            "Only the layers of mlp, resnet18, gpt-40m or path.to.module:callable.",
+            WHAT, "NAME", "Only the layers of mlp, resnet18, gpt-40m or path.to.module:callable."
         ),
     ] = None,
     density: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -13,10 +14,12 @@ from rewire.app.studies.stages import Outlook
 from rewire.app.studies.statistics import check_claims, make_rows
 from rewire.storage import files
 
-__all__ = ["FORMATS", "show"]
+__all__ = ["FORMATS", "SUMMARY", "show"]
 
 #: Kinds of tables, and the files that hold them.
 FORMATS = {"markdown": "table.md", "latex": "table.tex", "csv": "table.csv"}
+#: The claims of a study and what was found, beside its table in Markdown.
+SUMMARY = "summary.json"
 
 
 def show(plan: Plan, outlook: Outlook, folder: Path, kind: str, console: Console) -> None:
@@ -30,6 +33,13 @@ def show(plan: Plan, outlook: Outlook, folder: Path, kind: str, console: Console
     }
     for name, file in FORMATS.items():
         files.write_atomic(folder / file, texts[name].encode())
+    summary = {
+        "runs": {"ended": outlook.ended, "planned": outlook.planned},
+        "claims": [vars(verdict) | {"holds": verdict.holds} for verdict in verdicts],
+        "table": texts["markdown"],
+    }
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    files.write_atomic(folder / SUMMARY, text.encode())
     page = report.render(plan, outlook, folder.resolve().name)
     files.write_atomic(folder / REPORT, page.encode("utf-8", "replace"))
     if kind in texts:
