@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rewire.app.cli.failures import CommandError, resumable
-from rewire.app.cli.options import described, with_train_options
+from rewire.app.cli.options import described, train_options, with_options
 from rewire.app.train.option import RUN
 from rewire.app.train.signals import Signals
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is loaded when a run begins, so that --help is quick
     from rewire.app.train.run_dir import RunDir
 
 
-@with_train_options
+@with_options(train_options())
 def train(
     *,
     run_dir: Annotated[
