@@ -60,15 +60,13 @@ class CsvRows:
 
 
 class ParquetColumns(NamedTuple):
-    """Columns of a Parquet file (`pyarrow.ChunkedArray`) by name, and what the file says besides."""
+    """Columns of a Parquet file (`pyarrow.ChunkedArray`) by name, and its metadata."""
 
     columns: dict[str, Any]
     metadata: Mapping[bytes, bytes]
 
 
-def read_parquet(
-    path: Path, needed: Sequence[str], optional: Sequence[str] = ()
-) -> ParquetColumns:
+def read_parquet(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> ParquetColumns:
     """The ``needed`` columns, which have no missing entries, and the ``optional`` ones that there
     are.
 

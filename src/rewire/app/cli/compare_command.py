@@ -14,16 +14,10 @@ STUDY, WORK = "Study", "Work"
 _AXES = {
     "methods": option(str, STUDY, "NAMES", "Methods to compare, such as static,set,rigl,dense."),
     "densities": option(str, STUDY, "SHARES", r"Such as 0.02,0.1. \[default: 0.1]"),
-    "seeds": option(
-        str, STUDY, "NUMBER", r"How many seeds, or which: 3, or 5,6,9. \[default: 3]"
-    ),
+    "seeds": option(str, STUDY, "NUMBER", r"How many seeds, or which: 3, or 5,6,9. \[default: 3]"),
     "data": option(str, STUDY, "NAMES", r"Data sets, such as digits,mnist. \[default: digits]"),
     "models": option(
-        list[str],
-        STUDY,
-        "NAME",
-        r"A network; may be repeated. \[default: mlp:300,100]",
-        "--model",
+        list[str], STUDY, "NAME", r"A network; may be repeated. \[default: mlp:300,100]", "--model"
     ),
     "tune": option(
         str,
@@ -45,11 +39,7 @@ _AXES = {
 }
 _PLAN = {
     "method_options": option(
-        list[str],
-        STUDY,
-        "METHOD.NAME=VALUE",
-        "A parameter of a method; may be repeated.",
-        "--set",
+        list[str], STUDY, "METHOD.NAME=VALUE", "A parameter of a method; may be repeated.", "--set"
     ),
     "config": option(Path, STUDY, "FILE", "A plan in YAML; options given here go before it."),
     "recipe": option(str, STUDY, "NAME", "A plan that comes along: see rewire recipes."),
@@ -94,9 +84,7 @@ _OWN = _AXES | _PLAN | _WORK
 #: Fields of a run that a study varies under other names.
 _VARIED = ("method", "density", "connections", "seed", "hidden", "model")
 _OF_RUNS = {
-    name: made
-    for name, made in train_options().items()
-    if name not in _VARIED and name not in _OWN
+    name: made for name, made in train_options().items() if name not in _VARIED and name not in _OWN
 }
 
 
@@ -127,9 +115,7 @@ def compare(**given: Any) -> None:
         source = command.recipe_path(plan["recipe"])
         work["study"] = work.get("study") or plan["recipe"]
     command.compare(
-        command.plan_from(
-            source, axes, given_of(given, _OF_RUNS), plan.get("method_options", [])
-        ),
+        command.plan_from(source, axes, given_of(given, _OF_RUNS), plan.get("method_options", [])),
         command.Options(**work),
     )
 

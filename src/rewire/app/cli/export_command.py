@@ -31,9 +31,7 @@ def _help(found: Format) -> str:
     return f"{found.holds[:-1]}{ending}.{extra}"
 
 
-_FILES = {
-    key: option(Path, _FORMS, f.metavar, _help(f), _option(f)) for key, f in _WRITTEN.items()
-}
+_FILES = {key: option(Path, _FORMS, f.metavar, _help(f), _option(f)) for key, f in _WRITTEN.items()}
 _SETTINGS = {
     "values": option(str, _HOW, "KIND", r"float, int8 or ternary weights. \[default: float]"),
     "name": option(str, _HOW, "NAME", r"Of the C files and function. \[default: network]"),

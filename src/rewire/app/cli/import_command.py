@@ -22,9 +22,7 @@ _SETTINGS = {
     "connections": option(int, _BUDGET, "COUNT", "Number of them to keep."),
     "threshold": option(float, _BUDGET, "NUMBER", "Keep values of a larger magnitude."),
     "distribution": option(str, _BUDGET, "NAME", r"erk, er or uniform. \[default: erk]"),
-    "only": option(
-        list[str], _BUDGET, "PATTERN", "Names of weights to make sparse; repeatable."
-    ),
+    "only": option(list[str], _BUDGET, "PATTERN", "Names of weights to make sparse; repeatable."),
     "exclude": option(list[str], _BUDGET, "PATTERN", "Names to leave dense, such as embeddings."),
     "masks": option(Path, _HOW, "FILE", "Masks by the names of the weights; 0 drops."),
     "shape": option(

@@ -20,7 +20,8 @@ from rewire.nn.layers.linear import SparseLinear, input_dtype
 from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.layers.recurrent_base import Recurrent
 from rewire.ops import frozen_conv
-from rewire.ops.recurrence import State, inference
+from rewire.ops.cells import State
+from rewire.ops.recurrence import inference
 
 __all__ = [
     "FROZEN",
