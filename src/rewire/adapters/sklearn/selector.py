@@ -11,10 +11,11 @@ from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, is_whole
+from rewire.adapters.sklearn.base import SparseMLP
 from rewire.adapters.sklearn.classifier import cross_entropy
 from rewire.adapters.sklearn.data import Rows, checked, weight_of
 from rewire.adapters.sklearn.regressor import scaled, squared_error
+from rewire.adapters.sklearn.settings import is_whole
 from rewire.adapters.sklearn.training import Loss
 
 __all__ = ["ConnectivitySelector"]
