@@ -7,7 +7,7 @@ import weakref
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from rewire.methods.core.state import copied
 from rewire.nn import Event, Moments
 from rewire.nn.weight.sharded import refuse_sharded
 
-__all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpose"]
+__all__ = ["Attachment", "Data", "Evaluate", "Memory", "Method", "Moments", "Pool", "Purpose"]
+
+Memory = Literal["O(K)", "O(M)"]
 
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
@@ -75,6 +77,10 @@ class Method(Changes, Saving, Declared, ABC):
         default=None, help="names of the weights to act on, for one of several methods in a Group"
     )
 
+    #: How K is kept, and whether the method needs dense state: what the registry says of it, see
+    #: `rewire.methods.MethodInfo`.
+    keeps_budget: ClassVar[str] = "every step"
+    memory: ClassVar[Memory] = "O(K)"
     #: Set where a paper forbids decay of sparse values: an optimizer that has it is refused.
     forbids_weight_decay: ClassVar[bool] = False
     #: Set by methods that start from an ordinary dense model and need no sparse weights in it.

@@ -14,17 +14,15 @@ from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from textwrap import fill
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
-from rewire.methods.core.base import Method
+from rewire.methods.core.base import Memory, Method
 from rewire.methods.core.parameters import Parameter
 
 __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
-
-Memory = Literal["O(K)", "O(M)"]
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,15 @@ def register(
     paper: str,
     summary: str,
     guarantees: Iterable[str],
-    keeps_budget: str = "every step",
-    memory: Memory = "O(K)",
+    keeps_budget: str | None = None,
+    memory: Memory | None = None,
     needs: str = "",
 ) -> Callable[[_M], _M]:
     """Class decorator that enters a method into the registry under ``name`` (what the command line
     calls it).
+
+    ``keeps_budget`` and ``memory`` are those that its class or family declares
+    (`Method.keeps_budget`, `Method.memory`) unless they are given here.
     """
 
     def enter(cls: _M) -> _M:
@@ -123,7 +124,14 @@ def register(
             )
         _document(cls)
         _METHODS[name] = MethodInfo(
-            name, cls, paper, summary, keeps_budget, memory, tuple(guarantees), needs
+            name,
+            cls,
+            paper,
+            summary,
+            keeps_budget or cls.keeps_budget,
+            memory or cls.memory,
+            tuple(guarantees),
+            needs,
         )
         return cls
 

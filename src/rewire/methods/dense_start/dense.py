@@ -152,6 +152,8 @@ class DenseStart(Method):
     )
 
     starts_dense = True
+    keeps_budget = "no"
+    memory = "O(M)"
 
     def _check(self) -> None:
         optimizers = listed(self.optimizer)
