@@ -79,7 +79,7 @@ class _FrozenConv(Frozen):
                 f"x is {x.dtype} but the frozen weight is {weight.dtype}: convert one, so that "
                 "both agree"
             )
-        return frozen_conv(*weight.tensors(), x, self.bias, self._geometry)
+        return frozen_conv(weight.lists(), x, self.bias, self._geometry)
 
 
 class FrozenConv1d(_FrozenConv, SparseConv1d):
