@@ -42,14 +42,11 @@ class CosineSET(BySimilarActivations):
     )
     centred: bool = parameter(
         default=True,
-        help="in the first layer, take the inputs from their means over the data. The authors "
-        "standardise their data, which does the same; of other inputs, such as pixels between 0 "
-        "and 1, the cosine says how bright they are on average, not whether they vary with the "
-        "unit (see docs/defaults.md)",
+        help="in the first layer, take the inputs from their means over the data, which the "
+        "authors' standardised data have already; as they are, the cosine of pixels between 0 and "
+        "1 says how bright they are, not whether they vary with the unit (see docs/defaults.md)",
     )
-    optimizer_state: Literal["keep", "reset"] = optimizer_state_field(
-        "the authors' Keras code does"
-    )
+    optimizer_state: Literal["keep", "reset"] = optimizer_state_field("the authors' code does")
 
     keeps_limits = ("fan-in", "fan-out", "block")
     #: Whether removal ranks weight times similarity, and how addition uses similarity, if it does.
