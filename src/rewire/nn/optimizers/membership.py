@@ -12,11 +12,11 @@ __all__ = ["Home", "homes_of", "only_home", "split_state"]
 
 
 class Home(NamedTuple):
-    """Where a parameter is: entry ``index`` of parameter group ``group``."""
+    """Where a parameter is: entry ``place`` of parameter group ``group``."""
 
     optimizer: Optimizer
     group: int
-    index: int
+    place: int
 
 
 def homes_of(parameter: Tensor | None, optimizers: Iterable[Optimizer]) -> list[Home]:
