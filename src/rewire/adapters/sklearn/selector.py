@@ -42,7 +42,7 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
         n_features_to_select: how many to keep: a number, a share between 0 and 1, or None for all
             features at or above the mean.
         importance: "strength", the sum of the magnitudes of the connections that leave a feature,
-            or "counts", their number; equal ones are told apart by the other.
+            or "counts", their number; the other one breaks ties.
 
     The others are those of `SparseMLPClassifier`. Standardise the features before: a strength
     compares features of one scale.

@@ -41,8 +41,8 @@ class RankRows:
         return self.bounds[self.rank], self.bounds[self.rank + 1]
 
     def collect(self, mine: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """The tensors of all ranks, one behind the other along dimension 0. ``lengths`` are theirs
-        along it; asked for if they are not given.
+        """The tensors of all ranks, one behind the other along dimension 0. ``lengths`` are their
+        sizes along it; without it the ranks tell each other.
         """
         if lengths is None:
             own = torch.tensor([len(mine)], device=mine.device)
@@ -236,7 +236,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 def cut(
     layer: SparseLinear, group: dist.ProcessGroup | None, seed: int | None, init: Init
 ) -> tuple[SparseLinear, RankRows]:
-    """The rows of this rank, and which those of all ranks are; arguments and errors as in
+    """This rank's rows as a layer, and which rows each rank has; arguments and errors as in
     `rewire.distributed.shard_rows`.
     """
     refuse_limits(layer.weight.limits)
@@ -261,8 +261,8 @@ def cut(
 def _rows(
     layer: SparseLinear, ranks: RankRows, generator: torch.Generator, init: Init
 ) -> SparseLinear:
-    """The rows of this rank. Of a layer on the meta device they are drawn, on the CPU, so that the
-    whole is nowhere.
+    """The rows of this rank. Of a layer on the meta device they are drawn, on the CPU, so that no
+    rank holds the whole.
     """
     weight = layer.weight
     first, last = ranks.mine
