@@ -192,7 +192,7 @@ class LoopCallback:
         return dict(self._arguments)
 
     def saved_state(self) -> dict[str, Any]:
-        """All that a training needs to go on from here, except model, optimizer and random numbers."""
+        """All that a resumed training needs, except model, optimizer and random numbers."""
         assert self.method is not None
         return {
             "method": self.method.state_dict(),

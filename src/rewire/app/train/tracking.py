@@ -243,7 +243,7 @@ class Tracking(Observer):
         files.write_atomic(self.folder / TRACKING, text.encode())
 
     def _restore(self) -> None:
-        """Read the key of the run, and how many epochs each tracker has of it, if it was tracked."""
+        """Read the key of the run and how many epochs each tracker has, if it was tracked."""
         path = self.folder / TRACKING
         if not path.exists():
             return
