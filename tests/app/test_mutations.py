@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import nn
 
-from mutations import changed
+import mutations
 from rewire.app import cli, data, run_files
 from rewire.app.data import digits, mnist
 from rewire.app.errors import DataError, ReportError, StoppedError, TrainError
@@ -275,7 +275,7 @@ def one_changed(folder: Path, reader: Reader, dice: random.Random) -> tuple[Path
     for name, content in reader.files.items():
         (folder / name).write_bytes(content)
     name = dice.choice(reader.names)
-    (folder / name).write_bytes(changed(name, reader.files[name], dice))
+    (folder / name).write_bytes(mutations.changed(name, reader.files[name], dice))
     return folder, name
 
 
