@@ -104,7 +104,7 @@ def register(
     name: str,
     paper: str,
     summary: str,
-    guarantees: Iterable[str],
+    guarantees: Iterable[str] | None = None,
     keeps_budget: str | None = None,
     memory: Memory | None = None,
     needs: str = "",
@@ -113,7 +113,8 @@ def register(
     calls it).
 
     ``keeps_budget`` and ``memory`` are those that its class or family declares
-    (`Method.keeps_budget`, `Method.memory`) unless they are given here.
+    (`Method.keeps_budget`, `Method.memory`) unless they are given here, and ``guarantees`` those of
+    the method that it is a variant of.
     """
 
     def enter(cls: _M) -> _M:
@@ -130,12 +131,18 @@ def register(
             summary,
             keeps_budget or cls.keeps_budget,
             memory or cls.memory,
-            tuple(guarantees),
+            _inherited(cls) if guarantees is None else tuple(guarantees),
             needs,
         )
         return cls
 
     return enter
+
+
+def _inherited(cls: type[Method]) -> tuple[str, ...]:
+    """The guarantees of the nearest base class that is registered; of none, nothing."""
+    known = {entry.cls: entry.guarantees for entry in _METHODS.values()}
+    return next((known[base] for base in cls.__mro__[1:] if base in known), ())
 
 
 def load_package(package: ModuleType) -> None:
