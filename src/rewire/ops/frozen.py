@@ -11,6 +11,7 @@ from torch import Tensor
 from rewire import _native
 from rewire.ops import conv_kernels, flops, kernels
 from rewire.ops.geometry import Geometry, gathered, is_channels_last
+from rewire.topology import Lists
 
 __all__ = ["NATIVE_PRODUCT", "Expanded", "FrozenLists", "frozen_conv", "frozen_linear"]
 
@@ -95,7 +96,8 @@ def frozen_conv(weight: FrozenLists, x: Tensor, bias: Tensor | None, geometry: G
     call, which is O(K), while the product is O(K output positions batch).
     """
     x, geometry = gathered(x, geometry)
-    return conv_kernels.conv(*weight.expand(), x, bias, geometry, is_channels_last(x))
+    *lists, values = weight.expand()
+    return conv_kernels.conv(Lists(*lists), values, x, bias, geometry, is_channels_last(x))
 
 
 if _NATIVE:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rewire import _native
 from rewire.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseWeight, densify
-from rewire.ops import conv as functions
-from rewire.ops import conv_kernels, conv_reference, sparse_conv
+from rewire.ops import conv_kernels, sparse_conv
+from rewire.topology import Index
 
 SPARSE = {1: SparseConv1d, 2: SparseConv2d, 3: SparseConv3d}
 native = pytest.mark.skipif(not _native.available("conv"), reason="needs the native kernels")
@@ -66,8 +66,7 @@ def check(layer: Any, x: Tensor, g: Tensor | None = None) -> None:
 
 
 def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in conv_reference.__all__:
-        monkeypatch.setattr(functions, name, getattr(conv_reference, name))
+    monkeypatch.setattr(conv_kernels, "_NATIVE", False)
 
 
 @pytest.fixture(params=["dispatched", "reference"])
@@ -367,16 +366,16 @@ def test_corrupt_indices_raise(name: str, bad: int, groups: int) -> None:
     lists[name] = lists[name].clone()
     lists[name][3] = bad
     x, g, values = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 3, 3), layer.weight.values.detach()
-    by_row, by_col = list(lists.values())[:3], list(lists.values())[3:]
+    by_row, by_col = Index(**lists).by_row, Index(**lists).by_col
     geometry = layer._geometry
     if name.startswith("row"):
         calls = [
-            lambda: conv_kernels.conv(*by_row, values, x, None, geometry, False),
-            lambda: conv_kernels.conv_value_gradient(*by_row, values.numel(), g, x, geometry),
+            lambda: conv_kernels.conv(by_row, values, x, None, geometry, False),
+            lambda: conv_kernels.conv_value_gradient(by_row, values.numel(), g, x, geometry),
         ]
     else:
         calls = [
-            lambda: conv_kernels.conv_input_gradient(*by_col, values, g, (5, 5), 4, geometry, False)
+            lambda: conv_kernels.conv_input_gradient(by_col, values, g, (5, 5), 4, geometry, False)
         ]
     for call in calls:
         with pytest.raises(RuntimeError, match=r"ptr must start|outside"):
