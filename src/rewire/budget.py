@@ -254,11 +254,10 @@ class Limits:
             )
 
     def __str__(self) -> str:
-        given = []
-        if self.fan_in is not None:
-            given.append(f"fan-in {self.fan_in}")
-        if self.fan_out is not None:
-            given.append(f"fan-out {self.fan_out}")
-        if self.block is not None:
-            given.append("{2} per block of {0} x {1}".format(*self.block))
-        return ", ".join(given) or "no limits"
+        rows, cols, most = self.block or (0, 0, 0)
+        words = {
+            "fan-in": f"fan-in {self.fan_in}",
+            "fan-out": f"fan-out {self.fan_out}",
+            "block": f"{most} per block of {rows} x {cols}",
+        }
+        return ", ".join(words[kind] for kind in self.kinds) or "no limits"

@@ -19,7 +19,7 @@ from rewire import random
 from rewire.nn import Event, SparseLinear, SparseWeight, sparse_weights
 from rewire.nn.layers import row_sharded
 from rewire.nn.layers.initial import Init
-from rewire.nn.layers.row_sharded import RowSharded, clip_grad_norm_
+from rewire.nn.layers.row_sharded import RowSharded, clip_grad_norm_, told_by_all
 from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = [
@@ -115,7 +115,7 @@ def prepare(
     seed = random.seed_from() if seed is None else seed
     agreed = torch.tensor([seed], dtype=torch.int64, device=device)
     dist.broadcast(agreed, source, group=process_group)
-    _same_sizes(pools, process_group, device)
+    _same_sizes(pools, process_group)
     guard = _Guard([weight for _, weight in pools], process_group, device, check_every)
     for number, (_, weight) in enumerate(pools):
         _broadcast(weight, source, process_group)
@@ -263,12 +263,9 @@ def sum_over_ranks(weight: SparseWeight, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _same_sizes(
-    pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None, device: torch.device
-) -> None:
+def _same_sizes(pools: list[tuple[str, SparseWeight]], group: dist.ProcessGroup | None) -> None:
     mine = [(name, tuple(w.shape), w.capacity, str(w.limits), _digest(w)) for name, w in pools]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = told_by_all(mine, group)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise ValueError(

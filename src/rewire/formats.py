@@ -189,8 +189,8 @@ def format_of(path: str | Path, name: str | None = None, *, writing: bool = Fals
     Args:
         writing: whether it is to be written, else it is to be read.
 
-    Raises ValueError for an unknown name, a format that cannot be written (or read), and an ending
-    that means none, or several of which each has other content.
+    Raises ValueError for an unknown name, for a format that cannot be written (or read), for an
+    ending that no format has, and for one that several formats with different content have.
     """
     able = {f.name: f for f in FORMATS.values() if (f.writes if writing else f.reads)}
     if name is not None:
@@ -209,7 +209,7 @@ def format_of(path: str | Path, name: str | None = None, *, writing: bool = Fals
         return fits[0]
     if fits:
         raise ValueError(
-            f"{place.name} can be {' or '.join(f.name for f in fits)}: give format= one of them"
+            f"{place.name} can be {' or '.join(f.name for f in fits)}: give one of them as format="
         )
     endings = dict.fromkeys(ending for f in able.values() for ending in f.endings)
     raise ValueError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 __all__ = [
+    "RATES",
     "Constant",
     "Cosine",
     "Cubic",
@@ -28,6 +29,9 @@ __all__ = [
 
 #: Besides floats, what parameters accept that may change over time.
 Schedule: TypeAlias = Callable[[int], float]
+#: The learning rate that suits sparse networks, by optimizer; where neither the user nor the method
+#: names one, trainings of `rewire train` and `rewire.sklearn` begin with it.
+RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.002}
 
 
 def at(value: float | Schedule, step: int) -> float:

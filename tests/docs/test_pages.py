@@ -127,9 +127,10 @@ def undocumented(path: str) -> list[str]:
     for name in GENERATE.public_names(module):
         value = getattr(module, name)
         if inspect.isclass(value):
+            entries = ((member, inspect.getattr_static(value, member)) for member in dir(value))
             members = {
                 member: getattr(entry, "__func__", entry)
-                for member, entry in inspect.getmembers_static(value)
+                for member, entry in entries
                 if not member.startswith("_") and _is_ours(getattr(entry, "__func__", entry))
             }
             found += [

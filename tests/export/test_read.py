@@ -229,7 +229,7 @@ def test_files_cut_short_or_changed_raise_one_error(tmp_path: Path) -> None:
 
 
 BAD_CSV = {
-    "weight,source,target\n": "no column 'value'",
+    "weight,source,target\n": "no column value",
     "weight,source,target,value\n0.weight,1,2\n": "line 2",
     "weight,source,target,value\n0.weight,1,x,0.5\n": "line 2",
     "weight,source,target,value\n0.weight,1,99,0.5\n": "outside",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from interpreter import run_python
 from rewire import _native, ops
-from rewire.ops import frozen
+from rewire.ops.frozen import FrozenLists
 
 native = pytest.mark.skipif(
     not _native.available("frozen_linear"), reason="the C++ extension is not in use"
@@ -61,7 +61,7 @@ def weight(
 
 
 def check(parts: Parts, dense: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    y = ops.frozen_linear(*parts, x, bias)
+    y = ops.frozen_linear(FrozenLists(*parts), x, bias)
     expected = x.double() @ dense.t() + (0 if bias is None else bias.double())
     size = (x.double().abs() @ dense.abs().t()).clamp(min=1)
     assert y.shape == expected.shape
@@ -123,7 +123,8 @@ def test_other_dtypes_take_the_way_of_training(form: str, dtype: torch.dtype) ->
     if form == "float":
         values = None if values is None else values.to(dtype)
     x = torch.randn(6, 30, dtype=dtype)
-    y = ops.frozen_linear(ptr, cols, values, None if scale is None else scale.to(dtype), x, None)
+    lists = FrozenLists(ptr, cols, values, None if scale is None else scale.to(dtype))
+    y = ops.frozen_linear(lists, x, None)
     assert y.dtype == dtype
     rough = 1e-10 if dtype == torch.float64 and form == "float" else 3e-2
     torch.testing.assert_close(y.double(), x.double() @ dense.t(), rtol=rough, atol=rough * 300)
@@ -134,8 +135,10 @@ def test_other_dtypes_take_the_way_of_training(form: str, dtype: torch.dtype) ->
 def test_expanded_lists_are_the_same_weight(form: str) -> None:
     parts, _ = weight(20, 30, 0.4, form)
     x = torch.randn(5, 30)
-    y = ops.spmm(*frozen.expand(*parts), x)
-    torch.testing.assert_close(y, ops.frozen_linear(*parts, x, None), rtol=1e-5, atol=1e-4)
+    y = ops.spmm(*FrozenLists(*parts).expand(), x)
+    torch.testing.assert_close(
+        y, ops.frozen_linear(FrozenLists(*parts), x, None), rtol=1e-5, atol=1e-4
+    )
 
 
 @native
@@ -146,7 +149,7 @@ def test_bad_tensors_raise_and_read_nothing_outside(batch: int) -> None:
 
     def refused(message: str, *given: Any) -> None:
         with pytest.raises(RuntimeError, match=message):
-            ops.frozen_linear(*given)
+            ops.frozen_linear(FrozenLists(*given[:4]), *given[4:])
 
     for place, wrong in ((3, 10_000), (5, -4), (20, 2**30)):
         bad = ptr.clone()

@@ -14,9 +14,9 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
     """Replace each ``Conv1D`` of transformers, of which GPT-2 is made, by `torch.nn.Linear`, in
     place; returns the model.
 
-    A Conv1D is a linear layer that keeps its weight transposed, so that `rewire.sparsify` does not
-    know it. The model computes the same. Weights are copied transposed, biases stay the objects
-    they are. Do this before the optimizer is made.
+    A Conv1D is a linear layer that keeps its weight transposed; `rewire.sparsify` does not know it.
+    The model computes the same afterwards. Weights are copied and transposed, biases stay the same
+    objects. Do this before you make the optimizer.
     """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

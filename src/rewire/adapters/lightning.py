@@ -20,7 +20,7 @@ class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
     _saved: dict[str, Any] | None = None  # in the checkpoint that this training goes on from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the model sparse: optimizers are made, and checkpoints loaded, after this."""
+        """Make the model sparse; Lightning makes optimizers and loads checkpoints after this."""
         self._saved = None
         self.make_sparse(pl_module)
 
@@ -46,7 +46,7 @@ class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
             torch.set_rng_state(saved["random"][0].cpu())
             if cuda := [state.cpu() for state in saved["random"][1:]]:
                 torch.cuda.set_rng_state_all(cuda)
-            # the order of the samples, if configure_optimizers had it drawn, is drawn again
+            # If the order of the samples was drawn already, by configure_optimizers, draw it again.
             iter(getattr(trainer.fit_loop, "_data_fetcher", None) or ())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -59,11 +59,11 @@ class RewireCallback(LoopCallback, Callback):  # type: ignore[misc]
             pl_module.log(name, value, prog_bar=name == "connections")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make up for an end of an epoch that came after its checkpoint."""
+        """Tell the method of the end of an epoch that was saved before it ended."""
         self.end_epochs(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the method."""
+        """Tell the method that the epoch has ended."""
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         self.end_epochs(epoch, last=last)

@@ -26,14 +26,14 @@ class LoopCallback:
     """A method with a connection budget in somebody else's training loop.
 
     Args:
-        method: a name that `rewire.methods.available` lists, or what makes a method of model and
-            optimizers: a class of `rewire.methods`, or a function.
-        density, connections, distribution, only, exclude: as of `rewire.sparsify`, which is called
-            before the optimizer is made. Without density and connections the model must have
-            sparse layers already.
+        method: a name that `rewire.methods.available` lists, a class of `rewire.methods`, or a
+            function that makes a method of a model and its optimizers.
+        density, connections, distribution, only, exclude: as in `rewire.sparsify`, which the
+            callback calls before the optimizer is made. Without density and connections the model
+            must have sparse layers already.
         parameters: hyper-parameters of the method, and its ``seed``.
 
-    A method is told the length of the training, if it asks for it.
+    The callback tells the method the length of the training, if the method has a parameter for it.
 
     Raises ValueError for an unknown method, and for one that starts from a dense model, because it
     replaces layers while the loop holds on to them.
@@ -88,8 +88,8 @@ class LoopCallback:
     # --- before the optimizer is made -------------------------------------------------------------
 
     def make_sparse(self, model: nn.Module) -> None:
-        """Make ``model`` sparse, unless it is, and ready for several ranks; a second call for the
-        same model does nothing.
+        """Make ``model`` sparse, unless it is already, and prepare it for several ranks; a second
+        call for the same model does nothing.
         """
         if model is self._model:
             return
@@ -161,10 +161,10 @@ class LoopCallback:
         self._possible = sum(math.prod(weight.shape) for _, weight in sparse_weights(model))
 
     def end_epochs(self, until: int, *, last: bool = False) -> None:
-        """Tell the method of the ends of the epochs before ``until`` that it does not know yet.
+        """Tell the method that the epochs before ``until`` have ended, each of them once.
 
-        A loop may save between the last step of an epoch and its end. When it goes on from there,
-        it begins with the next epoch.
+        A loop may save between the last step of an epoch and its end. A training that goes on from
+        such a checkpoint begins with the next epoch.
         """
         assert self.method is not None
         while self._ended < until:
@@ -192,7 +192,7 @@ class LoopCallback:
         return dict(self._arguments)
 
     def saved_state(self) -> dict[str, Any]:
-        """All that goes on from here depends on, but for model, optimizer and random numbers."""
+        """All that a resumed training needs, except model, optimizer and random numbers."""
         assert self.method is not None
         return {
             "method": self.method.state_dict(),

@@ -23,12 +23,12 @@ class RewireCallback(LoopCallback, TrainerCallback, ExportableState):  # type: i
     saved = ""  # the method's state in the checkpoint that this training goes on from
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the method, as text: all it has a place for."""
+        """The method's state for a checkpoint; as text, because a checkpoint holds JSON only."""
         state = b"" if self.method is None else pack(self.saved_state())
         return {"args": self.as_json(), "attributes": {"saved": base64.b64encode(state).decode()}}
 
     def on_init_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Make the model sparse: optimizers are made, and checkpoints loaded, after this."""
+        """Make the model sparse; the Trainer makes optimizers and loads checkpoints after this."""
         if self.makes_sparse:
             conv1d_to_linear(model)
         self.make_sparse(model)
@@ -51,13 +51,13 @@ class RewireCallback(LoopCallback, TrainerCallback, ExportableState):  # type: i
             self.method.step()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Make up for an end of an epoch that came after its checkpoint."""
+        """Tell the method of the end of an epoch that was saved before it ended."""
         self.end_epochs(math.floor(state.epoch))
 
     def on_epoch_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Tell the method."""
+        """Tell the method that the epoch has ended."""
         last = control.should_training_stop or state.global_step >= state.max_steps
         self.end_epochs(math.ceil(state.epoch), last=last)
 

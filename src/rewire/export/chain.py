@@ -39,8 +39,8 @@ def stages(model: nn.Module, prefix: str = "") -> Iterator[Stage]:
 
 
 def linked(model: nn.Module) -> dict[str, str]:
-    """By the name of a linear weight, the name of that whose outputs are its inputs: the next
-    linear layer before it in a `torch.nn.Sequential`, with nothing but elementwise layers between.
+    """For each linear weight, by name, the name of the weight whose outputs are its inputs: that of
+    the linear layer before it in a `torch.nn.Sequential`, if only elementwise layers stand between.
     """
     found: dict[str, str] = {}
     before: str | None = None

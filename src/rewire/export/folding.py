@@ -1,4 +1,4 @@
-"""BatchNorm as what it computes in eval mode."""
+"""BatchNorm in eval mode: a factor and a shift for each channel."""
 
 from __future__ import annotations
 

@@ -72,11 +72,12 @@ def nir_graph(
     """A `torch.nn.Sequential` as an ``NIRGraph``; needs the extra ``nir``.
 
     Linear layers become Affine or Linear nodes, 1-D and 2-D convolutions Conv nodes, average
-    pooling and flattening theirs; BatchNorm is folded into the layer before it, dropout is left
-    out. NIR has no ReLU: where one stands, neurons go, whose rate stands for its output.
+    pooling and flattening AvgPool2d and Flatten nodes; BatchNorm is folded into the layer before
+    it, dropout is left out. NIR has no ReLU: spiking neurons take its place, and their firing rate
+    stands for its output.
 
-    NIR's nodes have dense arrays. The connections of a sparse weight are besides in the metadata of
-    its node, as a matrix by row: ``sparse_data``, ``sparse_indices``, ``sparse_indptr``.
+    NIR's nodes have dense arrays. The metadata of a node also has the connections of a sparse
+    weight, as a matrix by row: ``sparse_data``, ``sparse_indices``, ``sparse_indptr``.
 
     Args:
         example: an example of the input, at least one sample.

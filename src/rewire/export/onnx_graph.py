@@ -133,8 +133,8 @@ def write(model: nn.Module, path: Path, *, example: Tensor, dense: bool = False)
 
 
 def _hollow(model: nn.Module) -> tuple[nn.Module, dict[str, list[tuple[int, Entries]]]]:
-    """The dense twin of a copy, whose weights are one zero seen as an array of their shape; and by
-    the name of each such parameter the first row and the connections of what is in it.
+    """The dense twin of ``model``, whose weights take no memory: one zero, expanded to their shape.
+    And for each of them, by name, what belongs there: connections, and the row where these begin.
     """
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
     entries = entries_of(model.state_dict())
@@ -173,7 +173,8 @@ def _program(model: nn.Module, args: tuple[Any, ...], opset: int, dynamic_batch:
         shapes = tuple({0: "batch"} for _ in args)
     try:
         with _quiet(), torch.no_grad():
-            # (Its optimizations would compute with weights that are not there; runtimes optimize.)
+            # Not optimized: that would compute with the weights, which are not there yet. Runtimes
+            # optimize what they load.
             return torch.onnx.export(
                 model.requires_grad_(False),
                 args,
@@ -191,7 +192,7 @@ def _program(model: nn.Module, args: tuple[Any, ...], opset: int, dynamic_batch:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says about itself while it exports."""
+    """Silence the messages of torch's exporter."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

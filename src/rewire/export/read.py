@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire import budget
+from rewire import budget, topology
 from rewire.export.lists.entries import Entries, State, entries_of, others_of, put, sparse_names
 from rewire.formats import format_of
 from rewire.nn.convert.counts import Patterns, chosen, connection_counts
 from rewire.nn.convert.cut import dense_weights
 from rewire.nn.convert.restore import load_state
 from rewire.nn.weight.listing import sparse_weights
+from rewire.storage.reading import FileError
 
 __all__ = ["load", "read"]
 
@@ -139,8 +140,11 @@ def _raw(path: str | Path, format: str | None, shapes: Any) -> State:
     more = {"shapes": shapes} if shapes is not None else {}
     if more and found.name not in ("csv", "parquet"):
         raise ValueError(f"shapes= is for lists of edges, and {path} is {found.name}")
-    state: State = found.reader()(Path(path), **more)
-    entries_of(state)
+    try:
+        state: State = found.reader()(Path(path), **more)
+        entries_of(state)
+    except topology.TopologyError as error:
+        raise FileError(f"{path} is damaged: {error}") from None
     return state
 
 

@@ -17,9 +17,9 @@ def save(model: nn.Module, path: str | Path, format: str | None = None, **settin
     mostly the bytes written.
 
     Args:
-        path: of the file, whose folder exists, or of the folder for formats that are one.
-        format: its name; by default what the ending of ``path`` means.
-        settings: those that the format has: ``dense=True`` allows the dense form of weights above
+        path: the file, in a folder that exists; or the folder, for formats that write one.
+        format: its name; by default the format that has the ending of ``path``.
+        settings: those that the format takes: ``dense=True`` allows the dense form of weights above
             `rewire.export.DENSE_LIMIT` bytes.
 
     Raises ValueError for an unknown format or ending, for a setting that the format does not have,

@@ -15,7 +15,7 @@ library is there; everything else runs in plain PyTorch.
 """
 
 from rewire.ops.conv import sparse_conv
-from rewire.ops.frozen import frozen_conv, frozen_linear
+from rewire.ops.frozen import FrozenLists, frozen_conv, frozen_linear
 from rewire.ops.geometry import Geometry
 from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
 from rewire.ops.langevin import add_normal_, langevin_step_
@@ -29,6 +29,7 @@ __all__ = [
     "NARROW",
     "Capture",
     "Draw",
+    "FrozenLists",
     "Geometry",
     "Pair",
     "above",

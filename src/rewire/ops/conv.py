@@ -5,6 +5,7 @@ are made of the three again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,21 @@ from rewire.ops.geometry import Geometry, gathered, is_channels_last
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
-from rewire.topology import Index
+from rewire.topology import Index, Lists
 
 __all__ = ["sparse_conv"]
 
 Gradients = tuple[Tensor | None, ...]
 #: The gradients of the six lists of the index: there are none.
 _LISTS = (None,) * 6
+
+
+def _by_row(index: Sequence[Tensor]) -> Lists:
+    return Lists(index[0], index[1], index[2])
+
+
+def _by_col(index: Sequence[Tensor]) -> Lists:
+    return Lists(index[3], index[4], index[5])
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -55,7 +64,7 @@ class _Conv(torch.autograd.Function):
         # Everything that backward reads is saved here, so autograd raises if any of it has changed.
         ctx.save_for_backward(x, values, *lists)
         remember_versions(ctx, values, lists[0])
-        return conv(lists[0], lists[1], lists[2], values, x, bias, geometry, is_channels_last(x))
+        return conv(_by_row(lists), values, x, bias, geometry, is_channels_last(x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Gradients:
@@ -90,7 +99,7 @@ class _InputGradient(torch.autograd.Function):
         ctx.geometry, ctx.capture = geometry, capture
         ctx.save_for_backward(g, values, *lists)
         return conv_input_gradient(
-            lists[3], lists[4], lists[5], values, g, sizes, inputs, geometry, channels_last
+            _by_col(lists), values, g, sizes, inputs, geometry, channels_last
         )
 
     @staticmethod
@@ -115,7 +124,7 @@ class _ValueGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.geometry = geometry
         ctx.save_for_backward(g, x, *lists)
-        return conv_value_gradient(lists[0], lists[1], lists[2], capacity, g, x, geometry)
+        return conv_value_gradient(_by_row(lists), capacity, g, x, geometry)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> Gradients:
@@ -136,7 +145,7 @@ def _forward(
     if _recorded(x, values):
         y: Tensor = _Conv.apply(x, values, None, geometry, capture, *lists)  # type: ignore[no-untyped-call]
         return y
-    return conv(lists[0], lists[1], lists[2], values, x, None, geometry, is_channels_last(x))
+    return conv(_by_row(lists), values, x, None, geometry, is_channels_last(x))
 
 
 def _input_gradient(
@@ -154,8 +163,7 @@ def _input_gradient(
             g, values, inputs, sizes, last, geometry, capture, *lists
         )
         return out
-    by_col = lists[3], lists[4], lists[5]
-    return conv_input_gradient(*by_col, values, g, sizes, inputs, geometry, last)
+    return conv_input_gradient(_by_col(lists), values, g, sizes, inputs, geometry, last)
 
 
 def _value_gradient(
@@ -164,7 +172,7 @@ def _value_gradient(
     if _recorded(g, x):
         out: Tensor = _ValueGradient.apply(g, x, capacity, geometry, *lists)  # type: ignore[no-untyped-call]
         return out
-    return conv_value_gradient(lists[0], lists[1], lists[2], capacity, g, x, geometry)
+    return conv_value_gradient(_by_row(lists), capacity, g, x, geometry)
 
 
 def sparse_conv(

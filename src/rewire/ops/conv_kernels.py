@@ -1,7 +1,7 @@
 """Convolutions: native kernels where they can run, else plain PyTorch.
 
-``ptr``, ``idx``, ``slots`` are one index list (docs/architecture.md) of the weight as a matrix,
-(output channels) by (input channels of a group x kernel positions); ``x`` and ``g`` are (batch,
+``lists`` are those of the weight as a matrix, (output channels) by (input channels of a group x
+kernel positions); ``x`` and ``g`` are (batch,
 channels, ...) with any strides. A native operation allocates its result, O(K) and a few MiB of
 scratch per thread; and a copy of a source of which neither the channels nor the last dimension are
 contiguous.
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rewire import _native
 from rewire.ops import conv_reference, flops
-from rewire.ops.geometry import Geometry
+from rewire.ops.geometry import Geometry, memory_format
 from rewire.ops.kernels import fake
+from rewire.topology import Lists
 
 __all__ = ["conv", "conv_input_gradient", "conv_value_gradient"]
 
@@ -28,9 +29,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def conv(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
+    lists: Lists,
     values: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -47,18 +46,16 @@ def conv(
     if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
         columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel)
         y: Tensor = torch.ops.rewire.conv(
-            ptr, idx, slots, values, x, bias, columns, *geometry, channels_last
+            *lists, values, x, bias, columns, *geometry, channels_last
         )
         return y
-    out = conv_reference.conv(ptr, idx, slots, values, x, bias, geometry, channels_last)
-    flops.note("conv", ptr, idx, out=out)
-    return out
+    out = conv_reference.conv(lists, values, x, bias, geometry)
+    flops.note("conv", *lists, out=out)
+    return out.contiguous(memory_format=memory_format(x.dim() - 2, channels_last))
 
 
 def conv_input_gradient(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
+    lists: Lists,
     values: Tensor,
     g: Tensor,
     sizes: Sequence[int],
@@ -71,27 +68,26 @@ def conv_input_gradient(
     """
     if _NATIVE and g.is_cpu and g.dtype in _DTYPES:
         out: Tensor = torch.ops.rewire.conv_input_gradient(
-            ptr, idx, slots, values, g, sizes, inputs, *geometry, channels_last
+            *lists, values, g, sizes, inputs, *geometry, channels_last
         )
         return out
-    flops.note("conv_input_gradient", ptr, idx, slots, values, g)
-    return conv_reference.conv_input_gradient(
-        ptr, idx, slots, values, g, sizes, inputs, geometry, channels_last
-    )
+    flops.note("conv_input_gradient", *lists, values, g)
+    found = conv_reference.conv_input_gradient(lists, values, g, sizes, inputs, geometry)
+    return found.contiguous(memory_format=memory_format(len(sizes), channels_last))
 
 
 def conv_value_gradient(
-    ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor, geometry: Geometry
+    lists: Lists, capacity: int, g: Tensor, x: Tensor, geometry: Geometry
 ) -> Tensor:
     """The gradient of the values (capacity,), 0 in empty slots; by-row list. Cost as `conv`."""
     if _NATIVE and x.is_cpu and x.dtype in _DTYPES:
         columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel)
         out: Tensor = torch.ops.rewire.conv_value_gradient(
-            ptr, idx, slots, capacity, g, x, columns, *geometry
+            *lists, capacity, g, x, columns, *geometry
         )
         return out
-    flops.note("conv_value_gradient", ptr, idx, slots, capacity, g)
-    return conv_reference.conv_value_gradient(ptr, idx, slots, capacity, g, x, geometry)
+    flops.note("conv_value_gradient", *lists, capacity, g)
+    return conv_reference.conv_value_gradient(lists, capacity, g, x, geometry)
 
 
 def _like(x: Tensor, channels: int, sizes: Sequence[int], channels_last: bool) -> Tensor:

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rewire.ops.geometry import Geometry, memory_format, planes
+from rewire.ops.geometry import Geometry, planes
 from rewire.ops.reference import blocks, check_lists, rows_of
+from rewire.topology import Lists
 
 __all__ = ["conv", "conv_input_gradient", "conv_value_gradient"]
 
@@ -52,17 +53,11 @@ def _add(y: Tensor, rows: Tensor, value: Tensor, plane: Tensor) -> Tensor:
 
 
 def conv(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
-    values: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    channels_last: bool,
+    lists: Lists, values: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """See `rewire.ops.conv_kernels.conv`."""
-    check_lists(ptr, idx, slots)
+    """See `rewire.ops.conv_kernels.conv`; in any strides."""
+    check_lists(*lists)
+    ptr, idx, slots = lists
     rows, sizes = ptr.shape[0] - 1, geometry.output(x.shape[2:])
     start = x.new_zeros(rows) if bias is None else bias
     y = start.reshape(rows, *(1,) * (len(sizes) + 1)).expand(rows, *sizes, x.shape[0]).contiguous()
@@ -71,26 +66,19 @@ def conv(
         for entries, row, at, active in _entries(ptr, idx, x, geometry, sizes):
             value = torch.where(active, values[slots[entries]], 0)
             y = _add(y, row, value, source[at])
-    return y.movedim(-1, 0).contiguous(memory_format=memory_format(len(sizes), channels_last))
+    return y.movedim(-1, 0)
 
 
 def conv_input_gradient(
-    ptr: Tensor,
-    idx: Tensor,
-    slots: Tensor,
-    values: Tensor,
-    g: Tensor,
-    sizes: Sequence[int],
-    inputs: int,
-    geometry: Geometry,
-    channels_last: bool,
+    lists: Lists, values: Tensor, g: Tensor, sizes: Sequence[int], inputs: int, geometry: Geometry
 ) -> Tensor:
     """See `rewire.ops.conv_kernels.conv_input_gradient`.
 
     It is a convolution of stride 1 of the gradient, spread out by the stride, with the kernel
-    reversed.
+    reversed. The result is in any strides.
     """
-    check_lists(ptr, idx, slots)
+    check_lists(*lists)
+    ptr, idx, slots = lists
     rank, kk = len(sizes), math.prod(geometry.kernel)
     per_group, outputs = inputs // geometry.groups, g.shape[1] // geometry.groups
     y = g.new_zeros(inputs, *sizes, g.shape[0])
@@ -113,14 +101,15 @@ def conv_input_gradient(
             value = torch.where(active, values[slots[first:stop]], 0)
             at = (row, *_at(kk - 1 - col % kk, geometry.kernel))
             y = _add(y, target, value, source[at])
-    return y.movedim(-1, 0).contiguous(memory_format=memory_format(rank, channels_last))
+    return y.movedim(-1, 0)
 
 
 def conv_value_gradient(
-    ptr: Tensor, idx: Tensor, slots: Tensor, capacity: int, g: Tensor, x: Tensor, geometry: Geometry
+    lists: Lists, capacity: int, g: Tensor, x: Tensor, geometry: Geometry
 ) -> Tensor:
     """See `rewire.ops.conv_kernels.conv_value_gradient`."""
-    check_lists(ptr, idx, slots)
+    check_lists(*lists)
+    ptr, idx, slots = lists
     sizes = g.shape[2:]
     out = x.new_zeros(capacity)
     if math.prod(sizes) and x.shape[2:].numel():

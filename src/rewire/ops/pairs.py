@@ -132,11 +132,11 @@ class Pair:
         O(positions of index x samples) time, O(capacity) memory. Raises RuntimeError on a bad
         index.
         """
-        lists = index.row_ptr, index.row_cols, index.row_slots
+        lists = index.by_row
         g, x = _wide(self.g), _wide(self.x)
         if self.geometry is None:
             return sddmm(*lists, capacity, g, x)
-        return conv_value_gradient(*lists, capacity, g, x, self.geometry)
+        return conv_value_gradient(lists, capacity, g, x, self.geometry)
 
     def row_norms(self) -> Tensor:
         """``sum of g[r]^2`` over samples and positions: (rows,)."""

@@ -5,6 +5,7 @@ Nothing here depends on weights or autograd.
 
 from rewire.topology.index import (
     Index,
+    Lists,
     TopologyError,
     build_index,
     check_integers,
@@ -28,6 +29,7 @@ from rewire.topology.sampling import (
 
 __all__ = [
     "Index",
+    "Lists",
     "Positions",
     "Prior",
     "TopologyError",

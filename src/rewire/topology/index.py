@@ -23,6 +23,16 @@ class TopologyError(ValueError):
     """An invalid topology: a position out of range, a duplicate, mismatched lengths."""
 
 
+class Lists(NamedTuple):
+    """The connections of a pool in one order: those of row (or column) r are at
+    ``ptr[r] : ptr[r + 1]``, in column (or row) ``idx[i]`` and slot ``slots[i]``.
+    """
+
+    ptr: Tensor
+    idx: Tensor
+    slots: Tensor
+
+
 class Index(NamedTuple):
     """The lists by row and by column through which kernels read a pool; see
     docs/architecture.md.
@@ -34,6 +44,16 @@ class Index(NamedTuple):
     col_ptr: Tensor
     col_rows: Tensor
     col_slots: Tensor
+
+    @property
+    def by_row(self) -> Lists:
+        """The lists in (row, col) order."""
+        return Lists(self.row_ptr, self.row_cols, self.row_slots)
+
+    @property
+    def by_col(self) -> Lists:
+        """The lists in (col, row) order."""
+        return Lists(self.col_ptr, self.col_rows, self.col_slots)
 
 
 def matrix_size(shape: Sequence[int]) -> tuple[int, int]:

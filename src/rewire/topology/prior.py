@@ -41,8 +41,8 @@ class Prior:
     """What is known of a weight's topology beforehand; every topology of the weight keeps it.
 
     allowed: the positions that connections may have; None for all.
-    frozen: int64, ascending keys of connections that are never dropped; None for no such. They are
-        among the allowed ones.
+    frozen: int64, ascending keys of connections that are never dropped, all at allowed positions;
+        None if no connection is frozen.
     """
 
     allowed: Positions | None = None
@@ -52,8 +52,8 @@ class Prior:
     def of(
         cls, n_rows: int, n_cols: int, allowed: Tensor | None = None, frozen: Tensor | None = None
     ) -> Prior | None:
-        """The prior of these keys (int64, in any order, also several times); None if it says
-        nothing. What is frozen is allowed too.
+        """The prior of these keys (int64, in any order; they may repeat), or None without any keys.
+        Frozen connections are allowed too.
 
         Raises `TopologyError` for a key outside of the matrix, or if nothing is allowed.
         """
@@ -96,7 +96,7 @@ class Prior:
         return Prior(Positions(*(t.to(device) for t in self.allowed)), frozen)
 
     def violation(self, index: Index, n_cols: int) -> str | None:
-        """What the connections in ``index`` do not keep, in words; None if they keep all of it."""
+        """In words, what the connections in ``index`` break; None if they keep the prior."""
         keys = active_keys(index, n_cols)
         return self.outside(keys, n_cols) or self.missing(keys, n_cols)
 
@@ -133,7 +133,7 @@ class Prior:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What it says: of "allowed" and "frozen"."""
+        """Which of "allowed" and "frozen" it has."""
         given = {"allowed": self.allowed, "frozen": self.frozen}
         return tuple(name for name, what in given.items() if what is not None)
 
@@ -146,7 +146,7 @@ class Prior:
     __hash__ = None  # type: ignore[assignment]  # tensors may change
 
     def keys(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of the allowed positions, and of the frozen connections."""
+        """Those of the allowed positions, and of the frozen connections."""
         return (None if self.allowed is None else self.allowed.keys), self.frozen
 
     def __str__(self) -> str:
@@ -173,8 +173,8 @@ def active_keys(index: Index, n_cols: int) -> Tensor:
 
 
 def dormant_keys(allowed: Positions, index: Index, n_cols: int, gone: Tensor) -> Tensor:
-    """The allowed keys that are dormant once those of ``gone`` are, ascending. O(allowed +
-    K log allowed) time, O(allowed) memory.
+    """The allowed keys that are dormant once the connections ``gone`` (keys) are dropped,
+    ascending. O(allowed + K log allowed) time, O(allowed) memory.
     """
     free = torch.ones(allowed.keys.numel(), dtype=torch.bool, device=allowed.keys.device)
     free[torch.searchsorted(allowed.keys, active_keys(index, n_cols))] = False

@@ -114,7 +114,7 @@ def test_lists_that_rewire_writes_are_read(tmp_path: Path) -> None:
     [
         ("a.csv", "", "no column source and target"),
         ("a.csv", "source,end\n1,2\n", "no column target.*it has source, end"),
-        ("a.csv", "source,target\n1\n", "line 2 of a.csv has fewer columns"),
+        ("a.csv", "source,target\n1\n", "a.csv, line 2: it has fewer columns"),
         ("a.csv", "source,target\n1,x\n", r"targets of edges \(a.csv\) must be whole numbers"),
         ("a.csv", "source,target\n1,2.5\n", "must be whole numbers"),
         ("a.csv", "source,target\n1,99999999999999999999\n", "must be whole numbers"),

@@ -20,7 +20,7 @@ __all__ = ["SparseMLPClassifier", "cross_entropy"]
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of each sample."""
+    """The cross-entropy of each sample."""
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
@@ -43,7 +43,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
         solver: "adam", "adamw", "sgd", "rmsprop", or "auto" for the one that suits the method.
         learning_rate_init: the first learning rate; None for one that suits solver and method.
         learning_rate: "cosine" lets it fall to 0 over ``max_epochs``; "constant".
-        alpha: weight decay of the optimizer. Methods that it would mislead refuse it.
+        alpha: weight decay of the optimizer. Methods that decay would mislead refuse it.
         batch_size: samples of a step; "auto" for 200, or all if there are fewer.
         max_epochs: passes over the data; "auto" for at least 20 passes and 1,000 steps.
         shuffle: draw the order of the samples anew in each epoch.
@@ -66,7 +66,7 @@ class SparseMLPClassifier(ClassifierMixin, SparseMLP):  # type: ignore[misc]
             two are None without early stopping.
 
     X is an array, a DataFrame of pandas or polars, or a SciPy sparse matrix, of which only the rows
-    of a batch are made dense. Data of float32 is computed in float32, all other in float64. Scale
+    of a batch are made dense. Float32 data is computed in float32, all other data in float64. Scale
     the features (`sklearn.preprocessing.StandardScaler`, or `MaxAbsScaler` for sparse data).
 
     Cost: that of the connections there are, beside a dense copy of a batch of X; O(connections)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 __all__ = ["Batches", "Rows", "checked", "rows_of", "weight_of", "weights_of"]
 
-#: Numbers of a dense piece of rows at most, where a whole data set passes through a network.
+#: The most numbers in a dense piece of rows, where a whole data set passes through a network.
 PIECE_NUMBERS = 1 << 22
 
 
@@ -29,7 +29,7 @@ class Rows:
     def __init__(self, x: Any, dtype: torch.dtype) -> None:
         self.x, self.dtype = x, dtype
         self.sparse = sparse.issparse(x)
-        if not self.sparse:  # torch takes no array that nobody may write to
+        if not self.sparse:  # torch accepts only arrays that can be written to
             x = np.require(x, requirements=["C", "W"])
         self.whole = None if self.sparse else torch.from_numpy(x).to(dtype)
 

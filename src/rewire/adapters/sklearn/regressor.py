@@ -19,7 +19,7 @@ __all__ = ["SparseMLPRegressor", "scaled"]
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Half the mean over the outputs, of each sample."""
+    """Half the mean squared error over the outputs, for each sample."""
     return (outputs - targets).square().mean(1) / 2
 
 
@@ -34,9 +34,9 @@ def scaled(y: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.nda
 class SparseMLPRegressor(RegressorMixin, SparseMLP):  # type: ignore[misc]
     """A multi-layer perceptron whose connections training finds, as a scikit-learn regressor.
 
-    Parameters, attributes, data and cost are those of `SparseMLPClassifier`, but for classes. It
-    minimises half the mean squared error. Targets, (samples,) or (samples, outputs), are
-    standardised inside, by what the first call trains on.
+    Parameters, attributes, data and cost are those of `SparseMLPClassifier`, except what concerns
+    classes. It minimises half the mean squared error. It standardises the targets, (samples,) or
+    (samples, outputs), by mean and spread of those that the first call trains on.
     """
 
     hidden_layer_sizes: Any = field(default=(100,), kw_only=False)

@@ -11,10 +11,11 @@ from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from rewire.adapters.sklearn.base import SparseMLP, is_whole
+from rewire.adapters.sklearn.base import SparseMLP
 from rewire.adapters.sklearn.classifier import cross_entropy
 from rewire.adapters.sklearn.data import Rows, checked, weight_of
 from rewire.adapters.sklearn.regressor import scaled, squared_error
+from rewire.adapters.sklearn.settings import is_whole
 from rewire.adapters.sklearn.training import Loss
 
 __all__ = ["ConnectivitySelector"]
@@ -41,7 +42,7 @@ class ConnectivitySelector(SelectorMixin, SparseMLP):  # type: ignore[misc]
         n_features_to_select: how many to keep: a number, a share between 0 and 1, or None for all
             features at or above the mean.
         importance: "strength", the sum of the magnitudes of the connections that leave a feature,
-            or "counts", their number; equal ones are told apart by the other.
+            or "counts", their number; the other one breaks ties.
 
     The others are those of `SparseMLPClassifier`. Standardise the features before: a strength
     compares features of one scale.

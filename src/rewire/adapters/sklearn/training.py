@@ -87,7 +87,7 @@ class Training:
         return float(total) / max(len(x), 1)
 
     def state(self) -> dict[str, Any]:
-        """What goes on from here depends on, but for the network."""
+        """All that a training needs to go on from here, except the network."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rewire.app.cli.failures import CommandError
-from rewire.app.cli.options import described
+from rewire.app.cli.options import given_of, option, with_options
 from rewire.formats import FORMATS, Format
 
 if TYPE_CHECKING:
@@ -21,23 +19,6 @@ _FORMS, _HOW = "What to write", "How"
 #: What settings that are words may be.
 _WORDS = {"values": ("float", "int8", "ternary"), "neurons": ("if", "lif", "none")}
 _WRITTEN = {f.name.replace("-", "_"): f for f in FORMATS.values() if f.writes}
-
-
-def _with_formats(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command an option for each format, before its own."""
-    signature = inspect.signature(command, eval_str=True)
-    first, *own = (p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD)
-    made = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[Path | None, described(_FORMS, f.metavar, _help(f), _option(f))],
-        )
-        for name, f in _WRITTEN.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[first, *made, *own])  # type: ignore[attr-defined]
-    return command
 
 
 def _option(found: Format) -> str:
@@ -50,43 +31,32 @@ def _help(found: Format) -> str:
     return f"{found.holds[:-1]}{ending}.{extra}"
 
 
-@_with_formats
+_FILES = {key: option(Path, _FORMS, f.metavar, _help(f), _option(f)) for key, f in _WRITTEN.items()}
+_SETTINGS = {
+    "values": option(str, _HOW, "KIND", r"float, int8 or ternary weights. \[default: float]"),
+    "name": option(str, _HOW, "NAME", r"Of the C files and function. \[default: network]"),
+    "neurons": option(
+        str, _HOW, "KIND", r"What NIR has in the place of ReLU: if, lif or none. \[default: if]"
+    ),
+    "dense": option(
+        bool, _HOW, "", "Allow dense arrays of any size, where a format has them.", "--dense"
+    ),
+}
+
+
+@with_options(_FILES | _SETTINGS)
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
-    *,
-    values: Annotated[
-        str | None,
-        described(_HOW, "KIND", r"float, int8 or ternary weights. \[default: float]", "--values"),
-    ] = None,
-    name: Annotated[
-        str | None,
-        described(_HOW, "NAME", r"Of the C files and function. \[default: network]", "--name"),
-    ] = None,
-    neurons: Annotated[
-        str | None,
-        described(
-            _HOW,
-            "KIND",
-            r"What NIR has in the place of ReLU: if, lif or none. \[default: if]",
-            "--neurons",
-        ),
-    ] = None,
-    dense: Annotated[
-        bool,
-        described(_HOW, "", "Allow dense arrays of any size, where a format has them.", "--dense"),
-    ] = False,
-    **given: Path | None,
+    **given: Any,
 ) -> None:
     """Write the network of a finished run in formats of other programs, or for use without
     training.
     """
-    chosen = [(_WRITTEN[key], path) for key, path in given.items() if path is not None]
+    chosen = [(_WRITTEN[key], path) for key, path in given_of(given, _FILES).items()]
     if not chosen:
         several = ", ".join(f"{_option(f)} {f.metavar}" for f in _WRITTEN.values())
         raise CommandError(f"say what to write, one or more of {several}")
-    every: dict[str, str | bool | None]
-    every = {"values": values, "name": name, "neurons": neurons, "dense": dense or None}
-    settings = {key: value for key, value in every.items() if value is not None}
+    settings = given_of(given, _SETTINGS)
     for key in settings:
         if not any(key in f.settings for f, _ in chosen):
             takers = [_option(f) for f in _WRITTEN.values() if key in f.settings]

@@ -9,13 +9,30 @@ from typing import Annotated, Any
 import typer
 
 from rewire.app.cli.failures import CommandError
-from rewire.app.cli.options import described
+from rewire.app.cli.options import given_of, option, with_options
 from rewire.formats import FORMATS, readable
 
 _BUDGET, _HOW = "Dense weights keep their largest values", "What is in the file"
 _READ = ", ".join(f.name for f in FORMATS.values() if f.reads)
 
 
+#: What `rewire.export.read.read` is told, by the names that it has for it; ``shape`` apart.
+_SETTINGS = {
+    "density": option(float, _BUDGET, "SHARE", "Share of the connections to keep."),
+    "connections": option(int, _BUDGET, "COUNT", "Number of them to keep."),
+    "threshold": option(float, _BUDGET, "NUMBER", "Keep values of a larger magnitude."),
+    "distribution": option(str, _BUDGET, "NAME", r"erk, er or uniform. \[default: erk]"),
+    "only": option(list[str], _BUDGET, "PATTERN", "Names of weights to make sparse; repeatable."),
+    "exclude": option(list[str], _BUDGET, "PATTERN", "Names to leave dense, such as embeddings."),
+    "masks": option(Path, _HOW, "FILE", "Masks by the names of the weights; 0 drops."),
+    "shape": option(
+        list[str], _HOW, "NAME=ROWSxCOLS", "Of a weight, where the file lacks it; repeatable."
+    ),
+    "format": option(str, _HOW, "NAME", f"One of {_READ}, if the ending misleads."),
+}
+
+
+@with_options(_SETTINGS)
 def import_weights(
     file: Annotated[
         Path,
@@ -28,63 +45,21 @@ def import_weights(
     out: Annotated[
         Path, typer.Argument(help="The sparse state to write (.safetensors).", show_default=False)
     ],
-    density: Annotated[
-        float | None, described(_BUDGET, "SHARE", "Share of the connections to keep.", "--density")
-    ] = None,
-    connections: Annotated[
-        int | None, described(_BUDGET, "COUNT", "Number of them to keep.", "--connections")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        described(_BUDGET, "NUMBER", "Keep values of a larger magnitude.", "--threshold"),
-    ] = None,
-    distribution: Annotated[
-        str, described(_BUDGET, "NAME", r"erk, er or uniform. \[default: erk]", "--distribution")
-    ] = "erk",
-    only: Annotated[
-        list[str] | None,
-        described(_BUDGET, "PATTERN", "Names of weights to make sparse; repeatable.", "--only"),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        described(_BUDGET, "PATTERN", "Names to leave dense, such as embeddings.", "--exclude"),
-    ] = None,
-    masks: Annotated[
-        Path | None,
-        described(_HOW, "FILE", "Masks by the names of the weights; 0 drops.", "--masks"),
-    ] = None,
-    shape: Annotated[
-        list[str] | None,
-        described(
-            _HOW, "NAME=ROWSxCOLS", "Of a weight, where the file lacks it; repeatable.", "--shape"
-        ),
-    ] = None,
-    format: Annotated[
-        str | None, described(_HOW, "NAME", f"One of {_READ}, if the ending misleads.", "--format")
-    ] = None,
+    **given: Any,
 ) -> None:
     """Read pruned, masked, dense or sparse weights of another program into a sparse state."""
     if out.suffix.lower() != ".safetensors":
         raise CommandError(f"{out}: the ending is {out.suffix or 'missing'}, use .safetensors")
-    shapes = dict(_shape(text) for text in shape or [])
+    settings = given_of(given, _SETTINGS)
+    if shapes := settings.pop("shape", None):
+        settings["shapes"] = dict(_shape(text) for text in shapes)
 
     from rewire.export.lists.entries import entries_of
     from rewire.export.read import read
     from rewire.storage import tensors
 
     try:
-        state = read(
-            file,
-            format,
-            masks=masks,
-            density=density,
-            connections=connections,
-            threshold=threshold,
-            distribution=distribution,
-            only=only,
-            exclude=exclude,
-            shapes=shapes or None,
-        )
+        state = read(file, **settings)
     except (ValueError, ImportError) as error:
         raise CommandError(_as_options(str(error))) from None
     found = entries_of(state)
@@ -121,10 +96,6 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 def _as_options(line: str) -> str:
     """An error of `read` with the names that the command line has."""
-    words: dict[str, Any] = {
-        f"{name}=": f"--{name}"
-        for name in ("density", "connections", "threshold", "only", "exclude", "masks", "format")
-    }
-    for word, option in words.items():
-        line = line.replace(word, option)
+    for name in _SETTINGS:
+        line = line.replace(f"{name}=", f"--{name}")
     return line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,40 +27,57 @@ def described(panel: str, metavar: str, text: str, *names: str, parser: Any = No
     )
 
 
-def with_train_options(command: _Command) -> _Command:
-    """Give a command an option for each field of `TrainConfig`, before its own.
+def option(kind: Any, panel: str, metavar: str, text: str, *names: str) -> Any:
+    """The annotation of an option of type ``kind`` that is None where the user leaves it out."""
+    return Annotated[kind | None, described(panel, metavar, text, *names)]
 
-    The command gets them as keyword arguments (its ``**given``); those that the user left out are
-    None. Where the command has a parameter of the name of a field, its own is the option.
+
+def with_options(table: Mapping[str, Any]) -> Callable[[_Command], _Command]:
+    """Give a command the options of ``table`` (name of an argument -> `option`), before those that
+    it declares itself.
+
+    The command gets them as keyword arguments (its ``**given``). Where it has a parameter of the
+    same name, its own is the option.
     """
+
+    def extended(command: _Command) -> _Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        leading = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+        made = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in table.items()
+            if name not in signature.parameters
+        ]
+        parameters = [*leading, *made, *own[len(leading) :]]
+        # Typer reads signatures, and a function may have another than the one it was written with.
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return command
+
+    return extended
+
+
+def given_of(given: Mapping[str, Any], table: Iterable[str]) -> dict[str, Any]:
+    """The arguments in ``table`` that the user gave."""
+    return {name: given[name] for name in table if given[name] is not None}
+
+
+def train_options() -> dict[str, Any]:
+    """An option for each field of `TrainConfig`."""
     fields = TrainConfig.model_fields
-    own_names = inspect.signature(command).parameters
-    made = [
-        _parameter(name, fields[name], option)
-        for name, option in options().items()
-        if name not in own_names
-    ]
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    # Typer reads signatures, and a function may have another than the one it was written with.
-    command.__signature__ = signature.replace(parameters=[*made, *own])  # type: ignore[attr-defined]
-    return command
+    return {name: _of_field(fields[name], declared) for name, declared in options().items()}
 
 
-def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
-    """A field as a parameter of a function, with Typer's annotation; the default is None."""
+def _of_field(field: FieldInfo, declared: Option) -> Any:
     typed: Any = str  # pydantic reads the text
     if field.annotation in (bool, bool | None):
         typed = bool
-    elif option.metavar == "FOLDER":
+    elif declared.metavar == "FOLDER":
         typed = Path  # the shell completes it
     elif field.default == {}:
         typed = list[str]
-    default = option.shown
+    default = declared.shown
     if not default and field.default is not None and typed is str:
         default = shown(field.default)
-    text = option.help + (rf" \[default: {default}]" if default else "")
-    made = described(option.panel, option.metavar, text, *option.names)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[typed | None, made]
-    )
+    text = declared.help + (rf" \[default: {default}]" if default else "")
+    return option(typed, declared.panel, declared.metavar, text, *declared.names)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from rewire.app.cli.failures import CommandError, resumable
-from rewire.app.cli.options import described, with_train_options
+from rewire.app.cli.options import given_of, option, train_options, with_options
 from rewire.app.train.option import RUN
 from rewire.app.train.signals import Signals
 
@@ -15,50 +15,48 @@ if TYPE_CHECKING:  # torch is loaded when a run begins, so that --help is quick
     from rewire.app.train.run_dir import RunDir
 
 
-@with_train_options
-def train(
-    *,
-    run_dir: Annotated[
-        Path | None,
-        described(
-            RUN, "FOLDER", r"Where the results go. \[default: runs/DATA-METHOD-SEED, a new one]"
-        ),
-    ] = None,
-    resume: Annotated[
+_OF_RUNS = train_options()
+#: Where a run is, and what becomes of one that is there already.
+_PLACE = {
+    "run_dir": option(
+        Path, RUN, "FOLDER", r"Where the results go. \[default: runs/DATA-METHOD-SEED, a new one]"
+    ),
+    "resume": option(
         bool,
-        described(
-            RUN, "", "Continue the run in --run-dir with its options, to the same bits.", "--resume"
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, described(RUN, "", "Replace the run in --run-dir.", "--overwrite")
-    ] = False,
-    log: Annotated[
-        str | None,
-        described(
-            RUN,
-            "NAMES",
-            "Also log to tensorboard, mlflow or wandb; several with commas. Give it again with "
-            "--resume.",
-        ),
-    ] = None,
-    quiet: Annotated[bool, described(RUN, "", "Print errors only.", "--quiet", "-q")] = False,
-    **given: Any,
-) -> None:
+        RUN,
+        "",
+        "Continue the run in --run-dir with its options, to the same bits.",
+        "--resume",
+    ),
+    "overwrite": option(bool, RUN, "", "Replace the run in --run-dir.", "--overwrite"),
+    "log": option(
+        str,
+        RUN,
+        "NAMES",
+        "Also log to tensorboard, mlflow or wandb; several with commas. Give it again with "
+        "--resume.",
+    ),
+    "quiet": option(bool, RUN, "", "Print errors only.", "--quiet", "-q"),
+}
+
+
+@with_options(_OF_RUNS | _PLACE)
+def train(**given: Any) -> None:
     """Train a sparse network; leaves checkpoint, metrics, result and report in a run directory."""
-    options = {name: value for name, value in given.items() if value is not None}
+    options, place_of = given_of(given, _OF_RUNS), given_of(given, _PLACE)
     pairs = options.pop("method_options", [])
+    folder: Path | None = place_of.get("run_dir")
+    resume, overwrite, quiet = (name in place_of for name in ("resume", "overwrite", "quiet"))
     if resume and overwrite:
         raise CommandError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    if resume and run_dir is None:
+    if resume and folder is None:
         raise CommandError("--resume: give the run with --run-dir FOLDER")
-    folder = run_dir
     with Signals() as signals, resumable(lambda: folder, signals):
         from rewire.app.train import command, tracking
         from rewire.app.train.ranks import connect
         from rewire.app.train.run_dir import RunDir
 
-        trackers = tracking.parse(log)
+        trackers = tracking.parse(place_of.get("log"))
         ranks = connect()
         quiet = quiet or not ranks.first
         if (ranks.several or ranks.restarts) and folder is None:

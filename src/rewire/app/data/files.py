@@ -19,6 +19,7 @@ from rewire.app.data.options import FileOptions
 from rewire.app.data.tables import Table, make_dataset
 from rewire.app.errors import DataError, did_you_mean
 from rewire.app.importing import FILE_ENDINGS
+from rewire.storage.columns import is_number
 from rewire.storage.files import sha256_file
 from rewire.storage.reading import brief
 
@@ -113,7 +114,7 @@ def _csv(path: Path, options: FileOptions) -> dict[str, Table]:
         names = next(csv.reader([head], delimiter=mark), [])
         # a first line of numbers is a sample: the columns are called 0, 1, 2, ...
         decimal = "," if mark == ";" and _DECIMAL_COMMA.search(first) else "."
-        header = None if names and all(_is_number(n.replace(decimal, ".")) for n in names) else 0
+        header = None if names and all(is_number(n.replace(decimal, ".")) for n in names) else 0
         with warnings.catch_warnings():
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             frame = pandas.read_csv(
@@ -133,14 +134,6 @@ def _csv(path: Path, options: FileOptions) -> dict[str, Table]:
     except (ValueError, UnicodeError, csv.Error) as error:  # what pandas raises is a ValueError
         raise DataError(f"cannot read {path}: {brief(error)}") from None
     return _table(path, frame, options)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _parquet(path: Path, options: FileOptions) -> dict[str, Table]:

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from rewire.app import run_files
 from rewire.app.errors import TrainError
-from rewire.app.train.fields import RATES, MethodOption, TrainConfig
+from rewire.app.train.fields import MethodOption, TrainConfig
 from rewire.app.train.option import Option, Share, check_name, did_you_mean
+from rewire.schedules import RATES
 from rewire.storage import reading
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FREE_ON_RESUME",
-    "RATES",
     "MethodOption",
     "Option",
     "Share",

@@ -29,11 +29,9 @@ from rewire.app.train.option import (
     Words,
     option_field,
 )
+from rewire.schedules import RATES
 
-__all__ = ["RATES", "MethodOption", "TrainConfig"]
-
-#: Each optimizer, and its learning rate where neither the user nor the method names one.
-RATES = {"sgd": 0.5, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.002}
+__all__ = ["MethodOption", "TrainConfig"]
 
 MethodOption = bool | int | float | str | list[int | float] | dict[str, int | float] | None
 

@@ -26,6 +26,7 @@ from rewire.app.train.observer import Observer, Progress
 from rewire.app.train.parts import assemble
 from rewire.app.train.ranks import Ranks
 from rewire.app.train.run_dir import INPUTS, METRICS, MODEL, RunDir
+from rewire.app.train.sums import Sums
 from rewire.nn.surgery import load_resized
 from rewire.storage import files, reading
 from rewire.storage import tensors as tensor_file
@@ -61,9 +62,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cpu", enabled=config.precision == "float16")
         # epochs completed, batches of this one, steps in all
         self.epoch, self.batch, self.step = 0, 0, 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
-        self.correct = torch.zeros((), dtype=torch.int64)
-        self.count = 0  # labels, or samples of a regression, of this epoch so far
+        self.sums = Sums()  # of this epoch so far
         self.before = parts.counts()  # dropped and grown when this epoch began
         self.metrics = EMPTY
         self.seconds_before, self.clock = 0.0, time.perf_counter()
@@ -77,8 +76,7 @@ class Trainer:
 
     def save(self) -> None:
         """Commit a checkpoint of this moment."""
-        sums = [self.loss_sum.clone(), self.correct.clone(), torch.tensor(self.count)]
-        self.ranks.sum(*sums)
+        sums = self.sums.over(self.ranks)
         if not self.ranks.first:
             return
         state = {
@@ -86,9 +84,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
             "batch": self.batch,
-            "loss_sum": sums[0],
-            "correct": sums[1],
-            "count": int(sums[2]),
+            **sums.state(),
             "scaler": self.scaler.state_dict(),
             "before": self.before,
             "torch_random": torch.get_rng_state(),
@@ -142,8 +138,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
             self.batch, self.before = int(state["batch"]), state["before"]
-            self.loss_sum, self.correct = state["loss_sum"], state["correct"]
-            self.count = int(state["count"])
+            self.sums.restore(state)
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_random"])
@@ -161,8 +156,7 @@ class Trainer:
             checkpoint.remove_orphans(folder, keep=checkpoint.committed_file(folder))
             self.run_dir.cut_metrics(self.metrics)
         else:  # the sums so far count once
-            self.loss_sum, self.correct = self.loss_sum * 0, self.correct * 0
-            self.count = 0
+            self.sums.clear()
         self.seconds_before, self.clock = saved.seconds, time.perf_counter()
 
     # --- training ---------------------------------------------------------------------------------
@@ -208,11 +202,8 @@ class Trainer:
             scaler.step(optimizer)
             scaler.update()
             method.step()
-            # Sums stay tensors: reading a number each step would cost more than keeping it.
-            self.loss_sum.add_(loss.detach(), alpha=count)
-            if count:
-                self.correct.add_(task.correct(output.detach(), y))
-            self.count += count
+            correct = task.correct(output.detach(), y) if count else None
+            self.sums.add(loss.detach(), count, correct)
             self.batch += 1
             self.step += 1
             if self.batch < batches:  # after the last batch, the end of the epoch does this
@@ -244,9 +235,9 @@ class Trainer:
 
     def _train_score(self) -> float:
         """Of the steps of this epoch so far."""
-        count = max(self.count, 1)
-        mean = float(self.loss_sum) / count
-        return self.task.scored(mean, int(self.correct), count, self.variance)
+        sums = self.sums
+        count = max(sums.count, 1)
+        return self.task.scored(sums.mean_loss, int(sums.correct), count, self.variance)
 
     def _progress(self) -> Progress:
         connections = sum(self.parts.connections().values())
@@ -254,7 +245,7 @@ class Trainer:
         return Progress(
             epoch=self.epoch + 1,
             batch=self.batch,
-            loss=float(self.loss_sum) / max(self.count, 1),
+            loss=self.sums.mean_loss,
             accuracy=self._train_score(),
             connections=connections,
             turnover=grown / max(connections, 1),
@@ -263,10 +254,8 @@ class Trainer:
     def _end_epoch(self, observer: Observer) -> None:
         """Score, let the method act, write the line, commit the checkpoint."""
         config, task = self.config, self.task
-        total = torch.tensor(self.count)
-        self.ranks.sum(self.loss_sum, self.correct, total)
-        self.count = int(total)
-        train_loss = float(self.loss_sum) / max(self.count, 1)
+        self.sums = self.sums.over(self.ranks)
+        train_loss = self.sums.mean_loss
         if not math.isfinite(train_loss):
             raise TrainError(self._diverged(f"the loss is {train_loss}"))
         held_x, held_y = self.held_out
@@ -322,9 +311,7 @@ class Trainer:
             units=self.parts.units(),
             **of_task,
         )
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        self.count = 0
+        self.sums.clear()
         self.before = counts
         if self.ranks.first:
             self.metrics = self.run_dir.append_metrics(record.to_line())

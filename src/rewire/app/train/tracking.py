@@ -1,8 +1,8 @@
 """Runs in the trackers that people look at: TensorBoard, MLflow, Weights & Biases.
 
-`metrics.jsonl` is written always and is what counts; a tracker is told the same numbers. The file
-`tracking.json` says which epochs it knows, and by which number it knows the run, so that a run that
-was killed is one run there too.
+Every run writes `metrics.jsonl`, which is the record that counts; trackers get the same numbers.
+The file `tracking.json` holds the key of the run in the trackers, and how many epochs each of them
+has, so that a run that was killed and goes on stays one run there.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["LOGGERS", "TRACKING", "Logger", "Tracking", "figures", "parse"]
 
 
 class Logger(Protocol):
-    """A run in one tracker. Whatever these raise ends the tracking and not the run."""
+    """A run in one tracker. An error in it ends the tracking, not the run."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Numbers by name, as they are after optimizer step ``step``."""
 
     def close(self) -> None:
-        """The run has stopped or ended; all that was logged must be on its way."""
+        """The run has stopped or ended: send all that was logged."""
 
 
 class TensorBoard:
@@ -124,7 +124,7 @@ class WandB:
         self._run.finish()
 
 
-#: By the name for ``--log``: the module that is needed, and what tracks.
+#: By the name for ``--log``: the module that it needs, and the class that tracks.
 LOGGERS: dict[str, tuple[str, Callable[[Path, str, int, Mapping[str, Any]], Logger]]] = {
     "mlflow": ("mlflow", MLflow),
     "tensorboard": ("tensorboard", TensorBoard),
@@ -180,7 +180,7 @@ class Tracking(Observer):
         self.inner.made(parts, resume=resume)
 
     def started(self, info: Mapping[str, Any], epochs: int, batches: int, done: int) -> None:
-        """Begin, or go on and tell what a kill has kept from the trackers."""
+        """Begin; or go on, and send each tracker the epochs that it missed."""
         self.inner.started(info, epochs, batches, done)
         self.layers = [layer["name"] for layer in info["layers"]]
         self.key = secrets.token_hex(8)
@@ -243,13 +243,13 @@ class Tracking(Observer):
         files.write_atomic(self.folder / TRACKING, text.encode())
 
     def _restore(self) -> None:
-        """Whose run this is, and what is known of it; nothing, if nobody has tracked it."""
+        """Read the key of the run and how many epochs each tracker has, if it was tracked."""
         path = self.folder / TRACKING
         if not path.exists():
             return
         found = run_files.read_object(path)
         key, epochs = found.get("key"), found.get("epochs")
         if not isinstance(key, str) or not key.isalnum() or not isinstance(epochs, dict):
-            raise RunFileError(f"{path} is damaged: delete it, and trackers get the run anew")
+            raise RunFileError(f"{path} is damaged: delete it; trackers then get a new run")
         self.key = key
         self.known |= {n: k for n, k in epochs.items() if n in self.known and type(k) is int}

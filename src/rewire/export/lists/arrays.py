@@ -127,7 +127,8 @@ def _write(path: Path, arrays: Arrays) -> int:
 def read_npz(path: Path) -> State:
     """The state in a file: of weights by row or as coordinates, or one matrix of SciPy.
 
-    Raises OSError or FileError. Nothing is unpickled.
+    Raises OSError, FileError, or TopologyError for a shape that no weight has; `entries_of` checks
+    the positions. Nothing is unpickled.
     """
     arrays = _arrays(path)
     if "format" in arrays and "data" in arrays:
@@ -236,12 +237,7 @@ def _put(state: State, path: Path, name: str, lists: Arrays, shape: NDArray[Any]
         )
     if "indptr" in lists and len(lists["indptr"]) != (sizes or (0,))[0] + 1:
         raise FileError(f"{path} is damaged: indptr of {name} does not fit the shape {sizes}")
-    entries = Entries(sizes, _long(rows), _long(cols), torch.from_numpy(values))
-    try:
-        put(state, name, entries)
-        entries_of({k: v for k, v in state.items() if k.startswith(f"{name}.")})
-    except ValueError as error:
-        raise FileError(f"{path} is damaged: {name}: {error}") from None
+    put(state, name, Entries(sizes, _long(rows), _long(cols), torch.from_numpy(values)))
 
 
 def _long(array: NDArray[Any]) -> Tensor:

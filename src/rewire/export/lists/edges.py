@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from rewire.export.lists.entries import Entries, State, array_of, entries_of, put, state_of
-from rewire.storage import files, reading
+from rewire.storage import columns, files, reading
 from rewire.storage.reading import FileError
 
 __all__ = ["COLUMNS", "read_csv", "read_parquet", "write_csv", "write_parquet"]
@@ -78,7 +78,7 @@ def write_parquet(model: nn.Module, path: Path) -> int:
     with parquet.ParquetWriter(file, schema) as writer:
         for number, entries in enumerate(found.values()):
             codes = pyarrow.array(np.full(len(entries.rows), number, dtype=np.int32))
-            columns = [
+            arrays = [
                 pyarrow.DictionaryArray.from_arrays(codes, list(found)),
                 pyarrow.array(entries.cols.numpy()),
                 pyarrow.array(entries.rows.numpy()),
@@ -86,7 +86,7 @@ def write_parquet(model: nn.Module, path: Path) -> int:
                     array_of(entries.values).astype(schema.field(3).type.to_pandas_dtype())
                 ),
             ]
-            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
     content = file.getbuffer()
     files.write_pieces(path, [content])
     return len(content)
@@ -104,27 +104,22 @@ def read_csv(path: Path, shapes: Shapes | None = None) -> State:
 
     Raises OSError or FileError. Memory: a few times the file's size.
     """
-    text = io.StringIO(_text(path), newline="")
-    rows = csv.reader(text)
-    header = [cell.strip() for cell in next(rows, [])]
-    places = _places(path, header)
+    rows = columns.CsvRows(path, COLUMNS[1:], COLUMNS[:1])
     sources: dict[str, array[int]] = {}
     targets: dict[str, array[int]] = {}
     values: dict[str, array[float]] = {}
-    only = _only(shapes)
-    for row in rows:
-        if not row:
-            continue
+    only = [_only(shapes)]  # where the file has no column for it
+    for source, target, value, *named in rows:
+        (name,) = named or only
         try:
-            name = row[places["weight"]] if "weight" in places else only
             if name not in sources:
                 sources[name], targets[name] = array("q"), array("q")
                 values[name] = array("d")
-            sources[name].append(int(row[places["source"]]))
-            targets[name].append(int(row[places["target"]]))
-            values[name].append(float(row[places["value"]]))
-        except (IndexError, ValueError, OverflowError) as error:
-            raise FileError(f"{path}, line {rows.line_num}: {reading.brief(error)}") from None
+            sources[name].append(int(source))
+            targets[name].append(int(target))
+            values[name].append(float(value))
+        except (ValueError, OverflowError) as error:
+            raise FileError(f"{path}, line {rows.line}: {reading.brief(error)}") from None
     lists = {
         name: (np.asarray(sources[name]), np.asarray(targets[name]), np.asarray(values[name]))
         for name in sources
@@ -133,47 +128,31 @@ def read_csv(path: Path, shapes: Shapes | None = None) -> State:
     return _state(path, narrow, shapes)
 
 
-def _text(path: Path) -> str:
-    try:
-        return reading.read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is no UTF-8 text (byte {error.start})") from None
-
-
 def read_parquet(path: Path, shapes: Shapes | None = None) -> State:
     """The state in a Parquet file; ``shapes`` as in `read_csv`, for files of other programs."""
     import pyarrow
-    from pyarrow import parquet
 
-    content = reading.read_bytes(path)
+    found, metadata = columns.read_parquet(path, COLUMNS[1:], COLUMNS[:1])
+    if shapes is None and _SHAPES in metadata:
+        shapes = _parsed(path, reading.parse_json(metadata[_SHAPES], f"{path}, its shapes,"))
+    arrays = {name: found[name].to_numpy() for name in COLUMNS[1:]}
     try:
-        table = parquet.read_table(io.BytesIO(content))
-        places = _places(path, table.column_names)
-        kept = (table.schema.metadata or {}).get(_SHAPES)
-        if shapes is None and kept is not None:
-            shapes = _parsed(path, reading.parse_json(kept, f"{path}, its shapes,"))
-        whole = {name: table.column(place) for name, place in places.items()}
-        columns = {
-            name: whole[name].to_numpy() for name in ("source", "target", "value") if name in whole
-        }
         names = (
-            np.asarray(whole["weight"].cast(pyarrow.string()).to_pylist(), dtype=object)
-            if "weight" in whole
-            else np.full(table.num_rows, _only(shapes), dtype=object)
+            np.asarray(found["weight"].cast(pyarrow.string()).to_pylist(), dtype=object)
+            if "weight" in found
+            else np.full(len(found["value"]), _only(shapes), dtype=object)
         )
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FileError(
-            f"{path} is damaged: it is no Parquet file ({reading.brief(error)})"
-        ) from None
+    except pyarrow.ArrowException as error:
+        raise FileError(f"{path}: column weight has no names ({reading.brief(error)})") from None
     for name in ("source", "target"):
-        if columns[name].dtype.kind not in "iu":
-            raise FileError(f"{path}: {name} is {columns[name].dtype}, needed are whole numbers")
-    if columns["value"].dtype.kind != "f":
-        raise FileError(f"{path}: value is {columns['value'].dtype}, needed are floats")
+        if arrays[name].dtype.kind not in "iu":
+            raise FileError(f"{path}: {name} is {arrays[name].dtype}, needed are whole numbers")
+    if arrays["value"].dtype.kind != "f":
+        raise FileError(f"{path}: value is {arrays['value'].dtype}, needed are floats")
     lists = {}
     for name in dict.fromkeys(names.tolist()):
         here = names == name
-        lists[str(name)] = tuple(columns[c][here] for c in ("source", "target", "value"))
+        lists[str(name)] = tuple(arrays[c][here] for c in COLUMNS[1:])
     return _state(path, lists, shapes)
 
 
@@ -183,17 +162,6 @@ def _parsed(path: Path, given: Any) -> Shapes:
     ):
         raise FileError(f"{path} is damaged: its shapes are {reading.brief(given)}")
     return given
-
-
-def _places(path: Path, header: Sequence[str]) -> dict[str, int]:
-    """Where each column is."""
-    missing = [name for name in COLUMNS[1:] if name not in header]
-    if missing:
-        raise FileError(
-            f"{path} has no column {missing[0]!r}; needed are {', '.join(COLUMNS)} and found are "
-            f"{reading.brief(', '.join(header), 100)}"
-        )
-    return {name: header.index(name) for name in COLUMNS if name in header}
 
 
 def _only(shapes: Shapes | None) -> str:
@@ -211,12 +179,5 @@ def _state(path: Path, lists: Mapping[str, Any], shapes: Shapes | None) -> State
             )
         empty = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
         sources, targets, values = (torch.from_numpy(np.array(a)) for a in lists.get(name, empty))
-        try:
-            put(state, name, Entries(tuple(shapes[name]), targets.long(), sources.long(), values))
-        except ValueError as error:
-            raise FileError(f"{path}: {name}: {error}") from None
-    try:
-        entries_of(state)
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from None
+        put(state, name, Entries(tuple(shapes[name]), targets.long(), sources.long(), values))
     return state

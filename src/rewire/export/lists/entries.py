@@ -101,10 +101,7 @@ def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entries]:
 
 def _order(name: str, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The slots with a connection, sorted by (row, col); refuses invalid ones."""
-    try:
-        size = topology.matrix_size(shape)
-    except ValueError as error:
-        raise topology.TopologyError(f"{name}: {error}") from None
+    size = _size(name, shape)
     if math.prod(size) >= 2**63:
         raise topology.TopologyError(f"{name}: no weight has the shape {shape}")
     outside = (rows < 0) | (rows >= size[0]) | (cols < 0) | (cols >= size[1])
@@ -123,6 +120,14 @@ def _order(name: str, rows: Tensor, cols: Tensor, shape: tuple[int, ...]) -> Ten
     return slots
 
 
+def _size(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight; `TopologyError` for a shape that no weight has."""
+    try:
+        return topology.matrix_size(shape)
+    except ValueError as error:
+        raise topology.TopologyError(f"{name}: {error}") from None
+
+
 def others_of(state: Mapping[str, Tensor]) -> State:
     """What is in a state besides its sparse weights."""
     own = {f"{name}.{part}" for name in sparse_names(state) for part in _PARTS}
@@ -134,7 +139,7 @@ def put(state: State, name: str, entries: Entries) -> None:
 
     Raises `TopologyError` for a shape that no weight has; `entries_of` checks the rest.
     """
-    rows, cols = topology.matrix_size(entries.shape)
+    rows, cols = _size(name, entries.shape)
     kind = topology.index_dtype(rows, cols, max(entries.rows.numel(), 1))
     none = entries.rows.numel() == 0
     state[f"{name}.values"] = entries.values.new_zeros(1) if none else entries.values

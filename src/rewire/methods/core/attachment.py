@@ -16,6 +16,7 @@ from rewire.methods.core.layer_hooks import release
 from rewire.methods.core.pool import Pool
 from rewire.methods.core.watch import Watch
 from rewire.nn import Follower, Moments, SparseWeight, follow_optimizer, sparse_weights
+from rewire.nn.optimizers.membership import homes_of, only_home
 from rewire.nn.optimizers.wrappers import is_plain, listed, movers, trainers
 
 __all__ = ["Attachment", "trained_weights"]
@@ -120,16 +121,13 @@ class Attachment:
             _CLAIMS[model] = here
 
     def _pool(self, number: int, name: str, weight: SparseWeight, place: int) -> Pool:
-        homes = _homes(self.optimizers, weight.values)
-        if len(homes) != 1:
-            where = "in no optimizer" if not homes else f"in the optimizer {len(homes)} times"
-            raise ValueError(
-                f"{name}.values is {where}, and must be there exactly once: make the optimizer "
-                "after rewire.sparsify or loading, from model.parameters(), and pass all "
-                "optimizers to the method"
-            )
-        mover = movers(homes[0][0], weight.values)[0]
-        _, group, index = _homes([mover], weight.values)[0]
+        home = only_home(
+            f"{name}.values",
+            homes_of(weight.values, self.optimizers),
+            "after rewire.sparsify or loading, from model.parameters(),",
+        )
+        mover = movers(home.optimizer, weight.values)[0]
+        _, group, index = homes_of(weight.values, [mover])[0]
         return Pool(number, name, weight, mover, group, place, index)
 
     def _hook(self) -> None:
@@ -403,16 +401,6 @@ class Attachment:
         for pool in self.pools:
             pool.unwatch()
         self.attached = False
-
-
-def _homes(optimizers: Iterable[Optimizer], values: Tensor) -> list[tuple[Optimizer, int, int]]:
-    return [
-        (optimizer, i, k)
-        for optimizer in optimizers
-        for i, group in enumerate(optimizer.param_groups)
-        for k, parameter in enumerate(group["params"])
-        if parameter is values
-    ]
 
 
 def _has_gradient(pool: Pool) -> bool:

@@ -7,7 +7,7 @@ import weakref
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,14 @@ from rewire.methods.core.refusals import (
     refuse_weight_decay,
 )
 from rewire.methods.core.runs import Run
-from rewire.methods.core.state import copied, restore, saved
+from rewire.methods.core.saving import Saving
+from rewire.methods.core.state import copied
 from rewire.nn import Event, Moments
 from rewire.nn.weight.sharded import refuse_sharded
 
-__all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpose"]
+__all__ = ["Attachment", "Data", "Evaluate", "Memory", "Method", "Moments", "Pool", "Purpose"]
+
+Memory = Literal["O(K)", "O(M)"]
 
 #: Optional argument of `Method.end_epoch`: model -> score.
 Evaluate = Callable[[nn.Module], float]
@@ -46,7 +49,7 @@ _NO_COPY = (
 )
 
 
-class Method(Changes, Declared, ABC):
+class Method(Changes, Saving, Declared, ABC):
     """A way of finding connections while training; the interface of all methods.
 
     Call `penalty` in the loss, `step` after ``optimizer.step()`` (before a learning-rate
@@ -74,6 +77,10 @@ class Method(Changes, Declared, ABC):
         default=None, help="names of the weights to act on, for one of several methods in a Group"
     )
 
+    #: How K is kept, and whether the method needs dense state: what the registry says of it, see
+    #: `rewire.methods.MethodInfo`.
+    keeps_budget: ClassVar[str] = "every step"
+    memory: ClassVar[Memory] = "O(K)"
     #: Set where a paper forbids decay of sparse values: an optimizer that has it is refused.
     forbids_weight_decay: ClassVar[bool] = False
     #: Set by methods that start from an ordinary dense model and need no sparse weights in it.
@@ -91,10 +98,6 @@ class Method(Changes, Declared, ABC):
     #: Set by methods that move connections at a fixed budget: refused where no weight has a
     #: dormant position.
     needs_room: ClassVar[bool] = False
-    #: Attributes of this class that a saved state holds: numbers, words, tensors, and lists (by
-    #: number of the pool) or dicts of them; ``"grow.averages"`` is the attribute of an attribute.
-    #: Those of base classes are saved as well.
-    saves: ClassVar[tuple[str, ...]] = ()
     #: The optimizer of `rewire train` where the user names none, and its rate; None for the usual
     #: one of the optimizer.
     run_optimizer: ClassVar[str] = "adam"
@@ -249,58 +252,6 @@ class Method(Changes, Declared, ABC):
             "grown": dict(self._grown),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """All the method needs to go on as if never stopped; tensors, numbers, strings, dicts and
-        lists only.
-        """
-        return {
-            "method": type(self).__name__,
-            "seed": self.seed,
-            "settings": self._settings(),
-            "steps": self.steps,
-            "epochs": self.epochs,
-            "updates": self.updates,
-            "dropped": dict(self._dropped),
-            "grown": dict(self._grown),
-            "sorted": dict(self._sorted),
-            "own": self._state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s result; the model must be restored as well, before or after.
-
-        Raises ValueError for the state of another method or of a model with other weights; nothing
-        changes then.
-        """
-        if state.get("method") != type(self).__name__:
-            raise ValueError(
-                f"this is the state of {state.get('method')}, not of {type(self).__name__}"
-            )
-        if set(state.get("dropped") or ()) != set(self._dropped):
-            raise ValueError(
-                f"this is the state of a model with weights {', '.join(state['dropped'])}, "
-                f"not {', '.join(self._dropped)}"
-            )
-        for name, mine in self._settings().items():
-            theirs = state.get("settings", {}).get(name)
-            if theirs != mine:
-                raise ValueError(
-                    f"this is the state of a method with {name}={theirs!r}, but this "
-                    f"one has {mine!r}"
-                )
-        try:
-            numbers = [int(state[name]) for name in ("seed", "steps", "epochs", "updates")]
-            counts = [dict(state[name]) for name in ("dropped", "grown", "sorted")]
-            self._load_state(state["own"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this state is incomplete or damaged: {error!r}") from None
-        self.seed, self.steps, self.epochs, self.updates = numbers
-        self._dropped, self._grown, self._sorted = counts
-        if self.steps:
-            self._attachment.resumed()
-        self._release(self.pools)
-        self._request_capture()
-
     # --- what methods override --------------------------------------------------------------------
 
     def _after_step(self, pools: list[Pool]) -> None:
@@ -330,19 +281,12 @@ class Method(Changes, Declared, ABC):
         names = [found.name for found in self.declared().values() if found.declared.saved]
         return {"moments": self.moments} | {name: copied(getattr(self, name)) for name in names}
 
-    @classmethod
-    def _saved(cls) -> list[str]:
-        return [name for base in reversed(cls.__mro__) for name in vars(base).get("saves", ())]
-
-    def _state(self) -> dict[str, Any]:
-        """The method's own state beyond the counters: what ``saves`` names."""
-        return saved(self, self._saved())
-
-    def _load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore `_state`'s result; read all of it before changing anything."""
-        places = {key: p.weight.device for p in self.pools for key in (p.name, p.number)}
-        elsewhere: torch.device = self.optimizers[0].param_groups[0]["params"][0].device
-        restore(self, self._saved(), state, lambda key: places.get(key, elsewhere))
+    def _resumed(self) -> None:
+        """After a state was restored."""
+        if self.steps:
+            self._attachment.resumed()
+        self._release(self.pools)
+        self._request_capture()
 
     def __deepcopy__(self, memo: object) -> Method:
         raise TypeError(_NO_COPY)

@@ -14,17 +14,15 @@ from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from textwrap import fill
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
-from rewire.methods.core.base import Method
+from rewire.methods.core.base import Memory, Method
 from rewire.methods.core.parameters import Parameter
 
 __all__ = ["MethodInfo", "Parameter", "available", "create", "info", "register"]
-
-Memory = Literal["O(K)", "O(M)"]
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,17 @@ def register(
     name: str,
     paper: str,
     summary: str,
-    guarantees: Iterable[str],
-    keeps_budget: str = "every step",
-    memory: Memory = "O(K)",
+    guarantees: Iterable[str] | None = None,
+    keeps_budget: str | None = None,
+    memory: Memory | None = None,
     needs: str = "",
 ) -> Callable[[_M], _M]:
     """Class decorator that enters a method into the registry under ``name`` (what the command line
     calls it).
+
+    ``keeps_budget`` and ``memory`` are those that its class or family declares
+    (`Method.keeps_budget`, `Method.memory`) unless they are given here, and ``guarantees`` those of
+    the method that it is a variant of.
     """
 
     def enter(cls: _M) -> _M:
@@ -123,11 +125,24 @@ def register(
             )
         _document(cls)
         _METHODS[name] = MethodInfo(
-            name, cls, paper, summary, keeps_budget, memory, tuple(guarantees), needs
+            name,
+            cls,
+            paper,
+            summary,
+            keeps_budget or cls.keeps_budget,
+            memory or cls.memory,
+            _inherited(cls) if guarantees is None else tuple(guarantees),
+            needs,
         )
         return cls
 
     return enter
+
+
+def _inherited(cls: type[Method]) -> tuple[str, ...]:
+    """The guarantees of the nearest base class that is registered; of none, nothing."""
+    known = {entry.cls: entry.guarantees for entry in _METHODS.values()}
+    return next((known[base] for base in cls.__mro__[1:] if base in known), ())
 
 
 def load_package(package: ModuleType) -> None:

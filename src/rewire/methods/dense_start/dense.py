@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rewire.nn.convert import attached
 from rewire.nn.convert.cut import dense_weights
 from rewire.nn.convert.kinds import join, kind_of
 from rewire.nn.convert.replacing import refuse_shared
+from rewire.nn.optimizers.membership import Home, homes_of, only_home
 from rewire.nn.optimizers.wrappers import listed, movers
 
 __all__ = ["DenseStart", "DenseWeight", "in_scope", "largest"]
@@ -26,14 +27,12 @@ __all__ = ["DenseStart", "DenseWeight", "in_scope", "largest"]
 class DenseWeight:
     """A dense weight that a method acts on: its layer, its optimizer and parameter group."""
 
-    def __init__(
-        self, name: str, layer_name: str, layer: nn.Module, homes: list[tuple[Optimizer, int]]
-    ) -> None:
+    def __init__(self, name: str, layer_name: str, layer: nn.Module, home: Home) -> None:
         self.name = name
         self.layer_name = layer_name
         self.layer = layer
         self.path = name[len(layer_name) :].lstrip(".")
-        self.optimizer, self._group_number = homes[0]
+        self.optimizer, self._group_number = home.optimizer, home.group
 
     @property
     def tensor(self) -> Tensor:
@@ -107,30 +106,19 @@ def in_scope(
                 "stays: call torch.nn.utils.prune.remove(layer, name) first, or exclude the layer"
             )
     return [
-        DenseWeight(name, at, layer, list(_homes(name, w, optimizers)))
-        for name, at, layer, w in found
+        DenseWeight(name, at, layer, _home(name, w, optimizers)) for name, at, layer, w in found
     ]
 
 
-def _homes(
-    name: str, weight: Tensor, optimizers: Sequence[Optimizer]
-) -> Iterator[tuple[Optimizer, int]]:
+def _home(name: str, weight: Tensor, optimizers: Sequence[Optimizer]) -> Home:
     owner = weight if isinstance(weight, nn.Parameter) else weight._base
-    places = [
-        (optimizer, i)
-        for given in optimizers
-        for optimizer in movers(given, owner)[:1]
-        for i, group in enumerate(optimizer.param_groups)
-        if any(parameter is owner for parameter in group["params"])
-    ]
-    if len(places) != 1:
-        where = "in no optimizer" if not places else f"in {len(places)} parameter groups"
-        raise ValueError(
-            f"{name} is {where}, and must be in exactly one: make the optimizer from "
-            "model.parameters() and pass all "
-            "optimizers to the method, freeze the weight, or exclude it"
-        )
-    yield places[0]
+    found = [optimizer for given in optimizers for optimizer in movers(given, owner)[:1]]
+    return only_home(
+        name,
+        homes_of(owner, found),
+        "from model.parameters()",
+        ", freeze the weight, or exclude it",
+    )
 
 
 @torch.no_grad()
@@ -164,6 +152,8 @@ class DenseStart(Method):
     )
 
     starts_dense = True
+    keeps_budget = "no"
+    memory = "O(M)"
 
     def _check(self) -> None:
         optimizers = listed(self.optimizer)

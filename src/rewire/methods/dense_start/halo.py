@@ -49,8 +49,6 @@ def penalty_of(
     paper="Seto, Wells, Zhang, SDM 2021 (arXiv 2008.10183)",
     summary="dense training with a learned lasso penalty for every weight, then one global "
     "magnitude cut",
-    keeps_budget="no",
-    memory="O(M)",
     guarantees=("after finalize() exactly the given share of the weights in scope exists",),
 )
 class Halo(DenseStart):

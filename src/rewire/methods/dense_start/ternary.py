@@ -42,8 +42,6 @@ HIGHEST = 0.999
     paper="Faraone et al., ICONIP 2017 (arXiv 1709.06262), reconstructed from its abstract",
     summary="learned quantization thresholds make weights 0 or plus or minus one scale; then the "
     "mask is frozen",
-    keeps_budget="no",
-    memory="O(M)",
     guarantees=(
         "after finalize() every weight in scope has one magnitude",
         "at most the given share of the weights with trained thresholds is left by stage 2",

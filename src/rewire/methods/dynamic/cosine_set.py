@@ -12,6 +12,7 @@ from rewire.methods.core.parameters import fraction_field, parameter
 from rewire.methods.core.registry import register
 from rewire.methods.criteria.drop import ByMagnitudeAndSign
 from rewire.methods.criteria.grow import BySimilarity, Random
+from rewire.methods.dynamic.rewirer import optimizer_state_field
 from rewire.methods.dynamic.similar import BySimilarActivations
 from rewire.schedules import Schedule
 
@@ -41,16 +42,11 @@ class CosineSET(BySimilarActivations):
     )
     centred: bool = parameter(
         default=True,
-        help="in the first layer, take the inputs from their means over the data. The authors "
-        "standardise their data, which does the same; of other inputs, such as pixels between 0 "
-        "and 1, the cosine says how bright they are on average, not whether they vary with the "
-        "unit (see docs/defaults.md)",
+        help="in the first layer, take the inputs from their means over the data, which the "
+        "authors' standardised data have already; as they are, the cosine of pixels between 0 and "
+        "1 says how bright they are, not whether they vary with the unit (see docs/defaults.md)",
     )
-    optimizer_state: Literal["keep", "reset"] = parameter(
-        default="keep",
-        help="of survivors: keep it, or reset all state of all parameters at every update, as the "
-        "authors' Keras code does",
-    )
+    optimizer_state: Literal["keep", "reset"] = optimizer_state_field("the authors' code does")
 
     keeps_limits = ("fan-in", "fan-out", "block")
     #: Whether removal ranks weight times similarity, and how addition uses similarity, if it does.
@@ -61,10 +57,8 @@ class CosineSET(BySimilarActivations):
         super()._check()
         source = self._similarity(output_layer=self.output_layer, centred=self.centred)
         self.drop = ByMagnitudeAndSign(source if self.removal else None)
-        if self.addition is None:
-            self.grow = Random()
-        else:
-            self.grow = BySimilarity(source, self.addition, self.candidates)
+        near = self.addition and BySimilarity(source, self.addition, self.candidates)
+        self.grow = near or Random()
 
 
 def _variant(
@@ -85,24 +79,11 @@ def _variant(
     )(type(cls, (CosineSET,), body))
 
 
-CoDASET = _variant(
-    "CoDASET", False, "top", "grows between the most similar units, where its topology may freeze"
-)
-CoPASET = _variant(
-    "CoPASET", False, "proportional", "draws new connections in proportion to similarity"
-)
-CoRSET = _variant(
-    "CoRSET", True, None, "drops the weakest weights times similarity, and grows at random"
-)
-CoDACoRSET = _variant(
-    "CoDACoRSET",
-    True,
-    "top",
-    "drops the weakest weights times similarity, grows between the most similar units",
-)
-CoPACoRSET = _variant(
-    "CoPACoRSET",
-    True,
-    "proportional",
-    "drops the weakest weights times similarity, draws new ones in proportion to similarity",
-)
+_WEAK = "drops the weakest weights times similarity"
+_NEAR, _DRAWN = "grows between the most similar units", "in proportion to similarity"
+
+CoDASET = _variant("CoDASET", False, "top", f"{_NEAR}, where its topology may freeze")
+CoPASET = _variant("CoPASET", False, "proportional", f"draws new connections {_DRAWN}")
+CoRSET = _variant("CoRSET", True, None, f"{_WEAK}, and grows at random")
+CoDACoRSET = _variant("CoDACoRSET", True, "top", f"{_WEAK}, {_NEAR}")
+CoPACoRSET = _variant("CoPACoRSET", True, "proportional", f"{_WEAK}, draws new ones {_DRAWN}")

@@ -33,7 +33,7 @@ from rewire.nn import Event
 from rewire.nn.optimizers.followers import gathered, restart_optimizer_state
 from rewire.schedules import Schedule, at, within
 
-__all__ = ["NewValues", "Rewirer", "Rewiring", "normal_values"]
+__all__ = ["NewValues", "Rewirer", "Rewiring", "normal_values", "optimizer_state_field"]
 
 #: Values of newly grown connections: ``(pool, count, seed, step) -> tensor``; None for 0.
 NewValues = Callable[[Pool, int, int, int], Tensor]
@@ -49,6 +49,15 @@ def normal_values(std: float) -> NewValues:
         )
 
     return draw
+
+
+def optimizer_state_field(who: str) -> Any:
+    """The declaration of ``optimizer_state``; ``who`` ("a new optimizer would") resets it too."""
+    return parameter(
+        default="keep",
+        help="of survivors: keep it, or reset all state of all parameters at every update, as "
+        f"{who}",
+    )
 
 
 class Rewiring(Method):

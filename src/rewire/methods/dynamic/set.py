@@ -11,7 +11,7 @@ from rewire.methods.core.runs import Run
 from rewire.methods.core.updates import LAST
 from rewire.methods.criteria.drop import ByMagnitudeAndSign
 from rewire.methods.criteria.grow import Random
-from rewire.methods.dynamic.rewirer import Rewiring, normal_values
+from rewire.methods.dynamic.rewirer import Rewiring, normal_values, optimizer_state_field
 from rewire.schedules import Schedule
 
 __all__ = ["SET"]
@@ -45,11 +45,7 @@ class SET(Rewiring):
     new_values: Literal["zero", "normal"] = parameter(
         default="zero", help="of grown connections: 0, or from N(0, 0.1^2)"
     )
-    optimizer_state: Literal["keep", "reset"] = parameter(
-        default="keep",
-        help="of survivors: keep it, or reset all state of all parameters at every update, as a "
-        "new optimizer would",
-    )
+    optimizer_state: Literal["keep", "reset"] = optimizer_state_field("a new optimizer would")
 
     keeps_limits = ("fan-in", "fan-out", "block")
     drop = ByMagnitudeAndSign()

@@ -15,13 +15,11 @@ __all__ = ["GMP"]
     name="gmp",
     paper="Zhu and Gupta 2017 (arXiv 1710.01878)",
     summary="drop the smallest weights every 100 steps, along a cubic schedule from a dense start",
-    keeps_budget="every update",
     guarantees=(
         "the schedule's K exact after every cut",
         "what is dropped never returns",
         "K at the end",
     ),
-    memory="O(M)",
 )
 class GMP(Gradual):
     """Every ``every`` steps from ``begin`` to ``until``, drop the smallest |w| down to, with K_0 at

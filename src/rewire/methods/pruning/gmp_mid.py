@@ -8,9 +8,6 @@ from rewire.methods.pruning.gmp import GMP
     name="gmp-mid",
     paper="Jin et al., ICLR 2025 (arXiv 2501.12486); the cuts are GMP's",
     summary="gradual magnitude pruning between 25 % and 75 % of the training's compute",
-    keeps_budget="every update",
-    guarantees=("the schedule's K exact after every cut", "what is dropped never returns"),
-    memory="O(M)",
 )
 class GMPMid(GMP):
     """`GMP` from a quarter to three quarters of the compute, counted as connections times steps;

@@ -27,9 +27,7 @@ __all__ = ["GraNet"]
     paper="Liu et al., NeurIPS 2021 (arXiv 2106.10404)",
     summary="gradual magnitude pruning over the whole network; each cut also replaces weak "
     "weights by gradient",
-    keeps_budget="every update",
     guarantees=("the schedule's K exact after every cut", "K at the end"),
-    memory="O(M)",
     needs="gradients",
 )
 class GraNet(Gradual):

@@ -28,7 +28,6 @@ __all__ = ["L1"]
         "weights are exactly zero, not just small",
         "the final budget is never exceeded by finalize's model",
     ),
-    memory="O(M)",
 )
 class L1(Shrinking):
     """Iterated soft thresholding (ISTA): after each optimizer step of rate eta, on every

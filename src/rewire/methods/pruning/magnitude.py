@@ -21,13 +21,11 @@ __all__ = ["Magnitude"]
     paper="Han, Pool, Tran, Dally, NeurIPS 2015 (arXiv 1506.02626)",
     summary="train, drop the smallest weights of each layer, retrain the others from their "
     "values, and again",
-    keeps_budget="every update",
     guarantees=(
         "K of every cycle exact (percentile mode), and in the model that finalize returns",
         "survivors keep their values",
         "what is dropped never returns",
     ),
-    memory="O(M)",
 )
 class Magnitude(Shrinking):
     """Prune-retrain cycles: after every ``every_epochs`` epochs, ``cycles`` times, drop the

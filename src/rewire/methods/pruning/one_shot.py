@@ -18,12 +18,10 @@ __all__ = ["OneShot"]
     name="one-shot",
     paper="baseline: Han et al., NeurIPS 2015 (arXiv 1506.02626), with a single cut",
     summary="train with all connections, drop the smallest weights once, train the rest",
-    keeps_budget="every update",
     guarantees=(
         "K exact from the cut on, and in the model that finalize returns",
         "survivors keep their values",
     ),
-    memory="O(M)",
 )
 class OneShot(Shrinking):
     """Train the connections there are; once, drop all but the K of largest magnitude; train those

@@ -110,6 +110,8 @@ class Shrinking(Method):
         default="erk", kind="budget", help="how one number is spread over the pools"
     )
 
+    keeps_budget = "every update"
+    memory = "O(M)"
     #: The density that `rewire train` builds the pools with.
     start_density: ClassVar[float | None] = 1.0
     #: What only drops stays within any limits.

@@ -23,13 +23,11 @@ __all__ = ["SNIP"]
     name="snip",
     paper="Lee, Ajanthan, Torr, ICLR 2019 (arXiv 1810.02340)",
     summary="before training, keep the connections with the largest |w dL/dw| on the first batches",
-    keeps_budget="every update",
     guarantees=(
         "K exact from the first trained step on",
         "no layer is emptied",
         "initial values are not touched",
     ),
-    memory="O(M)",
     needs="gradients",
 )
 class SNIP(Shrinking):

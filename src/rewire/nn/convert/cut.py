@@ -18,6 +18,7 @@ from rewire.nn.convert import attached
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
 from rewire.nn.convert.replacing import layers_of, refuse_shared, swap
 from rewire.nn.optimizers.followers import check_optimizer, reset_optimizer_state
+from rewire.nn.optimizers.membership import split_state
 from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.structure import Part, announce
 from rewire.nn.weight.listing import sparse_weights
@@ -293,22 +294,17 @@ def _moves(optimizer: Optimizer, parameters: set[int]) -> list[_Move]:
 
 def _move(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> _Move:
     state = dict(optimizer.state.get(parameter, {}))
-    dense: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
     # Adafactor: the estimate that it would use for this matrix.
     if {"row_var", "col_var"} <= state.keys():
         row, col = state.pop("row_var"), state.pop("col_var")
         least = group["eps"][0] or torch.finfo(row.dtype).eps
-        dense["variance"] = row @ col / row.mean(-2, keepdim=True).clamp_(min=least)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            dense[key] = value
-        elif isinstance(value, Tensor) and value.dim():
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a "
-                f"weight of shape {tuple(parameter.shape)}, which cannot be cut along with it: use "
-                "SGD or Adam, or make a new optimizer after the cut"
-            )
-        else:
-            rest[key] = value
+        state["variance"] = row @ col / row.mean(-2, keepdim=True).clamp_(min=least)
+    shape = parameter.shape
+    dense, rest = split_state(
+        optimizer,
+        state,
+        lambda key, value: value.shape == shape,
+        f"a weight of shape {tuple(shape)}",
+        ("cut", "the cut"),
+    )
     return _Move(optimizer, group, parameter, dense, rest)

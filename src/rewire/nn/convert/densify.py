@@ -17,6 +17,7 @@ from rewire.nn.convert.kinds import Kind, join, sparse_kind_of
 from rewire.nn.convert.replacing import layers_of, swap
 from rewire.nn.optimizers.ages import KEY as AGE
 from rewire.nn.optimizers.followers import check_optimizer, following, initial_of
+from rewire.nn.optimizers.membership import split_state
 from rewire.nn.optimizers.wrappers import inner_optimizers, kept_beside, listed
 from rewire.nn.weight.listing import sparse_weights
 from rewire.nn.weight.pool import SparseWeight
@@ -211,27 +212,19 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
     states = [dict(optimizer.state.get(target.pool.values, {})) for target in targets]
     for state in states:
         state.pop(AGE, None)  # a dense parameter has one age, its optimizer's step
-    per_slot: dict[str, list[Tensor]] = {}
-    rest: dict[str, Any] = {}
     if len({frozenset(state) for state in states}) > 1:
         raise ValueError(
             f"{title} has trained only some of the pools that {targets[0].name} is made of"
         )
-    for key, value in states[0].items():
-        parts = [state[key] for state in states]
-        if all(
-            isinstance(part, Tensor) and part.dim() == 1 and part.numel() == target.pool.capacity
-            for part, target in zip(parts, targets, strict=True)
-        ):
-            per_slot[key] = parts
-        elif isinstance(value, Tensor) and value.dim():
-            raise ValueError(
-                f"{title} keeps {key} of shape {tuple(value.shape)} for {targets[0].pool.capacity} "
-                f"slots, which cannot be made dense along with {targets[0].name}: make a new "
-                "optimizer after densify()"
-            )
-        else:
-            rest[key] = value
+    capacities = [(target.pool.capacity,) for target in targets]
+    first, rest = split_state(
+        optimizer,
+        states[0],
+        lambda key, value: [getattr(s[key], "shape", None) for s in states] == capacities,
+        f"the {targets[0].pool.capacity} slots of {targets[0].name}",
+        ("made dense", "densify()"),
+    )
+    per_slot = {key: [state[key] for state in states] for key in first}
     return Move(optimizer, group, targets, per_slot, rest)
 
 

@@ -20,7 +20,8 @@ from rewire.nn.layers.linear import SparseLinear, input_dtype
 from rewire.nn.layers.recurrent import SparseGRU, SparseLSTM, SparseRNN
 from rewire.nn.layers.recurrent_base import Recurrent
 from rewire.ops import frozen_conv
-from rewire.ops.recurrence import State, inference
+from rewire.ops.cells import State
+from rewire.ops.recurrence import inference
 
 __all__ = [
     "FROZEN",
@@ -78,7 +79,7 @@ class _FrozenConv(Frozen):
                 f"x is {x.dtype} but the frozen weight is {weight.dtype}: convert one, so that "
                 "both agree"
             )
-        return frozen_conv(*weight.tensors(), x, self.bias, self._geometry)
+        return frozen_conv(weight.lists(), x, self.bias, self._geometry)
 
 
 class FrozenConv1d(_FrozenConv, SparseConv1d):

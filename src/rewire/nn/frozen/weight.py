@@ -13,7 +13,7 @@ from rewire.nn.frozen.quantize import Values
 from rewire.nn.weight.pool import SparseWeight
 from rewire.nn.weight.shape import Shaped
 from rewire.ops import NARROW, frozen_linear
-from rewire.ops.frozen import NATIVE_PRODUCT, expand
+from rewire.ops.frozen import NATIVE_PRODUCT, FrozenLists
 
 __all__ = ["FrozenWeight", "Values", "frozen_weights"]
 
@@ -104,14 +104,14 @@ class FrozenWeight(Shaped):
         """Bytes of its tensors."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """ptr, cols, values and scale."""
+    def lists(self) -> FrozenLists:
+        """Its connections, as products take them."""
         b: dict[str, Any] = self._buffers  # faster than attributes of a module
-        return b["ptr"], b["cols"], b["values"], b["scale"]
+        return FrozenLists(b["ptr"], b["cols"], b["values"], b["scale"])
 
     def coo(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns (int64) and values (floats) of the connections, sorted by row."""
-        lists = expand(*self.tensors())
+        lists = self.lists().expand()
         count = self.matrix_shape[0]
         rows = torch.arange(count, device=self.device).repeat_interleave(lists.ptr.diff())
         return rows, lists.idx.long(), lists.values
@@ -168,7 +168,7 @@ class FrozenWeight(Shaped):
                 f"x has shape {tuple(x.shape)}, but the layer takes (..., {columns})"
             )
         flat = x.unsqueeze(0) if x.dim() == 1 else x if x.dim() == 2 else x.flatten(0, -2)
-        y = frozen_linear(*self.tensors(), flat.float() if narrow else flat, bias)
+        y = frozen_linear(self.lists(), flat.float() if narrow else flat, bias)
         y = y.to(x.dtype) if narrow else y
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.matrix_shape[0])
 

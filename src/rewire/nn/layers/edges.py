@@ -6,7 +6,6 @@ An edge goes from a source, an input of the layer (a column of its weight), to a
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rewire.storage import columns
+
 __all__ = ["Edges", "Ends", "Names", "ends_of", "frozen_of", "sizes_of"]
 
 #: What stands for a list of edges: see `rewire.nn.from_edges`.
 Edges: TypeAlias = Any
 #: Names of units, in the order of their numbers.
 Names: TypeAlias = Sequence[str]
+#: The columns of a file with edges, and the one that may say which weight they are of.
+_ENDS, _WEIGHT = ("source", "target"), ("weight",)
 
 _FORMS = (
     "give (source, target) pairs (a list, or an array of shape (n, 2)), a tensor of shape (2, n) "
@@ -186,46 +189,38 @@ def _read(path: Path) -> tuple[Any, Any]:
 
 
 def _read_csv(path: Path) -> tuple[Any, Any]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        try:
-            header = next(rows, [])
-            source, target, weight = _places(header, path)
-            first: list[str] = []
-            second: list[str] = []
-            weights: set[str] = set()
-            for row in rows:
-                if row:
-                    first.append(row[source])
-                    second.append(row[target])
-                    if weight is not None:
-                        weights.add(row[weight])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path.name} cannot be read as CSV: {error}") from None
-        except IndexError:
-            raise ValueError(
-                f"line {rows.line_num} of {path.name} has fewer columns than its first line"
-            ) from None
+    first: list[str] = []
+    second: list[str] = []
+    weights: set[str] = set()
+    for source, target, *named in columns.CsvRows(path, _ENDS, _WEIGHT):
+        first.append(source)
+        second.append(target)
+        weights.update(named)
     _one_weight(weights, path)
     return _parsed(first), _parsed(second)
 
 
+def _read_parquet(path: Path) -> tuple[Any, Any]:
+    try:
+        found = columns.read_parquet(path, _ENDS, _WEIGHT).columns
+    except ImportError:
+        raise RuntimeError(
+            "reading Parquet files needs pyarrow: pip install pyarrow (or give a CSV file)"
+        ) from None
+    if "weight" in found:
+        _one_weight({str(name) for name in found["weight"].unique().to_pylist()}, path)
+    source, target = (found[name].to_numpy() for name in _ENDS)
+    return source, target
+
+
 def _one_weight(names: set[str], path: Path) -> None:
     """ValueError for the edges of several weights, as `rewire.export` writes them."""
-    named = sorted(name for name in names if not _is_number(name))
+    named = sorted(name for name in names if not columns.is_number(name))
     if len(named) > 1:
         raise ValueError(
             f"{path.name} has edges of {len(named)} weights, such as {named[0]} and {named[1]}: "
             "keep the lines of one, or read all of it with rewire.load"
         )
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _parsed(words: list[str]) -> Any:
@@ -234,39 +229,3 @@ def _parsed(words: list[str]) -> Any:
         return np.array(words, dtype=np.int64)
     except (ValueError, OverflowError):
         return np.array(words, dtype=object)
-
-
-def _places(header: Sequence[str], path: Path) -> tuple[int, int, int | None]:
-    """Where the columns source and target are, and weight, if there is one."""
-    names = [name.strip() for name in header]
-    missing = [name for name in ("source", "target") if name not in names]
-    if missing:
-        raise ValueError(
-            f"{path.name} has no column {' and '.join(missing)}: its first line must name the "
-            f"columns source and target, and it has {', '.join(names) or 'nothing'}"
-        )
-    weight = names.index("weight") if "weight" in names else None
-    return names.index("source"), names.index("target"), weight
-
-
-def _read_parquet(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise RuntimeError(
-            "reading Parquet files needs pyarrow: pip install pyarrow (or give a CSV file)"
-        ) from None
-    try:
-        weight = _places(pyarrow.parquet.read_schema(path).names, path)[2]
-        wanted = ["source", "target"] if weight is None else ["source", "target", "weight"]
-        table = pyarrow.parquet.read_table(path, columns=wanted)
-    except (pyarrow.ArrowException, OSError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{path.name} cannot be read as Parquet: {line}") from None
-    if weight is not None:
-        _one_weight({str(name) for name in table.column("weight").unique().to_pylist()}, path)
-    for name in ("source", "target"):
-        if table.column(name).null_count:
-            raise ValueError(f"column {name} of {path.name} has entries that are missing")
-    return table.column("source").to_numpy(), table.column("target").to_numpy()

@@ -58,7 +58,7 @@ def known(
                 f"the layer may have {wanted} connections, and {start.numel()} edges are given: "
                 "allow at least as many, or leave connections= and density= out"
             )
-    # A prior says itself what is frozen.
+    # Without edges the prior alone says what the first topology must have.
     start = None if edges is None else start
     return Known(connections, density, start, Prior.of(n_outputs, n_inputs, around, held))
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rewire.nn.layers.allot import Connections, Density
 from rewire.nn.layers.initial import Init
 from rewire.nn.layers.recurrent_base import Form, Recurrent
-from rewire.ops.recurrence import GRU, LSTM, RELU, TANH, Cell
+from rewire.ops.cells import GRU, LSTM, RELU, TANH, Cell
 
 __all__ = ["SparseGRU", "SparseLSTM", "SparseRNN"]
 

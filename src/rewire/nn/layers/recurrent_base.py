@@ -21,7 +21,8 @@ from rewire.nn.layers.base import autocast_dtype
 from rewire.nn.layers.initial import Init, check_init, draw_values
 from rewire.nn.weight.pool import SparseWeight
 from rewire.nn.weight.twin import Twin
-from rewire.ops.recurrence import Cell, State, Weight, recurrence
+from rewire.ops.cells import Cell, State
+from rewire.ops.recurrence import Weight, recurrence
 
 __all__ = ["Form", "Recurrent"]
 

@@ -16,10 +16,17 @@ from rewire.nn.layers.linear import SparseLinear
 from rewire.nn.weight.pool import SparseWeight
 from rewire.topology import Positions, Prior
 
-__all__ = ["RowSharded", "clip_grad_norm_"]
+__all__ = ["RowSharded", "clip_grad_norm_", "told_by_all"]
 
 
-class Ranks:
+def told_by_all(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What each rank of ``group`` says, in their order; this one says ``mine``, pickled."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+class RankRows:
     """The process group of a layer, and which rows its ranks have. Copies of a layer share it."""
 
     def __init__(self, group: dist.ProcessGroup | None, rows: int) -> None:
@@ -34,8 +41,8 @@ class Ranks:
         return self.bounds[self.rank], self.bounds[self.rank + 1]
 
     def collect(self, mine: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """The tensors of all ranks, one behind the other along dimension 0. ``lengths`` are theirs
-        along it; asked for if they are not given.
+        """The tensors of all ranks, one behind the other along dimension 0. ``lengths`` are their
+        sizes along it; without it the ranks tell each other.
         """
         if lengths is None:
             own = torch.tensor([len(mine)], device=mine.device)
@@ -58,8 +65,7 @@ class Ranks:
             weight.prior and weight.prior.digest(),
             weight.fingerprint() if weight.drawn else None,
         )
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, mine, group=self.group)
+        everyone = told_by_all(mine, self.group)
         if any(theirs != everyone[0] for theirs in everyone):
             raise ValueError(
                 "the layers differ between ranks (shape, connections, limits, hashes of prior and "
@@ -69,13 +75,11 @@ class Ranks:
 
     def refuse_any(self, problem: str) -> None:
         """ValueError, on all ranks, if one has a ``problem``."""
-        problems: list[Any] = [None] * self.count
-        dist.all_gather_object(problems, problem, group=self.group)
-        for rank, theirs in enumerate(problems):
+        for rank, theirs in enumerate(told_by_all(problem, self.group)):
             if theirs:
                 raise ValueError(f"rank {rank} of {self.count}: {theirs}")
 
-    def __deepcopy__(self, memo: object) -> Ranks:
+    def __deepcopy__(self, memo: object) -> RankRows:
         return self
 
     def __reduce__(self) -> Any:
@@ -88,7 +92,7 @@ class _Spread(torch.autograd.Function):
     """x as it is; its gradient is the sum of what all ranks send back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: RankRows) -> Tensor:
         ctx.ranks = ranks
         return x.view_as(x)
 
@@ -104,7 +108,7 @@ class _Gather(torch.autograd.Function):
     """The outputs of all ranks beside each other; a rank's gradient is that of its own outputs."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, y: Tensor, ranks: RankRows) -> Tensor:
         ctx.ranks = ranks
         lengths = [last - first for first, last in pairwise(ranks.bounds)]
         # By feature, as the products write it: then a rank's part is one piece of memory.
@@ -131,7 +135,7 @@ class RowSharded(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, shard: SparseLinear, ranks: Ranks) -> None:
+    def __init__(self, shard: SparseLinear, ranks: RankRows) -> None:
         super().__init__()
         self.in_features, self.out_features = shard.in_features, ranks.bounds[-1]
         self.shard, self.ranks = shard, ranks
@@ -203,7 +207,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     divided: all ranks' parts count, so all ranks scale alike. Returns the norm before. All ranks
     must call this after backward.
     """
-    groups: dict[int, tuple[Ranks, list[Tensor]]] = {}
+    groups: dict[int, tuple[RankRows, list[Tensor]]] = {}
     divided: set[int] = set()
     for module in model.modules():
         if isinstance(module, RowSharded):
@@ -231,12 +235,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 def cut(
     layer: SparseLinear, group: dist.ProcessGroup | None, seed: int | None, init: Init
-) -> tuple[SparseLinear, Ranks]:
-    """The rows of this rank, and which those of all ranks are; arguments and errors as in
+) -> tuple[SparseLinear, RankRows]:
+    """This rank's rows as a layer, and which rows each rank has; arguments and errors as in
     `rewire.distributed.shard_rows`.
     """
     refuse_limits(layer.weight.limits)
-    ranks = Ranks(group, layer.out_features)
+    ranks = RankRows(group, layer.out_features)
     ranks.refuse_different(layer.weight)
     drawn = torch.tensor([random.seed_from() if seed is None else seed])
     dist.broadcast(drawn, dist.get_global_rank(group, 0) if group else 0, group=group)
@@ -255,10 +259,10 @@ def cut(
 
 
 def _rows(
-    layer: SparseLinear, ranks: Ranks, generator: torch.Generator, init: Init
+    layer: SparseLinear, ranks: RankRows, generator: torch.Generator, init: Init
 ) -> SparseLinear:
-    """The rows of this rank. Of a layer on the meta device they are drawn, on the CPU, so that the
-    whole is nowhere.
+    """The rows of this rank. Of a layer on the meta device they are drawn, on the CPU, so that no
+    rank holds the whole.
     """
     weight = layer.weight
     first, last = ranks.mine
@@ -299,7 +303,7 @@ def _rows(
     return SparseLinear.from_weight(own, bias, contiguous_output=layer.contiguous_output)
 
 
-def _shares(weight: SparseWeight, ranks: Ranks) -> list[int]:
+def _shares(weight: SparseWeight, ranks: RankRows) -> list[int]:
     """How many connections the ranks before each one have together, in proportion to the positions
     of their rows; the last is K.
     """

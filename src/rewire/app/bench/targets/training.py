@@ -32,9 +32,9 @@ COSINE = ("codacorset", "copacorset")
 SIMILARITY_ROWS = 128
 
 
-def _layer(size: int, connections: int, batch: int) -> tuple[SparseLinear, Tensor, Tensor]:
+def _layer(case: Layer) -> tuple[SparseLinear, Tensor, Tensor]:
     """A layer without bias, with x and gradient feature-major: the fastest step there is."""
-    problem = Linear(Layer(size, size, connections, batch))
+    problem = Linear(case)
     layer = SparseLinear.from_weight(problem.weight)
     x, g = (t.t().contiguous().t() for t in (problem.x, problem.g))
     return layer, x, g
@@ -71,7 +71,7 @@ def deep_r_share(
     figures = []
     for noise, target in zip((0.0, 1e4), targets, strict=True):
         for share in flips:
-            layer, x, g = _layer(size, connections, batch)
+            layer, x, g = _layer(Layer(size, size, connections, batch))
             x.requires_grad_()
             values, flipping = layer.weight.values, max(1, round(share * connections))
             optimizer = torch.optim.SGD(layer.parameters(), lr=1e-12)
@@ -118,30 +118,26 @@ def update_share(
     """P6: share of training time that updates take, in epochs of 391 steps (CIFAR-10)."""
     figures = []
     for density in densities:
-        connections = max(1, round(density * size * size))
-        figures.append(_per_epoch("set", 10.0, size, connections, batch, epoch, setting))
-        rigl = 10.0 if density >= 0.05 else 25.0
-        figures.append(_per_steps("rigl", rigl, size, connections, batch, setting))
+        case = Layer.of(size, size, density, batch)
+        figures.append(_per_epoch("set", 10.0, case, epoch, setting))
+        figures.append(_per_steps("rigl", 10.0 if density >= 0.05 else 25.0, case, setting))
         figures += [
-            _per_epoch(name, 10.0, size, connections, batch, epoch, setting, rows=SIMILARITY_ROWS)
-            for name in COSINE
+            _per_epoch(name, 10.0, case, epoch, setting, rows=SIMILARITY_ROWS) for name in COSINE
         ]
         # similarities from all rows of an epoch, as the authors compute them: no target
         rows = {"rows": 16 * batch, "of": epoch * batch}
-        figures.append(
-            _per_epoch("codacorset", None, size, connections, batch, epoch, setting, **rows)
-        )
+        figures.append(_per_epoch("codacorset", None, case, epoch, setting, **rows))
     return figures, {}
 
 
 def _prepared(
-    name: str, size: int, connections: int, batch: int, rows: int | None = None
+    name: str, case: Layer, rows: int | None = None
 ) -> tuple[methods.Method, Callable[[], None]]:
     """A method and a training step; ``rows`` of data are for methods that look at them."""
-    layer, x, g = _layer(size, connections, batch)
+    layer, x, g = _layer(case)
     x.requires_grad_()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, momentum=0.9, fused=True)
-    data = {} if rows is None else {"data": [torch.randn(rows, size)]}
+    data = {} if rows is None else {"data": [torch.randn(rows, case.inputs)]}
     method = methods.create(name, layer, optimizer, seed=0, **data)
 
     def train() -> None:
@@ -154,9 +150,7 @@ def _prepared(
 def _per_epoch(
     name: str,
     target: float | None,
-    size: int,
-    connections: int,
-    batch: int,
+    case: Layer,
     epoch: int,
     setting: Setting,
     rows: int | None = None,
@@ -166,7 +160,7 @@ def _per_epoch(
 
     It looks at ``rows`` of data; with ``of`` its time is scaled to that many rows.
     """
-    method, train = _prepared(name, size, connections, batch, rows)
+    method, train = _prepared(name, case, rows)
     steps: list[float] = []
     updates: list[float] = []
     for _ in range(max(3, setting.rounds // 2)):
@@ -179,17 +173,15 @@ def _per_epoch(
         where, update = f", {of} rows (from {rows})", update * of / rows
     note = f"{1e3 * update:.3g} ms after {epoch} steps of {1e3 * step:.3g} ms"
     share = 100 * update / (update + epoch * step)
-    name = f"{name}, {connections / size**2:.0%}, every epoch{where}"
+    name = f"{name}, {case.density:.0%}, every epoch{where}"
     return (
         info(name, share, "%", note) if target is None else at_most(name, share, target, "%", note)
     )
 
 
-def _per_steps(
-    name: str, target: float, size: int, connections: int, batch: int, setting: Setting
-) -> Figure:
+def _per_steps(name: str, target: float, case: Layer, setting: Setting) -> Figure:
     """A method that rewires within an epoch, by its own default frequency: windows of 100 steps."""
-    method, train = _prepared(name, size, connections, batch)
+    method, train = _prepared(name, case)
     shares: list[float] = []
     for _ in range(1 if setting.quick else 3):
         training = acting = 0.0
@@ -200,7 +192,7 @@ def _per_steps(
     updates = method.stats()["updates"]
     method.finalize()
     note = f"{updates} updates in {100 * len(shares)} steps"
-    return at_most(f"{name}, {connections / size**2:.0%}", quartiles(shares)[1], target, "%", note)
+    return at_most(f"{name}, {case.density:.0%}", quartiles(shares)[1], target, "%", note)
 
 
 def _classifier(
