@@ -22,13 +22,13 @@ from rewire.methods.core.refusals import (
     agreed_seed,
     refuse_full,
     refuse_limits,
+    refuse_model,
     refuse_prior,
     refuse_weight_decay,
 )
 from rewire.methods.core.runs import Run
 from rewire.methods.core.state import copied, restore, saved
 from rewire.nn import Event, Moments
-from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = ["Attachment", "Data", "Evaluate", "Method", "Moments", "Pool", "Purpose"]
 
@@ -114,8 +114,8 @@ class Method(Changes, Declared, ABC):
 
     def __post_init__(self) -> None:
         self.check_parameters()
+        refuse_model(self.model, type(self).__name__, dense=self.starts_dense)
         self._check()
-        refuse_sharded(self.model)
         refuse_unprepared(
             self.model,
             trained_weights(self.model, self.optimizer),
