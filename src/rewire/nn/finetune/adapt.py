@@ -61,7 +61,7 @@ def adapt(
         only, exclude: glob patterns over the names of layers, one or several.
         train: glob patterns over the names of parameters that are trained as a whole besides
             (``("*.bias", "head.*")``). Copies of them are kept.
-        dtype: of the values; by default float32 beside weights of 16 bits, else that of the weights.
+        dtype: of the values; by default that of the weights, float32 where these have 16 bits.
         generator: draws the topologies; torch's default generator otherwise.
 
     All other parameters no longer require gradients. Make the optimizer afterwards, of
@@ -123,20 +123,19 @@ def _layers(
     whole = {name for name, _, kind in layers_of(model, kind_of) if kind.dense in ADAPTED}
     attention: list[str] = []  # which reads the weights of its layers itself
     for name, module in model.named_modules():
-        meant = chosen(name, only, exclude) and not name.startswith(tuple(attention))
+        possible = chosen(name, only, exclude) and not name.startswith(tuple(attention))
         if isinstance(module, nn.MultiheadAttention):
             attention.append(f"{name}." if name else "")
-        if patterns is not None:
-            meant = meant and matches(name, patterns, join(name, "weight"))
-        if not meant:
-            continue
-        # Without a pattern, layers of other classes just stay frozen.
-        named = only is not None or patterns is not None
-        what = fitting.reason(module) if named else attached.disguised(module)
-        if what is not None:
-            raise ValueError(f"{name or 'the model'} {what}")
-        if name in whole:
-            fitting.adaptable(name, module)
+        meant = patterns is None or matches(name, patterns, join(name, "weight"))
+        if possible and meant:
+            # Without a pattern, layers of other classes just stay frozen.
+            named = only is not None or patterns is not None
+            what = fitting.reason(module) if named else attached.disguised(module)
+            if what is not None:
+                raise ValueError(f"{name or 'the model'} {what}")
+        if possible and name in whole:
+            if meant:
+                fitting.adaptable(name, module)
             yield name, module
 
 

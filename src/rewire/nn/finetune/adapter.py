@@ -120,9 +120,9 @@ class Adapter:
         the differences. On an error nothing changes. O(K) memory.
         """
         self._check("beside")
+        self._refuse_leaving("loading another adapter")
         saved = files.read(Path(path))
         new = fitting.differences(self._base, saved, str(path), check_base)
-        self._refuse_leaving("loading another adapter")
         self._take()
         self._base.reset()
         self._differences = new

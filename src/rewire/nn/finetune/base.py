@@ -1,4 +1,4 @@
-"""The base of an adapter: a dense model, what training may change of it, and how that was before."""
+"""The base of an adapter: a dense model, what training may change of it, and how that was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.nn.convert.kinds import join
-from rewire.nn.layers.adapted import DIFFERENCE, Adapted
+from rewire.nn.layers.adapted import Adapted
 from rewire.storage.tensors import content_sha256
 
 __all__ = ["Base", "Identity"]
@@ -48,11 +48,12 @@ class Base:
                 parameter.grad = None
 
     def train(self, names: Iterable[str]) -> None:
-        """Let these parameters be trained too."""
-        for name in names:
-            parameter = self.model.get_parameter(name)
-            self.trained[name] = parameter.detach().clone()
-            parameter.requires_grad_(True)
+        """Let these parameters be trained too, in the order of the model."""
+        chosen = {id(self.model.get_parameter(name)) for name in names}
+        for name, parameter in _parameters(self.model):
+            if id(parameter) in chosen:
+                self.trained[name] = parameter.detach().clone()
+                parameter.requires_grad_(True)
 
     def parameters(self) -> list[nn.Parameter]:
         """Those that are trained."""

@@ -81,9 +81,7 @@ def value_dtype(weight: Tensor, wanted: torch.dtype | None) -> torch.dtype:
         return torch.float32 if narrow else weight.dtype
     if wanted != weight.dtype and not (narrow and wanted == torch.float32):
         also = " or torch.float32" if narrow else ""
-        raise ValueError(
-            f"dtype must be that of the weights, {weight.dtype}{also}, not {wanted}"
-        )
+        raise ValueError(f"dtype must be that of the weights, {weight.dtype}{also}, not {wanted}")
     return wanted
 
 
@@ -122,8 +120,8 @@ def refuse_changed(name: str, layer: nn.Module, difference: SparseLayer) -> None
 
 
 def differences(base: Base, saved: Saved, where: str, check_base: bool) -> dict[str, SparseLayer]:
-    """The differences of a file, for the layers of ``base``. Raises ValueError where they, or what
-    else the file has, do not fit; nothing has changed then.
+    """The differences of a file, for the layers of ``base`` and in their order. Raises ValueError
+    where they, or what else the file has, do not fit; nothing has changed then.
     """
     if check_base:
         _check_base(base, saved, where)
@@ -150,7 +148,9 @@ def differences(base: Base, saved: Saved, where: str, check_base: bool) -> dict[
     for name, value in saved.buffers.items():
         own = base.model.get_buffer(name) if name in base.buffers else None
         _check_tensor(name, value, own, where)
-    return found
+    # The states of optimizers go by the order of parameters.
+    order = [seen[layer] for layer in base.model.modules() if layer in seen]
+    return {name: found[name] for name in order}
 
 
 def refuse_training(name: str, parameter: Tensor, taken: Mapping[int, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rewire.nn.layers.base import SparseLayer
@@ -42,22 +43,32 @@ class Adapted(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as those of the dense layer."""
         y: Tensor = super().forward(input)  # type: ignore[misc]
-        return y.add_(self.difference(input))  # nothing else has seen y
+        return y.add_(self._added(input, y.dtype))  # nothing else has seen y
+
+    def _added(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the difference adds to a result of this dtype."""
+        return self.difference(input)  # type: ignore[no-any-return]
 
 
 class AdaptedLinear(Adapted, nn.Linear):
     """`torch.nn.Linear` with a sparse difference."""
 
 
-class AdaptedConv1d(Adapted, nn.Conv1d):
+class _AdaptedConv(Adapted):
+    def _added(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+        # Sparse convolutions, unlike linear layers, take no input of 16 bits beside wide values.
+        return self.difference(input.to(self.difference.weight.dtype)).to(dtype)  # type: ignore[no-any-return]
+
+
+class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
     """`torch.nn.Conv1d` with a sparse difference."""
 
 
-class AdaptedConv2d(Adapted, nn.Conv2d):
+class AdaptedConv2d(_AdaptedConv, nn.Conv2d):
     """`torch.nn.Conv2d` with a sparse difference."""
 
 
-class AdaptedConv3d(Adapted, nn.Conv3d):
+class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
     """`torch.nn.Conv3d` with a sparse difference."""
 
 
