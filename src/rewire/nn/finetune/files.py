@@ -63,7 +63,7 @@ def read(path: Path) -> Saved:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileError(f"{path} is damaged: {reading.brief(repr(error))}") from None
     differences: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         layer, found, part = key.rpartition(f"{_WEIGHT}.")
         if not found or (layer and not layer.endswith(".")):
             raise FileError(f"{path} is damaged: it does not say what {reading.brief(key)} is")

@@ -17,6 +17,7 @@ from rewire.nn.finetune.files import Saved
 from rewire.nn.layers.adapted import ADAPTED, DIFFERENCE, Adapted, dense_class, difference_of
 from rewire.nn.layers.base import SparseLayer
 from rewire.nn.weight.pool import SparseWeight
+from rewire.storage.reading import brief
 
 __all__ = [
     "adaptable",
@@ -132,7 +133,7 @@ def differences(base: Base, saved: Saved, where: str, check_base: bool) -> dict[
             layer = base.model.get_submodule(name)
         except AttributeError:
             raise ValueError(
-                f"{where} has a difference for {name}, which the model does not have"
+                f"{where} has a difference for {brief(name)}, which the model does not have"
             ) from None
         if layer in seen:
             raise ValueError(f"{where} has two differences for {seen[layer]}")
@@ -181,14 +182,13 @@ def _weight(dense: Tensor, name: str, state: Mapping[str, Tensor], where: str) -
     try:
         pool.load_state_dict(dict(state))
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"the difference beside {title} in {where}: {text}") from None
+        raise ValueError(f"the difference beside {title} in {where}: {brief(error)}") from None
     return pool
 
 
 def _check_tensor(name: str, value: Tensor, own: Tensor | None, where: str) -> None:
     if own is None:
-        raise ValueError(f"{where} has values for {name}, which the model does not have")
+        raise ValueError(f"{where} has values for {brief(name)}, which the model does not have")
     if value.shape != own.shape or value.is_floating_point() != own.is_floating_point():
         raise ValueError(
             f"{name} is {own.dtype} {tuple(own.shape)}, and in {where} {value.dtype} "
@@ -204,13 +204,14 @@ def _check_base(base: Base, saved: Saved, where: str) -> None:
             continue
         if here is None or there is None:
             lacks = "the model" if here is None else "the base that it was trained beside"
-            raise ValueError(f"{where} belongs to another base: {lacks} has no {name}")
-        words = [f"{dtype.removeprefix('torch.')} {shape}" for dtype, shape, _ in (here, there)]
-        if words[0] == words[1]:
+            raise ValueError(f"{where} belongs to another base: {lacks} has no {brief(name)}")
+        if here[:2] != there[:2]:
+            words = [f"{dtype.removeprefix('torch.')} {shape}" for dtype, shape, _ in (here, there)]
             raise ValueError(
-                f"{where} belongs to another base: {name} has other values here than there "
-                "(check_base=False loads it all the same)"
+                f"{where} belongs to another base: {name} is {words[0]} here and "
+                f"{brief(words[1])} there"
             )
         raise ValueError(
-            f"{where} belongs to another base: {name} is {words[0]} here and {words[1]} there"
+            f"{where} belongs to another base: {name} has other values here than there "
+            "(check_base=False loads it all the same)"
         )
