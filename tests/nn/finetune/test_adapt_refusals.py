@@ -120,6 +120,14 @@ def test_what_cannot_be_adapted_is_refused_by_name_before_anything_changes(case:
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
 
 
+def test_what_no_pattern_means_is_not_refused() -> None:
+    model = plain()
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    forward(model)
+    model.append(nn.Linear(2, 2))
+    assert list(rewire.adapt(model, density={"4": 0.5}).differences) == ["4"]
+
+
 def test_layers_of_other_classes_that_nobody_names_stay_frozen() -> None:
     model = plain()
     model.append(nn.MultiheadAttention(4, 2)).append(Own(2, 2))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rewire.nn.convert import attached
@@ -86,9 +87,13 @@ def adapt(
         )
     given: Budget = density if density is not None else connections
     layers = dict(_layers(model, given, only, exclude))
-    weights = {name: {"weight": layer.weight} for name, layer in layers.items()}
+    weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
     counts = connection_counts(
-        weights, density, connections, distribution, {name: {} for name in layers}
+        {name: {"weight": weight} for name, weight in weights.items()},
+        density,
+        connections,
+        distribution,
+        {name: {} for name in layers},
     )
     if not counts:
         raise ValueError(
@@ -98,14 +103,17 @@ def adapt(
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(f"{name} is on the meta device, without values: load the model first")
-    trained = _trained(model, train, {id(layers[name].weight): name for name in counts})
+    trained = _trained(model, train, {id(weights[name]): name for name in counts})
 
     def difference(name: str) -> SparseLayer:
-        weight = layers[name].weight
-        values = fitting.value_dtype(weight, dtype)
-        where = {"device": weight.device, "dtype": values}
-        count = counts[name]["weight"]
-        pool = SparseWeight(weight.shape, count, generator=generator, **where)
+        weight = weights[name]
+        pool = SparseWeight(
+            weight.shape,
+            counts[name]["weight"],
+            generator=generator,
+            device=weight.device,
+            dtype=fitting.value_dtype(weight, dtype),
+        )
         return difference_of(layers[name], pool)
 
     made = {name: difference(name) for name in counts}
@@ -117,7 +125,7 @@ def adapt(
 
 def _layers(
     model: nn.Module, given: Budget, only: Patterns | None, exclude: Patterns | None
-) -> Iterator[tuple[str, nn.Module]]:
+) -> Iterator[tuple[str, Any]]:
     """The layers to choose from. ValueError for one that was meant and cannot be adapted."""
     patterns = list(given) if isinstance(given, Mapping) else None
     whole = {name for name, _, kind in layers_of(model, kind_of) if kind.dense in ADAPTED}

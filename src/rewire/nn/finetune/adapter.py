@@ -23,7 +23,7 @@ __all__ = ["Adapter", "load_adapter"]
 class _Written(NamedTuple):
     """What a merge has put into a weight: where, what was there, and what is there now."""
 
-    index: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]
     before: Tensor
     now: Tensor
 
@@ -97,7 +97,7 @@ class Adapter:
         """
         self._check("beside")
         source = self.model if model is None else model
-        differences, parameters = {}, {}
+        differences: dict[str, dict[str, Tensor]] = {}
         for name in self._differences:
             layer = _module(source, name)
             if not isinstance(layer, Adapted):
@@ -106,8 +106,7 @@ class Adapter:
                     "adapter's model, such as copy.deepcopy makes"
                 )
             differences[name] = dict(layer.difference.weight.state_dict())
-        for name in self._base.trained:
-            parameters[name] = source.get_parameter(name)
+        parameters = {n: source.get_parameter(n).detach() for n in self._base.trained}
         buffers = self._base.changed_buffers(source)
         saved = files.Saved(differences, parameters, buffers, self._base.identity())
         files.write(Path(path), saved)
@@ -157,12 +156,12 @@ class Adapter:
         for name, pool in self.differences.items():
             weight = self._weight(name)
             rows, cols, values = pool.coo()
-            index = torch.unravel_index(rows * pool.matrix_shape[1] + cols, weight.shape)
-            before = weight[index]
+            places = torch.unravel_index(rows * pool.matrix_shape[1] + cols, weight.shape)
+            before = weight[places]
             wide = torch.promote_types(before.dtype, values.dtype)
             now = (before.to(wide) + values.to(wide)).to(before.dtype)
-            weight[index] = now
-            self._merged[name] = _Written(index, before, now)
+            weight[places] = now
+            self._merged[name] = _Written(places, before, now)
         self._base.release()
         self._state = "merged"
         return self.model
@@ -182,7 +181,7 @@ class Adapter:
                     "not known"
                 )
         for name, written in self._merged.items():
-            self._weight(name)[written.index] = written.before
+            self._weight(name)[written.places] = written.before
         self._merged.clear()
         self._base.freeze()
         self._put()
@@ -222,7 +221,7 @@ class Adapter:
         weight, now = self._weight(name), written.now
         same = (weight.dtype, weight.device) == (now.dtype, now.device)
         dense = type(_module(self.model, name)) in ADAPTED
-        return dense and same and torch.equal(weight[written.index], now)
+        return dense and same and torch.equal(weight[written.places], now)
 
     def _weight(self, name: str) -> Tensor:
         return self.model.get_parameter(join(name, "weight"))

@@ -58,7 +58,7 @@ def read(path: Path) -> Saved:
     tensor_file.check_sum(tensors, metadata, str(path))
     about = reading.parse_json(metadata[_KEY].encode(), str(path))
     try:
-        named = [_taken(tensors, about[kind]) for kind in ("parameters", "buffers")]
+        parameters, buffers = (_taken(tensors, about[k]) for k in ("parameters", "buffers"))
         base = _base(about["base"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileError(f"{path} is damaged: {reading.brief(repr(error))}") from None
@@ -68,7 +68,7 @@ def read(path: Path) -> Saved:
         if not found or (layer and not layer.endswith(".")):
             raise FileError(f"{path} is damaged: it does not say what {reading.brief(key)} is")
         differences.setdefault(layer.removesuffix("."), {})[part] = tensor
-    return Saved(differences, *named, base)
+    return Saved(differences, parameters, buffers, base)
 
 
 def _taken(tensors: dict[str, Tensor], names: Any) -> dict[str, Tensor]:

@@ -140,7 +140,9 @@ def differences(base: Base, saved: Saved, where: str, check_base: bool) -> dict[
         seen[layer] = name
         if not isinstance(layer, Adapted):  # an adapted one was looked at before
             adaptable(name, layer)
-        found[name] = difference_of(layer, _weight(layer.weight, name, state, where))
+        found[name] = difference_of(
+            layer, _weight(layer.get_parameter("weight"), name, state, where)
+        )
     taken = {id(layer.weight): name for layer, name in seen.items()}
     parameters = dict(base.model.named_parameters(remove_duplicate=False))
     for name, value in saved.parameters.items():

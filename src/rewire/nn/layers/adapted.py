@@ -42,7 +42,7 @@ class Adapted(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as those of the dense layer."""
-        y: Tensor = super().forward(input)  # type: ignore[misc]
+        y: Tensor = super().forward(input)
         return y.add_(self._added(input, y.dtype))  # nothing else has seen y
 
     def _added(self, input: Tensor, dtype: torch.dtype) -> Tensor:
