@@ -267,7 +267,7 @@ def memories() -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| fine-tuning | trained | rate | bits a character | a step, ms | memory, MiB | file, KiB |",
+        "| fine-tuning | trained | rate | bits a character | ms a step | memory, MiB | file, KiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in report["results"].items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rewire
 from adapted import ids, network, train
 from rewire.nn.forward.tensors import tensors_in
+from rewire.nn.surgery import UnitGraph
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -105,10 +107,50 @@ def test_frozen_copies_costs_and_other_conversions() -> None:
         ("2", 64, 64),
     ]
     assert rewire.summary(model).connections == 10
-    for change in (rewire.densify, lambda m: rewire.sparsify(m, density=0.5)):
-        with pytest.raises(ValueError, match=r"^0 has a difference beside its weight.*merge\(\)"):
-            change(model)
     assert [c.name for c in rewire.nn.cost(adapter.merge(), x).layers] == ["0", "2"]
+
+
+#: What takes layers as dense or as sparse ones, and would pass a difference by.
+OTHERS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "densify": lambda m, folder: rewire.densify(m),
+    "sparsify": lambda m, folder: rewire.sparsify(m, density=0.5),
+    "to_sparse": lambda m, folder: rewire.to_sparse(m, {"0": torch.ones(16, 8).bool()}),
+    "surgery": lambda m, folder: UnitGraph(m, torch.randn(2, 8)),
+    "nir": lambda m, folder: rewire.export.nir_graph(m, torch.randn(2, 8)),
+    "c": lambda m, folder: rewire.export.c(m, torch.randn(1, 8), folder),
+    "dense state": lambda m, folder: rewire.export.save(m, folder / "x", format="state-dict"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_would_pass_differences_by_refuses_the_model(name: str, tmp_path: Path) -> None:
+    if name == "nir":
+        pytest.importorskip("nir", reason="needs the extra nir")
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    rewire.adapt(model, density=0.3)
+    with pytest.raises(ValueError, match=r"0 has a difference beside its weight.*merge\(\)"):
+        OTHERS[name](model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_and_onnx_compute_what_both_give(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    adapter = rewire.adapt(model, density=0.3)
+    with torch.no_grad():
+        for pool in adapter.differences.values():
+            pool.values.normal_()
+    x = torch.randn(5, 8)
+    expected = model(x).detach()
+    rewire.export.save_program(model, (x,), tmp_path / "x.pt2")
+    program = torch.export.load(tmp_path / "x.pt2").module()
+    assert torch.allclose(program(x), expected, atol=1e-5)
+    rewire.export.save_onnx(model, x, tmp_path / "x.onnx")
+    session = runtime.InferenceSession(tmp_path / "x.onnx")
+    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
-from rewire.nn.layers.adapted import Adapted
+from rewire.nn.layers import adapted
 from rewire.nn.weight.pool import SparseWeight
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "move",
     "parameter",
     "prune_masks",
-    "refuse_adapted",
     "settle",
     "source_of",
 ]
@@ -53,11 +52,6 @@ _NORMS: tuple[tuple[type, str], ...] = (
     (SpectralNorm, "torch.nn.utils.remove_spectral_norm"),
 )
 
-_ADAPTED = (
-    "has a difference beside its weight (rewire.adapt): call merge() or detach() of the adapter "
-    "first"
-)
-
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -68,8 +62,8 @@ def disguised(module: nn.Module) -> str | None:
     """Why a module that was made of one of `KINDS` is not one of them; None for any other
     module.
     """
-    if isinstance(module, Adapted):
-        return _ADAPTED
+    if isinstance(module, adapted.Adapted):
+        return adapted.REASON
     bases = {kind.dense for kind in KINDS} | {kind.sparse for kind in KINDS}
     if parametrize.is_parametrized(module) and type(module).__bases__[0] in bases:
         return _parametrized(module)
@@ -91,13 +85,6 @@ def disguised(module: nn.Module) -> str | None:
             "quantized, or exclude it"
         )
     return None
-
-
-def refuse_adapted(model: nn.Module) -> None:
-    """Raise ValueError if a layer of ``model`` has a difference beside its weight."""
-    for name, module in model.named_modules():
-        if isinstance(module, Adapted):
-            raise ValueError(f"{_title(name)} {_ADAPTED}")
 
 
 def _names(module: nn.Module) -> set[str]:

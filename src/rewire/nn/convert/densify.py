@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from rewire.nn.convert import attached
 from rewire.nn.convert.kinds import Kind, join, sparse_kind_of
 from rewire.nn.convert.replacing import layers_of, swap
+from rewire.nn.layers.adapted import refuse_adapted
 from rewire.nn.optimizers.ages import KEY as AGE
 from rewire.nn.optimizers.followers import check_optimizer, following, initial_of
 from rewire.nn.optimizers.wrappers import inner_optimizers, kept_beside, listed
@@ -41,7 +42,7 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
     with a parametrization, a hook on the gradient of its values, or an assigned forward.
     """
     optimizers = listed(optimizers)
-    attached.refuse_adapted(model)
+    refuse_adapted(model)
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
     for name, (layer, _) in found.items():
         attached.check_sparse(name, layer)

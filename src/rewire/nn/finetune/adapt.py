@@ -16,7 +16,7 @@ from rewire.nn.convert.replacing import layers_of
 from rewire.nn.finetune import fitting
 from rewire.nn.finetune.adapter import Adapter
 from rewire.nn.finetune.base import Base
-from rewire.nn.layers.adapted import ADAPTED, difference_of
+from rewire.nn.layers.adapted import ADAPTED, difference_of, refuse_adapted
 from rewire.nn.layers.base import SparseLayer
 from rewire.nn.weight.pool import SparseWeight
 
@@ -79,7 +79,7 @@ def adapt(
     """
     if (density is None) == (connections is None):
         raise ValueError("give exactly one of density= and connections=")
-    fitting.refuse_adapted(model)
+    refuse_adapted(model)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "the model is wrapped in DistributedDataParallel, which would not see the differences: "

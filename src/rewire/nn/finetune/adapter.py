@@ -13,7 +13,14 @@ from rewire.nn.convert.densify import refuse_rewired
 from rewire.nn.convert.kinds import join
 from rewire.nn.finetune import files, fitting
 from rewire.nn.finetune.base import Base
-from rewire.nn.layers.adapted import ADAPTED, DIFFERENCE, Adapted, put_beside, take_off
+from rewire.nn.layers.adapted import (
+    ADAPTED,
+    DIFFERENCE,
+    Adapted,
+    put_beside,
+    refuse_adapted,
+    take_off,
+)
 from rewire.nn.layers.base import SparseLayer
 from rewire.nn.weight.pool import SparseWeight
 
@@ -261,7 +268,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     for one that is of another kind, damaged or changed, or belongs to another base, and as
     `rewire.adapt` for layers that cannot be adapted. Then nothing has changed. O(K) memory.
     """
-    fitting.refuse_adapted(model)
+    refuse_adapted(model)
     saved = files.read(Path(path))
     base = Base(model)
     differences = fitting.differences(base, saved, str(path), check_base)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from rewire.nn.convert import attached
-from rewire.nn.convert.attached import refuse_adapted
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
 from rewire.nn.finetune.base import Base
 from rewire.nn.finetune.files import Saved
@@ -23,7 +22,6 @@ __all__ = [
     "adaptable",
     "differences",
     "reason",
-    "refuse_adapted",
     "refuse_changed",
     "refuse_shared_weights",
     "refuse_training",

@@ -15,6 +15,7 @@ from rewire.nn.weight.pool import SparseWeight
 __all__ = [
     "ADAPTED",
     "DIFFERENCE",
+    "REASON",
     "Adapted",
     "AdaptedConv1d",
     "AdaptedConv2d",
@@ -23,11 +24,18 @@ __all__ = [
     "dense_class",
     "difference_of",
     "put_beside",
+    "refuse_adapted",
     "take_off",
 ]
 
 #: The name of the sparse layer within an adapted one.
 DIFFERENCE = "difference"
+
+#: Why what takes dense or sparse layers does not take an adapted one.
+REASON = (
+    "has a difference beside its weight (rewire.adapt): call merge() or detach() of the adapter "
+    "first"
+)
 
 
 class Adapted(nn.Module):
@@ -122,3 +130,10 @@ def take_off(layer: nn.Module) -> SparseLayer:
     layer.__class__ = _DENSE[type(layer)]
     assert isinstance(difference, SparseLayer)
     return difference
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError if a layer of ``model`` is an adapted one."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            raise ValueError(f"{name or 'the model'} {REASON}")
