@@ -8,14 +8,15 @@ fine-tuned to another kind of text: the documentation that `help()` shows (`pydo
 adapters have the same number of trained parameters: those of LoRA of rank 4 beside the four linear
 layers of each block. LoRA, and a fixed random mask once more, are those of PEFT; the fixed mask,
 SET and RigL of rewire are differences made by `rewire.adapt`. The rate of each contender is chosen
-from `RATES` on a part of the text for that, with seed 0; then each seed trains anew and is tested
-once. Topology, LoRA's first values and the order of batches depend on the seed; the base is one.
+from `RATES` on a part of the text for that, with seed 0 (and so were the steps between updates,
+`EVERY`, in trials before); then each seed trains anew and is tested once. Topology, LoRA's first
+values and the order of batches depend on the seed; the base is one.
 
 Time is the CPU time of one thread, in turns, the median over rounds. Memory is measured in a
 process for each contender, with a wider network (`gpt:4x512`, 12.6 million weights) and one sample
 a batch, so that weights and what optimizers keep of them count: the most that the process grows by
-while fine-tuning is set up and makes three steps, an update of the topology among them. Some ten
-minutes on one core.
+while fine-tuning is set up and makes three steps, an update of the topology among them. A quarter
+of an hour on one core.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ from rewire.storage import tensors
 RANK, LAYERS = 4, ("qkv", "out", "up", "down")
 SIZE, WIDE = (2, 128), (4, 512)
 BATCH, PRETRAIN, PRETRAIN_RATE = 8, 3000, 2e-3
-FINETUNE, EVERY = 250, 10
-RATES = {"full": (3e-4, 1e-3, 3e-3), "lora": (1e-3, 3e-3, 1e-2), "sparse": (1e-3, 3e-3, 1e-2)}
+FINETUNE = 250
+EVERY = {"SET": 10, "RigL": 50}  # steps between updates, the last after three quarters
+ADAPTERS = (3e-3, 1e-2, 3e-2)
+RATES = {"full": (3e-4, 1e-3, 3e-3), "lora": ADAPTERS, "sparse": ADAPTERS}
 CONTENDERS = {
     "full fine-tuning": "full",
     "LoRA (PEFT)": "lora",
@@ -107,7 +110,7 @@ class Contender:
     """One way of fine-tuning a base: a step, what it has trained, and its file."""
 
     def __init__(
-        self, name: str, base: nn.Module, rate: float, seed: int, every: int = EVERY
+        self, name: str, base: nn.Module, rate: float, seed: int, every: int | None = None
     ) -> None:
         torch.manual_seed(seed)
         self.name, self.model, self.method = name, base, None
