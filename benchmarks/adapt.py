@@ -37,7 +37,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,8 +54,8 @@ SIZE, WIDE = (2, 128), (4, 512)
 BATCH, PRETRAIN, PRETRAIN_RATE = 8, 3000, 2e-3
 FINETUNE = 250
 EVERY = {"SET": 10, "RigL": 50}  # steps between updates, the last after three quarters
-ADAPTERS = (3e-3, 1e-2, 3e-2)
-RATES = {"full": (3e-4, 1e-3, 3e-3), "lora": ADAPTERS, "sparse": ADAPTERS}
+ADAPTERS = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": ADAPTERS, "sparse": ADAPTERS}
 CONTENDERS = {
     "full fine-tuning": "full",
     "LoRA (PEFT)": "lora",
@@ -115,6 +114,8 @@ class Contender:
         torch.manual_seed(seed)
         self.name, self.model, self.method = name, base, None
         self.adapter: rewire.Adapter | None = None
+        if "PEFT" in name:
+            import peft
         if name.startswith("LoRA"):
             config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LAYERS))
             self.model = peft.get_peft_model(base, config)
@@ -132,8 +133,14 @@ class Contender:
         self.trained = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.Adam(trained, rate)
         if name in ("SET", "RigL"):
-            options: dict[str, Any] = {"every": every, "until": FINETUNE * 3 // 4, "seed": seed}
-            self.method = rewire.methods.create(name.lower(), self.model, self.optimizer, **options)
+            self.method = rewire.methods.create(
+                name.lower(),
+                self.model,
+                self.optimizer,
+                every=every or EVERY[name],
+                until=FINETUNE * 3 // 4,
+                seed=seed,
+            )
 
     def step(self, batch: Tensor) -> None:
         """One step of the optimizer and the method."""

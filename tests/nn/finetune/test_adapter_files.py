@@ -186,6 +186,19 @@ def test_a_base_of_another_precision_on_demand(tmp_path: Path) -> None:
         rewire.load_adapter(small, tmp_path / "a", check_base=False)
 
 
+def test_a_model_that_has_become_narrow_since(tmp_path: Path) -> None:
+    """Its file belongs to the narrow base."""
+    model, adapter = adapted()
+    model.bfloat16()
+    adapter.save(tmp_path / "a")
+    other = network(torch.bfloat16)
+    rewire.load_adapter(other, tmp_path / "a")
+    assert same(other, state_of(model))
+    assert same(adapter.detach(), state_of(network(torch.bfloat16)))
+    with pytest.raises(ValueError, match=r"is float32 .* here and bfloat16 .* there"):
+        rewire.load_adapter(network(), tmp_path / "a")
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with pytest.raises(FileNotFoundError):

@@ -100,10 +100,11 @@ class Base:
         not contiguous or not on the CPU.
         """
         before = self.trained | self.buffers
-        names = {n for n, _ in _parameters(self.model)} | self.buffers.keys()
+        now = dict(_parameters(self.model)) | dict(_buffers(self.model))
         found = {}
-        for name in sorted(names):
-            tensor = before[name] if name in before else self.model.get_parameter(name)
+        for name, tensor in sorted(now.items()):
+            if name in before:  # of the dtype that the model has been given since
+                tensor = before[name].to(tensor.dtype)
             # Quantized tensors and the like have no numbers to look at in one way for all.
             plain = type(tensor.data) is Tensor
             digest = content_sha256({"": tensor.detach()}, {})[:_DIGITS] if plain else ""
@@ -118,8 +119,10 @@ _FUSED: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+def _same(now: Tensor, before: Tensor) -> bool:
+    """Whether a buffer is as it was, on whatever device and of whatever dtype it is now."""
+    before = before.to(now)
+    return torch.equal(torch.nan_to_num(now), torch.nan_to_num(before))
 
 
 def _own(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
