@@ -14,13 +14,17 @@ if TYPE_CHECKING:  # all but `export`, which imports other parts of the package
     from rewire.nn.convert.cut import to_sparse
     from rewire.nn.convert.densify import densify
     from rewire.nn.convert.sparsify import sparsify
+    from rewire.nn.finetune.adapt import adapt
+    from rewire.nn.finetune.adapter import Adapter, load_adapter
     from rewire.nn.frozen.freeze import freeze
     from rewire.nn.inspect.summary import summary
     from rewire.nn.optimizers.groups import param_groups
     from rewire.nn.weight.listing import sparse_weights
 
 __all__ = [
+    "Adapter",
     "__version__",
+    "adapt",
     "budget",
     "densify",
     "distributed",
@@ -29,6 +33,7 @@ __all__ = [
     "formats",
     "freeze",
     "load",
+    "load_adapter",
     "methods",
     "nn",
     "ops",
@@ -42,7 +47,18 @@ __all__ = [
 ]
 
 _FROM_NN = frozenset(
-    {"densify", "freeze", "param_groups", "sparse_weights", "sparsify", "summary", "to_sparse"}
+    {
+        "Adapter",
+        "adapt",
+        "densify",
+        "freeze",
+        "load_adapter",
+        "param_groups",
+        "sparse_weights",
+        "sparsify",
+        "summary",
+        "to_sparse",
+    }
 )
 
 

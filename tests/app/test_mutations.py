@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 import mutations
+import rewire
 from rewire.app import cli, data, run_files
 from rewire.app.data import digits, mnist
 from rewire.app.errors import DataError, ReportError, StoppedError, TrainError
@@ -173,6 +174,12 @@ def ternary_model() -> nn.Module:
     return nn.Sequential(layer, nn.BatchNorm1d(4))
 
 
+def dense_model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(9, 4), nn.BatchNorm1d(4))
+
+
 IMAGES = np.arange(5 * 6 * 7, dtype=np.uint8).reshape(5, 6, 7)
 
 
@@ -205,10 +212,13 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     assert (len(run), len(finished)) == (4, 7)
     assert len((going / "metrics.jsonl").read_text().splitlines()) == 2
 
-    for name in ("ternary", "posterior", "idx", "digits"):
+    for name in ("ternary", "adapter", "posterior", "idx", "digits"):
         (base / name).mkdir()
     model = ternary_model()
     save_ternary(model, base / "ternary" / "x")
+    adapter = rewire.adapt(dense_model(), density=0.4, train="0.bias")
+    adapter.model(torch.ones(3, 9))  # changes statistics
+    adapter.save(base / "adapter" / "x")
     posterior = Posterior(model, burn_in=1, every=2, limit=8)
     for _ in range(7):
         posterior.update()
@@ -221,6 +231,9 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     def load_posterior(folder: Path) -> Any:
         found = Posterior.load(folder / "x", ternary_model())
         return [found.burn_in, found.every, found.limit, found.steps, plain(found.samples)]
+
+    def read_adapter(folder: Path) -> Any:
+        return plain(dict(rewire.load_adapter(dense_model(), folder / "x").model.state_dict()))
 
     def read_digits(folder: Path) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -245,6 +258,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
             (ValueError,),
             seal_tensors,
         ),
+        "adapter": Reader(base / "adapter", ["x"], read_adapter, (ValueError,), seal_tensors),
         "posterior": Reader(base / "posterior", ["x"], load_posterior, (ValueError,), seal_tensors),
         "idx": Reader(
             base / "idx",

@@ -182,8 +182,10 @@ def texts(kind: str) -> list[dict[str, Any]]:
 HEADS = ["lm_head", "classifier"]
 
 
-def hf_trainer(folder: Path, kind: str, *callbacks: Any, **options: Any) -> Any:
-    """A Trainer for a small network."""
+def hf_trainer(
+    folder: Path, kind: str, *callbacks: Any, model: nn.Module | None = None, **options: Any
+) -> Any:
+    """A Trainer for a small network: ``model``, or one with new values."""
     import transformers as hf
 
     hf.logging.set_verbosity_error()
@@ -203,7 +205,7 @@ def hf_trainer(folder: Path, kind: str, *callbacks: Any, **options: Any) -> Any:
         }
         | options,
     )
-    model = transformer(kind)
+    model = transformer(kind) if model is None else model
     return hf.Trainer(model, args, train_dataset=texts(kind), callbacks=list(callbacks))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn, optim
@@ -95,6 +96,26 @@ def agree_after_200_steps(steps: int = 200, **options: Any) -> None:
         "1.running_var",
         "1.num_batches_tracked",
     }
+
+
+def differences_beside_a_base_agree() -> None:
+    """`rewire.adapt` before `prepare`: the base of rank 0 everywhere, and one topology."""
+    torch.manual_seed(100 + dist.get_rank())
+    plain = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+    adapter = rewire.adapt(plain, density=0.2, train="2.bias")
+    ddp = DistributedDataParallel(prepare(plain))
+    base = [p.detach().clone() for p in plain.parameters() if not p.requires_grad]
+    assert same_everywhere([p.tolist() for p in base])
+    optimizer = optim.SGD(adapter.parameters(), lr=0.2)
+    method = rewire.methods.RigL(plain, optimizer, every=3)
+    train(ddp, optimizer, method, 12)
+    assert method.stats()["updates"] == 4
+    assert same_everywhere({k: v.tolist() for k, v in plain.state_dict().items()})
+    now = [p for p in plain.parameters() if not p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(base, now, strict=True))
+    method.finalize()
+    with pytest.raises(ValueError, match="is wrapped in DistributedDataParallel"):
+        rewire.adapt(DistributedDataParallel(nn.Linear(2, 2)), density=0.5)
 
 
 def agree_where_budget_moves_between_layers() -> None:

@@ -21,6 +21,7 @@ from rewire.export.states import check_dense
 from rewire.formats import FORMATS
 from rewire.nn.convert.kinds import join
 from rewire.nn.forward.modes import evaluating
+from rewire.nn.layers.adapted import refuse_adapted
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d
 from rewire.nn.layers.linear import SparseLinear
 from rewire.nn.weight.pool import SparseWeight
@@ -94,6 +95,7 @@ def nir_graph(
 
     if not callable(neurons) and neurons not in ("if", "lif", "none"):
         raise ValueError(f"neurons must be 'if', 'lif', 'none' or a function, not {neurons!r}")
+    refuse_adapted(model)
     check_dense(model, dense)
     nodes: dict[str, Any] = {}
     with evaluating(model), torch.no_grad():

@@ -3,6 +3,8 @@
 from rewire.nn.convert.cut import to_sparse
 from rewire.nn.convert.densify import densify
 from rewire.nn.convert.sparsify import sparsify
+from rewire.nn.finetune.adapt import adapt
+from rewire.nn.finetune.adapter import Adapter, load_adapter
 from rewire.nn.frozen.freeze import freeze
 from rewire.nn.frozen.weight import FrozenWeight, frozen_weights
 from rewire.nn.inspect.cost import Cost, LayerCost, cost
@@ -27,6 +29,7 @@ from rewire.nn.weight.pool import SparseWeight
 
 __all__ = [
     "Absent",
+    "Adapter",
     "Candidates",
     "Cost",
     "Event",
@@ -47,12 +50,14 @@ __all__ = [
     "SparseWeight",
     "Summary",
     "WeightSummary",
+    "adapt",
     "cost",
     "densify",
     "follow_optimizer",
     "freeze",
     "from_edges",
     "frozen_weights",
+    "load_adapter",
     "param_groups",
     "register_initial_state",
     "sparse_weights",

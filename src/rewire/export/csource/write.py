@@ -19,6 +19,7 @@ from rewire.export.csource.trace import plan_of
 from rewire.nn.frozen import quantize
 from rewire.nn.frozen.freeze import freeze
 from rewire.nn.frozen.quantize import Values
+from rewire.nn.layers.adapted import refuse_adapted
 from rewire.nn.weight.listing import sparse_weights
 from rewire.storage.files import write_atomic
 
@@ -163,6 +164,7 @@ def c(
         raise ValueError(f"name must be a name that C allows, not {name!r}")
     if not isinstance(example, Tensor) or example.dtype != torch.float32 or not example.numel():
         raise ValueError("example must be a tensor of float32 such as the model takes")
+    refuse_adapted(model)
     sparse = any(sparse_weights(model))
     model = freeze(model) if sparse else copy.deepcopy(model).eval()
     plan, result = plan_of(model, example.clone(), values)

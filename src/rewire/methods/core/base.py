@@ -22,6 +22,7 @@ from rewire.methods.core.refusals import (
     agreed_seed,
     refuse_full,
     refuse_limits,
+    refuse_model,
     refuse_prior,
     refuse_weight_decay,
 )
@@ -29,7 +30,6 @@ from rewire.methods.core.runs import Run
 from rewire.methods.core.saving import Saving
 from rewire.methods.core.state import copied
 from rewire.nn import Event, Moments
-from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = ["Attachment", "Data", "Evaluate", "Memory", "Method", "Moments", "Pool", "Purpose"]
 
@@ -117,8 +117,8 @@ class Method(Changes, Saving, Declared, ABC):
 
     def __post_init__(self) -> None:
         self.check_parameters()
+        refuse_model(self.model, type(self).__name__, dense=self.starts_dense)
         self._check()
-        refuse_sharded(self.model)
         refuse_unprepared(
             self.model,
             trained_weights(self.model, self.optimizer),

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from rewire import random
 from rewire.methods.core.pool import Pool
 from rewire.nn import SparseWeight
+from rewire.nn.layers.adapted import Adapted
+from rewire.nn.weight.sharded import refuse_sharded
 
 __all__ = [
     "agreed_seed",
     "needs_data",
     "refuse_full",
     "refuse_limits",
+    "refuse_model",
     "refuse_prior",
     "refuse_weight_decay",
 ]
@@ -39,6 +44,20 @@ def needs_data(method: object) -> ValueError:
     return ValueError(
         f"{type(method).__name__} looks at activations: give it data=, batches of training inputs"
     )
+
+
+def refuse_model(model: nn.Module, method: str, *, dense: bool) -> None:
+    """RuntimeError for sharded sparse weights; ValueError for differences beside dense weights
+    (`rewire.adapt`) if the method starts from ``dense`` layers.
+    """
+    refuse_sharded(model)
+    for name, module in model.named_modules() if dense else ():
+        if isinstance(module, Adapted):
+            raise ValueError(
+                f"{method} starts from dense layers, and {name or 'the model'} has a sparse "
+                "difference beside its weight: merge() the adapter first, or choose a method that "
+                "rewires sparse weights, such as RigL or SET"
+            )
 
 
 def refuse_limits(pools: Sequence[Pool], kept: Sequence[str], method: str) -> None:

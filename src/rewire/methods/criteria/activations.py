@@ -15,6 +15,8 @@ weight that ran
     next, where that has the shape of this one's output; of the output layer the softmax (of a
     single number the sigmoid); else the output rectified.
 
+The target of a difference beside a dense weight (`rewire.adapt`) is what both give together.
+
 The weights inside recurrent layers and of attention's queries, keys and values have one rule for
 both: the source is what the weight multiplies (inputs, hidden states), the target that product,
 without bias.
@@ -38,6 +40,7 @@ from rewire.methods.core.base import Data, Pool
 from rewire.methods.core.parameters import check
 from rewire.nn import SparseWeight
 from rewire.nn.forward.tensors import first_input, first_tensor, tensors_in
+from rewire.nn.layers.adapted import Adapted
 from rewire.nn.layers.base import SparseLayer
 from rewire.ops.kernels import spmm
 from rewire.ops.pairs import Pair
@@ -245,6 +248,10 @@ class _Run:
         x, y = first_tensor(first_input(layer, args, kwargs)), first_tensor(output)
         if x is None or y is None:
             self.calls.append(None)
+            return
+        last = self.calls[-1] if self.calls else None
+        if isinstance(layer, Adapted) and last is not None and last.layer is layer.difference:
+            last.y = y.detach().clone()  # the units of both are the same
             return
         # Copies, because an activation may be made in place, and so may a residual sum on the
         # input.

@@ -61,6 +61,12 @@ class SNIP(Shrinking):
 
     def _setup(self) -> None:
         super()._setup()
+        if not any(bool(pool.weight.values.any()) for pool in self.pools):
+            raise ValueError(
+                "SNIP ranks connections by |w dL/dw|, and all values are 0, as differences beside "
+                "dense weights (rewire.adapt) are at first: choose a method that looks at "
+                "gradients alone, such as RigL"
+            )
         assert self.final is not None
         for pool, k in zip(self.pools, self.final, strict=True):
             most = pool.weight.connections if self.scope == "network" else k

@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
+from rewire.nn.layers import adapted
 from rewire.nn.weight.pool import SparseWeight
 
 __all__ = [
@@ -61,6 +62,8 @@ def disguised(module: nn.Module) -> str | None:
     """Why a module that was made of one of `KINDS` is not one of them; None for any other
     module.
     """
+    if isinstance(module, adapted.Adapted):
+        return adapted.REASON
     bases = {kind.dense for kind in KINDS} | {kind.sparse for kind in KINDS}
     if parametrize.is_parametrized(module) and type(module).__bases__[0] in bases:
         return _parametrized(module)

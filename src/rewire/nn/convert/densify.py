@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from rewire.nn.convert import attached
 from rewire.nn.convert.kinds import Kind, join, sparse_kind_of
 from rewire.nn.convert.replacing import layers_of, swap
+from rewire.nn.layers.adapted import refuse_adapted
 from rewire.nn.optimizers.ages import KEY as AGE
 from rewire.nn.optimizers.followers import check_optimizer, following, initial_of
 from rewire.nn.optimizers.membership import split_state
@@ -22,7 +23,7 @@ from rewire.nn.optimizers.wrappers import inner_optimizers, kept_beside, listed
 from rewire.nn.weight.listing import sparse_weights
 from rewire.nn.weight.pool import SparseWeight
 
-__all__ = ["densify"]
+__all__ = ["densify", "refuse_rewired"]
 
 
 def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> nn.Module:
@@ -42,6 +43,7 @@ def densify(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) 
     with a parametrization, a hook on the gradient of its values, or an assigned forward.
     """
     optimizers = listed(optimizers)
+    refuse_adapted(model)
     found = {name: (layer, kind) for name, layer, kind in layers_of(model, sparse_kind_of)}
     for name, (layer, _) in found.items():
         attached.check_sparse(name, layer)
@@ -228,18 +230,25 @@ def _move(optimizer: Optimizer, group: dict[str, Any], targets: list[Target]) ->
     return Move(optimizer, group, targets, per_slot, rest)
 
 
+def refuse_rewired(pools: Mapping[str, SparseWeight], call: str) -> None:
+    """Raise ValueError if a method still rewires one of the weights; ``call``: what it has to do
+    before.
+    """
+    for name, pool in pools.items():
+        if getattr(pool.owner(), "attached", False):
+            raise ValueError(
+                f"a method still rewires {name}: call its finalize() before {call}, or take a "
+                "copy.deepcopy of the model"
+            )
+
+
 def refuse_followed(pools: Mapping[str, SparseWeight], optimizers: Iterable[Optimizer]) -> None:
     """Raise ValueError if a method, or an optimizer not among ``optimizers``, still follows one of
     the weights.
     """
+    refuse_rewired(pools, "densify()")
     given = {id(member) for optimizer in optimizers for member in inner_optimizers(optimizer)}
     for name, pool in pools.items():
-        owner = pool.owner()
-        if owner is not None and getattr(owner, "attached", False):
-            raise ValueError(
-                f"a method still rewires {name}: call its finalize() before densify(), or densify "
-                "a copy.deepcopy of the model"
-            )
         for optimizer in following(pool):
             if id(optimizer) not in given:
                 raise ValueError(

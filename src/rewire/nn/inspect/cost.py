@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from rewire.nn.forward.modes import evaluating
 from rewire.nn.forward.tensors import first_input, first_tensor
+from rewire.nn.layers.adapted import Adapted
 from rewire.nn.layers.attention import SparseMultiheadAttention
 from rewire.nn.layers.conv import SparseConv1d, SparseConv2d, SparseConv3d
 from rewire.nn.layers.linear import SparseLinear
@@ -122,8 +123,9 @@ def _within_attention(model: nn.Module, name: str) -> bool:
 
 def _weights(module: nn.Module) -> Iterator[Tensor | SparseWeight]:
     """The weights of a layer as it uses them, of all layers and directions of a recurrent one."""
+    # The difference of an adapted layer is a layer of its own.
     pools = [child for child in module.modules() if isinstance(child, SparseWeight)]
-    if pools:
+    if pools and not isinstance(module, Adapted):
         yield from pools
     elif isinstance(module, nn.MultiheadAttention):
         inputs = module.in_proj_weight, module.q_proj_weight, module.k_proj_weight

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from rewire.nn.layers.adapted import refuse_adapted
 from rewire.nn.optimizers.wrappers import listed
 from rewire.nn.surgery.resize import Keep, apply_cuts, check_state
 from rewire.nn.surgery.sides import Side, axes, depthwise, holds_units, reads_units, why_not
@@ -89,6 +90,7 @@ class UnitGraph:
                 "DistributedDataParallel has buckets of a fixed size: cut units before wrapping "
                 "the model"
             )
+        refuse_adapted(model)
         self.model, self.inputs = model, inputs
         self._trace = Trace(model, inputs)
         self._known = frozenset(tried)
