@@ -15,6 +15,7 @@ from rewire.app.models import Signature, build, parse
 from rewire.app.models.sequences import BidirectionalLSTM, lengths
 from rewire.app.train import loop
 from rewire.app.train.config import make_config
+from rewire.app.train.parts import assemble
 from rewire.app.train.run_dir import RunDir
 from rewire.nn import sparse_weights
 
@@ -138,9 +139,7 @@ def test_a_small_dense_network_has_as_many_parameters_as_the_sparse_one() -> Non
     options = {"hidden": [30, 20], "density": [0.2], "threads": 1}
     sizes = {}
     for method in ("static", "small-dense"):
-        parts = loop.Trainer(
-            make_config({**options, "method": method}), toy.dataset(), RunDir(Path("nowhere"))
-        ).parts
+        parts = assemble(make_config({**options, "method": method}), toy.dataset())
         sizes[method] = sum(p.numel() for p in parts.model.parameters())
         assert parts.whole == 64 * 30 + 30 * 20 + 20 * 10
     assert 0.9 * sizes["static"] < sizes["small-dense"] <= sizes["static"]
@@ -157,7 +156,7 @@ def wrong(outputs: int) -> nn.Module:
 def test_a_network_of_ones_own(tmp_path: Path) -> None:
     options = {"epochs": 1, "threads": 1, "batch_size": 200, "density": [0.5]}
     config = make_config({**options, "model": f"{__name__}:own", "method": "set"})
-    made = loop.Trainer(config, toy.dataset(), RunDir(tmp_path))
+    made = loop.Trainer(assemble(config, toy.dataset()), RunDir(tmp_path))
     assert [tuple(w.shape) for _, w in sparse_weights(made.model)] == [(7, 64), (10, 7)]
     loop.run(config, toy.dataset(), RunDir(tmp_path / "run"))
     config = make_config({**options, "model": f"{__name__}:wrong"})

@@ -12,12 +12,13 @@ from rewire.app.train import display, loop
 from rewire.app.train.metrics import EpochRecord, evaluate
 from rewire.app.train.model import make_optimizer
 from rewire.app.train.observer import Progress
+from rewire.app.train.parts import assemble
 from rewire.app.train.run_dir import RunDir
 from rewire.nn import sparse_weights
 
 
 def trainer(folder: Path, **changes) -> loop.Trainer:
-    return loop.Trainer(toy.config(**changes), toy.dataset(), RunDir(folder))
+    return loop.Trainer(assemble(toy.config(**changes), toy.dataset()), RunDir(folder))
 
 
 def test_one_thread_for_small_steps_and_the_choice_is_kept(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_start_density(tmp_path: Path) -> None:
 
 def test_methods_that_look_at_activations_get_the_training_part(tmp_path: Path) -> None:
     changes = {"method": "codacorset", "method_options": {"samples": 500}, "validation": 0.25}
-    made = loop.Trainer(toy.config(**changes), toy.dataset(), RunDir(tmp_path))
+    made = loop.Trainer(assemble(toy.config(**changes), toy.dataset()), RunDir(tmp_path))
     seen = torch.cat(list(made.method.drop.source.recorder.data))
     assert torch.equal(seen, made.batches.x)
     result = loop.run(toy.config(**changes), toy.dataset(), RunDir(tmp_path / "run"))

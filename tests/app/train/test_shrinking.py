@@ -25,6 +25,7 @@ from rewire.app.train import before_after as comparison
 from rewire.app.train import display, loop
 from rewire.app.train.config import make_config
 from rewire.app.train.metrics import evaluate
+from rewire.app.train.parts import assemble
 from rewire.app.train.remaining import structure
 from rewire.app.train.run_dir import RunDir
 from rewire.app.train.task import Task
@@ -76,7 +77,7 @@ def test_what_a_dense_run_says_about_itself(tmp_path: Path, name: str) -> None:
     if name in ("noiseout", "differentiable"):
         pytest.importorskip("torch_pruning")
     options = make_config(DENSE | {"method": name, "method_options": RUNS[name]})
-    made = loop.Trainer(options, toy.dataset(), RunDir(tmp_path))
+    made = loop.Trainer(assemble(options, toy.dataset()), RunDir(tmp_path))
     made.run_dir.start(made.config, overwrite=False)
     made.begin()
     made.train(loop.Observer(), lambda: 0)
@@ -284,7 +285,7 @@ def test_report_of_a_dense_run_that_goes_on(tmp_path: Path) -> None:
     options = make_config(
         DENSE | {"method": "halo", "method_options": RUNS["halo"] | {"after_epochs": None}}
     )
-    made = loop.Trainer(options, toy.dataset(), RunDir(tmp_path))
+    made = loop.Trainer(assemble(options, toy.dataset()), RunDir(tmp_path))
     made.run_dir.start(made.config, overwrite=False)
     made.begin()
     assert "This run is not finished" in report.write(tmp_path).read_text()

@@ -23,7 +23,7 @@ from rewire.app.train.checkpoint import Checkpoint
 from rewire.app.train.config import TrainConfig
 from rewire.app.train.metrics import EpochRecord, evaluate, versions
 from rewire.app.train.observer import Observer, Progress
-from rewire.app.train.parts import assemble
+from rewire.app.train.parts import Parts, assemble
 from rewire.app.train.ranks import Ranks
 from rewire.app.train.run_dir import INPUTS, METRICS, MODEL, RunDir
 from rewire.app.train.sums import Sums
@@ -37,21 +37,8 @@ PROGRESS_SECONDS = 0.2
 class Trainer:
     """One run: everything it is made of, its state, and the way to save and restore it."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        dataset: Dataset,
-        run_dir: RunDir,
-        ranks: Ranks | None = None,
-        *,
-        resume: bool = False,
-    ) -> None:
-        self.dataset, self.run_dir = dataset, run_dir
-        self.ranks = ranks = ranks or Ranks()
-        state = None
-        if resume and ranks.several and checkpoint.exists(run_dir.path):
-            state = run_dir.read_checkpoint(config).state["model"]
-        self.parts = parts = assemble(config, dataset, ranks, state)
+    def __init__(self, parts: Parts, run_dir: RunDir, ranks: Ranks | None = None) -> None:
+        self.parts, self.run_dir, self.ranks = parts, run_dir, ranks or Ranks()
         self.config, self.info = parts.config, parts.info
         self.batches, self.held_out = parts.batches, parts.held_out
         self.model, self.optimizer, self.method = parts.model, parts.optimizer, parts.method
@@ -59,7 +46,7 @@ class Trainer:
         self.has_penalty = type(self.method).penalty is not methods.Method.penalty
         self.task, self.variance = parts.task, parts.task.variance(self.batches.y)
         # float16 loses small gradients, so the loss is scaled; of the others this changes nothing
-        self.scaler = torch.amp.GradScaler("cpu", enabled=config.precision == "float16")
+        self.scaler = torch.amp.GradScaler("cpu", enabled=self.config.precision == "float16")
         # epochs completed, batches of this one, steps in all
         self.epoch, self.batch, self.step = 0, 0, 0
         self.sums = Sums()  # of this epoch so far
@@ -411,7 +398,10 @@ def run(
     with _locked(run_dir, ranks):
         if not resume and ranks.first:
             run_dir.check_free(overwrite=overwrite)
-        trainer = Trainer(config, dataset, run_dir, ranks, resume=resume)
+        state = None
+        if resume and ranks.several and checkpoint.exists(run_dir.path):
+            state = run_dir.read_checkpoint(config).state["model"]
+        trainer = Trainer(assemble(config, dataset, ranks, state), run_dir, ranks)
         watcher = observer or Observer()
         watcher.made(trainer.parts, resume=resume)
         with _locked(run_dir, ranks, create=not resume):
