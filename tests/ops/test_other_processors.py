@@ -26,7 +26,7 @@ SOURCES = [
     CPU / "simd" / "target.cpp",
 ]
 #: As setup.py builds them, with less optimization: the products take minutes to build.
-FLAGS = "-O1 -std=c++17 -ffp-contract=fast -fno-math-errno -Wno-psabi".split()
+FLAGS = ["-O1", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
 
 
 @pytest.mark.slow
