@@ -77,6 +77,10 @@ def test_narrow_bases_have_wide_differences(autocast: bool) -> None:
 
 def test_a_weight_that_is_shared_stays_so() -> None:
     model = network()
+    with pytest.raises(
+        ValueError, match=r"embedding\.weight cannot be trained .* because head has"
+    ):
+        rewire.adapt(model, density=0.2, train="embedding.*")
     adapter = rewire.adapt(model, density=0.2)
     embedded = model.embedding(ids())
     train(model, adapter)

@@ -24,6 +24,14 @@ class Own(nn.Linear):
     pass
 
 
+class Rounded(Tensor):
+    """As the tensors of libraries that quantize or shard."""
+
+
+def rounded(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(8, 6).as_subclass(Rounded))
+
+
 def plain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2), nn.LSTM(2, 2))
 
@@ -58,6 +66,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]] =
         {},
         "^4 is a quantized Lin",
     ),
+    "tensor": (rounded, {}, r"^0\.weight is a Rounded \(sharded, quantized or the like\)"),
     "forward": (forward, {}, "^0 has a forward of its own"),
     "compiled": (lambda m: m[0].compile(), {}, "^0 was compiled"),
     "gradient hook": (

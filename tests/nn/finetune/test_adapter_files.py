@@ -110,6 +110,13 @@ def test_an_average_can_be_saved(tmp_path: Path) -> None:
         adapter.save(tmp_path / "a.safetensors", network())
 
 
+def test_what_a_file_would_lack_is_named(tmp_path: Path) -> None:
+    model, adapter = adapted()
+    model.down.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"down\.weight requires a gradient and is not among"):
+        adapter.save(tmp_path / "a")
+
+
 def test_another_file_takes_the_place_of_an_adapter(tmp_path: Path) -> None:
     """With other layers, and other parameters trained; back and forth to the same bits."""
     base = state_of(network())

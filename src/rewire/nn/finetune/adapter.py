@@ -100,9 +100,10 @@ class Adapter:
                 (`rewire.ema`); of this one by default.
 
         Raises OSError, RuntimeError once merged or detached, ValueError for a model that is no
-        copy.
+        copy, and if another parameter of the base requires a gradient.
         """
         self._check("beside")
+        self._base.refuse_others()
         source = self.model if model is None else model
         differences: dict[str, dict[str, Tensor]] = {}
         for name in self._differences:

@@ -59,6 +59,17 @@ class Base:
         """Those that are trained."""
         return [self.model.get_parameter(name) for name in self.trained]
 
+    def refuse_others(self) -> None:
+        """Raise ValueError if another parameter could have been trained, which no file would
+        have.
+        """
+        for name, parameter in _parameters(self.model):
+            if parameter.requires_grad and name not in self.trained:
+                raise ValueError(
+                    f"{name} requires a gradient and is not among the parameters that train= has "
+                    "named, so the file would lack it: name it there, or freeze it"
+                )
+
     def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """The buffers of ``model``, this one or a copy, that are not as they were here."""
         now = dict(_buffers(model))
