@@ -66,15 +66,17 @@ def spmm(
     x: Tensor,
     bias: Tensor | None = None,
     panels: bool = False,
+    runs: bool = False,
 ) -> Tensor:
     """``y[b, r] = bias[r] + sum of values[slots[i]] * x[b, idx[i]]`` over the connections i of row
     r.
 
     ``values`` is (capacity,), ``bias`` (rows,); y is (batch, rows) with strides (1, batch), or
-    row-major if it is computed in ``panels``. Raises RuntimeError on a bad index. O(K batch) time.
+    row-major if it is computed in ``panels`` and not wanted in ``runs``. Raises RuntimeError on a
+    bad index. O(K batch) time.
     """
     if _SPMM is not None and x.is_cpu and x.dtype in _DTYPES:
-        return _SPMM(ptr, idx, slots, values, x, bias, panels)
+        return _SPMM(ptr, idx, slots, values, x, bias, panels, runs)
     flops.note("spmm", ptr, idx, slots, values, x)
     return reference.spmm(ptr, idx, slots, values, x, bias)
 
@@ -148,9 +150,9 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 if _NATIVE:
     flops.announce(["spmm", "sddmm", "spmm_sddmm"])
 
-    def _sums(ptr: Tensor, x: Tensor, panels: bool) -> Tensor:
+    def _sums(ptr: Tensor, x: Tensor, row_major: bool) -> Tensor:
         shape = (x.shape[0], ptr.shape[0] - 1)
-        strides = (shape[1], 1) if panels else (1, shape[0])
+        strides = (shape[1], 1) if row_major else (1, shape[0])
         return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
     @fake("spmm")
@@ -162,8 +164,9 @@ if _NATIVE:
         x: Tensor,
         bias: Tensor | None,
         panels: bool = False,
+        runs: bool = False,
     ) -> Tensor:
-        return _sums(ptr, x, panels)
+        return _sums(ptr, x, panels and not runs)
 
     @fake("sddmm")
     def _(

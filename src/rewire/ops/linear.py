@@ -228,9 +228,9 @@ def sparse_linear(
         contiguous_output: return row-major memory.
 
     Returns (..., out_features). For 2-D x its strides are (1, batch), in which the next sparse
-    layer needs no copy, unless ``contiguous_output``. A row-major x of many rows (`in_panels`) gives
-    row-major results. Differentiable to any order. Raises RuntimeError for dtypes and shapes that
-    do not fit.
+    layer needs no copy, unless ``contiguous_output``. A row-major x of many rows (`in_panels`)
+    gives row-major results. Differentiable to any order. Raises RuntimeError for dtypes and shapes
+    that do not fit.
 
     Cost: O(K batch) time. Backward keeps x: as it is if it has many rows, else with its batch
     contiguous, which may be a copy.

@@ -1,5 +1,5 @@
 // Products of many rows, row-major in and row-major out: one panel of the batch after the other is
-// brought into a core's own cache with its features in rows, goes through the kernels there, and
+// brought into a core's own cache with the batch contiguous, goes through the kernels there, and
 // what comes of it leaves as rows. So no copy of a whole activation is ever made.
 #pragma once
 
@@ -26,8 +26,8 @@ struct Piece {
 // shared out too, which changes no sum.
 class Panels {
  public:
-  // g: read beside x, a feature for each row of the list. y: (batch, rows), written. Null if a
-  // product has none.
+  // g: read beside x, a feature for each row of the list. y: (batch, rows), written; row-major, or
+  // with its batch contiguous. Null if a product has none.
   Panels(const CheckedList& list, int type, const Matrix& x, const Matrix* g, Tensor* y,
          int64_t groups)
       : list_(list),
@@ -35,7 +35,8 @@ class Panels {
         x_(x),
         g_(g),
         y_(y == nullptr ? nullptr : static_cast<char*>(y->mutable_data_ptr())),
-        blocks_(x.batch, type, vectors(x.features, type)),
+        runs_(y != nullptr && y->stride(0) == 1),
+        blocks_(x.batch, type, vectors(x.features, type, g != nullptr)),
         groups_(groups > 0 ? std::min(groups, blocks_.count) : blocks_.count),
         step_((blocks_.widest() + blocks_.lanes - 1) / blocks_.lanes * blocks_.lanes),
         threads_((list.connections + list.rows) * x.batch < kSerialWork
@@ -47,14 +48,6 @@ class Panels {
         piece_(lines(2 * kRows * step_ * number_bytes(type))) {}
 
   int64_t groups() const { return groups_; }
-
-  // How many vectors of the batch a panel has: as many as a kernel takes, if the panel then is no
-  // more than half of what second-level caches have (which must not depend on the machine, as the
-  // sums do), else fewer.
-  static int64_t vectors(int64_t features, int type) {
-    const int64_t each = features * product_kernels().lanes[type] * element_bytes(type);
-    return each * kVectorsPerBlock <= kPanelBytes ? kVectorsPerBlock : kVectorsPerBlock / 2;
-  }
 
   // kernel(piece) -> Status; raises the first error.
   template <class Kernel>
@@ -81,7 +74,18 @@ class Panels {
 
  private:
   static constexpr int64_t kRows = 64;  // of the list in a piece: a multiple of every vector length
-  static constexpr int64_t kPanelBytes = int64_t{1} << 20;
+
+  // How many vectors of the batch a panel has. The less of a second-level cache it takes, the more
+  // is left for what comes and goes; but a dot product for each connection has costs of its own,
+  // which several vectors share. Measured with 2 MiB: 8 vectors are 1.1 to 1.2 times as fast as 4
+  // with the gradient of values and 0.75 to 1 times without; from 4,096 columns of float32 on, 4
+  // are always faster than 8, and from 8,192 on, 2. (It must not depend on the machine, as sums do
+  // not.)
+  static int64_t vectors(int64_t features, int type, bool dots) {
+    const int64_t each = features * product_kernels().lanes[type] * element_bytes(type);
+    constexpr int64_t kMany = int64_t{1} << 16, kSome = int64_t{1} << 18;
+    return dots && each <= kMany ? kVectorsPerBlock : each <= kSome ? 4 : 2;
+  }
 
   static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -121,7 +125,7 @@ class Panels {
                                   f1 - f0);
   }
 
-  // Sums of some rows of the list, to the rows of y; `narrow` is room for them in 16 bits.
+  // Sums of some rows of the list, to y; `narrow` is room for them in 16 bits.
   void deliver(const char* sums, char* narrow, int64_t b0, int64_t width, int64_t r0,
                int64_t rows) const {
     const auto& kernels = product_kernels();
@@ -130,8 +134,12 @@ class Panels {
       kernels.narrow[type_ - kBFloat16](sums, narrow, rows * step_);
       sums = narrow;
     }
-    kernels.copy[type_]({sums, y_ + (b0 * list_.rows + r0) * size, rows, list_.rows, 1, step_}, 0,
-                        width);
+    const int64_t batch = x_.batch, features = list_.rows;
+    if (runs_)
+      kernels.copy[type_]({sums, y_ + (r0 * batch + b0) * size, width, batch, step_, 1}, 0, rows);
+    else
+      kernels.copy[type_]({sums, y_ + (b0 * features + r0) * size, rows, features, 1, step_}, 0,
+                          width);
   }
 
   const CheckedList& list_;
@@ -139,6 +147,7 @@ class Panels {
   const Matrix x_;
   const Matrix* const g_;
   char* const y_;
+  const bool runs_;
   const Blocks blocks_;
   const int64_t groups_, step_, threads_, stripes_, panel_, piece_;
 };
@@ -161,11 +170,12 @@ class InOrder {
       using T = decltype(number);
       using I = decltype(index);
       const I* slots = static_cast<const I*>(list.list.slots);
-      for (int64_t i = begin; i < end; ++i) reinterpret_cast<I*>(slots_.data())[i] = I(i);
-      for (int64_t i = begin; values != nullptr && i < end; ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         const int64_t slot = read_once(slots + i);
         if (slot < 0 || slot >= capacity_) return kBadSlot;
-        reinterpret_cast<T*>(values_.data())[i] = static_cast<const T*>(values)[slot];
+        reinterpret_cast<I*>(slots_.data())[i] = I(i);
+        if (values != nullptr)
+          reinterpret_cast<T*>(values_.data())[i] = static_cast<const T*>(values)[slot];
       }
       return kFine;
     });
@@ -225,7 +235,7 @@ class InOrder {
 // In how many groups of panels the gradient of values is summed: enough for a few threads, of not
 // too few rows each, and so few that their sums take a fraction of the memory of x and g.
 inline int64_t groups_of(const CheckedList& list, const Matrix& x, const Matrix& g) {
-  constexpr int64_t kMost = 8, kRows = 256, kFraction = 16;
+  constexpr int64_t kMost = 16, kRows = 128, kFraction = 16;
   const int64_t fit =
       x.batch * (x.features + g.features) / (kFraction * std::max<int64_t>(list.connections, 1));
   return std::max<int64_t>(1, std::min({kMost, x.batch / kRows, fit}));

@@ -30,8 +30,9 @@ const void* moved(const void* p, int64_t bytes) {
   return p == nullptr ? p : static_cast<const char*>(p) + bytes;
 }
 
+// `panels`: as panels.h says; y is row-major then, unless it is to keep its `runs` over the batch.
 Tensor spmm(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Tensor& values_,
-            const Tensor& x, const std::optional<Tensor>& bias_, bool panels) {
+            const Tensor& x, const std::optional<Tensor>& bias_, bool panels, bool runs) {
   const char* op = "spmm";
   const CheckedList list(ptr, idx, slots, op);
   const int type = any_element_type(x, op);
@@ -52,36 +53,38 @@ Tensor spmm(const Tensor& ptr, const Tensor& idx, const Tensor& slots, const Ten
   const auto kernel = product_kernels().spmm[type][list.type];
   if (panels) {
     const Matrix m = as_matrix(x, op, "x");
-    Tensor y = empty_strided(x, {m.batch, list.rows}, {list.rows, 1});
+    Tensor y = empty_strided(x, {m.batch, list.rows}, {runs ? 1 : list.rows, runs ? m.batch : 1});
     if (m.batch == 0 || list.rows == 0) return y;
+    std::optional<InOrder> ordered;
+    if (far) ordered.emplace(list, type, values.wide.data, values_.numel(), 0, op);
     Panels(list, type, m, nullptr, &y, 0).run(op, [&](const Piece& p) {
-      const SpmmArgs args{p.list,
-                          values.wide.data,
+      const SpmmArgs args{far ? ordered->list(p) : p.list,
+                          far ? ordered->values() : values.wide.data,
                           moved(bias, p.first * number_bytes(type)),
                           p.x,
                           p.y,
-                          values_.numel(),
+                          far ? list.connections : values_.numel(),
                           m.features,
                           p.step,
                           p.step,
-                          far};
+                          false};
       return kernel(args, p.part());
     });
     return y;
   }
-  const Runs runs = as_runs(x, op, "x");
-  Tensor y = empty_strided(x, {runs.batch, list.rows}, {1, runs.batch});
-  if (runs.batch == 0 || list.rows == 0) return y;
-  const Walk walk(list, runs.batch, runs.features, type);
+  const Runs xs = as_runs(x, op, "x");
+  Tensor y = empty_strided(x, {xs.batch, list.rows}, {1, xs.batch});
+  if (xs.batch == 0 || list.rows == 0) return y;
+  const Walk walk(list, xs.batch, xs.features, type);
   Sums sums(walk, type, bias, y);
   walk.run(op, sums.ordered(),
            [&](const Unit& unit, int64_t block, int64_t b0, int64_t width, const Tile* tile) {
              return sums(unit, block, b0, width, tile, [&](const Place& at, const Tile* part) {
-               const SpmmArgs args{at.list,       values.wide.data,
-                                   at.bias,       moved(runs.data, b0 * element_bytes(type)),
-                                   at.y,          values_.numel(),
-                                   runs.features, runs.step,
-                                   at.y_step,     far};
+               const SpmmArgs args{at.list,     values.wide.data,
+                                   at.bias,     moved(xs.data, b0 * element_bytes(type)),
+                                   at.y,        values_.numel(),
+                                   xs.features, xs.step,
+                                   at.y_step,   far};
                return kernel(args, {at.row0, at.row1, 0, width, part});
              });
            });
@@ -209,13 +212,13 @@ std::string instruction_set() { return target_name(); }
 
 REWIRE_OPERATOR(spmm,
                 "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor x, Tensor? bias, "
-                "bool panels=False) -> Tensor")
+                "bool panels=False, bool runs=False) -> Tensor")
 REWIRE_OPERATOR(sddmm,
-                "(Tensor ptr, Tensor idx, Tensor slots, int capacity, Tensor g, Tensor x, bool "
-                "panels=False) -> Tensor")
+                "(Tensor ptr, Tensor idx, Tensor slots, int capacity, Tensor g, Tensor x, "
+                "bool panels=False) -> Tensor")
 REWIRE_OPERATOR(spmm_sddmm,
-                "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor g, Tensor x, bool "
-                "panels=False) -> (Tensor, Tensor)")
+                "(Tensor ptr, Tensor idx, Tensor slots, Tensor values, Tensor g, Tensor x, "
+                "bool panels=False) -> (Tensor, Tensor)")
 REWIRE_OPERATOR_ANYWHERE(instruction_set, "() -> str")
 
 }  // namespace rewire
