@@ -14,6 +14,7 @@ from torch import Tensor
 from interpreter import run_python
 from problems import BATCHES, LAYOUTS, Problem, close, in_layout, problem, problems
 from rewire import _native, ops
+from rewire.nn import SparseLSTM, SparseMultiheadAttention
 from rewire.ops import kernels, sparse_linear
 
 native = pytest.mark.skipif(not _native.available("spmm"), reason="the C++ extension is not in use")
@@ -27,6 +28,9 @@ def products(p: Problem, values: Tensor, x: Tensor, g: Tensor, bias: Tensor) -> 
     y = kernels.spmm(*p.by_row, values, x, bias, panels=True)
     grad_x, both = kernels.spmm_sddmm(*p.by_col, values, x, g, panels=True)
     alone = kernels.sddmm(*p.by_row, values.shape[0], g, x, panels=True)
+    in_runs = kernels.spmm(*p.by_row, values, x, bias, panels=True, runs=True)
+    assert in_runs.stride() == (1, x.shape[0]) or min(y.shape) < 2
+    assert torch.equal(in_runs, y)
     return [y, grad_x, both, alone]
 
 
@@ -235,6 +239,30 @@ def test_capture() -> None:
     (pair,) = capture
     close(pair.block(0, 6), g.double().t() @ x.double(), 1e-5)
     close(pair.at(p.index, 25), p.at_slots(g.double().t() @ x.double()), 1e-5)
+
+
+@native
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_layers_of_sequences(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that keep activations in layouts of their own give the same with panels."""
+    torch.manual_seed(0)
+    layer: torch.nn.Module
+    if kind == "lstm":
+        layer = SparseLSTM(20, 12, num_layers=2, density=0.4, proj_size=5, dtype=torch.float64)
+    else:
+        layer = SparseMultiheadAttention(20, 4, density=0.4, dtype=torch.float64)
+    x = torch.randn(9, 7, 20, dtype=torch.float64, requires_grad=True)
+    inputs = (x,) if kind == "lstm" else (x, x, x)
+    results = []
+    for rows in (10**9, 2):
+        monkeypatch.setattr(kernels, "PANEL_ROWS", rows)
+        y = layer(*inputs)[0]
+        found = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()), create_graph=True)
+        twice = torch.autograd.grad(sum(t.square().sum() for t in found), x)
+        plain = torch.autograd.grad(layer(*inputs)[0].square().sum(), (x, *layer.parameters()))
+        results.append((y, *found, *twice, *plain))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # torch's compiler calls what torch deprecates

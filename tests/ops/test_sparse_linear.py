@@ -14,11 +14,12 @@ from rewire.ops import reference, sparse_linear
 def implementation(request, monkeypatch):
     if request.param == "reference":
         for name, count in (("spmm", 6), ("sddmm", 6), ("feature_major", 1), ("batch_major", 1)):
+            function = getattr(reference, name)
             # The reference has one way to compute a product: what comes behind says which.
             monkeypatch.setattr(
                 linear_module,
                 name,
-                lambda *a, f=getattr(reference, name), n=count: f(*a[:n], *(None,) * (n - len(a))),
+                lambda *a, f=function, n=count: f(*a[:n], *(None,) * (n - len(a))),
             )
     return request.param
 

@@ -18,7 +18,10 @@ from rewire.ops import flops, reference
 
 __all__ = ["batch_major", "fake", "feature_major", "in_panels", "sddmm", "spmm", "spmm_sddmm"]
 
-#: From so many rows of a row-major batch on, products go through panels (`in_panels`).
+#: From so many rows of a row-major batch on, products go through panels (`in_panels`). Measured on
+#: 1024 x 1024 and 512 x 2048 at 1 and 10 %, forward and backward over those of a copied batch, one
+#: thread: 0.8 to 0.9 times as fast at 128 rows, 0.9 to 1.4 at 192, 1.1 to 1.5 at 256, 1.4 to 1.9 at
+#: 512, 1.7 to 2.7 at 1,024 and 2.5 to 3 at 8,192. Below 512 there are too few panels for threads.
 PANEL_ROWS = 512
 
 _NATIVE = _native.available("spmm")
