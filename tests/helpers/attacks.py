@@ -76,6 +76,10 @@ def _draws(choose: random.Random, count: int) -> list[int]:
     return [choose.randint(0, 2**40) for _ in range(count)]
 
 
+def _flag(choose: random.Random, _: dict[str, Any]) -> list[bool]:
+    return [choose.random() < 0.5]
+
+
 def _conv(choose: random.Random, name: str) -> list[Any]:
     rank, groups = choose.randint(1, 3), choose.choice((1, 2))
     inputs, outputs, kernel = (
@@ -186,9 +190,9 @@ CALLS: dict[str, Call] = {
         "gradient",
         lambda c, _: [0.3, c.choice((0.0, 0.5)), *_draws(c, 5), c.random() < 0.5],
     ),
-    "spmm": _of("by_row", "values", "x", "bias"),
-    "sddmm": _of("by_row", lambda _, p: [p["values"].numel()], "g", "x"),
-    "spmm_sddmm": _of("by_col", "values", "x", "g"),
+    "spmm": _of("by_row", "values", "x", "bias", _flag, _flag),
+    "sddmm": _of("by_row", lambda _, p: [p["values"].numel()], "g", "x", _flag),
+    "spmm_sddmm": _of("by_col", "values", "x", "g", _flag),
     "feature_major": _of("x"),
     "batch_major": _of("x"),
     "above": _of(

@@ -10,7 +10,7 @@ from torch import Tensor
 from rewire.ops import kernels
 from rewire.ops.transforms import refuse_transforms, transformed
 
-__all__ = ["in_rows", "in_runs"]
+__all__ = ["for_products", "in_rows", "in_runs"]
 
 
 class _Copied(torch.autograd.Function):
@@ -35,10 +35,15 @@ def _copied(x: Tensor, rows: bool) -> Tensor:
 def in_runs(x: Tensor) -> Tensor:
     """``x`` (batch, features) with the batch contiguous (strides (1, batch)); a copy only if it is
     not so already.
-
-    Several sparse products that share the result need no copies of their own.
     """
     return x if x.stride(0) == 1 or x.shape[0] == 1 else _copied(x, rows=False)
+
+
+def for_products(x: Tensor) -> Tensor:
+    """``x`` (batch, features) in a layout that several products can read without copies of their
+    own: as it is if they go through panels of it, else with the batch contiguous.
+    """
+    return x if kernels.in_panels(x) else in_runs(x)
 
 
 def in_rows(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewire.ops.kernels import batch_major, feature_major, sddmm, spmm, spmm_sddmm
+from rewire.ops.kernels import batch_major, feature_major, in_panels, sddmm, spmm, spmm_sddmm
 from rewire.ops.pairs import Capture, Pair, exchanged
 from rewire.ops.transforms import refuse_transforms, transformed
 from rewire.ops.versions import check_versions, remember_versions
@@ -99,16 +99,19 @@ class _Linear(torch.autograd.Function):
         contiguous_output: bool,
         *lists: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        runs = x if _small(x) else _in_runs(x)
-        y = spmm(lists[0], lists[1], lists[2], values, runs, bias)
+        panels = in_panels(x)
+        runs = x if panels or _small(x) else _in_runs(x)
+        y = spmm(lists[0], lists[1], lists[2], values, runs, bias, panels)
         ctx.set_materialize_grads(False)
-        ctx.copied = runs is not x
+        ctx.panels, ctx.copied = panels, runs is not x
         # A compiled graph cannot fill a list.
         ctx.capture = None if torch.compiler.is_compiling() else capture
         # Everything that backward reads is saved here, so autograd raises if any of it has changed.
         ctx.save_for_backward(runs, values, *lists)
         remember_versions(ctx, values, lists[0])
-        return batch_major(y) if contiguous_output else y, None if runs is x else runs
+        if contiguous_output and not panels:
+            y = batch_major(y)
+        return y, None if runs is x else runs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_runs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -117,26 +120,27 @@ class _Linear(torch.autograd.Function):
         check_versions(ctx)
         x, values, row_ptr, row_cols, row_slots, col_ptr, col_rows, col_slots = ctx.saved_tensors
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+        panels = ctx.panels
         if torch.compiler.is_compiling():
             # Strides are not known while backward is traced; this copies nothing where they are
             # right.
-            g = g.t().contiguous().t()
+            g = g if panels else g.t().contiguous().t()
         elif torch.is_grad_enabled() and (
             g.requires_grad or x.requires_grad or values.requires_grad
         ):
             return _differentiable_backward(ctx, g, grad_runs)
-        elif not _small(g):
+        elif not panels and not _small(g):
             g = _in_runs(g)
         if ctx.capture is not None and need_values:
             ctx.capture.append(_pair(x, g, values))
         grad_x = grad_values = None
         if need_x and need_values and _together(x, values):
-            grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g)
+            grad_x, grad_values = spmm_sddmm(col_ptr, col_rows, col_slots, values, x, g, panels)
         else:
             if need_x:
-                grad_x = spmm(col_ptr, col_rows, col_slots, values, g)
+                grad_x = spmm(col_ptr, col_rows, col_slots, values, g, None, panels)
             if need_values:
-                grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x)
+                grad_values = sddmm(row_ptr, row_cols, row_slots, values.shape[0], g, x, panels)
         if grad_x is not None:
             grad_x = _plus(grad_x, grad_runs)
             if ctx.copied and not torch.compiler.is_compiling():
@@ -173,7 +177,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, capacity: int, *index: Tensor) -> Tensor:
         ctx.save_for_backward(g, x, *index)
-        return sddmm(index[0], index[1], index[2], capacity, g, x)
+        return sddmm(index[0], index[1], index[2], capacity, g, x, in_panels(x))
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
@@ -224,10 +228,12 @@ def sparse_linear(
         contiguous_output: return row-major memory.
 
     Returns (..., out_features). For 2-D x its strides are (1, batch), in which the next sparse
-    layer needs no copy, unless ``contiguous_output``. Differentiable to any order. Raises
-    RuntimeError for dtypes and shapes that do not fit.
+    layer needs no copy, unless ``contiguous_output``. A row-major x of many rows (`in_panels`)
+    gives row-major results. Differentiable to any order. Raises RuntimeError for dtypes and shapes
+    that do not fit.
 
-    Cost: O(K batch) time. Backward keeps x, as a copy if its batch is not contiguous.
+    Cost: O(K batch) time. Backward keeps x: as it is if it has many rows, else with its batch
+    contiguous, which may be a copy.
     """
     if x.dtype != values.dtype and (values.dtype != torch.float32 or x.dtype not in NARROW):
         raise RuntimeError(

@@ -1,9 +1,9 @@
 """A recurrent layer through time, with its own backward pass.
 
 Everything is feature-major: states are (size, batch), a sequence is (size, positions) with the
-batch of a step contiguous. Backward goes through time in the other direction. The states of all
-steps are known by then, so the gradient of each weight is one product over the whole sequence
-instead of one per step.
+batch of a step contiguous. The input alone may be row-major, if its products go through panels.
+Backward goes through time in the other direction. The states of all steps are known by then, so the
+gradient of each weight is one product over the whole sequence instead of one per step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rewire.ops.cells import Cell, State
-from rewire.ops.kernels import sddmm, spmm
-from rewire.ops.layout import in_runs
+from rewire.ops.kernels import in_panels, sddmm, spmm
+from rewire.ops.layout import for_products, in_runs
 from rewire.ops.linear import sparse_linear
 from rewire.ops.pairs import Capture, Pair
 from rewire.ops.transforms import refuse_transforms, transformed
@@ -89,7 +89,8 @@ def _plain(way: _Way, x: Tensor, start: State, weights: Sequence[Weight]) -> tup
             state = (sparse_linear(state[0].t(), *w_hr).t(), *state[1:])
         return state
 
-    outputs, final = _walk(sparse_linear(x, *w_ih).t(), sizes, reverse, start, step)
+    product = sparse_linear(in_runs(x), *w_ih).t()
+    outputs, final = _walk(product, sizes, reverse, start, step)
     return torch.cat(outputs, 1), *final
 
 
@@ -104,12 +105,12 @@ def _unflat(tensors: Sequence[Any], captures: Sequence[Capture | None]) -> list[
     ]
 
 
-def _forward_product(w: Weight, x: Tensor) -> Tensor:
-    return spmm(*w.lists[:3], w.values, x.t(), w.bias).t()
+def _forward_product(w: Weight, x: Tensor, panels: bool = False) -> Tensor:
+    return spmm(*w.lists[:3], w.values, x.t(), w.bias, panels, runs=True).t()
 
 
-def _backward_product(w: Weight, g: Tensor) -> Tensor:
-    return spmm(*w.lists[3:], w.values, g.t()).t()
+def _backward_product(w: Weight, g: Tensor, panels: bool = False) -> Tensor:
+    return spmm(*w.lists[3:], w.values, g.t(), None, panels).t()
 
 
 class _Recurrence(torch.autograd.Function):
@@ -171,14 +172,17 @@ class _Recurrence(torch.autograd.Function):
             (w, torch.cat([entry[-1] for entry in tape], 1), torch.cat(of_projected, 1))
             for w in projection
         ]
-        g_x = _backward_product(w_ih, g_input).t() if needed[0] else None
+        g_x = None
+        if needed[0]:
+            g_x = _backward_product(w_ih, g_input, in_panels(tensors[0])).t()
         result: list[Tensor | None] = [g_x, *of_start]
         for (w, inputs, g), at in zip(pairs, range(1 + states, len(tensors), 8), strict=True):
             if w.capture is not None and needed[at]:
                 w.capture.append(Pair(inputs.t().detach(), g.t()))
             g_values = None
             if needed[at]:
-                g_values = sddmm(*w.lists[:3], w.values.shape[0], g.t(), inputs.t())
+                x, capacity = inputs.t(), w.values.shape[0]
+                g_values = sddmm(*w.lists[:3], capacity, g.t(), x, in_panels(x))
             result += [g_values, g.sum(1) if needed[at + 1] else None, *(None,) * 6]
         return (*(None,) * 3, *result)
 
@@ -204,7 +208,8 @@ def _quick(
             new = (_forward_product(w_hr, new[0]), *new[1:])
         return new
 
-    outputs, final = _walk(_forward_product(w_ih, x.t()), sizes, reverse, start, step)
+    product = _forward_product(w_ih, x.t(), in_panels(x))
+    outputs, final = _walk(product, sizes, reverse, start, step)
     return torch.cat(outputs, 1), final
 
 
@@ -311,7 +316,7 @@ def recurrence(
                 f"{what} is {given.dtype} but the weight's values are {weights[0].values.dtype}: "
                 "convert one, so that both agree"
             )
-    x, way = in_runs(x), _Way(cell, sizes, reverse)
+    x, way = for_products(x), _Way(cell, sizes, reverse)
     if torch.compiler.is_compiling():
         y, *final = _plain(way, x, start, weights)
         return y, tuple(final)

@@ -258,7 +258,7 @@ class SparseMultiheadAttention(Twin):
             # Products that share an input share one copy in the kernels' layout.
             laid_out = next((copy for original, copy in runs if original is x), None)
             if laid_out is None:
-                laid_out = ops.in_runs(x.reshape(-1, x.shape[-1]).to(_dtype(x, weight)))
+                laid_out = ops.for_products(x.reshape(-1, x.shape[-1]).to(_dtype(x, weight)))
                 runs.append((x, laid_out))
             y = self._project(laid_out, weight, bias)
             lead = x.shape[:-1] if x.dim() == 3 else (x.shape[0], 1)

@@ -64,6 +64,7 @@ class SparseLinear(SparseLayer):
         contiguous_output: return row-major memory. By default the result (..., out_features) is
             feature-major in memory. Sparse layers, ReLU, dropout and residual sums keep this
             layout, so chains of layers never transpose; instead of `.view` it may need `.reshape`.
+            From 512 rows of a row-major input on, results are row-major anyway.
 
     Shapes: input (..., in_features) with any strides, output (..., out_features). The first values
     are U(-b, b) with b = 1 / sqrt(connections of the output), so an output has the variance that it

@@ -161,4 +161,11 @@ struct Runs {
 };
 Runs as_runs(const Tensor& x, const char* op, const char* name);
 
+// A (batch, features) tensor in any strides.
+struct Matrix {
+  const char* data;
+  int64_t batch, features, batch_step, feature_step;
+};
+Matrix as_matrix(const Tensor& x, const char* op, const char* name);
+
 }  // namespace rewire

@@ -334,16 +334,16 @@ Status sddmm(const SddmmArgs& a, const Part& p, bool add) {
 
 #include "product/fused-inl.h"
 
-// dst[r, c] = src[r + c * col_step] for one block of W x W elements, through registers.
+// dst[r * dst_step + c] = src[r + c * col_step] for one block of W x W elements, through registers.
 template <class T, int W>
 REWIRE_INLINE void transpose_block(const CopyArgs& a, int64_t r, int64_t c) {
   using V = Vec<T, W>;
   const T* src = static_cast<const T*>(a.src) + r + c * a.col_step;
-  T* dst = static_cast<T*>(a.dst) + r * a.cols + c;
+  T* dst = static_cast<T*>(a.dst) + r * a.dst_step + c;
   V v[W];
   for (int k = 0; k < W; ++k) v[k] = load<V>(src + k * a.col_step);
   if constexpr (W > 1) transpose_steps<T, W, W / 2>(v);
-  for (int k = 0; k < W; ++k) store(dst + k * a.cols, v[k]);
+  for (int k = 0; k < W; ++k) store(dst + k * a.dst_step, v[k]);
 }
 
 // The last blocks are moved back. The order of blocks follows whichever of the two memories has the
@@ -355,7 +355,7 @@ void transpose_rows(const CopyArgs& a, int64_t row0, int64_t row1) {
     if (row1 - row0 < W || a.cols < W) return transpose_rows<T, W / 2>(a, row0, row1);
   }
   const int64_t last_row = row1 - W, last_col = a.cols - W;
-  if (a.col_step > a.cols) {
+  if (a.col_step > a.dst_step) {
     for (int64_t c = 0; c < a.cols; c += W)
       for (int64_t r = row0; r < row1; r += W)
         transpose_block<T, W>(a, r < last_row ? r : last_row, c < last_col ? c : last_col);
@@ -373,18 +373,18 @@ void copy(const CopyArgs& a, int64_t row0, int64_t row1) {
   T* dst = static_cast<T*>(a.dst);
   if (a.col_step == 1) {
     for (int64_t r = row0; r < row1; ++r)
-      __builtin_memcpy(dst + r * a.cols, src + r * a.row_step,
+      __builtin_memcpy(dst + r * a.dst_step, src + r * a.row_step,
                        static_cast<uint64_t>(a.cols) * sizeof(T));
   } else if (a.col_step == 0) {
     for (int64_t r = row0; r < row1; ++r)
-      for (int64_t c = 0; c < a.cols; ++c) dst[r * a.cols + c] = src[r * a.row_step];
+      for (int64_t c = 0; c < a.cols; ++c) dst[r * a.dst_step + c] = src[r * a.row_step];
   } else if (a.row_step == 1) {
     constexpr int W = REWIRE_VECTOR_BYTES / sizeof(T);
     transpose_rows<T, (W < 16 ? W : 16)>(a, row0, row1);
   } else {
     for (int64_t r = row0; r < row1; ++r)
       for (int64_t c = 0; c < a.cols; ++c)
-        dst[r * a.cols + c] = src[r * a.row_step + c * a.col_step];
+        dst[r * a.dst_step + c] = src[r * a.row_step + c * a.col_step];
   }
 }
 

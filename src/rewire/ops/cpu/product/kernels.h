@@ -66,11 +66,11 @@ struct Part {
   const Tile* tile;
 };
 
-// dst[r, c] = src[r * row_step + c * col_step], dst contiguous with `cols` columns.
+// dst[r * dst_step + c] = src[r * row_step + c * col_step], for `cols` columns.
 struct CopyArgs {
   const void* src;
   void* dst;
-  int64_t cols, row_step, col_step;
+  int64_t cols, dst_step, row_step, col_step;
 };
 
 struct ProductKernels {

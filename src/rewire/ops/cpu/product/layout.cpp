@@ -9,7 +9,7 @@ namespace {
 void copy_rows(int type, const void* src, void* dst, int64_t rows, int64_t cols, int64_t row_step,
                int64_t col_step) {
   constexpr int64_t kRows = 64;  // a multiple of every vector length
-  const CopyArgs args{src, dst, cols, row_step, col_step};
+  const CopyArgs args{src, dst, cols, cols, row_step, col_step};
   const int64_t items = std::max<int64_t>(1, rows / kRows);
   const auto copy = product_kernels().copy[type];
   for_each_item(items, rows * cols < kSerialWork / 4, [&](int64_t item) {
@@ -43,6 +43,12 @@ Tensor batch_major(const Tensor& x) {
   copy_rows(type, x.const_data_ptr(), y.mutable_data_ptr(), batch, features, x.stride(0),
             x.stride(1));
   return y;
+}
+
+Matrix as_matrix(const Tensor& x, const char* op, const char* name) {
+  require_matrix(x, op, name);
+  return {static_cast<const char*>(x.const_data_ptr()), x.size(0), x.size(1), x.stride(0),
+          x.stride(1)};
 }
 
 Runs as_runs(const Tensor& x, const char* op, const char* name) {

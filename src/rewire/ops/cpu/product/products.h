@@ -221,9 +221,10 @@ inline void raise(int status, const char* op) {
 // which can be moved back.
 struct Blocks {
   int64_t batch, lanes, vectors, count;
-  Blocks(int64_t batch_, int type) : batch(batch_), lanes(product_kernels().lanes[type]) {
+  Blocks(int64_t batch_, int type, int64_t most = kVectorsPerBlock)
+      : batch(batch_), lanes(product_kernels().lanes[type]) {
     vectors = (batch + lanes - 1) / lanes;
-    count = (vectors + kVectorsPerBlock - 1) / kVectorsPerBlock;
+    count = (vectors + most - 1) / most;
   }
   int64_t start(int64_t block) const { return std::min(batch, vectors * block / count * lanes); }
   int64_t width(int64_t block) const { return start(block + 1) - start(block); }
