@@ -218,8 +218,8 @@ def test_steps_need_their_activations() -> None:
 
 @PROC
 def test_memory_of_a_step_beside_dense() -> None:
-    (figure,), data = big.step_memory(SETTING, width=256, layers=2, rows=16_384)
-    activation = 4 * 256 * 16_384 // 4
+    (figure,), data = big.step_memory(SETTING, width=256, layers=2, rows=4096)
+    activation = 4 * 256 * 4096
     assert all(2 * activation < got["peak"] < 16 * activation for got in data.values())
     assert figure.value == data["sparse"]["peak"] / data["dense"]["peak"]
 

@@ -213,8 +213,6 @@ def step_memory(
     and their optimizer's state, over what the dense one needs besides its own: activations and
     their gradients. (Each in a process of its own, with SGD and momentum.)
     """
-    if setting.quick:
-        rows //= 4
     case = {"width": width, "layers": layers, "rows": rows, "density": density}
     found = {kind: setting.apart("step", kind=kind, **case) for kind in ("dense", "sparse")}
     mebibytes = {kind: got["peak"] / 2**20 for kind, got in found.items()}
