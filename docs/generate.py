@@ -263,15 +263,22 @@ def table_of_formats() -> str:
 def claims_page() -> str:
     """Every recipe of `rewire compare`: what its paper claims, and what was found here."""
     lines = [
-        "# Claims of the papers, measured",
+        "# Claims of the papers",
         "",
         "Each published claim that this library measures is a recipe: a plan that "
         "`rewire compare --recipe NAME` runs. Scores are means over seeds on data that no choice "
         "was made on, with the standard deviation. *p* is that of a paired t-test over the seeds "
-        "against the best row, adjusted by Holm's rule. `benchmarks/claims.py` made this page.",
+        "against the best row, adjusted by Holm's rule.",
         "",
     ]
     known = {path.stem: _claim(path) for path in sorted(RECIPES.glob("*.yaml"))}
+    run = sum(found is not None for _, found in known.values())
+    lines += [
+        f"So far {run} of {len(known)} recipes have results here: they take hours to days of two "
+        "cores. `benchmarks/claims.py` runs recipes and keeps what they find; other pages of these "
+        "results have earlier measurements of DEEP R, HALO, ternary networks and NoiseOut.",
+        "",
+    ]
     lines += ["| recipe | claims that hold | runs |", "| --- | --- | --- |"]
     for name, (_, found) in known.items():
         held = runs = "not run yet"

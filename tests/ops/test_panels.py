@@ -14,7 +14,7 @@ from torch import Tensor
 from interpreter import run_python
 from problems import BATCHES, LAYOUTS, Problem, close, in_layout, problem, problems
 from rewire import _native, ops
-from rewire.nn import SparseLSTM, SparseMultiheadAttention
+from rewire.nn import SparseLinear, SparseLSTM, SparseMultiheadAttention
 from rewire.ops import kernels, sparse_linear
 
 native = pytest.mark.skipif(not _native.available("spmm"), reason="the C++ extension is not in use")
@@ -289,3 +289,31 @@ def test_compiles(dynamic: bool) -> None:
         ):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
     assert compiled(x).is_contiguous() is not dynamic
+
+
+@pytest.mark.parametrize("batch", [kernels.PANEL_ROWS + more for more in (-1, 0, 1)])
+def test_on_both_sides_of_the_first_panel(batch: int) -> None:
+    """A layer is its dense twin just below, at and just above the number of rows."""
+    layer = SparseLinear(20, 30, density=0.2, dtype=torch.float64)
+    x = torch.randn(batch, 20, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(batch, 30, dtype=torch.float64)
+    weight = layer.weight.to_dense().detach().requires_grad_()
+    assert layer.bias is not None
+    expected = torch.nn.functional.linear(x, weight, layer.bias)
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    mine = torch.autograd.grad(y, (x, layer.weight.values), g)
+    theirs = torch.autograd.grad(expected, (x, weight), g)
+    rows, cols, _ = layer.weight.coo()
+    torch.testing.assert_close(mine[0], theirs[0])
+    torch.testing.assert_close(mine[1][layer.weight.active()], theirs[1][rows, cols])
+
+
+def test_inputs_that_change_after_forward_are_noticed() -> None:
+    """Backward reads x itself, as that of `nn.Linear` does."""
+    for layer in (SparseLinear(20, 30, density=0.2), torch.nn.Linear(20, 30)):
+        x = torch.randn(MANY, 20)
+        y = layer(x)
+        x.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()

@@ -167,6 +167,7 @@ def test_a_whole_run_is_saved_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None
         "batch",
         "densities",
         "seconds",
+        "quartiles",
         "best",
         "rounds",
         "break_even",

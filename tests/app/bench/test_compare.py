@@ -22,7 +22,8 @@ def _run(*figures: Figure, cpu: str = "A", seconds: float = 1e-3) -> dict[str, A
         "inputs": 4,
         "batch": 2,
         "densities": [0.1],
-        "seconds": {"rewire": [seconds]},
+        "seconds": {"rewire": [seconds], "dense": [2e-3]},
+        "quartiles": {"rewire": [(0.98 * seconds, 1.02 * seconds)], "dense": [(1e-3, 3e-3)]},
     }
     return {
         "format": 3,
@@ -59,7 +60,8 @@ def test_verdicts() -> None:
     assert _verdicts(old, new) == {
         "P1: over dense": "better",
         "P1: bytes": "worse",
-        "8 x 4, batch 2, 0.1: rewire": "within noise" if 0.9 * 1.05 >= 0.95 else "better",
+        "8 x 4, batch 2, 0.1: rewire": "better",
+        "8 x 4, batch 2: dense": "within noise",
     }
     assert (
         _verdicts(old, _run(FASTER, SMALLER, seconds=5e-4))["8 x 4, batch 2, 0.1: rewire"]
@@ -83,11 +85,34 @@ def test_another_machine_is_named() -> None:
     assert "the runs differ in the processor" in compare.sheet(old, new).note
 
 
-def test_models_and_layers() -> None:
-    row = {"name": "0", "speedup": 2.0, "low": 1.9, "high": 2.1}
-    old = _run() | {"model": {"layers": [row, {"name": "1", "verdict": "not measured"}]}}
+def test_layers_of_the_same_model_only() -> None:
+    row = {"name": "0", "layer": "linear 5 x 6", "rows": 3, "speedup": 2.0, "low": 1.9, "high": 2.1}
+    model = {"model": "mlp", "density": 0.1}
+    old = _run() | {"model": model | {"layers": [row, {"name": "1", "verdict": "not measured"}]}}
     better = row | {"speedup": 3.0, "low": 2.9, "high": 3.1}
-    assert _verdicts(old, old | {"model": {"layers": [better]}})["0: dense / sparse"] == "better"
+    name = "mlp, 0 (linear 5 x 6, 3 rows, 0.1): dense / sparse"
+    assert _verdicts(old, old | {"model": model | {"layers": [better]}})[name] == "better"
+    for other in (model | {"density": 0.5}, model | {"model": "mine"}):
+        assert not [
+            n for n in _verdicts(old, old | {"model": other | {"layers": [row]}}) if "/" in n
+        ]
+
+
+def test_a_file_that_lacks_something_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    whole = _run(FASTER, SMALLER)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(whole))
+    assert compare.read(path, 3)["format"] == 3
+    for damaged in (
+        {name: whole[name] for name in whole if name != "targets"},
+        whole | {"machine": None},
+        whole | {"targets": [{"name": "p1"}]},
+        whole | {"grid": [whole["grid"][0] | {"densities": [0.1, 0.2]}]},
+        whole | {"grid": [whole["grid"][0] | {"seconds": {"rewire": ["fast"]}}]},
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(BenchError, match="is no whole bench"):
+            compare.read(path, 3)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ __all__ = ["Ceilings", "Level", "cache_sizes", "of"]
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 #: Bytes of a core's caches where the system does not tell.
 _USUAL = (32 << 10, 1 << 20, 8 << 20)
-#: Most bytes that a thread reads: enough for any cache that it does not share with other machines.
+#: Most bytes that a thread reads. A last cache that is larger is shared with many others, on a
+#: server with other machines, so that this much is not in it for long.
 _MOST = 256 << 20
 #: Rows are a multiple of so many numbers long.
 _BLOCK = 192

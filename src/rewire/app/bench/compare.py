@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rewire.app.bench.contenders import DENSE
 from rewire.app.bench.tables import Sheet, number
 from rewire.app.errors import BenchError
 
@@ -48,6 +49,10 @@ def read(path: Path, version: int) -> dict[str, Any]:
             f"--compare: {path} is of format {form}, and this version compares format {version}: "
             "measure again with `rewire bench`"
         )
+    try:
+        sheet(found, found)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BenchError(f"--compare: {path} is no whole bench.json: {error!r}") from None
     return dict(found)
 
 
@@ -77,13 +82,19 @@ def _entries(results: dict[str, Any]) -> Iterator[tuple[str, _Entry]]:
     for curve in [*results["grid"], *([layer["curve"]] if layer else [])]:
         where = f"{curve['outputs']} x {curve['inputs']}, batch {curve['batch']}"
         for kind, seconds in curve["seconds"].items():
-            for density, value in zip(curve["densities"], seconds, strict=True):
-                name = f"{where}, {density:.3g}: {kind}"
-                yield name, _entry({"value": 1e3 * value}, "ms", "low")
-    for row in results["model"]["layers"] if results["model"] else ():
+            quartiles = curve["quartiles"][kind]
+            for density, value, (low, high) in zip(
+                curve["densities"], seconds, quartiles, strict=True
+            ):
+                name = f"{where}{'' if kind in DENSE else f', {density:.3g}'}: {kind}"
+                given = {"value": 1e3 * value, "low": 1e3 * low, "high": 1e3 * high}
+                yield name, _entry(given, "ms", "low")  # of dense ones all densities are one
+    model = results["model"]
+    for row in model["layers"] if model else ():
         if "speedup" in row:
             given = {"value": row["speedup"], "low": row["low"], "high": row["high"]}
-            yield f"{row['name']}: dense / sparse", _entry(given, "x", "high")
+            where = f"{model['model']}, {row['name']} ({row['layer']}, {row['rows']} rows"
+            yield f"{where}, {model['density']:g}): dense / sparse", _entry(given, "x", "high")
 
 
 def _entry(given: dict[str, Any], unit: str, best: Literal["high", "low", ""]) -> _Entry:

@@ -94,6 +94,10 @@ class Curve:
             "seconds": {
                 kind: [self.seconds(kind, d) for d in self.densities] for kind in self.kinds
             },
+            "quartiles": {
+                kind: [self.timings.quartiles(self.label(kind, d)) for d in self.densities]
+                for kind in self.kinds
+            },
             "best": {
                 kind: [self.timings.best(self.label(kind, d)) for d in self.densities]
                 for kind in self.kinds

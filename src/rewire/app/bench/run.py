@@ -163,11 +163,12 @@ class Run:
         write_atomic(self.out / "bench.json", (text + "\n").encode())
 
     def _finish(self) -> None:
+        self._save()
         if self.earlier is not None:
             sheet = compare.sheet(self.earlier, self.results)
             self.results["earlier"] = vars(sheet)
             self._show(sheet)
-        self._save()
+            self._save()
         write_atomic(self.out / "bench.html", page.render(self.results).encode())
         if self.results["targets"]:
             self._show(tables.verdicts(self.results["targets"]))

@@ -64,6 +64,11 @@ class Timings:
         """Median seconds per call."""
         return quartiles(self.seconds[name])[1]
 
+    def quartiles(self, name: str) -> tuple[float, float]:
+        """First and third quartile of the seconds per call."""
+        low, _, high = quartiles(self.seconds[name])
+        return low, high
+
     def best(self, name: str) -> float:
         """Least disturbed seconds per call."""
         return min(self.seconds[name])
