@@ -181,7 +181,7 @@ def test_formats_are_told_apart_by_ending_or_name(tmp_path: Path) -> None:
     assert format_of("a.parquet", writing=True).name == "parquet"
     assert format_of("a.npz").reads == FORMATS["csr"].reads  # its reader reads all of that ending
     assert format_of("a.PT").name == "checkpoint"
-    with pytest.raises(ValueError, match=r"a.npz can be csr or coo: give format="):
+    with pytest.raises(ValueError, match=r"a.npz can be csr or coo: give one of them as format="):
         format_of("a.npz", writing=True)
     with pytest.raises(ValueError, match=r"the ending is .xyz, allowed are .safetensors"):
         format_of("a.xyz", writing=True)
