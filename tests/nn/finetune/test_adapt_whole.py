@@ -107,3 +107,9 @@ def test_a_second_name_of_a_tied_parameter_is_one_for_train() -> None:
     model["h"].weight = model["e"].weight
     adapter = rewire.adapt(model, density=0.2, only="f", train="h.weight")
     assert any(p is model["e"].weight for p in adapter.parameters())
+
+
+def test_a_layer_with_two_names_goes_by_the_first() -> None:
+    layer = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="several names goes by its first"):
+        rewire.adapt(nn.ModuleDict({"a": layer, "b": layer}), density=0.2, only="b")

@@ -95,7 +95,8 @@ def adapt(
     if not counts:
         raise ValueError(
             "no layer to adapt: only torch.nn.Linear, Conv1d, Conv2d and Conv3d can be adapted, "
-            "and only=, exclude= or the patterns of the budget leave none of them"
+            "and only=, exclude= or the patterns of the budget leave none of them (a layer with "
+            "several names goes by its first, as named_modules() gives it)"
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
