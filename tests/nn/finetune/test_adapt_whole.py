@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rewire.nn.finetune import files
 from rewire.nn.layers.adapted import Adapted
 
 
-def net() -> nn.Sequential:
+def net() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
 
@@ -35,7 +36,8 @@ def test_what_train_names_is_trained_after_a_merge_that_was_taken_back() -> None
 
 def test_wrappers_are_refused(tmp_path: Path) -> None:
     rewire.adapt(net(), density=0.2).save(tmp_path / "a")
-    for model in (nn.DataParallel(net()), torch.compile(net(), backend="eager")):
+    wrapped: list[Any] = [nn.DataParallel(net()), torch.compile(net(), backend="eager")]
+    for model in wrapped:
         with pytest.raises(ValueError, match="adapt the model inside"):
             rewire.adapt(model, density=0.2)
         with pytest.raises(ValueError, match="adapt the model inside"):
