@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rewire.nn.convert import attached
 from rewire.nn.convert.counts import Patterns, chosen, connection_counts, matches
@@ -45,7 +44,9 @@ def adapt(
         method = rewire.methods.RigL(model, optimizer, total_steps=1000)
 
     A layer then computes ``layer(x) + difference(x)``. The values of the difference are 0 at first,
-    so outputs for finite inputs are what they were, to the bit. A method can rewire it: to drop by
+    so outputs for finite inputs are what they were, to the bit (but for `torch.nn.Transformer`'s
+    encoders in eval mode without gradients: they leave their fused kernels, which round otherwise
+    and put zeros at padded positions). A method can rewire it: to drop by
     magnitude is to drop what has moved least from the base, and what grows starts at 0, at the
     base's own weight. This is the way of SpIEL (Ansell et al. 2024, arXiv 2401.16405) with
     `rewire.methods.RigL` or SET, and of SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175) with a fixed
@@ -73,18 +74,14 @@ def adapt(
     Raises ValueError, and leaves the model unchanged, if nothing matches or the budget cannot be
     met; for a layer whose weight is computed (parametrizations, prune masks, weight norm),
     quantized, sharded or on the meta device, whose gradient has a hook or whose forward was
-    assigned; for one of another class that ``only`` names; for a model that is adapted already, or
-    wrapped in DistributedDataParallel. O(K log K) time, O(K + rows + columns) memory: no weight is
-    copied.
+    assigned; for one of another class that ``only`` names; for a model that is adapted already,
+    wrapped in DistributedDataParallel or DataParallel, or what torch.compile gives. O(K log K)
+    time, O(K + rows + columns) memory: no weight is copied.
     """
     if (density is None) == (connections is None):
         raise ValueError("give exactly one of density= and connections=")
     refuse_adapted(model)
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "the model is wrapped in DistributedDataParallel, which would not see the differences: "
-            "adapt it before rewire.distributed.prepare(model) and the wrapping"
-        )
+    fitting.refuse_wrapped(model)
     given: Budget = density if density is not None else connections
     layers = dict(_layers(model, given, only, exclude))
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
@@ -98,7 +95,8 @@ def adapt(
     if not counts:
         raise ValueError(
             "no layer to adapt: only torch.nn.Linear, Conv1d, Conv2d and Conv3d can be adapted, "
-            "and only=, exclude= or the patterns of the budget leave none of them"
+            "and only=, exclude= or the patterns of the budget leave none of them (a layer with "
+            "several names goes by its first, as named_modules() gives it)"
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
@@ -150,7 +148,7 @@ def _layers(
 def _trained(model: nn.Module, patterns: Patterns, taken: Mapping[int, str]) -> list[str]:
     """The parameters to train as a whole; ``taken``: as of `fitting.refuse_training`."""
     several = [patterns] if isinstance(patterns, str) else list(patterns)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for pattern in several:
         if not any(matches(name, pattern) for name in parameters):
             raise ValueError(f"pattern {pattern!r} of train= matches no parameter of the model")

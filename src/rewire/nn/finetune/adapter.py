@@ -106,12 +106,20 @@ class Adapter:
         self._base.refuse_others()
         source = self.model if model is None else model
         differences: dict[str, dict[str, Tensor]] = {}
-        for name in self._differences:
-            layer = _module(source, name)
-            if not isinstance(layer, Adapted):
+        for name, own in self.differences.items():
+            try:
+                layer: nn.Module | None = _module(source, name)
+            except AttributeError:
+                layer = None
+            fits = isinstance(layer, Adapted) and (
+                (layer.difference.weight.shape, layer.difference.weight.connections)
+                == (own.shape, own.connections)
+            )
+            if not isinstance(layer, Adapted) or not fits:
+                what = "has another difference" if isinstance(layer, Adapted) else "is not adapted"
                 raise ValueError(
-                    f"{name or 'the model'} is not adapted in the model given: give a copy of the "
-                    "adapter's model, such as copy.deepcopy makes"
+                    f"{name or 'the model'} {what} in the model given: "
+                    "give a copy of the adapter's model, such as copy.deepcopy makes"
                 )
             differences[name] = dict(layer.difference.weight.state_dict())
         parameters = {n: source.get_parameter(n).detach() for n in self._base.trained}
@@ -125,13 +133,16 @@ class Adapter:
 
         Arguments and errors as for `rewire.load_adapter`; also ValueError while a method rewires
         the differences. On an error nothing changes. O(K) memory.
+
+        The parameters are new ones: make the optimizer again, of `parameters`. One that was made
+        before goes on with those of the adapter that left, to no effect.
         """
         self._check("beside")
         self._refuse_leaving("loading another adapter")
         saved = files.read(Path(path))
         new = fitting.differences(self._base, saved, str(path), check_base)
-        self._take()
         self._base.reset()
+        self._take()
         self._differences = new
         self._fill(saved)
         self._put()
@@ -142,7 +153,7 @@ class Adapter:
         for name, value in saved.parameters.items():
             self.model.get_parameter(name).copy_(value)
         for name, value in saved.buffers.items():
-            self.model.get_buffer(name).copy_(value)
+            self._base.set_buffer(name, value)
 
     # --- merging and taking off -------------------------------------------------------------------
 
@@ -160,16 +171,18 @@ class Adapter:
         self._check("beside")
         self._refuse_leaving("merge()")
         fitting.refuse_shared_weights(self.model, self._differences)
+        made = {name: self._sum(name, pool) for name, pool in self.differences.items()}
+        done: list[str] = []
+        try:
+            for name, written in made.items():
+                self._weight(name)[written.places] = written.now
+                done.append(name)
+        except BaseException:
+            for name in done:
+                self._weight(name)[made[name].places] = made[name].before
+            raise
         self._take()
-        for name, pool in self.differences.items():
-            weight = self._weight(name)
-            rows, cols, values = pool.coo()
-            places = torch.unravel_index(rows * pool.matrix_shape[1] + cols, weight.shape)
-            before = weight[places]
-            wide = torch.promote_types(before.dtype, values.dtype)
-            now = (before.to(wide) + values.to(wide)).to(before.dtype)
-            weight[places] = now
-            self._merged[name] = _Written(places, before, now)
+        self._merged = made
         self._base.release()
         self._state = "merged"
         return self.model
@@ -179,7 +192,8 @@ class Adapter:
         """Take `merge` back: the weights are to the bit what they were, and the differences beside
         them. Returns the model.
 
-        Raises ValueError, and changes nothing, if merged weights have changed since.
+        Raises ValueError, and changes nothing, if merged weights have changed at one of the K
+        positions since. Changes elsewhere are not noticed, and stay.
         """
         self._check("merged")
         for name, written in self._merged.items():
@@ -206,8 +220,8 @@ class Adapter:
             self.unmerge()
         self._check("beside")
         self._refuse_leaving("detach()")
-        self._take()
         self._base.reset()
+        self._take()
         self._base.release()
         self._state = "detached"
         return self.model
@@ -223,6 +237,15 @@ class Adapter:
         for name in self._differences:
             take_off(_module(self.model, name))
         self._base.unfuse(adapted=False)
+
+    def _sum(self, name: str, pool: SparseWeight) -> _Written:
+        """What a merge writes into the weight of a layer."""
+        weight = self._weight(name)
+        rows, cols, values = pool.coo()
+        places = torch.unravel_index(rows * pool.matrix_shape[1] + cols, weight.shape)
+        before = weight[places]
+        wide = torch.promote_types(before.dtype, values.dtype)
+        return _Written(places, before, (before.to(wide) + values.to(wide)).to(before.dtype))
 
     def _as_merged(self, name: str, written: _Written) -> bool:
         """Whether a layer is as `merge` has left it."""
@@ -270,6 +293,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     `rewire.adapt` for layers that cannot be adapted. Then nothing has changed. O(K) memory.
     """
     refuse_adapted(model)
+    fitting.refuse_wrapped(model)
     saved = files.read(Path(path))
     base = Base(model)
     differences = fitting.differences(base, saved, str(path), check_base)

@@ -43,8 +43,8 @@ class Base:
     def freeze(self) -> None:
         """Let no parameter be trained but `trained`."""
         for name, parameter in _parameters(self.model):
+            parameter.requires_grad_(name in self.trained)
             if name not in self.trained:
-                parameter.requires_grad_(False)
                 parameter.grad = None
 
     def train(self, names: Iterable[str]) -> None:
@@ -54,6 +54,12 @@ class Base:
             if id(parameter) in chosen:
                 self.trained[name] = parameter.detach().clone()
                 parameter.requires_grad_(True)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the base, under all their names; those of differences are none."""
+        own = {id(parameter) for _, parameter in _parameters(self.model)}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in every if id(parameter) in own}
 
     def parameters(self) -> list[nn.Parameter]:
         """Those that are trained."""
@@ -96,13 +102,26 @@ class Base:
             parameter.requires_grad_(False)
             parameter.grad = None
         self.trained = {}
-        for name, buffer in self.changed_buffers(self.model).items():
-            buffer.copy_(self.buffers[name])
+        for name in self.changed_buffers(self.model):
+            self.set_buffer(name, self.buffers[name])
+
+    @torch.no_grad()
+    def set_buffer(self, name: str, value: Tensor) -> None:
+        """Give a buffer this value; one that cannot take it in place is replaced."""
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        now = module._buffers[leaf]
+        assert now is not None
+        if now.shape != value.shape or now.is_inference():
+            module._buffers[leaf] = value.to(now).clone()
+        else:
+            now.copy_(value)
 
     def release(self) -> None:
         """Let those parameters be trained again that were before the adapter came."""
         for name, parameter in _parameters(self.model):
-            parameter.requires_grad_(name in self.trainable)
+            if not parameter.is_inference():  # such a tensor can have no gradient
+                parameter.requires_grad_(name in self.trainable)
 
     def identity(self) -> dict[str, Identity]:
         """What tells this base from others, by name of parameter or buffer; as they were before.
@@ -132,8 +151,14 @@ _FUSED: tuple[tuple[type[nn.Module], str], ...] = (
 
 def _same(now: Tensor, before: Tensor) -> bool:
     """Whether a buffer is as it was, on whatever device and of whatever dtype it is now."""
+    if now.shape != before.shape:
+        return False
     before = before.to(now)
-    return torch.equal(torch.nan_to_num(now), torch.nan_to_num(before))
+    if now.is_floating_point() and now.dtype.itemsize == 1:  # float8 cannot be compared
+        return torch.equal(now.view(torch.uint8), before.view(torch.uint8))
+    if now.is_floating_point() or now.is_complex():
+        return bool(((now == before) | (now.isnan() & before.isnan())).all())
+    return torch.equal(now, before)
 
 
 def _own(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from rewire.nn.convert import attached
 from rewire.nn.convert.kinds import KINDS, Kind, join, kind_of
@@ -25,10 +27,30 @@ __all__ = [
     "refuse_changed",
     "refuse_shared_weights",
     "refuse_training",
+    "refuse_wrapped",
     "value_dtype",
 ]
 
 _CLASSES = ", ".join(f"torch.nn.{dense.__name__}" for dense in ADAPTED)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model within a wrapper that would not see the differences, or would
+    give other names to layers.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which would not see the differences: "
+            "adapt it before rewire.distributed.prepare(model) and the wrapping"
+        )
+    if any(isinstance(module, DataParallel) for module in model.modules()):
+        raise ValueError("the model is wrapped in DataParallel: adapt the model inside")
+    # By name: the class is in a module that takes seconds to import.
+    if any(kind.__name__ == "OptimizedModule" for kind in type(model).__mro__):
+        raise ValueError(
+            "the model is what torch.compile gives (OptimizedModule): adapt the model inside, and "
+            "compile it afterwards"
+        )
 
 
 def reason(module: nn.Module) -> str | None:
@@ -85,19 +107,51 @@ def value_dtype(weight: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def refuse_shared_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError if the weight of one of these layers is a parameter of another module."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append((module, join(path, name)))
+    """Raise ValueError if the weight of one of these layers is a parameter of another module, or
+    has memory in common with one or within itself.
+    """
+    all_parameters = [
+        (module, join(path, name), parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    advice = "give the layer a parameter of its own before it is adapted, or leave it unmerged"
     for name in names:
         layer = model.get_submodule(name)
-        for other, path in owners[id(layer.weight)]:
-            if other is not layer:
+        weight = layer.get_parameter("weight")
+        title = join(name, "weight")
+        if any(step == 0 and n > 1 for step, n in zip(weight.stride(), weight.shape, strict=True)):
+            raise ValueError(
+                f"{title} is expanded: several of its elements are one number, which would change "
+                f"for all of them: {advice}"
+            )
+        for other, path, parameter in all_parameters:
+            if parameter is weight:
+                if other is not layer:
+                    raise ValueError(f"{title} is {path} too, which would change along: {advice}")
+            elif _overlap(weight, parameter):
                 raise ValueError(
-                    f"{join(name, 'weight')} is {path} too, which would change along: give the "
-                    "layer a parameter of its own before it is adapted, or leave it unmerged"
+                    f"{title} has memory in common with {path}, which would change along: {advice}"
                 )
+
+
+def _overlap(weight: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may have memory in common: whether their ranges of addresses meet."""
+    if is_lazy(other) or type(other.data) is not Tensor or other.device != weight.device:
+        return False
+    if other.layout != torch.strided or 0 in (weight.numel(), other.numel()):
+        return False
+    if weight.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    (begin, end), (start, stop) = _range(weight), _range(other)
+    return begin < stop and start < end
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and of what follows its last one."""
+    last = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
 def refuse_changed(name: str, layer: nn.Module, difference: SparseLayer) -> None:
@@ -142,13 +196,12 @@ def differences(base: Base, saved: Saved, where: str, check_base: bool) -> dict[
             layer, _weight(layer.get_parameter("weight"), name, state, where)
         )
     taken = {id(layer.weight): name for layer, name in seen.items()}
-    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    parameters = base.named_parameters()
     for name, value in saved.parameters.items():
         _check_tensor(name, value, parameters.get(name), where)
         refuse_training(name, parameters[name], taken)
     for name, value in saved.buffers.items():
-        own = base.model.get_buffer(name) if name in base.buffers else None
-        _check_tensor(name, value, own, where)
+        _check_tensor(name, value, base.buffers.get(name), where)
     # The states of optimizers go by the order of parameters.
     order = [seen[layer] for layer in base.model.modules() if layer in seen]
     return {name: found[name] for name in order}
@@ -165,6 +218,8 @@ def refuse_training(name: str, parameter: Tensor, taken: Mapping[int, str]) -> N
         )
     if not parameter.is_floating_point():
         raise ValueError(f"{name} cannot be trained: it is {parameter.dtype}")
+    if parameter.is_inference():
+        raise ValueError(f"{name} cannot be trained: it was made under torch.inference_mode")
 
 
 def _weight(dense: Tensor, name: str, state: Mapping[str, Tensor], where: str) -> SparseWeight:
