@@ -116,9 +116,7 @@ def headline(results: dict[str, Any]) -> str:
         ]
         for density in ("10%", "5%", "1%")
     }
-    shown = ", ".join(
-        f"{min(o):.0f} to {max(o):.0f} times at {density[:-1]} %" for density, o in over.items()
-    )
+    shown = ", ".join(f"{between(o)} times at {density[:-1]} %" for density, o in over.items())
     breaks = figures["p3", "break-even with nn.Linear, contiguous"]
     return (
         "Forward and backward of a 1024 x 1024 or 4096 x 4096 layer at batch 128, beside "
@@ -126,6 +124,12 @@ def headline(results: dict[str, Any]) -> str:
         f"cores: {shown} of the connections; both take equally long\n"
         f"at {breaks:.0f} %. All targets, with misses: [docs/speed.md](docs/speed.md)."
     )
+
+
+def between(values: list[float]) -> str:
+    """The range of some figures, in whole numbers."""
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 PARTS = (machine, targets, grid, large, wide)
