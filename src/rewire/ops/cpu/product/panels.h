@@ -53,8 +53,9 @@ class Panels {
   template <class Kernel>
   void run(const char* op, const Kernel& kernel) const {
     Failure failure;
-    const int64_t each = panel_ + 3 * piece_, items = groups_ * stripes_;
-    const Tensor scratch = empty_1d(threads_ * each, ScalarType::Char);
+    const int64_t each = panel_ + 3 * piece_, items = groups_ * stripes_,
+                  threads = std::min(threads_, items);
+    const Tensor scratch = empty_1d(threads * each, ScalarType::Char);
     char* memory = static_cast<char*>(scratch.mutable_data_ptr());
     std::atomic<int64_t> next{0};
     const auto work = [&](int64_t thread) {
@@ -62,10 +63,10 @@ class Panels {
            item = next.fetch_add(1, std::memory_order_relaxed))
         failure.note(walk(item / stripes_, item % stripes_, memory + thread * each, kernel));
     };
-    if (threads_ == 1) {
+    if (threads == 1) {
       work(0);
     } else {
-      torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t thread = begin; thread < end; ++thread) work(thread);
       });
     }
