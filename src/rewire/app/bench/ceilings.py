@@ -18,7 +18,7 @@ import torch
 
 from rewire import _native
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.timing import Clock
+from rewire.app.bench.timing import Clock, timed
 
 __all__ = ["Ceilings", "Level", "cache_sizes", "of"]
 
@@ -122,9 +122,7 @@ def _rate(threads: int, size: int, clock: Clock, seconds: float, from_memory: bo
     call: Callable[..., float] = torch.ops.rewire.multiply_adds
 
     def took(passes: int) -> float:
-        start = clock()
-        call(x, passes, from_memory)
-        return max(clock() - start, 1e-9)
+        return timed(clock, lambda: call(x, passes, from_memory))
 
     took(1)
     passes, once = 1, took(1)

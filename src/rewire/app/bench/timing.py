@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Clock", "Contender", "Ratio", "Timings", "quartiles", "side_by_side"]
+__all__ = ["Clock", "Contender", "Ratio", "Timings", "quartiles", "side_by_side", "timed"]
 
 #: Seconds from anywhere.
 Clock = Callable[[], float]
@@ -78,6 +78,14 @@ class Timings:
         pairs = [a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True)]
         low, middle, high = quartiles(pairs)
         return Ratio(middle, low, high, self.best(slow) / self.best(fast), len(pairs))
+
+
+def timed(clock: Clock, *calls: Callable[[], object]) -> float:
+    """Seconds that the calls take, one after the other; never 0."""
+    start = clock()
+    for call in calls:
+        call()
+    return max(clock() - start, 1e-9)
 
 
 def side_by_side(

@@ -14,7 +14,7 @@ from rewire import methods
 from rewire.app.bench.contenders import Layer, Linear, make
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.networks import MaskedLinear, mlp
-from rewire.app.bench.timing import Clock, Contender, Timings, quartiles
+from rewire.app.bench.timing import Contender, Timings, quartiles, timed
 from rewire.app.bench.verdict import Figure, Measured, at_least, at_most, info
 from rewire.nn import SparseLinear
 
@@ -44,13 +44,6 @@ def _train(layer: nn.Module, x: Tensor, g: Tensor, optimizer: torch.optim.Optimi
     optimizer.zero_grad()
     layer(x).backward(g)
     optimizer.step()
-
-
-def _timed(clock: Clock, *calls: Callable[[], object]) -> float:
-    start = clock()
-    for call in calls:
-        call()
-    return max(clock() - start, 1e-9)
 
 
 def deep_r_share(
@@ -89,8 +82,8 @@ def deep_r_share(
                 len(base) < 3 * setting.rounds or time.perf_counter() - start < setting.seconds / 2
             ):
                 x.grad = None
-                base.append(_timed(setting.clock, lambda: _train(layer, x, g, optimizer)))  # noqa: B023  # called at once
-                step.append(_timed(setting.clock, method.step))
+                base.append(timed(setting.clock, lambda: _train(layer, x, g, optimizer)))  # noqa: B023  # called at once
+                step.append(timed(setting.clock, method.step))
             dropped = sum(method.stats()["dropped"].values()) - sum(before.values())
             seen = dropped / len(base) / connections
             note = (
@@ -164,8 +157,8 @@ def _per_epoch(
     steps: list[float] = []
     updates: list[float] = []
     for _ in range(max(3, setting.rounds // 2)):
-        steps.extend(_timed(setting.clock, train, method.step) for _ in range(5))
-        updates.append(_timed(setting.clock, method.end_epoch))
+        steps.extend(timed(setting.clock, train, method.step) for _ in range(5))
+        updates.append(timed(setting.clock, method.end_epoch))
     method.finalize()
     step, update = quartiles(steps)[1], quartiles(updates)[1]
     where = "" if rows is None else f", {rows} rows"
@@ -186,8 +179,8 @@ def _per_steps(name: str, target: float, case: Layer, setting: Setting) -> Figur
     for _ in range(1 if setting.quick else 3):
         training = acting = 0.0
         for _ in range(100):
-            training += _timed(setting.clock, train)
-            acting += _timed(setting.clock, method.step)
+            training += timed(setting.clock, train)
+            acting += timed(setting.clock, method.step)
         shares.append(100 * acting / (training + acting))
     updates = method.stats()["updates"]
     method.finalize()

@@ -20,7 +20,7 @@ from rewire import methods
 from rewire import nn as layers
 from rewire.app.bench.contenders import sparselab_layer
 from rewire.app.bench.curves import Setting
-from rewire.app.bench.timing import Clock, Contender, Timings
+from rewire.app.bench.timing import Contender, Timings, timed
 from rewire.app.bench.verdict import Figure, Measured, at_most, info, missing
 from rewire.app.models.sequences import GPT
 
@@ -107,16 +107,6 @@ def _theirs(sparse: nn.Module, size: Size, every: int) -> Callable[[], None]:
     return _step(model, size, _optimizer(model), after)
 
 
-def _best_of_two(run: Callable[[], object], clock: Clock) -> float:
-    """Seconds; an update of SparseLab takes tens of them."""
-    took = []
-    for _ in range(2):
-        start = clock()
-        run()
-        took.append(clock() - start)
-    return min(took)
-
-
 def step(setting: Setting, size: Size | None = None) -> Measured:
     """P15: a step on average, with an update of RigL in every hundredth."""
     size = size or (Size(layers=2) if setting.quick else GPT_40M)
@@ -133,8 +123,10 @@ def step(setting: Setting, size: Size | None = None) -> Measured:
     mean = {"dense": timings.seconds["dense"]}
     updates = {}
     for name, make in makers.items():
-        updating = _best_of_two(make(sparse, size, 1), setting.clock)
-        updates[name] = updating - timings.best(name)
+        updating = make(sparse, size, 1)
+        # the better of two: an update of SparseLab takes tens of seconds
+        best = min(timed(setting.clock, updating) for _ in range(2))
+        updates[name] = best - timings.best(name)
         mean[name] = [x + updates[name] / EVERY for x in timings.seconds[name]]
     means = Timings(mean)
     title = f"{size.layers} layers of width {size.width}, {size.batch} x {size.steps} tokens"
