@@ -7,7 +7,6 @@ sparsity and attention at 70 %.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from rewire import methods
 from rewire import nn as layers
-from rewire.app.bench.contenders import sparselab_layer
+from rewire.app.bench.contenders import can_make, sparselab_layer
 from rewire.app.bench.curves import Setting
 from rewire.app.bench.timing import Contender, Timings, timed
 from rewire.app.bench.verdict import Figure, Measured, at_most, info, missing
@@ -115,7 +114,7 @@ def step(setting: Setting, size: Size | None = None) -> Measured:
     sparse = layers.sparsify(copy.deepcopy(dense), density=DENSITY)
     contenders = [Contender("dense", _step(dense, size, _optimizer(dense), lambda: None))]
     makers = {"rewire": _ours}
-    if importlib.util.find_spec("sparselab") is not None:
+    if can_make("sparselab"):
         makers["sparselab"] = _theirs
     for name, make in makers.items():  # no update comes while it is measured
         contenders.append(Contender(name, make(sparse, size, 10**6)))
